@@ -1,0 +1,329 @@
+"""Settings: one dataclass, one loader.
+
+A preset (config/*.py) is a file of plain assignments; it is parsed, never executed. Dataclass defaults < preset < command
+line. Every script reads the same Config with the same loader; what only one script needs is a small dataclass beside its main.
+The comment behind a field is its help text: `python train.py --help` prints them.
+"""
+import ast
+import dataclasses
+import difflib
+import inspect
+import json
+import operator
+import os
+import re
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from typing import Literal
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one sentence; scripts print it and exit with status 2."""
+
+
+@dataclass
+class Config:
+    # --- the model
+    n_layer: int = 12                    # transformer blocks
+    n_embd: int = 768                    # width of the residual stream
+    n_head: int = 12                     # query heads
+    n_kv_head: int = 0                   # key/value heads, shared by groups of query heads; 0: n_head
+    attn_dim: int = 0                    # n_head x head size; 0: n_embd
+    ffn_dim: int = 0                     # hidden width of the FFN; 0: 4 x n_embd
+    block_size: int = 1024               # context length, tokens
+    vocab_size: int = 0                  # tokens; 0: the data's, larger is padding
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"      # normalisation before attention, FFN and head
+    act: Literal["gelu", "swiglu", "relu2"] = "gelu"         # activation; gelu is the tanh form, relu2 is max(x, 0)^2
+    pos: Literal["rope", "absolute"] = "rope"                # positions: rotary, or a learned table
+    bias: bool = True                    # biases in linears and layer norms (the LM head never has one)
+    tie_embeddings: bool = True          # LM head = token embedding
+    dropout: float = 0.0                 # probability, on embeddings and residual branches
+    # --- the FFN's linears
+    ffn: Literal["dense", "lowrank", "blockshuffle", "blockdense"] = "dense"  # parametrization of fc1 and fc2
+    rank: int = 0                        # R of lowrank and blockdense
+    nblocks: int = 0                     # B of blockshuffle and blockdense
+    n_dense_layers: int = 1              # the first layers whose FFN stays dense
+    # --- self-guided training
+    guide: Literal["off", "fixedstep", "fixedflop"] = "off"  # dense guide W beside U, V in the first steps
+    guide_ratio: float | Literal["auto"] = "auto"            # guided steps / steps; auto: 0.5, in fixedflop equal training FLOPs to dense
+    guide_schedule: Literal["cosine", "linear"] = "cosine"   # how alpha falls from 1 to 0 over the guided steps
+    guide_skip: bool = False             # use the guide with probability alpha only
+    # --- data
+    dataset: str = "stdlib"              # stdlib | text | refinedweb | a Hugging Face dataset's name
+    input: str = ""                      # text: files or globs, separated by commas
+    val_input: str = ""                  # text: the same for validation; empty: about 1 % of the documents
+    tokenizer: str = "spm:4096"          # gpt2 | llama | byte | spm:VOCAB (trained on the corpus) | a sentencepiece .model
+    data_dir: str = ""                   # folder of train.bin and val.bin; empty: data/<dataset>-<tokenizer>
+    max_tokens: int = 100_000_000        # training tokens; more than the data has means epochs
+    batch_size: int = 512                # sequences per optimiser step
+    micro_batch_size: int = 16           # sequences per forward, per process
+    # --- the optimiser
+    optimizer: Literal["adamw"] = "adamw"                    # fused where the device has it
+    lr: float = 6e-4                     # peak learning rate
+    min_lr_ratio: float = 0.1            # final / peak learning rate
+    warmup_ratio: float = 0.1            # share of the steps with linear warm-up; cosine afterwards
+    weight_decay: float = 0.1            # decoupled, on every parameter
+    betas: tuple[float, float] = (0.9, 0.999)                # of AdamW
+    grad_clip: float = 1.0               # largest global gradient norm; 0: no clipping
+    seed: int = 1005                     # of initialisation, data order, skip draws
+    # --- the run
+    eval_interval: int = 500             # steps between validations; 0: only at the end
+    eval_tokens: int = 1024 * 1024       # tokens of one validation during the run
+    final_eval_tokens: int = 512_000 * 1024                  # tokens of the final validation, or all there are
+    eval_only: bool = False              # score out_dir's finished model on data_dir, then stop
+    log_interval: int = 10               # steps between log lines
+    save_interval: int = 1000            # steps between checkpoints; 0: only at the end
+    out_dir: str = ""                    # the run's folder; empty: out/<preset name>
+    resume: Literal["off", "auto"] = "off"                   # auto: continue the run in out_dir if there is one
+    wandb: bool = False                  # log to Weights & Biases too
+    wandb_project: str = "structured-ffn"                    # its project
+    device: str = "auto"                 # auto | cpu | cuda | cuda:N | mps
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"   # of the matmuls (weights stay float32); auto: bfloat16 on CUDA
+    compile: bool | Literal["auto"] = "auto"                 # torch.compile; auto: on CUDA
+
+    @property
+    def n_hidden(self) -> int:
+        """Rows of fc1: SwiGLU's gate and value are one matrix."""
+        return 2 * self.ffn_dim if self.act == "swiglu" else self.ffn_dim
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Values: every one is checked against its field's type
+
+UNIONS = (types.UnionType, typing.Union)
+
+
+def _describe(kind) -> str:
+    if typing.get_origin(kind) in UNIONS:
+        return " or ".join(_describe(k) for k in typing.get_args(kind))
+    if typing.get_origin(kind) is Literal:
+        return " | ".join(str(v) for v in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"{len(typing.get_args(kind))} numbers, as in (0.9, 0.95)"
+    return {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[kind]
+
+
+def _fits(kind, value):
+    """value as the field's type, or None where it does not fit."""
+    if typing.get_origin(kind) in UNIONS:
+        return next((v for k in typing.get_args(kind) if (v := _fits(k, value)) is not None), None)
+    if typing.get_origin(kind) is Literal:
+        return value if value in typing.get_args(kind) and not isinstance(value, bool) else None
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        if not isinstance(value, (tuple, list)) or len(value) != len(kinds):
+            return None
+        items = tuple(_fits(k, v) for k, v in zip(kinds, value))
+        return None if None in items else items
+    if kind is bool:
+        return value if isinstance(value, bool) else None
+    if kind is str:
+        return value if isinstance(value, str) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+        return None
+    if kind is int:
+        return int(value) if value == int(value) else None  # 6.7e9 is a fine number of tokens
+    return float(value)
+
+
+def _typed(field, value, text=None):
+    result = _fits(field.type, value)
+    if result is None and text is not None:
+        result = _fits(field.type, text)  # a name that happens to read as a number: --tokenizer=123
+    if result is None:
+        shown = text if text is not None else repr(value)
+        raise UserError(f"{field.name}={shown} does not fit: expected {_describe(field.type)}.")
+    return result
+
+
+def _unknown(name, known, where):
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "--help lists all settings."
+    raise UserError(f"{where} has no setting named {name}: {hint}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line and presets
+
+def parse(argv, *classes, usage=""):
+    """Splits a command line into positional words and typed settings {name: value} of the given dataclasses."""
+    fields = {f.name: f for c in classes for f in dataclasses.fields(c)}
+    words, values = [], {}
+    for arg in argv:
+        if arg in ("-h", "--help"):
+            print(_help(classes, usage))
+            sys.exit(0)
+        name, equals, text = arg.removeprefix("--").partition("=")
+        if not arg.startswith("-") and not (equals and name.isidentifier()):
+            words.append(arg)
+            continue
+        if name not in fields:
+            _unknown(name, fields, "the command line")
+        if not equals:
+            raise UserError(f"{arg} has no value: write --{name}=VALUE ({_describe(fields[name].type)}).")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            value = {"true": True, "false": False}.get(text, text)
+        values[name] = _typed(fields[name], value, text)
+    return words, values
+
+
+def _help(classes, usage) -> str:
+    lines = [usage.strip(), "", "Settings (--name=value), with their defaults:"]
+    for cls in classes:
+        comments = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(cls), re.M))
+        for f in dataclasses.fields(cls):
+            choice = f" [{_describe(f.type)}]" if "Literal" in str(f.type) else ""
+            lines.append(f"  --{f.name}={f.default}".ljust(36) + f" {comments.get(f.name, '')}{choice}")
+    return "\n".join(lines).strip()
+
+
+ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+              ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow}
+
+
+def _literal(node):
+    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+        left, right = _literal(node.left), _literal(node.right)
+        if not all(isinstance(v, (int, float)) and abs(v) < 1e15 for v in (left, right)):
+            raise ValueError
+        return ARITHMETIC[type(node.op)](left, min(right, 64) if isinstance(node.op, ast.Pow) else right)
+    return ast.literal_eval(node)
+
+
+def read_preset(path) -> dict:
+    """{name: typed value} of a preset file: plain assignments of literals, arithmetic on numbers allowed."""
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    try:
+        with open(path, encoding="utf-8") as f:
+            body = ast.parse(f.read()).body
+    except OSError as e:
+        near = difflib.get_close_matches(os.path.basename(path), sorted(os.listdir(os.path.dirname(__file__))), n=1)
+        raise UserError(f"cannot read the preset {path} ({e.strerror}){f': did you mean config/{near[0]}?' if near else '.'}") from None
+    except (SyntaxError, ValueError) as e:
+        raise UserError(f"{path} is not a preset: {getattr(e, 'msg', e)}; write plain assignments such as n_layer = 12.") from None
+    values = {}
+    for node in body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            continue  # a docstring
+        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+            raise UserError(f"{path} line {node.lineno} is not a plain assignment: a preset holds lines such as n_layer = 12.")
+        name = node.targets[0].id
+        if name not in fields:
+            _unknown(name, fields, f"{path} line {node.lineno}:")
+        try:
+            value = _literal(node.value)
+        except (ValueError, TypeError, ArithmeticError):
+            raise UserError(f"{path} line {node.lineno}: the value of {name} is not a literal; expected {_describe(fields[name].type)}.") from None
+        values[name] = _typed(fields[name], value)
+    return values
+
+
+def load(argv, *settings, usage=""):
+    """Reads `[preset.py] name=value ...` into a complete, checked Config and one instance of each settings dataclass.
+
+    Returns (config, *instances); raises UserError.
+    """
+    words, values = parse(argv, Config, *settings, usage=usage)
+    if len(words) > 1:
+        raise UserError(f"one preset is read, {len(words)} were given: {' '.join(words)}; settings are written --name=value.")
+    if words and not words[0].endswith(".py"):
+        raise UserError(f"{words[0]} is neither a preset (config/NAME.py) nor a setting (--name=value).")
+    cfg = Config(**(read_preset(words[0]) if words else {}))
+    extra = [cls() for cls in settings]
+    for name, value in values.items():
+        setattr(next(obj for obj in (cfg, *extra) if hasattr(obj, name)), name, value)
+    cfg.out_dir = cfg.out_dir or os.path.join("out", os.path.basename(words[0])[:-3] if words else "run")
+    check(cfg)
+    return (cfg, *extra)
+
+
+def data_dir(cfg) -> str:
+    """The folder of the token files: data_dir, or data/<dataset>-<tokenizer> in file-name-safe form."""
+    return cfg.data_dir or os.path.join("data", re.sub(r"[^A-Za-z0-9._-]+", "-", f"{cfg.dataset}-{cfg.tokenizer}").strip("-"))
+
+
+def from_dict(values) -> Config:
+    """The Config saved as config.json or inside a model.pt; a name this version does not know is refused."""
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    for name in values:
+        if name not in fields:
+            _unknown(name, fields, "this version")
+    return Config(**{name: _typed(fields[name], value) for name, value in values.items()})
+
+
+def to_dict(cfg) -> dict:
+    """Plain JSON types; from_dict reads it back."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Combinations
+
+def check(cfg):
+    """Fills in the sizes left 0 and refuses impossible combinations, each in one sentence. Needs neither data nor torch."""
+    for name in ("n_layer", "n_embd", "n_head", "block_size", "max_tokens", "batch_size", "micro_batch_size", "log_interval",
+                 "eval_tokens", "final_eval_tokens"):
+        _require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)} must be at least 1.")
+    for name in ("n_kv_head", "attn_dim", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval", "save_interval", "weight_decay",
+                 "grad_clip", "seed"):
+        _require(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)} must not be negative.")
+    for name, top in (("dropout", "below 1"), ("min_lr_ratio", "1"), ("warmup_ratio", "1")):
+        v = getattr(cfg, name)
+        _require(0 <= v <= 1 and (top == "1" or v < 1), f"{name}={v} must lie between 0 and {top}.")
+    _require(cfg.lr > 0, f"lr={cfg.lr} must be positive.")
+    _require(all(0 <= b < 1 for b in cfg.betas), f"betas={cfg.betas} must lie in [0, 1).")
+    _require(re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", cfg.device), f"device={cfg.device} is not one of auto, cpu, cuda, cuda:N, mps.")
+
+    cfg.n_kv_head = cfg.n_kv_head or cfg.n_head
+    cfg.attn_dim = cfg.attn_dim or cfg.n_embd
+    cfg.ffn_dim = cfg.ffn_dim or 4 * cfg.n_embd
+    _require(cfg.attn_dim % cfg.n_head == 0, f"attn_dim={cfg.attn_dim} does not divide into n_head={cfg.n_head} heads of one size.")
+    _require(cfg.n_head % cfg.n_kv_head == 0, f"n_head={cfg.n_head} does not divide into groups that share n_kv_head={cfg.n_kv_head} key heads.")
+    _require(cfg.pos != "rope" or cfg.attn_dim // cfg.n_head % 2 == 0,
+             f"the head size attn_dim / n_head = {cfg.attn_dim // cfg.n_head} is odd: rotary positions need an even one.")
+    _require(cfg.batch_size % cfg.micro_batch_size == 0,
+             f"batch_size={cfg.batch_size} is not a multiple of micro_batch_size={cfg.micro_batch_size} sequences.")
+    _check_ffn(cfg)
+    if cfg.guide != "off":
+        _require(cfg.ffn != "dense", f"guide={cfg.guide} needs a structured ffn (lowrank, blockshuffle, blockdense), this one is dense.")
+        _require(cfg.n_dense_layers < cfg.n_layer, f"guide={cfg.guide} needs a structured layer, but n_dense_layers={cfg.n_dense_layers} keeps all {cfg.n_layer} dense.")
+        _require(cfg.guide_ratio == "auto" or 0 < cfg.guide_ratio <= 1, f"guide_ratio={cfg.guide_ratio} must be auto or lie in (0, 1].")
+
+
+def _check_ffn(cfg):
+    """fc1 maps n_embd -> n_hidden, fc2 maps ffn_dim -> n_embd; PAPER's block sizes must come out whole for both."""
+    linears = (("fc1", cfg.n_embd, cfg.n_hidden), ("fc2", cfg.ffn_dim, cfg.n_embd))
+    if cfg.ffn in ("lowrank", "blockdense"):
+        _require(cfg.rank >= 1, f"ffn={cfg.ffn} needs a rank of at least 1, not rank={cfg.rank}: give --rank=R.")
+        smallest = min(cfg.n_embd, cfg.ffn_dim)
+        _require(cfg.rank <= smallest, f"rank={cfg.rank} exceeds {smallest}, the smaller side of the FFN's matrices: choose a smaller rank.")
+    if cfg.ffn in ("blockshuffle", "blockdense"):
+        _require(cfg.nblocks >= 1, f"ffn={cfg.ffn} needs at least one block, not nblocks={cfg.nblocks}: give --nblocks=B.")
+        for name, n, m in linears:
+            sizes = (n, m) if cfg.ffn == "blockshuffle" else (n, cfg.rank)
+            _require(all(size % cfg.nblocks == 0 for size in sizes),
+                     f"nblocks={cfg.nblocks} does not divide {name}'s sizes {sizes[0]} and {sizes[1]} "
+                     f"({'in, out' if cfg.ffn == 'blockshuffle' else 'in, rank'}): choose one that does.")
+
+
+def _require(ok, sentence):
+    if not ok:
+        raise UserError(sentence)
+
+
+def run(main):
+    """main(argv) as a command: a user's mistake is one sentence on standard error and status 2; our own is a traceback."""
+    try:
+        main(sys.argv[1:])
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
