@@ -1,0 +1,218 @@
+"""Structured linears: y = W x with W never formed (PAPER §1 of "Building on Efficient Foundations", arXiv 2406.16450).
+
+    LowRank       y = U (V x)                U (M, R), V (R, N)
+    BlockShuffle  y = f^-1(U f(V x))         U, V block-diagonal, f a fixed permutation (the Monarch form)
+    BlockDense    y = U (V x)                U (M, R), V block-diagonal
+
+Each is a drop-in for nn.Linear on (..., N) -> (..., M) with one bias after U, knows its dense equivalent (`dense_weight`), and
+can carry a guide: a dense W that is blended in while self-guided training lasts and then leaves without a trace.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# B small matmuls side by side
+
+@torch.library.custom_op("structured::block_linear", mutates_args=())
+def block_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """y[t, b] = weight[b] x[t, b]: x (T, B, p), weight (B, q, p) -> (T, B, q), contiguous.
+
+    An op of its own because bmm alone leaves y in (B, T, q) order and whoever needs it by token pays a copy of it; with a
+    strided output the matmul writes it where it belongs.
+    """
+    y = x.new_empty(x.size(0), x.size(1), weight.size(1))
+    torch.bmm(x.transpose(0, 1), weight.transpose(1, 2), out=y.transpose(0, 1))
+    return y
+
+
+@block_linear.register_fake
+def _(x, weight):
+    return x.new_empty(x.size(0), x.size(1), weight.size(1))
+
+
+def _block_linear_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _block_linear_backward(ctx, grad):  # grad (T, B, q)
+    x, weight = ctx.saved_tensors
+    grad_x = block_linear(grad, weight.transpose(1, 2)) if ctx.needs_input_grad[0] else None                  # (T, B, p)
+    grad_w = torch.bmm(grad.permute(1, 2, 0), x.transpose(0, 1)) if ctx.needs_input_grad[1] else None         # (B, q, p)
+    return grad_x, grad_w
+
+
+block_linear.register_autograd(_block_linear_backward, setup_context=_block_linear_save)
+for _device in ("cpu", "cuda"):
+    block_linear.register_autocast(_device, torch.bfloat16)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The linears
+
+class Dense(nn.Linear):
+    """nn.Linear with the face of the structured ones; it has no guide, so alpha must be None."""
+
+    def forward(self, x, alpha=None):
+        assert alpha is None, "a dense linear has no guide"
+        return super().forward(x)
+
+    def dense_weight(self):
+        return self.weight
+
+
+class Structured(nn.Module):
+    """What the three parametrizations share: the bias, the guide and the choice between factors and blended matrix.
+
+    A subclass gives the shapes of V and U and defines `factors` (the map through them, bias included), `dense_weight` and
+    `reset_parameters`.
+    """
+
+    def __init__(self, in_features, out_features, V, U, bias, std):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.V = nn.Parameter(torch.empty(V))
+        self.U = nn.Parameter(torch.empty(U))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
+        self.register_parameter("W", None)
+        if not self.V.is_meta:
+            self.reset_parameters(std)
+
+    def forward(self, x, alpha=None):
+        """x (..., N) -> (..., M). With alpha (a 0-d tensor) and a guide: (alpha W + (1 - alpha) D) x + bias, PAPER §2.
+
+        Both branches of the paper's o = alpha W x + (1 - alpha) U V x are linear in x, so one matmul with the blended matrix has
+        the same output and the same gradients. The blend is in the parameters' precision and cast once, by the matmul.
+        """
+        if alpha is not None:
+            return F.linear(x, torch.lerp(self.dense_weight().to(self.W.dtype), self.W, alpha.to(self.W.dtype)), self.bias)
+        return self.factors(x)
+
+    @torch.no_grad()
+    def start_guide(self):
+        """Adds the guide W (M, N), equal to the dense equivalent of the factors: switching it on changes nothing (W_0 = D)."""
+        with torch.autocast(self.V.device.type, enabled=False):
+            exact = type(self).dense_weight(_Factors(self.V.double(), self.U.double()))  # no TF32 in the starting point
+        self.W = nn.Parameter(exact.to(self.V.dtype))
+
+    def end_guide(self):
+        """Drops W from the module's parameters and state dict."""
+        self.W = None
+
+    def extra_repr(self):
+        parts = [f"{self.in_features} -> {self.out_features}", f"V {tuple(self.V.shape)}", f"U {tuple(self.U.shape)}"]
+        parts += [f"W {tuple(self.W.shape)}"] if self.W is not None else []
+        return ", ".join(parts + [f"bias={self.bias is not None}"])
+
+
+class _Factors:
+    """V and U in another precision, for dense_weight."""
+
+    def __init__(self, V, U):
+        self.V, self.U = V, U
+
+
+class LowRank(Structured):
+    """y = U (V x) + bias; V (R, N), U (M, R): R (N + M) parameters."""
+
+    def __init__(self, in_features, out_features, rank, bias=True, std=0.02):
+        if not 1 <= rank <= min(in_features, out_features):
+            raise ValueError(f"rank {rank} must lie between 1 and the smaller of in {in_features} and out {out_features}")
+        super().__init__(in_features, out_features, (rank, in_features), (out_features, rank), bias, std)
+
+    @torch.no_grad()
+    def reset_parameters(self, std=0.02):
+        """Spectral: the best rank-R approximation of a dense N(0, std^2) matrix, sqrt(S) to each side.
+
+        From the eigenvectors Q of the smaller Gram matrix, much faster than an SVD on a GPU: with Q of the top R,
+        (A Q) Q^T is the truncated SVD whatever the precision of the eigenvalues.
+        """
+        (M, R), N = self.U.shape, self.V.size(1)
+        A = torch.randn(max(M, N), min(M, N), device=self.V.device, dtype=torch.promote_types(self.V.dtype, torch.float32)) * std
+        Q = torch.linalg.eigh((A.double().T @ A.double()))[1][:, -R:].to(A.dtype)      # (min, R), ascending eigenvalues
+        AQ = A.double() @ Q.double()                                                   # (max, R)
+        root = AQ.norm(dim=0).sqrt()                                                   # sqrt of the singular values
+        tall, wide = AQ / root, (Q * root).T                                           # (max, R), (R, min)
+        U, V = (tall, wide) if M >= N else (wide.T, tall.T)
+        self.U.copy_(U)
+        self.V.copy_(V)
+
+    def factors(self, x):
+        return F.linear(F.linear(x, self.V), self.U, self.bias)
+
+    def dense_weight(self):
+        """(M, N)"""
+        return self.U @ self.V
+
+
+class BlockShuffle(Structured):
+    """y = f^-1(U f(V x)) + bias; V (B, q, p) with p = N/B, q = min(N, M)/B; U (B, s, q) with s = M/B.
+
+    f deals the B q entries of V x out to the blocks of U like cards: block l receives those whose index = l modulo B.
+    f^-1 collects likewise: output index s_index * B + l. min(N, M) (N + M) / B parameters.
+    """
+
+    def __init__(self, in_features, out_features, nblocks, bias=True, std=0.02):
+        if nblocks < 1 or in_features % nblocks or out_features % nblocks:
+            raise ValueError(f"nblocks {nblocks} must divide both in {in_features} and out {out_features}")
+        p, q, s = in_features // nblocks, min(in_features, out_features) // nblocks, out_features // nblocks
+        super().__init__(in_features, out_features, (nblocks, q, p), (nblocks, s, q), bias, std)
+
+    @torch.no_grad()
+    def reset_parameters(self, std=0.02):
+        """Every block orthonormal; std belongs to the dense matrix and is not used."""
+        for block in (*self.V, *self.U):
+            nn.init.orthogonal_(block)
+
+    def factors(self, x):
+        B, q, p = self.V.shape
+        t = block_linear(x.reshape(-1, B, p), self.V)                                  # (T, B, q)
+        t = t.view(-1, q, B).transpose(1, 2).contiguous()                              # (T, B, q), dealt out by f
+        o = block_linear(t, self.U)                                                    # (T, B, s)
+        y = o.transpose(1, 2).reshape(*x.shape[:-1], self.out_features)                # f^-1
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dense_weight(self):
+        """(M, N): the map applied to the rows of blockdiag(V)."""
+        B, q, p = self.V.shape
+        rows = torch.block_diag(*self.V).view(q, B, B * p).transpose(0, 1)             # (B, q, N), f
+        return (self.U @ rows).transpose(0, 1).reshape(-1, B * p)                      # (M, N), f^-1
+
+
+class BlockDense(Structured):
+    """y = U (V x) + bias; V (B, R/B, N/B), U (M, R): R (M + N/B) parameters."""
+
+    def __init__(self, in_features, out_features, rank, nblocks, bias=True, std=0.02):
+        if nblocks < 1 or rank < 1 or in_features % nblocks or rank % nblocks:
+            raise ValueError(f"nblocks {nblocks} must divide both in {in_features} and rank {rank}")
+        super().__init__(in_features, out_features, (nblocks, rank // nblocks, in_features // nblocks), (out_features, rank), bias, std)
+
+    @torch.no_grad()
+    def reset_parameters(self, std=0.02):
+        """Every block of V, and U, orthonormal; std belongs to the dense matrix and is not used."""
+        for matrix in (*self.V, self.U):
+            nn.init.orthogonal_(matrix)
+
+    def factors(self, x):
+        B, r, p = self.V.shape
+        t = block_linear(x.reshape(-1, B, p), self.V)                                  # (T, B, r)
+        return F.linear(t.view(*x.shape[:-1], B * r), self.U, self.bias)
+
+    def dense_weight(self):
+        """(M, N)"""
+        B, r, p = self.V.shape
+        columns = self.U.view(-1, B, r).transpose(0, 1)                                # (B, M, r)
+        return (columns @ self.V).transpose(0, 1).reshape(-1, B * p)
+
+
+def linear(ffn, in_features, out_features, rank=0, nblocks=0, bias=True):
+    """The linear that Config's `ffn` names."""
+    if ffn == "lowrank":
+        return LowRank(in_features, out_features, rank, bias)
+    if ffn == "blockshuffle":
+        return BlockShuffle(in_features, out_features, nblocks, bias)
+    if ffn == "blockdense":
+        return BlockDense(in_features, out_features, rank, nblocks, bias)
+    return Dense(in_features, out_features, bias)
