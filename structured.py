@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -45,6 +46,11 @@ def _block_linear_backward(ctx, grad):  # grad (T, B, q)
 
 
 block_linear.register_autograd(_block_linear_backward, setup_context=_block_linear_save)
+@register_flop_formula(torch.ops.structured.block_linear)
+def _block_linear_flops(x_shape, weight_shape, out_shape=None, **kwargs):
+    return 2 * x_shape[0] * weight_shape[0] * weight_shape[1] * weight_shape[2]
+
+
 for _device in ("cpu", "cuda"):
     block_linear.register_autocast(_device, torch.bfloat16)
 

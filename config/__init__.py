@@ -318,9 +318,10 @@ def _require(ok, sentence):
 def run(main):
     """main(argv) as a command: a user's mistake is one sentence on standard error and status 2; our own is a traceback."""
     try:
-        main(sys.argv[1:])
+        return main(sys.argv[1:])
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun, one voice
+            print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr)

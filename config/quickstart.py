@@ -1,0 +1,23 @@
+"""A small LowRank GPT on the Python standard library's source, for two CPU cores and five minutes."""
+n_layer = 4
+n_embd = 256
+n_head = 4
+block_size = 256
+
+ffn = "lowrank"
+rank = 64
+
+dataset = "stdlib"
+tokenizer = "spm:2048"
+max_tokens = 400 * 16 * 256
+batch_size = 16
+micro_batch_size = 16
+
+lr = 3e-3
+betas = (0.9, 0.95)
+eval_interval = 100
+eval_tokens = 32 * 256
+final_eval_tokens = 128 * 256
+log_interval = 10
+save_interval = 100
+resume = "auto"

@@ -1,0 +1,292 @@
+"""GPT and LLaMA language models from one set of switches, with dense or structured feedforward layers.
+
+Pre-norm blocks x + attention(norm(x)), x + ffn(norm(x)); see config for the switches. Here too: the loss that never holds all
+logits, parameter and FLOP counts by PAPER §4's rules, and building, saving and loading a model.
+"""
+import os
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import config
+from config import Config, UserError
+from structured import Dense, Structured, linear
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Blocks
+
+def make_norm(cfg):
+    return nn.RMSNorm(cfg.n_embd, eps=1e-5) if cfg.norm == "rmsnorm" else nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
+
+
+def rotary_table(block_size, head_size):
+    """cos and sin (block_size, 1, head_size) for rotary positions with base 10 000, halves not interleaved."""
+    frequency = 10_000.0 ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+    angle = torch.arange(block_size, dtype=torch.float64)[:, None] * frequency.repeat(2)
+    return angle.cos().float()[:, None], angle.sin().float()[:, None]
+
+
+def rotate(x, cos, sin):  # x (B, T, heads, head_size)
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; n_kv_head < n_head shares keys and values among groups of query heads."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_size = cfg.n_head, cfg.n_kv_head, cfg.attn_dim // cfg.n_head
+        self.rope = cfg.pos == "rope"
+        self.qkv = Dense(cfg.n_embd, (cfg.n_head + 2 * cfg.n_kv_head) * self.head_size, bias=cfg.bias)
+        self.proj = Dense(cfg.attn_dim, cfg.n_embd, bias=cfg.bias)
+
+    def forward(self, x, cos, sin):
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, -1, self.head_size)                                        # (B, T, heads, head_size)
+        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+        if self.rope:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
+                                           enable_gqa=self.n_kv_head < self.n_head)             # (B, n_head, T, head_size)
+        return self.proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class FFN(nn.Module):
+    """fc2(act(fc1(x))), both linears dense or structured; swiglu's gate and value are the halves of one fc1."""
+
+    def __init__(self, cfg, ffn):
+        super().__init__()
+        self.act = cfg.act
+        self.fc1 = linear(ffn, cfg.n_embd, cfg.n_hidden, cfg.rank, cfg.nblocks, cfg.bias)
+        self.fc2 = linear(ffn, cfg.ffn_dim, cfg.n_embd, cfg.rank, cfg.nblocks, cfg.bias)
+
+    def forward(self, x, alpha=None):
+        h = self.fc1(x, alpha)
+        if self.act == "gelu":
+            h = F.gelu(h, approximate="tanh")
+        elif self.act == "relu2":
+            h = F.relu(h).square()
+        else:
+            gate, value = h.chunk(2, dim=-1)
+            h = F.silu(gate) * value
+        return self.fc2(h, alpha)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.norm1, self.attn = make_norm(cfg), Attention(cfg)
+        self.norm2, self.ffn = make_norm(cfg), FFN(cfg, "dense" if layer < cfg.n_dense_layers else cfg.ffn)
+        self.dropout = cfg.dropout
+
+    def forward(self, x, cos, sin, alpha=None):
+        """x (B, T, n_embd); alpha: weight of the guide in this layer's FFN, a 0-d tensor, or None for the factors alone."""
+        x = x + F.dropout(self.attn(self.norm1(x), cos, sin), self.dropout, self.training)
+        return x + F.dropout(self.ffn(self.norm2(x), alpha), self.dropout, self.training)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LM head and cross-entropy, a chunk of tokens at a time
+
+def token_loss(logits, targets, scale):
+    """Cross-entropy (C,) of logits (C, V) in float32, and scale x its gradient in the logits' dtype; targets < 0 count nothing."""
+    logits32 = logits.float()
+    kept = targets >= 0
+    picked = targets.clamp(min=0)[:, None]                                                      # (C, 1)
+    logz = logits32.logsumexp(dim=1, keepdim=True)
+    loss = (logz - logits32.gather(1, picked))[:, 0] * kept
+    one_hot = torch.arange(logits.size(1), device=logits.device) == picked                      # (C, V)
+    grad = ((logits32 - logz).exp() - one_hot.float()) * (kept * scale)[:, None]
+    return loss, grad.to(logits.dtype)
+
+
+class LMLoss(torch.autograd.Function):
+    """Mean cross-entropy of h (T, d) with head weight (V, d) and targets (T,), negative targets left out.
+
+    The logits of a chunk live only while the chunk is worked on: its share of both gradients is formed at once, so there is
+    no (T, V) tensor and nothing is computed twice.
+    """
+    CHUNK = 8192  # tokens; below, the matmuls lose speed
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, token_loss):
+        w = weight.to(h.dtype)
+        training = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        scale = 1.0 / (targets >= 0).sum().clamp(min=1)
+        loss = torch.zeros((), device=h.device, dtype=torch.float32)
+        grad_h = torch.empty_like(h) if training else None
+        grad_w = torch.zeros_like(weight) if training else None
+        for i in range(0, len(h), LMLoss.CHUNK):
+            rows = slice(i, i + LMLoss.CHUNK)
+            losses, grad = token_loss(h[rows] @ w.T, targets[rows], scale)                      # (C,), (C, V)
+            loss += losses.sum()
+            if training:
+                torch.mm(grad, w, out=grad_h[rows])
+                grad_w += grad.T @ h[rows]
+        ctx.save_for_backward(grad_h, grad_w)
+        return loss * scale
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_h, grad_w = ctx.saved_tensors
+        return grad_h * grad_loss.to(grad_h.dtype), grad_w * grad_loss, None, None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+class GPT(nn.Module):
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.pos == "absolute" else None
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
+        self.norm = make_norm(cfg)
+        self.head = Dense(cfg.n_embd, cfg.vocab_size, bias=False)
+        if cfg.tie_embeddings:
+            self.head.weight = self.wte.weight
+        for name, table in zip(("cos", "sin"), rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head)):
+            self.register_buffer(name, table, persistent=False)
+        self.token_loss = token_loss
+
+    @torch.no_grad()
+    def init_weights(self, std=0.02):
+        """PAPER §1: matrices N(0, std^2), biases 0, norms 1, structured linears their own way."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                nn.init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, Structured):
+                module.reset_parameters(std)
+        return self
+
+    def hidden(self, tokens, alpha=None, guided=()):
+        """tokens (B, T) -> what the LM head reads, (B, T, n_embd). `guided`: the layers that use their guide, with weight alpha."""
+        T = tokens.size(1)
+        assert T <= self.cfg.block_size, f"{T} tokens exceed block_size {self.cfg.block_size}"
+        x = self.wte(tokens)
+        if self.wpe is not None:
+            x = x + self.wpe.weight[:T]
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))  # the residual stream in the matmuls' precision
+        x = F.dropout(x, self.cfg.dropout, self.training)
+        cos, sin = self.cos[:T], self.sin[:T]
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos, sin, alpha if layer in guided else None)
+        return self.norm(x).to(x.dtype)
+
+    def forward(self, tokens, targets=None, alpha=None, guided=()):
+        """tokens (B, T) -> logits (B, T, vocab_size); with targets (B, T): their mean cross-entropy, negative ones left out."""
+        h = self.hidden(tokens, alpha, guided)
+        if targets is None:
+            return self.head(h)
+        return LMLoss.apply(h.flatten(0, 1), self.head.weight, targets.flatten(), self.token_loss)
+
+    def next_logits(self, tokens):
+        """tokens (B, T) -> logits (B, vocab_size) of the token that follows."""
+        return self.head(self.hidden(tokens)[:, -1])
+
+    def compile_parts(self):
+        """torch.compile, block by block: equal blocks share one compilation, and parameters keep their names."""
+        torch._dynamo.config.recompile_limit = 64  # dense and structured, guided and plain, training and validation
+        for part in (*self.blocks, self.norm):
+            part.compile()
+        self.token_loss = torch.compile(token_loss)
+
+    def structured_linears(self):
+        """[(layer, linear)] of all structured linears."""
+        return [(i, m) for i, block in enumerate(self.blocks) for m in block.modules() if isinstance(m, Structured)]
+
+
+def build(cfg, device, seed=None):
+    """A GPT on `device` without a detour over the host; initialised if a seed is given, else its weights await load_state_dict."""
+    with torch.device("meta"):
+        model = GPT(cfg)
+    model.to_empty(device=device)
+    cos, sin = rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head)
+    model.cos, model.sin = cos.to(device), sin.to(device)
+    if seed is not None:
+        torch.manual_seed(seed)
+        model.init_weights()
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Counting (PAPER §4): a multiply-add is 2 FLOPs; matmuls only, the LM head and full attention products included
+
+def linear_params(ffn, n, m, rank, nblocks):
+    """Matrix parameters = multiply-adds per token of one linear n -> m (PAPER §1's table)."""
+    return {"dense": n * m, "lowrank": rank * (n + m), "blockshuffle": min(n, m) * (n + m) // max(nblocks, 1),
+            "blockdense": rank * (m + n // max(nblocks, 1))}[ffn]
+
+
+def ffn_params(cfg, ffn=None):
+    """Matrix parameters of all FFNs; `ffn` in place of cfg's for the structured layers."""
+    def layer(kind):
+        return (linear_params(kind, cfg.n_embd, cfg.n_hidden, cfg.rank, cfg.nblocks)
+                + linear_params(kind, cfg.ffn_dim, cfg.n_embd, cfg.rank, cfg.nblocks))
+    n_dense = min(cfg.n_dense_layers, cfg.n_layer)
+    return n_dense * layer("dense") + (cfg.n_layer - n_dense) * layer(ffn or cfg.ffn)
+
+
+def flops_per_token(cfg, ffn=None):
+    """FLOPs of the forward per token at block_size; times 3 for a training step."""
+    head_size = cfg.attn_dim // cfg.n_head
+    attention = cfg.n_embd * (2 * cfg.attn_dim + 2 * cfg.n_kv_head * head_size)                 # qkv and proj
+    products = 2 * cfg.block_size * cfg.attn_dim                                                # scores and values
+    return 2 * (cfg.n_layer * (attention + products) + ffn_params(cfg, ffn) + cfg.vocab_size * cfg.n_embd)
+
+
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H20": 148e12, "GH200": 989e12, "B200": 2250e12,
+              "A100": 312e12, "A800": 312e12, "A40": 150e12, "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+              "RTX 6000 Ada": 364e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12}
+
+
+def peak_flops(device):
+    """Data-sheet dense bf16 FLOP/s of a card (fp16 for the V100), None where it is not known."""
+    if device.type != "cuda":
+        return None
+    words = torch.cuda.get_device_name(device).replace("-", " ")
+    return next((PEAK_FLOPS[name] for name in sorted(PEAK_FLOPS, key=len, reverse=True) if f" {name} " in f" {words} "), None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+def save_beside(obj, path):
+    """torch.save that appears whole or not at all."""
+    torch.save(obj, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def read_checkpoint(path):
+    """A file written by torch.save, on the CPU, mapped rather than read where possible; UserError if it is missing or damaged."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path} does not exist: give a run folder such as out/quickstart or a model.pt.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:
+        raise UserError(f"{path} is not a checkpoint of this project or is damaged ({type(e).__name__}).") from e
+
+
+def load(path, device):
+    """model.pt, or the run folder that holds it -> (model ready to use, config, the file's other entries)."""
+    path = os.path.join(path, "model.pt") if os.path.isdir(path) else path
+    saved = read_checkpoint(path)
+    if not isinstance(saved, dict) or not {"config", "model", "tokenizer"} <= saved.keys():
+        raise UserError(f"{path} is not a finished model: it lacks config, model or tokenizer; give the model.pt of a run.")
+    cfg = config.from_dict(saved["config"])
+    model = build(cfg, device)
+    try:
+        model.load_state_dict(saved.pop("model"))
+    except RuntimeError as e:
+        raise UserError(f"the weights in {path} do not match its config: {str(e).splitlines()[1].strip()}") from None
+    return model.eval(), cfg, saved

@@ -1,0 +1,673 @@
+"""Trains a model:  python train.py config/quickstart.py --ffn=lowrank --rank=64
+                 torchrun --nproc_per_node=8 train.py config/xl.py --ffn=lowrank --rank=512
+
+A run is a folder: config.json, metrics.jsonl, ckpt.pt (everything an exact continuation needs), model.pt (the result). Which
+tokens a step sees, its learning rate and its guide are pure functions of (config, step), so a run can stop anywhere and go on
+elsewhere, on another number of processes too.
+"""
+from dataclasses import dataclass
+
+import config
+
+
+@dataclass
+class Settings:
+    dry_run: bool = False                # print sizes, steps and FLOPs as one JSON line, and stop
+
+
+if __name__ == "__main__":
+    SETTINGS = config.run(lambda argv: config.load(argv, Settings, usage=__doc__))  # a wrong setting is told before torch loads
+
+import collections
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import prepare
+from config import Config, UserError
+from model import GPT, build, ffn_params, flops_per_token, load, peak_flops, read_checkpoint, save_beside
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The plan: everything about a step that is known before it runs
+
+@dataclass
+class Plan:
+    """Steps of a run: `unique` on new data, the first `guided` of all with the guide, the last steps - unique a replay."""
+    steps: int
+    unique: int
+    guided: int
+    guide_ratio: float
+
+
+def make_plan(cfg) -> Plan:
+    """PAPER §2: fixedstep guides a part of the steps; fixedflop adds as many structured-only steps on the same data."""
+    unique = cfg.max_tokens // (cfg.batch_size * cfg.block_size)
+    if unique < 1:
+        raise UserError(f"max_tokens={cfg.max_tokens} is less than one step of batch_size {cfg.batch_size} x block_size {cfg.block_size} "
+                        f"= {cfg.batch_size * cfg.block_size} tokens.")
+    ratio = cfg.guide_ratio
+    if cfg.guide == "off":
+        ratio = 0.0
+    elif ratio == "auto" and cfg.guide == "fixedstep":
+        ratio = 0.5
+    elif ratio == "auto":  # g F_guided + N F_structured = N F_dense; a guided forward is one dense matmul per linear
+        dense, factors = flops_per_token(cfg, "dense"), flops_per_token(cfg)
+        ratio = min(1.0, (dense - factors) / ((dense + factors) / 2 if cfg.guide_skip else dense))
+    guided = round(ratio * unique)
+    return Plan(unique + guided if cfg.guide == "fixedflop" else unique, unique, guided, ratio)
+
+
+def lr_at(cfg, plan, step) -> float:
+    """Learning rate of step 0, 1, ...: linear warm-up, then cosine to min_lr_ratio x lr."""
+    warmup = round(cfg.warmup_ratio * plan.steps)
+    if step < warmup:
+        return cfg.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, plan.steps - warmup)
+    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def alpha_at(cfg, plan, step) -> float:
+    """Weight of the guide: 1 at step 0, 0 from step `guided` on."""
+    if step >= plan.guided:
+        return 0.0
+    t = step / plan.guided
+    return 1 - t if cfg.guide_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * t))
+
+
+def guided_layers(cfg, plan, step) -> tuple:
+    """The layers whose FFN uses its guide in this step; with guide_skip each with probability alpha, drawn from (seed, step, layer)."""
+    if step >= plan.guided:
+        return ()
+    alpha = alpha_at(cfg, plan, step)
+    return tuple(layer for layer in range(cfg.n_dense_layers, cfg.n_layer)
+                 if not cfg.guide_skip or random.Random(f"{cfg.seed} {step} {layer}").random() < alpha)
+
+
+def train_flops(cfg, plan) -> dict:
+    """Training FLOPs by phase. With guide_skip the expected number: each guided layer-step costs alpha dense + (1 - alpha) factors."""
+    per_step = 3 * cfg.batch_size * cfg.block_size
+    dense, factors = flops_per_token(cfg, "dense"), flops_per_token(cfg)
+    weight = sum(alpha_at(cfg, plan, s) for s in range(plan.guided)) if cfg.guide_skip else plan.guided
+    return {"guided": per_step * (weight * dense + (plan.guided - weight) * factors),
+            "plain": per_step * (plan.unique - plan.guided) * factors,
+            "replay": per_step * (plan.steps - plan.unique) * factors}
+
+
+def summary(cfg) -> dict:
+    """What --dry_run prints: sizes by building the model without memory, the rest by PAPER §4's rules."""
+    plan = make_plan(cfg)
+    flops = train_flops(cfg, plan)
+    with torch.device("meta"):
+        model = GPT(cfg)
+    tokens = cfg.batch_size * cfg.block_size
+    guide = sum(m.in_features * m.out_features for _, m in model.structured_linears()) if plan.guided else 0
+    return {"params": sum(p.numel() for p in model.parameters()), "params_ffn": ffn_params(cfg), "params_guide": guide,
+            "steps": plan.steps, "unique_steps": plan.unique, "guided_steps": plan.guided, "guide_ratio": round(plan.guide_ratio, 4),
+            "tokens": plan.steps * tokens, "unique_tokens": plan.unique * tokens, "train_flops": float(f"{sum(flops.values()):.6g}"),
+            "train_flops_by_phase": {k: float(f"{v:.6g}") for k, v in flops.items() if v}, "flops_per_token": flops_per_token(cfg),
+            "vocab_size": cfg.vocab_size}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data order: step -> windows of the token file
+
+def mix(x):
+    """A 64-bit hash of uint64 arrays (the splitmix64 finaliser)."""
+    x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(index, n, key):
+    """A keyed bijection of 0..n-1: a four-round Feistel network on the next even number of bits, walked until it is back below n."""
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    x = np.asarray(index, dtype=np.uint64).copy()
+    todo = np.ones(len(x), dtype=bool)
+    while todo.any():
+        left, right = x[todo] >> half, x[todo] & mask
+        for r in range(4):
+            left, right = right, left ^ (mix(right ^ mix(np.uint64(key) + np.uint64(r))) & mask)
+        x[todo] = (left << half) | right
+        todo = x >= n
+    return x.astype(np.int64)
+
+
+@np.errstate(over="ignore")
+def windows_of(cfg, data_step, n_windows):
+    """The windows (batch_size,) of a step's sequences: every epoch is a new permutation of all windows."""
+    sequence = data_step * cfg.batch_size + np.arange(cfg.batch_size)
+    windows = np.empty(cfg.batch_size, dtype=np.int64)
+    for epoch in np.unique(sequence // n_windows):
+        mine = sequence // n_windows == epoch
+        key = mix(mix(np.uint64([cfg.seed])) ^ np.uint64(epoch))[0]
+        windows[mine] = permute(sequence[mine] % n_windows, n_windows, key)
+    return windows
+
+
+def dropout_seed(cfg, step, rank) -> int:
+    """Dropout too is a function of the step, so that a continuation needs no generator's state."""
+    return int(random.Random(f"dropout {cfg.seed} {step} {rank}").getrandbits(63))
+
+
+def read_windows(tokens, windows, block_size):
+    """tokens (count,), windows (n,) -> (n, block_size + 1) int64: inputs and the targets one further. Windows do not overlap."""
+    at = windows[:, None] * block_size + np.arange(block_size + 1)
+    return tokens[at].astype(np.int64)
+
+
+def count_windows(token_file, block_size) -> int:
+    return max(0, (token_file.count - 1) // block_size)
+
+
+def batches(cfg, plan, tokens, n_windows, steps, place):
+    """Yields for each step this rank's (n_micro, micro_batch_size, block_size + 1) tokens, read ahead by a thread.
+
+    Micro-batch m of rank r holds the sequences (m world + r) micro_batch_size ... of the step: together the ranks see the step's
+    sequences once, whatever their number.
+    """
+
+    def make(step):
+        windows = windows_of(cfg, step if step < plan.unique else step - plan.unique, n_windows)
+        mine = windows.reshape(-1, place.world, cfg.micro_batch_size)[:, place.rank]            # (n_micro, micro_batch)
+        batch = torch.from_numpy(read_windows(tokens, mine.ravel(), cfg.block_size)).view(*mine.shape, -1)
+        return batch.pin_memory() if place.device.type == "cuda" else batch
+
+    steps = iter(steps)
+    with ThreadPoolExecutor(1) as pool:
+        ahead = collections.deque(pool.submit(make, step) for step, _ in zip(steps, range(4)))
+        while ahead:
+            batch = ahead.popleft().result()
+            for step in steps:
+                ahead.append(pool.submit(make, step))
+                break
+            yield batch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where it runs
+
+@dataclass
+class Place:
+    """This process: its rank of `world`, its device and the dtype of its matmuls."""
+    rank: int
+    world: int
+    device: object
+    dtype: object
+    compile: bool
+
+    @property
+    def master(self):
+        return self.rank == 0
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def total(self, values):
+        """Sum over the ranks of a 1-D tensor."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self):
+        self.total(torch.zeros(1, device=self.device))
+
+
+def pick_device(name):
+    """torch.device of Config's `device`; UserError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    there = {"cpu": True, "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+             "mps": torch.backends.mps.is_available()}[device.type]
+    if not there:
+        raise UserError(f"device={name} is not available here: use --device=cpu or leave it out.")
+    return device
+
+
+def set_up(cfg) -> Place:
+    """Device, precision and, under torchrun, the process group (nccl on CUDA, gloo on CPU)."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if cfg.batch_size % (cfg.micro_batch_size * world):
+        raise UserError(f"batch_size={cfg.batch_size} does not divide among {world} processes x micro_batch_size={cfg.micro_batch_size} "
+                        f"= {cfg.micro_batch_size * world} sequences: change one of them.")
+    device = pick_device(cfg.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index if device.index is not None and world == 1 else local)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    on_cuda = device.type == "cuda"
+    dtype = {"auto": torch.bfloat16 if on_cuda else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
+    return Place(rank, world, device, dtype, on_cuda if cfg.compile == "auto" else cfg.compile)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model, optimiser, one step
+
+def make_optimizer(cfg, model, device):
+    return torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=device.type in ("cpu", "cuda"))
+
+
+def wrap(model, cfg, plan, step, place):
+    """The model as the step calls it: under DDP where there are several processes."""
+    if place.world == 1:
+        return model
+    unused = cfg.guide_skip and step < plan.guided  # a skipped layer's guide gets no gradient
+    return DistributedDataParallel(model, device_ids=[place.device] if place.device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True, find_unused_parameters=unused)
+
+
+def end_guide(model, optimizer):
+    """The switch: W leaves the model and the optimiser."""
+    for _, module in model.structured_linears():
+        optimizer.state.pop(module.W, None)
+        module.end_guide()
+    kept = {id(p) for p in model.parameters()}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) in kept]
+
+
+def train_step(wrapped, optimizer, micro_batches, cfg, place, lr, alpha=None, guided=()):
+    """One optimiser step over (n_micro, micro_batch, T + 1) tokens -> (mean loss of this rank, gradient norm), both 0-d on the device."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    n, total = len(micro_batches), 0.0
+    for i, batch in enumerate(micro_batches):
+        last = i == n - 1
+        with contextlib.nullcontext() if last or place.world == 1 else wrapped.no_sync():
+            with place.autocast():
+                loss = wrapped(batch[:, :-1], batch[:, 1:], alpha, guided) / n
+            loss.backward()
+        total = total + loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], cfg.grad_clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+@torch.no_grad()
+def evaluate(model, token_file, n_windows, cfg, place, alpha=None, guided=()) -> float:
+    """Mean loss on the first n_windows windows of a token file, shared among the ranks."""
+    model.eval()
+    total = torch.zeros(1, dtype=torch.float64, device=place.device)
+    mine = np.arange(place.rank, n_windows, place.world)
+    for i in range(0, len(mine), cfg.micro_batch_size):
+        windows = read_windows(token_file.tokens, mine[i:i + cfg.micro_batch_size], cfg.block_size)
+        batch = torch.full((cfg.micro_batch_size, cfg.block_size + 1), -1)                      # always one shape: one compilation
+        batch[:len(windows)] = torch.from_numpy(windows)
+        batch = batch.to(place.device)
+        with place.autocast():
+            loss = model(batch[:, :-1].clamp(min=0), batch[:, 1:], alpha, guided)
+        total += loss.double() * len(windows)
+    model.train()
+    return place.total(total).item() / n_windows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run's folder
+
+MAY_CHANGE = {"micro_batch_size", "eval_interval", "final_eval_tokens", "log_interval", "save_interval", "out_dir", "resume", "wandb",
+              "wandb_project", "device", "compile", "eval_only", "data_dir", "input", "val_input", "dataset", "tokenizer"}
+
+
+def open_folder(cfg):
+    """Decides between a new run, a continuation and a finished run: returns "new", "continue" or "finished"."""
+    path = os.path.join(cfg.out_dir, "config.json")
+    if not os.path.exists(path):
+        return "new"
+    if cfg.resume == "off":
+        raise UserError(f"{cfg.out_dir} already holds a run: continue it with --resume=auto, or choose another --out_dir.")
+    try:
+        with open(path) as f:
+            old = config.from_dict(json.load(f))
+    except ValueError:
+        raise UserError(f"{path} is damaged: choose another --out_dir.") from None
+    changed = [f.name for f in dataclasses.fields(Config) if f.name not in MAY_CHANGE and getattr(old, f.name) != getattr(cfg, f.name)
+               and not (f.name == "vocab_size" and cfg.vocab_size == 0)]  # 0: the data's, not known yet
+    if changed:
+        name = changed[0]
+        raise UserError(f"{cfg.out_dir} holds a run with {name}={getattr(old, name)}, this command says {name}={getattr(cfg, name)}: "
+                        "repeat its settings, or choose another --out_dir.")
+    if os.path.exists(os.path.join(cfg.out_dir, "model.pt")):
+        return "finished"
+    return "continue" if os.path.exists(os.path.join(cfg.out_dir, "ckpt.pt")) else "new"
+
+
+def save_checkpoint(cfg, model, optimizer, step, data_checksum):
+    """Everything an exact continuation needs; the optimiser's state by parameter name."""
+    names = {p: n for n, p in model.named_parameters()}
+    save_beside({"config": config.to_dict(cfg), "model": model.state_dict(), "step": step, "data": data_checksum,
+                 "optimizer": {names[p]: dict(state) for p, state in optimizer.state.items()}}, os.path.join(cfg.out_dir, "ckpt.pt"))
+
+
+def start_or_continue(cfg, plan, place, state, data_checksum):
+    """A new model, or the checkpoint's in the phase of its step -> (model, optimizer, finished steps)."""
+    saved = None
+    if state == "continue":
+        saved = read_checkpoint(os.path.join(cfg.out_dir, "ckpt.pt"))
+        if saved["data"] != data_checksum:
+            raise UserError(f"{config.data_dir(cfg)} holds other training data than the run in {cfg.out_dir} began with: "
+                            "restore it, or choose another --out_dir.")
+    step = saved["step"] if saved else 0
+    model = build(cfg, place.device, None if saved else cfg.seed)
+    if step < plan.guided:
+        for _, module in model.structured_linears():
+            module.start_guide()
+    if saved:
+        model.load_state_dict(saved["model"])
+    optimizer = make_optimizer(cfg, model, place.device)
+    if saved:
+        for name, p in model.named_parameters():
+            optimizer.state[p] = {k: v.to(place.device, copy=True) for k, v in saved["optimizer"].get(name, {}).items()}
+    return model, optimizer, step
+
+
+def save_model(cfg, model, tokenizer, step, val_loss):
+    """model.pt: all that sampling and scoring need."""
+    save_beside({"config": config.to_dict(cfg), "model": model.state_dict(), "step": step, "val_loss": val_loss,
+                 "tokenizer": {"identity": tokenizer.identity, "blob": torch.frombuffer(bytearray(tokenizer.blob) or bytearray(1), dtype=torch.uint8)}},
+                os.path.join(cfg.out_dir, "model.pt"))
+
+
+def start_wandb(cfg):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("wandb=True needs the wandb package: pip install wandb, or leave it out (metrics.jsonl is always written).") from None
+    try:
+        return wandb.init(project=cfg.wandb_project, name=os.path.basename(cfg.out_dir), config=config.to_dict(cfg), dir=cfg.out_dir, resume="allow",
+                          id=os.path.basename(os.path.abspath(cfg.out_dir)))
+    except Exception as e:
+        raise UserError(f"wandb did not start ({str(e).splitlines()[0] if str(e) else type(e).__name__}): log in, set WANDB_MODE=offline, or use --wandb=False.") from e
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the user reads
+
+def short(n) -> str:
+    """1234567 -> 1.23M"""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:.3g}"
+
+
+def clock(seconds) -> str:
+    s = int(seconds)
+    return f"{s // 3600}h{s % 3600 // 60:02d}m" if s >= 3600 else f"{s // 60}m{s % 60:02d}s"
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def start_card(cfg, plan, place, train, n_windows, n_val, n_final):
+    facts, peak = summary(cfg), peak_flops(place.device)
+    ffn = {"dense": "dense", "lowrank": f"lowrank rank {cfg.rank}", "blockshuffle": f"blockshuffle {cfg.nblocks} blocks",
+           "blockdense": f"blockdense rank {cfg.rank}, {cfg.nblocks} blocks"}[cfg.ffn]
+    guide = "" if cfg.guide == "off" else (f"guide    {cfg.guide}, the first {plan.guided} steps of {plan.steps}, {cfg.guide_schedule}"
+                                           f"{', skip' if cfg.guide_skip else ''}; +{short(facts['params_guide'])} parameters until then\n")
+    print(f"model    {cfg.n_layer} layers x {cfg.n_embd}, FFN {cfg.ffn_dim} {ffn}; {short(facts['params'])} parameters, {short(facts['params_ffn'])} in FFNs\n{guide}"
+          f"data     {config.data_dir(cfg)}: {short(train.count)} tokens, vocabulary {train.vocab_size}; validation on {short(n_val * cfg.block_size)}, at the end {short(n_final * cfg.block_size)}\n"
+          f"training {plan.steps} steps x {cfg.batch_size} x {cfg.block_size} = {short(facts['tokens'])} tokens, "
+          f"{plan.unique * cfg.batch_size / n_windows:.2f} epochs{f' + {plan.steps - plan.unique} steps replayed' if plan.steps > plan.unique else ''}, "
+          f"{facts['train_flops']:.2e} FLOPs\n"
+          f"device   {place.world} x {device_name(place.device)}, {str(place.dtype)[6:]}, peak {short(peak) + 'FLOP/s' if peak else 'n/a'}, "
+          f"{'compiled' if place.compile else 'not compiled'}\nfolder   {cfg.out_dir}", flush=True)
+
+
+class Log:
+    """What a run says as it goes: metrics.jsonl (one object a line, flushed at once), wandb if asked, and progress.
+
+    On a terminal progress is one line that is rewritten; in a log file a line for each 1 % of the run or every five minutes,
+    whichever comes first. Only rank 0 speaks. Rates leave out validation and saving.
+    """
+
+    def __init__(self, cfg, plan, place, step):
+        self.cfg, self.plan, self.place, self.peak = cfg, plan, place, peak_flops(place.device)
+        self.tokens_per_step = cfg.batch_size * cfg.block_size
+        self.tty, self.next_step, self.next_time = sys.stdout.isatty(), 0, 0.0
+        self.began = self.mark = time.time()
+        self.mark_step, self.steady_tokens, self.steady_seconds = step, 0, 0.0
+        if place.master:
+            self.wandb = start_wandb(cfg) if cfg.wandb else None
+            self.file = open_metrics(cfg, step)
+
+    def write(self, **values):
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log({k: v for k, v in values.items() if v is not None}, step=values["step"])
+
+    def step(self, step, loss, lr, norm, alpha, guided):
+        """A log step; loss and norm are tensors and the ranks' losses are averaged, so all ranks call it."""
+        loss = (self.place.total(loss.reshape(1)) / self.place.world).item()
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {step}: lower lr or grad_clip and go on from the last checkpoint in {self.cfg.out_dir}, if there is one.")
+        seconds, tokens = time.time() - self.mark, (step - self.mark_step) * self.tokens_per_step
+        if self.mark_step > self.cfg.log_interval or not self.place.compile:  # the first steps compile
+            self.steady_tokens, self.steady_seconds = self.steady_tokens + tokens, self.steady_seconds + seconds
+        self.mark, self.mark_step, self.rate = time.time(), step, tokens / seconds
+        if not self.place.master:
+            return
+        self.mfu = 3 * flops_per_token(self.cfg, "dense" if guided else None) * self.rate / (self.peak * self.place.world) if self.peak else None
+        self.write(step=step, tokens=step * self.tokens_per_step, loss=loss, lr=lr, grad_norm=norm.item(), alpha=alpha,
+                   tokens_per_s=round(self.rate, 1), mfu=self.mfu and round(self.mfu, 4))
+        left = (self.plan.steps - step) * self.tokens_per_step / self.rate
+        text = (f"step {step}/{self.plan.steps}  loss {loss:.4f}  lr {lr:.2e}  {short(self.rate)} tokens/s"
+                f"{f'  MFU {self.mfu:.1%}' if self.mfu else ''}  {clock(left)} left")
+        if self.tty:
+            print(f"\r\033[K{text}", end="", flush=True)
+        elif step >= self.next_step or time.time() >= self.next_time or step == self.plan.steps:
+            print(text, flush=True)
+            self.next_step, self.next_time = step + self.plan.steps / 100, time.time() + 300
+
+    def validation(self, step, loss):
+        if self.place.master:
+            self.write(step=step, val_loss=loss, val_ppl=math.exp(loss))
+            self.say(f"step {step}/{self.plan.steps}  validation loss {loss:.4f}  PPL {math.exp(loss):.2f}")
+
+    def say(self, text):
+        if self.place.master:
+            print(f"\r\033[K{text}" if self.tty else text, flush=True)
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Time inside does not count as training."""
+        began = time.time()
+        yield
+        self.mark += time.time() - began
+
+    def end_card(self, val_loss, n_final):
+        rate = self.steady_tokens / self.steady_seconds if self.steady_seconds else self.rate
+        mfu = 3 * flops_per_token(self.cfg) * rate / (self.peak * self.place.world) if self.peak else None
+        memory = f"{torch.cuda.max_memory_allocated(self.place.device) / 2**30:.1f} GiB" if self.place.device.type == "cuda" else "n/a"
+        phases = ", ".join(f"{name} {flops:.2e}" for name, flops in train_flops(self.cfg, self.plan).items() if flops)
+        self.say(f"done     validation loss {val_loss:.4f}, PPL {math.exp(val_loss):.2f} on {short(n_final * self.cfg.block_size)} tokens\n"
+                 f"speed    {short(rate)} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}, peak memory {memory}, {clock(time.time() - self.began)} in all\n"
+                 f"FLOPs    {phases}\nnext     python sample.py {self.cfg.out_dir}")
+
+
+def open_metrics(cfg, step):
+    """metrics.jsonl for appending, cut back to the checkpoint's step so that no step stands twice."""
+    path = os.path.join(cfg.out_dir, "metrics.jsonl")
+    kept = []
+    if step and os.path.exists(path):
+        with open(path) as f:
+            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]  # a torn last line goes too
+    with open(path + ".tmp", "w") as f:
+        f.writelines(kept)
+    os.replace(path + ".tmp", path)
+    return open(path, "a")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop
+
+class Stop:
+    """Ctrl-C or SIGTERM: the run finishes its step, saves and ends; a second signal ends it at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, self.catch)
+
+    def catch(self, number, frame):
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def agreed(self, place) -> int:
+        """The signal that any rank has received, 0 without one; with several ranks all must call it."""
+        if place.world == 1:
+            return self.signal
+        signals = torch.zeros(place.world, device=place.device)
+        signals[place.rank] = self.signal
+        return int(place.total(signals).max().item())
+
+
+def check_data(cfg, train_file, val_file):
+    """(windows of training, of a validation during the run, of the final one); too little of them is refused with the arithmetic."""
+    n_windows, n_val = count_windows(train_file, cfg.block_size), count_windows(val_file, cfg.block_size)
+    if n_windows < cfg.batch_size:
+        raise UserError(f"the training data's {train_file.count} tokens are {n_windows} windows of block_size {cfg.block_size}, less than one step of "
+                        f"batch_size {cfg.batch_size}: prepare more text, or lower block_size or batch_size.")
+    if n_val < 1:
+        raise UserError(f"the validation data's {val_file.count} tokens do not fill one window of block_size {cfg.block_size} + 1: "
+                        "give more validation text, or lower block_size.")
+    return n_windows, min(n_val, max(1, cfg.eval_tokens // cfg.block_size)), min(n_val, max(1, cfg.final_eval_tokens // cfg.block_size))
+
+
+def nominal_vocabulary(tokenizer) -> int:
+    """The vocabulary a tokenizer's name promises, for a dry run."""
+    known = {"byte": 257, "gpt2": 50257, "llama": 32000}
+    size = known.get(tokenizer) or tokenizer.removeprefix("spm:")
+    if not str(size).isdigit():
+        raise UserError(f"the vocabulary of tokenizer={tokenizer} is not known without its file: give --vocab_size for a dry run.")
+    return int(size)
+
+
+def match_vocabulary(cfg, data_vocab):
+    """vocab_size 0 becomes the data's; a larger one is padding."""
+    if 0 < cfg.vocab_size < data_vocab:
+        raise UserError(f"vocab_size={cfg.vocab_size} is smaller than the data's vocabulary of {data_vocab} in {config.data_dir(cfg)}: "
+                        f"use at least {data_vocab}, or 0.")
+    cfg.vocab_size = cfg.vocab_size or data_vocab
+
+
+def train(cfg, place, state, train_file, val_file, tokenizer):
+    """The run, from its first or its checkpoint's step to model.pt."""
+    plan = make_plan(cfg)
+    n_windows, n_val, n_final = check_data(cfg, train_file, val_file)
+    model, optimizer, step = start_or_continue(cfg, plan, place, state, train_file.checksum)
+    if place.compile:
+        model.compile_parts()
+    wrapped = wrap(model, cfg, plan, step, place)
+    if place.master:
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        with open(os.path.join(cfg.out_dir, "config.json"), "w") as f:
+            json.dump(config.to_dict(cfg), f, indent=1)
+        start_card(cfg, plan, place, train_file, n_windows, n_val, n_final)
+    log, stop = Log(cfg, plan, place, step), Stop()
+    if step:
+        log.say(f"continuing after step {step} of {plan.steps}")
+    alpha = torch.ones((), device=place.device)
+    every_guide = tuple(range(cfg.n_dense_layers, cfg.n_layer))
+
+    for batch in batches(cfg, plan, train_file.tokens, n_windows, range(step, plan.steps), place):
+        # one step
+        lr, a, guided = lr_at(cfg, plan, step), alpha_at(cfg, plan, step), guided_layers(cfg, plan, step)
+        if cfg.dropout:
+            torch.manual_seed(dropout_seed(cfg, step, place.rank))
+        loss, norm = train_step(wrapped, optimizer, batch.to(place.device, non_blocking=True), cfg, place, lr, alpha.fill_(a), guided)
+        step += 1
+        if step == plan.guided:
+            end_guide(model, optimizer)
+            wrapped = wrap(model, cfg, plan, step, place)
+
+        # what it says and what it keeps
+        logging = step % cfg.log_interval == 0 or step in (1, plan.steps)
+        if logging:
+            log.step(step, loss, lr, norm, a, guided)
+        stopping = stop.agreed(place) if logging or place.world == 1 else 0
+        with log.pause():
+            if cfg.eval_interval and step % cfg.eval_interval == 0 and step < plan.steps:
+                guides = every_guide if step < plan.guided else ()
+                log.validation(step, evaluate(model, val_file, n_val, cfg, place, alpha.fill_(alpha_at(cfg, plan, step)), guides))
+            if place.master and (stopping or cfg.save_interval and step % cfg.save_interval == 0 or step == plan.steps):
+                save_checkpoint(cfg, model, optimizer, step, train_file.checksum)
+        if stopping and step < plan.steps:
+            log.say(f"stopped after step {step} and saved; the same command with --resume=auto goes on")
+            sys.exit(128 + stopping)
+
+    val_loss = evaluate(model, val_file, n_final, cfg, place)
+    log.validation(step, val_loss)
+    if place.master:
+        save_model(cfg, model, tokenizer, step, val_loss)
+    log.end_card(val_loss, n_final)
+
+
+def score(cfg):
+    """eval_only: the loss of out_dir's finished model on data_dir's validation file."""
+    device = pick_device(cfg.device)
+    model, trained, saved = load(cfg.out_dir, device)
+    _, val_file, tokenizer = prepare.open_data(cfg)
+    if tokenizer.identity != saved["tokenizer"]["identity"]:
+        raise UserError(f"the model in {cfg.out_dir} was trained with the tokenizer {saved['tokenizer']['identity']}, "
+                        f"{config.data_dir(cfg)} holds tokens of {tokenizer.identity}: prepare the text with the model's.")
+    trained.micro_batch_size = cfg.micro_batch_size
+    n = count_windows(val_file, trained.block_size)
+    if n < 1:
+        check_data(trained, val_file, val_file)
+    n = min(n, max(1, cfg.final_eval_tokens // trained.block_size))
+    place = set_up(dataclasses.replace(trained, device=cfg.device, dtype=cfg.dtype, compile=cfg.compile, batch_size=cfg.batch_size))
+    if place.compile:
+        model.compile_parts()
+    loss = evaluate(model, val_file, n, trained, place)
+    if place.master:
+        print(f"{cfg.out_dir} on {config.data_dir(cfg)}: loss {loss:.4f}, PPL {math.exp(loss):.2f} on {short(n * trained.block_size)} tokens")
+
+
+def main(cfg, settings):
+    if settings.dry_run:
+        cfg.vocab_size = cfg.vocab_size or nominal_vocabulary(cfg.tokenizer)
+        print(json.dumps(summary(cfg)))
+        return
+    make_plan(cfg)
+    if cfg.eval_only:
+        score(cfg)
+        return
+    state = open_folder(cfg)
+    if state == "finished":
+        print(f"{cfg.out_dir} holds a finished run; sample from it with: python sample.py {cfg.out_dir}")
+        return
+    place = set_up(cfg)
+    if place.master:
+        prepare.ensure_data(cfg)
+    place.barrier()
+    train_file, val_file, tokenizer = prepare.open_data(cfg)
+    match_vocabulary(cfg, train_file.vocab_size)
+    train(cfg, place, state, train_file, val_file, tokenizer)
+    if place.world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    config.run(lambda argv: main(*SETTINGS))
