@@ -6,6 +6,7 @@ logits, parameter and FLOP counts by PAPER §4's rules, and building, saving and
 import os
 
 import torch
+import torch._functorch.config
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -197,6 +198,7 @@ class GPT(nn.Module):
     def compile_parts(self):
         """torch.compile, block by block: equal blocks share one compilation, and parameters keep their names."""
         torch._dynamo.config.recompile_limit = 64  # dense and structured, guided and plain, training and validation
+        torch._functorch.config.activation_memory_budget = self.cfg.memory_budget
         for part in (*self.blocks, self.norm):
             part.compile()
         self.token_loss = torch.compile(token_loss)
