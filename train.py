@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -190,12 +191,10 @@ def batches(cfg, plan, tokens, n_windows, steps, place):
 
     steps = iter(steps)
     with ThreadPoolExecutor(1) as pool:
-        ahead = collections.deque(pool.submit(make, step) for step, _ in zip(steps, range(4)))
+        ahead = collections.deque(pool.submit(make, step) for step in itertools.islice(steps, 4))
         while ahead:
             batch = ahead.popleft().result()
-            for step in steps:
-                ahead.append(pool.submit(make, step))
-                break
+            ahead.extend(pool.submit(make, step) for step in itertools.islice(steps, 1))
             yield batch
 
 
