@@ -79,6 +79,7 @@ def test_steps_of_the_guides():
     assert plan(*LOWRANK, "--guide=fixedstep", "--guide_ratio=0.3") == (100, 100, 30)
     assert plan(*LOWRANK, "--guide=fixedflop", "--guide_ratio=0.3") == (130, 100, 30)
     assert plan(*LOWRANK, "--guide=fixedflop", "--guide_ratio=1") == (200, 100, 100)
+    assert plan(*LOWRANK, "--guide=replay", "--guide_ratio=0.3") == (130, 100, 0)
     with pytest.raises(UserError, match="max_tokens=127 .* 8 x block_size 16 = 128"):
         plan("--max_tokens=127")
 
@@ -92,12 +93,13 @@ def test_auto_ratio_is_the_papers(skip, ratios):
 
 
 @pytest.mark.parametrize("flags", [*STRUCTURES.values()], ids=[*STRUCTURES])
-@pytest.mark.parametrize("skip", [False, True])
-def test_fixedflop_costs_what_the_dense_model_costs(flags, skip):
-    shape = ["--max_tokens=128000", "--ffn_dim=256"]
+@pytest.mark.parametrize("guide", ["fixedflop", "fixedflop --guide_skip=True", "replay"])
+def test_fixedflop_and_its_control_cost_what_the_dense_model_costs(flags, guide):
+    shape = ["--max_tokens=128000", "--ffn_dim=256", "--n_embd=64"]
     dense = train.summary(tiny(*shape))["train_flops"]
-    facts = train.summary(tiny(*shape, *flags, "--guide=fixedflop", f"--guide_skip={skip}"))
-    assert abs(facts["train_flops"] / dense - 1) < 0.002 and facts["steps"] == 1000 + facts["guided_steps"] and 100 < facts["guided_steps"] < 900
+    facts = train.summary(tiny(*shape, *flags, *f"--guide={guide}".split()))
+    assert abs(facts["train_flops"] / dense - 1) < 0.002 and 1100 < facts["steps"] < 1999
+    assert facts["guided_steps"] == (0 if guide == "replay" else facts["steps"] - 1000)
     assert sum(facts["train_flops_by_phase"].values()) == pytest.approx(facts["train_flops"], rel=1e-4)
 
 
@@ -194,6 +196,8 @@ def test_fixedflop_replays_the_guided_steps_data():
     batch = all_batches(cfg, tokens, 100, range(12), 1)
     assert all(np.array_equal(batch[8 + k], batch[k]) for k in range(4))
     assert len({b.tobytes() for b in batch.values()}) == 8
+    control = all_batches(tiny(*LOWRANK, "--guide=replay", "--guide_ratio=0.5"), tokens, 100, range(12), 1)
+    assert all(np.array_equal(control[k], batch[k]) for k in range(12))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -531,11 +535,15 @@ def test_after_the_switch_the_guide_is_gone_from_everything(data, tmp_path, monk
 # Two processes
 
 WORKER = """
-import json, os, sys
+import json, sys
 sys.path.insert(0, {root!r})
 import config, train
+real, end = train.dist.init_process_group, train.dist.destroy_process_group
+train.dist.init_process_group = lambda *args, **kw: train.dist.is_initialized() or real(*args, **kw)  # one group for all runs
+train.dist.destroy_process_group = lambda: None
 for argv in json.load(open({runs!r})):
     train.main(*config.load(argv, train.Settings))
+end()
 """
 
 
@@ -549,10 +557,15 @@ def two_processes(data, tmp_path_factory, whole):
     runs = [[*TINY, f"--out_dir={folder / name}", f"--data_dir={data}", *argv] for name, argv in flags.items()]
     (folder / "runs.json").write_text(json.dumps(runs))
     (folder / "worker.py").write_text(WORKER.format(root=str(ROOT), runs=str(folder / "runs.json")))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(folder / "worker.py")],
-                          capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {name: folder / name for name in flags} | {"stdout": done.stdout}
+    torchrun = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(folder / "worker.py")],
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = torchrun.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        torchrun.terminate()  # it ends its workers
+        out, err = torchrun.communicate()
+    assert torchrun.returncode == 0, err[-3000:]
+    return {name: folder / name for name in flags} | {"stdout": out}
 
 
 def test_two_processes_equal_one(two_processes, whole, data, tmp_path):
