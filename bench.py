@@ -1,56 +1,139 @@
-"""Measures efficiency:  python bench.py train config/xl.py --ffn=lowrank --rank=512 --micro_batch_size=16
+"""Measures efficiency:  python bench.py kernel|ffn|train|prefill [preset.py] [--name=value ...]
+                      python bench.py curves out/RUN ...
 
-    train      whole optimiser steps, dense against structured: tokens/s, MFU, memory, where the time goes
+    kernel     one structured linear: einsum, bmm, ours, and the dense matmul that it replaces
+    ffn        one FFN, dense and structured, over widths and over tokens
+    train      whole optimiser steps, dense against structured, plain and guided: tokens/s, MFU, memory, where the time goes
+    prefill    forward of whole prompts
+    curves     losses of training runs against tokens, FLOPs and seconds; loss against FLOPs over sizes
 
-Every comparison is timed in one run, on random data; --json=PATH appends one JSON line per row.
+Every comparison is timed in one run, on random data. --json=PATH appends one JSON line per row, --plot=PATH draws a PNG. Without
+--cases the FFNs compared are dense and the one of the command line, or, if that is dense, the structures of PAPER §5.
 """
 import dataclasses
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 
 import config
-from config import UserError
+from config import Config, UserError
 
-COMMANDS = ("train",)
+COMMANDS = ("kernel", "ffn", "train", "prefill", "curves")
+CASES = ("dense", *(ffn + share for ffn in ("lowrank", "blockshuffle", "blockdense") for share in ("63", "32")))
 
 
 @dataclass
 class Settings:
     json: str = ""                       # append one JSON line per row to this file
     plot: str = ""                       # write a picture of the table to this PNG
-    repeats: int = 20                    # timed repetitions; the median and the middle half's spread are reported
-    warmup: int = 5                      # repetitions before, compilation included
+    cases: str = ""                      # FFNs to compare, as in dense,lowrank32,blockshuffle63 (PAPER §5's, at 32 or 63 %); all: all of them
+    widths: str = ""                     # kernel, ffn: widths, as in 768,2048; empty: the preset's, or a sweep
+    tokens: str = ""                     # kernel, ffn: tokens in a call, as in 1,64,30720; prefill: lengths of prompts; empty: a sweep
+    batches: str = ""                    # prefill: prompts in a call; empty: 1,16
+    repeats: int = 0                     # timed repetitions, of which median and interquartile range are told; 0: 20 on a GPU, 3 on the CPU
+    warmup: int = 0                      # repetitions before, compilation included; 0: 5 on a GPU, 1 on the CPU
+
+
+def numbers(settings, name) -> list:
+    """The whole numbers of a setting such as --widths=768,2048."""
+    text = getattr(settings, name)
+    items = text.replace(" ", "").split(",") if text else []
+    if not all(item.isdecimal() and int(item) > 0 for item in items):
+        raise UserError(f"{name}={text} does not fit: expected whole numbers from 1 up, separated by commas.")
+    return [int(item) for item in items]
+
+
+def with_case(cfg, case) -> Config:
+    """cfg with the FFN that a name of CASES means at its width: ranks and blocks of PAPER §5, its ratios at other widths."""
+    ffn, share = (case, "") if case == "dense" else (case[:-2], case[-2:])
+    half = 2 if share == "32" else 1
+    rank, nblocks = {"dense": (0, 0), "lowrank": (cfg.n_embd // 2 // half, 0), "blockshuffle": (0, 2 * half),
+                     "blockdense": (2 * cfg.n_embd // 3 // half, 2) if cfg.n_embd in (768, 1536) else (3 * cfg.n_embd // 4 // half, 4)}[ffn]
+    cfg = dataclasses.replace(cfg, ffn=ffn, rank=rank, nblocks=nblocks, guide=cfg.guide if share else "off")
+    config.check(cfg)
+    return cfg
+
+
+def compared(cfg, settings, width=None) -> dict:
+    """{label: config} of the FFNs to compare, dense first; with a width, of one FFN of that width."""
+    if width:
+        cfg = dataclasses.replace(cfg, n_embd=width, ffn_dim=width * cfg.ffn_dim // cfg.n_embd, n_head=1, n_kv_head=1, attn_dim=2, guide="off")
+        config.check(cfg)
+    if not settings.cases and cfg.ffn != "dense":
+        return {"dense": with_case(cfg, "dense"), ffn_name(cfg): cfg}
+    default = CASES if width else [case for case in CASES if not case.endswith("63")]
+    names = CASES if settings.cases == "all" else settings.cases.replace(" ", "").split(",") if settings.cases else default
+    for name in names:
+        if name not in CASES:
+            raise UserError(f"cases={settings.cases} does not fit: {name} is none of {', '.join(CASES)}.")
+    return {name if name == "dense" else f"{name[:-2]} {name[-2:]} %": with_case(cfg, name) for name in sorted(names, key=CASES.index)}
+
+
+def ffn_name(cfg) -> str:
+    return cfg.ffn + (f" R={cfg.rank}" if cfg.ffn in ("lowrank", "blockdense") else "") + (f" B={cfg.nblocks}" if cfg.ffn.startswith("block") else "")
 
 
 def read_settings(argv):
-    """Command line -> (command, Config, Settings)."""
+    """Command line -> (command, Config or run folders, Settings)."""
     if not argv or argv[0] in ("-h", "--help"):
         config.load(["--help"], Settings, usage=__doc__)
-    if argv[0] not in COMMANDS:
-        raise UserError(f"{argv[0]} is not a benchmark: choose one of {', '.join(COMMANDS)}.")
-    return argv[0], *config.load(argv[1:], Settings, usage=__doc__)
+    command = argv[0]
+    if command not in COMMANDS:
+        raise UserError(f"{command} is not a benchmark: choose one of {', '.join(COMMANDS)}.")
+    if command == "curves":
+        subject, values = config.parse(argv[1:], Settings, usage=__doc__)
+        settings = Settings(**values)
+        if not subject:
+            raise UserError("curves needs the folder of at least one run: python bench.py curves out/NAME ...")
+    else:
+        subject, settings = config.load(argv[1:], Settings, usage=__doc__)
+        if not settings.widths and any(a.endswith(".py") or a.removeprefix("--").startswith("n_embd=") for a in argv):
+            settings.widths = str(subject.n_embd)
+        lists = {name: numbers(settings, name) for name in ("widths", "tokens", "batches")}
+        for width in lists["widths"] if command in ("kernel", "ffn") else [None]:
+            compared(subject, settings, width)
+    for path in filter(None, (settings.json, settings.plot)):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            raise UserError(f"the folder of {path} does not exist: make it, or write elsewhere.")
+    if settings.plot and not importlib.util.find_spec("matplotlib"):
+        raise UserError("plot needs matplotlib: pip install matplotlib, or leave --plot out.")
+    return command, subject, settings
 
 
 if __name__ == "__main__":
     SETTINGS = config.run(read_settings)  # a wrong setting is told before torch loads
 
-import torch
+import gc
+import math
+import time
+from functools import partial
 
-from model import build, flops_per_token, peak_flops
-from train import device_name, make_optimizer, set_up, short, train_step
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import FFN, build, ffn_params, flops_per_token, linear_params, peak_flops
+from structured import BlockShuffle, LowRank, linear
+from train import MAY_CHANGE, Plan, alpha_at, device_name, make_optimizer, make_plan, nominal_vocabulary, set_up, short, train_step
+
+PASSES = {"forward": 1, "forward+backward": 3}  # and how many times the forward's FLOPs
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Timing and reporting
+# Timing
 
 def timed(run, device, settings):
-    """Milliseconds of run(): (median, interquartile range) over settings.repeats after warm-up."""
-    for _ in range(settings.warmup):
+    """Milliseconds of run(): (median, interquartile range) after warm-up."""
+    on_cuda = device.type == "cuda"
+    for _ in range(settings.warmup or (5 if on_cuda else 1)):
         run()
-    if device.type == "cuda":
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(settings.repeats + 1)]
+    repeats = settings.repeats or (20 if on_cuda else 3)
+    if on_cuda:
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
         marks[0].record()
         for mark in marks[1:]:
             run()
@@ -58,15 +141,90 @@ def timed(run, device, settings):
         torch.cuda.synchronize()
         times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
     else:
-        import time
-        times = []
-        for _ in range(settings.repeats):
-            began = time.perf_counter()
+        marks = [time.perf_counter()]
+        for _ in range(repeats):
             run()
-            times.append((time.perf_counter() - began) * 1e3)
-    q = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
-    return q[1].item(), (q[2] - q[0]).item()
+            marks.append(time.perf_counter())
+        times = np.diff(marks) * 1e3
+    low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
+    return float(median), float(high - low)
 
+
+def graphed(run):
+    """run() recorded as a CUDA graph: replayed, it has no gaps between its kernels."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def fresh(device):
+    """Forgets the last case: its compilations, its memory and its peak."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+@torch.no_grad()
+def randomised(module, place):
+    """A module made on the meta device -> random weights in the matmuls' precision, as after a cast once per step."""
+    module.to_empty(device=place.device).to(place.dtype)
+    for p in module.parameters():
+        nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+    return module
+
+
+def copies(make, tokens, n_in, n_out, place) -> list:
+    """[(module, x, dy)] to run in turn: together over twice the L2 cache, so that none finds its data there."""
+    def one():
+        with torch.device("meta"):
+            module = make()
+        x, dy = (torch.randn(tokens, n, device=place.device, dtype=place.dtype) for n in (n_in, n_out))
+        return randomised(module, place), x.requires_grad_(), dy
+    first = one()
+    size = sum(t.numel() * t.element_size() for t in (*first[0].parameters(), first[1]))
+    cache = torch.cuda.get_device_properties(place.device).L2_cache_size if place.device.type == "cuda" else 0
+    return [first] + [one() for _ in range(max(2, math.ceil(2 * cache / size)) - 1)]
+
+
+SHORT = 4096  # tokens, up to which launching kernels can take longer than running them
+
+
+def time_passes(call, turns, place, settings):
+    """Yields (pass, ms, spread, eager_ms) of one call(module, x), the copies taking turns.
+
+    Short calls on a GPU are replayed from a CUDA graph; eager_ms is the same not compiled and launched from Python.
+    """
+    def forward(f):
+        with torch.no_grad():
+            for module, x, _ in turns:
+                f(module, x)
+
+    def both(f):
+        for module, x, dy in turns:
+            torch.autograd.grad(f(module, x), (x, *module.parameters()), dy)
+
+    compiled = torch.compile(call, dynamic=False) if place.compile else call
+    for name, run in zip(PASSES, (forward, both)):
+        turn, rounds, eager_ms = partial(run, compiled), 1, None
+        if place.device.type == "cuda" and len(turns[0][1]) <= SHORT:
+            rounds = math.ceil(32 / len(turns))  # so that starting the graph does not count
+            eager_ms = timed(partial(run, call), place.device, settings)[0] / len(turns)
+            turn = graphed(lambda: [partial(run, compiled)() for _ in range(rounds)])
+        ms, spread = timed(turn, place.device, settings)
+        yield name, ms / len(turns) / rounds, spread / len(turns) / rounds, eager_ms
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reporting
 
 def header(device) -> dict:
     """What the numbers depend on."""
@@ -74,15 +232,34 @@ def header(device) -> dict:
     if device.type == "cuda":
         import triton
         facts["triton"] = triton.__version__
-        query = subprocess.run(["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader"], capture_output=True, text=True)
+        query = subprocess.run(["nvidia-smi", f"--id={device.index or 0}", "--query-gpu=clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader"],
+                               capture_output=True, text=True)
         facts["clocks"] = query.stdout.strip().splitlines()[0] if query.returncode == 0 and query.stdout.strip() else "n/a"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    facts["commit"] = commit.stdout.strip() or "n/a"
+    return {**facts, "commit": commit()}
+
+
+def commit() -> str:
+    here = os.path.dirname(os.path.abspath(__file__))
+    run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    return run.stdout.strip() or "n/a"
+
+
+def conditions(place, settings, rates=False) -> dict:
+    """The header with precision and compilation; with `rates` the card's own, measured now: of a large matmul and of a copy (read + write)."""
+    facts = {**header(place.device), "dtype": str(place.dtype)[6:], "compile": place.compile}
+    if rates:
+        n, size = (8192, 2**29) if place.device.type == "cuda" else (1024, 2**22)
+        a, b = (torch.randn(n, n, device=place.device, dtype=place.dtype) for _ in range(2))
+        source = torch.randn(size, device=place.device, dtype=place.dtype)
+        target = torch.empty_like(source)
+        matmul = 2 * n**3 / timed(lambda: a @ b, place.device, settings)[0] / 1e9
+        copy = 2 * size * source.element_size() / timed(lambda: target.copy_(source), place.device, settings)[0] / 1e9
+        facts.update(matmul_tflops=float(f"{matmul:.4g}"), copy_tb_per_s=float(f"{copy:.4g}"))
     return facts
 
 
 class Table:
-    """Rows on screen as they come, and as JSON lines."""
+    """Rows on screen as they come, and as JSON lines. columns = {name: width}."""
 
     def __init__(self, columns, facts, settings):
         self.columns, self.facts, self.path, self.rows = columns, facts, settings.json, []
@@ -90,7 +267,7 @@ class Table:
         print("  ".join(name.rjust(width) for name, width in columns.items()), flush=True)
 
     def row(self, **values):
-        cells = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in (values.get(name, "") for name in self.columns))
+        cells = ("-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in (values.get(name) for name in self.columns))
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, self.columns.values())), flush=True)
         self.rows.append(values)
         if self.path:
@@ -98,30 +275,198 @@ class Table:
                 f.write(json.dumps({**values, **self.facts}) + "\n")
 
 
-def ffn_name(cfg) -> str:
-    return cfg.ffn + (f" R={cfg.rank}" if cfg.ffn in ("lowrank", "blockdense") else "") + (f" B={cfg.nblocks}" if cfg.ffn.startswith("block") else "")
+def ratio(a, b):
+    return a / b if a and b else None
+
+
+def new_figure(n_rows, n_columns, title, width=4.2, height=3.4):
+    """(figure, axes [row][column]) with room for a legend below; saved by finish_figure."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(n_rows, n_columns, figsize=(max(6.5, width * n_columns), height * n_rows + 1), squeeze=False, layout="constrained")
+    figure.suptitle(title)
+    return figure, axes
+
+
+def finish_figure(figure, axes, path):
+    """One legend for all panels, below them."""
+    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
+    columns = max(1, min(len(handles), int(figure.get_figwidth() // 2.2)))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
+    figure.savefig(path, dpi=120)
+    print(f"picture  {path}")
+
+
+def draw(path, title, panels, ylabel):
+    """panels: {row: {panel title: (xlabel, {line: [(x, y), ...]})}} -> a PNG with logarithmic axes, lines of one name in one colour."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    figure, axes = new_figure(len(panels), max(map(len, panels.values())), title)
+    names = list(dict.fromkeys(line for row in panels.values() for _, lines in row.values() for line in lines))
+    for row_axes, row in zip(axes, panels.values()):
+        for ax in row_axes[len(row):]:
+            ax.remove()
+        for ax, (panel, (xlabel, lines)) in zip(row_axes, row.items()):
+            for line, points in lines.items():
+                ax.plot(*zip(*sorted(points)), marker="o", markersize=3.5, color=f"C{names.index(line)}", label=line)
+            ax.set(title=panel, xlabel=xlabel, xscale="log", yscale="log")
+            ticks = sorted({x for points in lines.values() for x, _ in points})
+            ax.set_xticks(ticks, [short(x) if x >= 10_000 else str(x) for x in ticks], rotation=45 if len(ticks) > 4 else 0)
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: short(y)))
+            ax.yaxis.set_minor_formatter(NullFormatter())
+            ax.grid(alpha=0.3)
+        row_axes[0].set_ylabel(ylabel)
+    finish_figure(figure, axes, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What kernel and ffn share: the sweep, and one row per pass
+
+LONG = 30720  # tokens of a call that fills the card
+GPU_SWEEP = ((768, 1024, 1536, 2048, 3072, 4096, 5120), LONG), ((2048, 3072, 5120, 6144), (1, 4, 16, 64, 256, 1024, 4096))
+CPU_SWEEP = ((128, 256), 512), ((256,), (1, 16, 256))
+
+
+def sweep(settings, device) -> list:
+    """[(what varies, width, tokens)]: the command line's lists crossed, or else over widths and then over tokens."""
+    (widths, long), (token_widths, token_counts) = GPU_SWEEP if device.type == "cuda" else CPU_SWEEP
+    asked_widths, asked_tokens = numbers(settings, "widths"), numbers(settings, "tokens")
+    if asked_widths or asked_tokens:
+        return [("tokens" if len(asked_tokens) > 1 else "width", w, t) for w in asked_widths or token_widths for t in asked_tokens or [long]]
+    return [("width", w, long) for w in widths] + [("tokens", w, t) for w in token_widths for t in token_counts]
+
+
+COLUMNS = {"pass": 16, "ms": 8, "spread": 8, "tflops": 7, "of_matmul": 9, "speedup": 7, "floor_ms": 8, "bytes_ms": 8, "over_floor": 10, "eager_ms": 8}
+
+
+def measure(table, call, make, n_in, n_out, multiply_adds, dense_ms, place, settings, **names):
+    """Times call(make(), x) and writes a row per pass; dense_ms {pass: ms} is filled by the dense case, which comes first.
+
+    floor_ms = FLOPs / the measured matmul rate; bytes_ms = weights, input, output and their gradients once / the measured copy
+    rate; over_floor = ms / the larger of the two; speedup = dense ms / ms.
+    """
+    fresh(place.device)
+    tokens, rates = names["tokens"], table.facts
+    turns = copies(make, tokens, n_in, n_out, place)
+    weights = sum(p.numel() for p in turns[0][0].parameters())
+    for passed, ms, spread, eager_ms in time_passes(call, turns, place, settings):
+        if names["ffn"] == "dense":
+            dense_ms[passed] = ms
+        flops = 2 * tokens * multiply_adds * PASSES[passed]
+        moved = weights + tokens * (n_in + n_out) if passed == "forward" else 3 * weights + tokens * (3 * n_in + 2 * n_out)
+        floor_ms = flops / rates["matmul_tflops"] / 1e9
+        bytes_ms = moved * place.dtype.itemsize / rates["copy_tb_per_s"] / 1e9
+        table.row(**names, **{"pass": passed}, ms=ms, spread=spread, flops=flops, tflops=flops / ms / 1e9, of_matmul=floor_ms / ms,
+                  speedup=ratio(dense_ms.get(passed), ms), floor_ms=floor_ms, bytes_ms=bytes_ms, over_floor=ms / max(floor_ms, bytes_ms), eager_ms=eager_ms)
+
+
+def draw_speedups(path, title, rows, row_of, panel_of, line_of):
+    """Speed over dense of the structured rows, against what varies."""
+    panels = {}
+    for r in rows:
+        if r["ffn"] != "dense" and r["speedup"]:
+            fixed = f"{short(r['tokens'])} tokens" if r["sweep"] == "width" else f"width {r['width']}"
+            x, lines = panels.setdefault(row_of(r), {}).setdefault(f"{panel_of(r)}, {fixed}", (r["sweep"], {}))
+            lines.setdefault(line_of(r), []).append((r[x], r["speedup"]))
+    if not panels:
+        raise UserError("plot needs dense and at least one structure among the cases.")
+    draw(path, title, panels, "times as fast as dense")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# kernel: one linear
+
+def by_einsum(linear, x):
+    """The structured map as its formula reads: x (T, N) -> (T, M)."""
+    if isinstance(linear, LowRank):
+        y = torch.einsum("tr,mr->tm", torch.einsum("tn,rn->tr", x, linear.V), linear.U)
+        return y + linear.bias if linear.bias is not None else y
+    B, _, p = linear.V.shape
+    t = torch.einsum("tbp,bqp->tbq", x.view(-1, B, p), linear.V).flatten(1)                     # (T, B q)
+    if isinstance(linear, BlockShuffle):
+        y = torch.einsum("tqb,bsq->tsb", t.view(len(t), -1, B), linear.U).flatten(1)            # (T, s B)
+    else:
+        y = torch.einsum("tr,mr->tm", t, linear.U)
+    return y + linear.bias if linear.bias is not None else y
+
+
+def by_bmm(linear, x):
+    """The same with plain matmuls and bmm, which wants blocks first: the copies around it are the point of comparison."""
+    if isinstance(linear, LowRank):
+        return F.linear(x @ linear.V.T, linear.U, linear.bias)
+    B, _, p = linear.V.shape
+    t = torch.bmm(x.view(-1, B, p).transpose(0, 1), linear.V.transpose(1, 2)).transpose(0, 1).flatten(1)  # (T, B q)
+    if not isinstance(linear, BlockShuffle):
+        return F.linear(t, linear.U, linear.bias)
+    y = torch.bmm(t.view(len(t), -1, B).permute(2, 0, 1), linear.U.transpose(1, 2))             # (B, T, s)
+    y = y.permute(1, 2, 0).flatten(1)                                                           # (T, s B)
+    return y + linear.bias if linear.bias is not None else y
+
+
+def ours(module, x):
+    return module(x)
+
+
+def bench_kernel(cfg, settings):
+    """Both directions of an FFN: fc1 up, fc2 down."""
+    place = set_up(cfg)
+    facts = conditions(place, settings, rates=True)
+    table = Table({"linear": 6, "width": 5, "tokens": 6, "ffn": 15, "rank": 4, "nblocks": 7, "by": 6, **COLUMNS}, facts, settings)
+    asked = settings if settings.widths or settings.tokens else dataclasses.replace(settings, widths="768,1024,1536,2048" if place.device.type == "cuda" else "256")
+    for varies, width, tokens in sweep(asked, place.device):
+        for label, case, name, dense_ms in ((*item, name, dense) for name, dense in (("fc1", {}), ("fc2", {})) for item in compared(cfg, settings, width).items()):
+            n, m = (case.n_embd, case.n_hidden) if name == "fc1" else (case.ffn_dim, case.n_embd)
+            shape = case.ffn, n, m, case.rank, case.nblocks
+            for by, call in {"dense": ours}.items() if case.ffn == "dense" else {"einsum": by_einsum, "bmm": by_bmm, "ours": ours}.items():
+                measure(table, call, lambda: linear(*shape, case.bias), n, m, linear_params(*shape), dense_ms, place, settings, benchmark="kernel",
+                        sweep=varies, linear=name, width=width, tokens=tokens, ffn=label, rank=case.rank, nblocks=case.nblocks, by=by)
+    if settings.plot:
+        draw_speedups(settings.plot, f"One structured linear, forward + backward: {facts['device']}, {facts['dtype']}",
+                      [r for r in table.rows if r["pass"] != "forward"], lambda r: r["linear"], lambda r: f"{r['linear']}, {r['ffn']}", lambda r: r["by"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ffn: one FFN
+
+def bench_ffn(cfg, settings):
+    """model.FFN with its activation and biases, over widths at many tokens and over tokens."""
+    place = set_up(cfg)
+    facts = conditions(place, settings, rates=True)
+    table = Table({"width": 5, "tokens": 6, "ffn": 15, "rank": 4, "nblocks": 7, **COLUMNS}, facts, settings)
+    for varies, width, tokens in sweep(settings, place.device):
+        dense_ms = {}
+        for label, case in compared(cfg, settings, width).items():
+            multiply_adds = ffn_params(dataclasses.replace(case, n_layer=1, n_dense_layers=0))
+            measure(table, ours, lambda: FFN(case, case.ffn), width, width, multiply_adds, dense_ms, place, settings, benchmark="ffn", sweep=varies,
+                    width=width, tokens=tokens, ffn=label, rank=case.rank, nblocks=case.nblocks, act=case.act)
+    if settings.plot:
+        draw_speedups(settings.plot, f"FFN, {cfg.act}: {facts['device']}, {facts['dtype']}, {'compiled' if place.compile else 'eager'}", table.rows,
+                      lambda r: r["pass"], lambda r: r["pass"], lambda r: r["ffn"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # train: whole optimiser steps
 
 def bench_train(cfg, settings):
-    """The structured model of the command line beside the dense one, and guided if a guide is set; the step is train.py's own."""
-    cfg.vocab_size = cfg.vocab_size or 32000
+    """One micro-batch per step; the step is train.py's own. With a guide in cfg every structure also runs guided."""
+    cfg.vocab_size = cfg.vocab_size or nominal_vocabulary(cfg.tokenizer)
     cfg.batch_size = cfg.micro_batch_size
     place = set_up(cfg)
-    columns = {"ffn": 22, "guided": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "mfu": 7, "gib": 6, "forward_ms": 10, "backward_ms": 11, "optimizer_ms": 12}
-    table = Table(columns, header(place.device), settings)
-    cases = [("dense", False)] + ([(cfg.ffn, False)] if cfg.ffn != "dense" else []) + ([(cfg.ffn, True)] if cfg.guide != "off" else [])
-    for ffn, guided in cases:
-        train_row(dataclasses.replace(cfg, ffn=ffn), place, guided, table, settings)
+    facts = conditions(place, settings)
+    columns = {"ffn": 20, "guided": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "speedup": 7, "mfu": 7, "gib": 6, "forward_ms": 10, "backward_ms": 11,
+               "optimizer_ms": 12}
+    table = Table(columns, facts, settings)
+    for label, case in compared(cfg, settings).items():
+        for guided in (False, True) if case.guide != "off" else (False,):
+            train_row(label, case, place, guided, table, settings)
+    if settings.plot:
+        draw_split(settings.plot, f"Training step, {cfg.n_layer} x {cfg.n_embd}, {cfg.micro_batch_size} x {cfg.block_size} tokens: {facts['device']}", table.rows)
 
 
-def train_row(cfg, place, guided, table, settings):
-    on_cuda = place.device.type == "cuda"
-    if on_cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+def train_row(label, cfg, place, guided, table, settings):
+    fresh(place.device)
     model = build(cfg, place.device, cfg.seed)
     if guided:
         for _, module in model.structured_linears():
@@ -147,17 +492,244 @@ def train_row(cfg, place, guided, table, settings):
         train_step(model, optimizer, batches[next(turn) % len(batches)], cfg, place, 1e-4, alpha, layers)
 
     ms, spread = timed(step, place.device, settings)
-    gib = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else float("nan")
+    gib = torch.cuda.max_memory_allocated() / 2**30 if place.device.type == "cuda" else None
     forward_ms, both_ms = timed(forward, place.device, settings)[0], timed(forward_backward, place.device, settings)[0]
     rate = cfg.micro_batch_size * cfg.block_size / ms * 1e3
-    peak = peak_flops(place.device)
-    mfu = 3 * flops_per_token(cfg, "dense" if guided else None) * rate / peak if peak else float("nan")
-    table.row(ffn=ffn_name(cfg), guided=guided, ms=ms, spread=spread, tokens_per_s=round(rate), mfu=mfu, gib=gib, forward_ms=forward_ms,
-              backward_ms=both_ms - forward_ms, optimizer_ms=ms - both_ms, benchmark="train", config=config.to_dict(cfg))
+    flops = 3 * flops_per_token(cfg, "dense" if guided else None)
+    dense = next((r["ms"] for r in table.rows if r["ffn"] == "dense"), ms if cfg.ffn == "dense" else None)
+    table.row(benchmark="train", ffn=label, guided=guided, ms=ms, spread=spread, tokens_per_s=round(rate), speedup=ratio(dense, ms), flops_per_token=flops,
+              mfu=ratio(flops * rate, peak_flops(place.device)), gib=gib, forward_ms=forward_ms, backward_ms=both_ms - forward_ms, optimizer_ms=ms - both_ms,
+              config=config.to_dict(cfg))
 
 
-def main(command, cfg, settings):
-    {"train": bench_train}[command](cfg, settings)
+def draw_split(path, title, rows):
+    """Stacked bars of where a step's time goes."""
+    figure, axes = new_figure(1, 1, title, width=9)
+    names = [r["ffn"] + ", guided" * r["guided"] for r in rows]
+    left = np.zeros(len(rows))
+    for part in ("forward", "backward", "optimizer"):
+        width = np.array([max(0.0, r[f"{part}_ms"]) for r in rows])
+        axes[0][0].barh(names, width, left=left, label=part)
+        left += width
+    for i, r in enumerate(rows):
+        axes[0][0].text(left[i], i, f" {short(r['tokens_per_s'])} tokens/s", va="center")
+    axes[0][0].set(xlabel="milliseconds per step", xlim=(0, 1.25 * left.max()))
+    axes[0][0].invert_yaxis()
+    finish_figure(figure, axes, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# prefill: whole prompts
+
+@torch.no_grad()
+def bench_prefill(cfg, settings):
+    """Prompts -> the logits of the token that follows each, nothing kept for decoding; weights in the matmuls' precision."""
+    lengths = numbers(settings, "tokens") or sorted({min(n, cfg.block_size) for n in (128, 512, cfg.block_size)})
+    cfg.vocab_size = cfg.vocab_size or nominal_vocabulary(cfg.tokenizer)
+    cfg.block_size = max(lengths)
+    place = set_up(cfg)
+    facts = conditions(place, settings)
+    table = Table({"ffn": 20, "batch": 5, "prompt": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "speedup": 7, "tflops": 7, "mfu": 7, "gib": 6}, facts, settings)
+    dense_ms = {}
+    for label, case in compared(cfg, settings).items():
+        fresh(place.device)
+        model = build(case, place.device).eval()
+        for p in model.parameters():
+            p.data = torch.randn_like(p, dtype=place.dtype) * p.shape[-1] ** -0.5
+        if place.compile:
+            model.compile_parts()
+        for batch in numbers(settings, "batches") or (1, 16):
+            for length in lengths:
+                prefill_row(label, case, model, batch, length, dense_ms, place, table, settings)
+    if settings.plot:
+        panels = {}
+        for r in table.rows:
+            lines = panels.setdefault(f"batch {r['batch']}", ("tokens in the prompt", {}))[1]
+            lines.setdefault(r["ffn"], []).append((r["prompt"], r["tokens_per_s"]))
+        draw(settings.plot, f"Prefill, {cfg.n_layer} x {cfg.n_embd}: {facts['device']}, {facts['dtype']}", {"": panels}, "tokens/s")
+
+
+def prefill_row(label, cfg, model, batch, length, dense_ms, place, table, settings):
+    torch._dynamo.reset()  # every length compiled for itself
+    prompts = torch.randint(cfg.vocab_size, (4, batch, length), device=place.device)
+    turn = iter(range(10**9))
+    ms, spread = timed(lambda: model.next_logits(prompts[next(turn) % 4]), place.device, settings)
+    if cfg.ffn == "dense":
+        dense_ms[batch, length] = ms
+    head = 2 * cfg.vocab_size * cfg.n_embd  # of the last token only
+    flops = batch * (length * (flops_per_token(dataclasses.replace(cfg, block_size=length)) - head) + head)
+    table.row(benchmark="prefill", ffn=label, batch=batch, prompt=length, ms=ms, spread=spread, tokens_per_s=round(batch * length / ms * 1e3),
+              speedup=ratio(dense_ms.get((batch, length)), ms), flops=flops, tflops=flops / ms / 1e9, mfu=ratio(flops / ms * 1e3, peak_flops(place.device)),
+              gib=torch.cuda.max_memory_allocated() / 2**30 if place.device.type == "cuda" else None, config=config.to_dict(cfg))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# curves: training runs
+
+@dataclass
+class Run:
+    """A run's folder. `train` and `val` are (steps, losses); flops (steps,) counts up to and with each step, seconds likewise."""
+    path: str
+    cfg: Config
+    plan: Plan
+    train: tuple
+    val: tuple
+    flops: object
+    seconds: object
+    method: str = ""
+    label: str = ""
+
+    def axis(self, name, steps):
+        """Tokens, FLOPs or seconds of training at some steps."""
+        return {"tokens": steps * self.cfg.batch_size * self.cfg.block_size, "FLOPs": self.flops[steps - 1], "seconds": self.seconds[steps - 1]}[name]
+
+    @property
+    def last(self):
+        return int(max(self.train[0].max(initial=0), self.val[0].max(initial=0)))
+
+    @property
+    def final(self):
+        """Validation loss of a finished run, else None."""
+        return float(self.val[1][-1]) if len(self.val[0]) and self.val[0][-1] == self.plan.steps else None
+
+
+def read_run(path) -> Run:
+    """UserError if it is not a run's folder or has no metrics yet; a last line still being written is left out."""
+    try:
+        with open(os.path.join(path, "config.json")) as f:
+            cfg = config.from_dict(json.load(f))
+        with open(os.path.join(path, "metrics.jsonl")) as f:
+            rows = [json.loads(line) for line in f if line.endswith("\n")]
+    except OSError as e:
+        raise UserError(f"{path} is not the folder of a run: {os.path.basename(e.filename)} is missing.") from None
+    except ValueError:
+        raise UserError(f"{path} is damaged: config.json or metrics.jsonl is not JSON.") from None
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+    logs, vals = [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
+    if not logs:
+        raise UserError(f"{path} has no metrics yet: wait for its first step.")
+    plan = make_plan(cfg)
+    curve = lambda rows, name: (np.array([r["step"] for r in rows], dtype=int), np.array([r[name] for r in rows], dtype=float))
+    (steps, losses), rates = curve(logs, "loss"), np.array([r["tokens_per_s"] for r in logs])
+    elapsed = np.cumsum(np.diff(steps, prepend=0) * cfg.batch_size * cfg.block_size / rates)
+    seconds = np.interp(np.arange(1, plan.steps + 1), [0, *steps], [0, *elapsed])
+    return Run(path, cfg, plan, (steps, losses), curve(vals, "val_loss"), np.cumsum(step_flops(cfg, plan)), seconds)
+
+
+def step_flops(cfg, plan):
+    """Training FLOPs of every step (steps,), as train.train_flops counts them by phase."""
+    dense, factors = flops_per_token(cfg, "dense"), flops_per_token(cfg)
+    guided = np.array([alpha_at(cfg, plan, s) if cfg.guide_skip else 1.0 for s in range(plan.guided)])
+    per_token = np.full(plan.steps, factors, dtype=float)
+    per_token[:plan.guided] += guided * (dense - factors)
+    return 3 * cfg.batch_size * cfg.block_size * per_token
+
+
+NOT_NAMED = MAY_CHANGE - {"dataset", "tokenizer", "data_dir"} | {"n_layer", "n_embd", "n_hidden", "seed", "ffn", "rank", "nblocks", "max_tokens", "ffn_dim", "guide"}
+
+
+def name_runs(runs):
+    """Gives every run a method (all but size and seed) and a label, made of the settings in which runs of one size differ."""
+    same_size = lambda run: [r for r in runs if (r.cfg.n_layer, r.cfg.n_embd) == (run.cfg.n_layer, run.cfg.n_embd)]
+    differs = lambda name, among: len({str(getattr(r.cfg, name)) for r in among}) > 1
+    names = [f.name for f in dataclasses.fields(Config) if f.name not in NOT_NAMED and any(differs(f.name, same_size(r)) for r in runs)]
+    for run in runs:
+        cfg, peers = run.cfg, same_size(run)
+        one = dataclasses.replace(cfg, n_layer=1, n_dense_layers=0)
+        percent = 100 * ffn_params(one) / ffn_params(one, "dense")
+        nominal = next((n for n in (63, 32) if abs(n - percent) < 5), round(percent))           # the paper's names of the shares
+        parts = [cfg.ffn] if cfg.ffn == "dense" else [f"{cfg.ffn} {nominal} %"]
+        parts += [cfg.guide] if cfg.guide != "off" else []
+        parts += [f"{name}={getattr(cfg, name)}" for name in names if cfg.guide != "off" or not name.startswith("guide_")]
+        parts += [f"inner {cfg.ffn_dim / cfg.n_embd:.3g} x width"] if differs("ffn_dim", peers) else []
+        more = cfg.max_tokens / min(r.cfg.max_tokens for r in peers)
+        parts += [f"{more:.2f} x tokens"] if more > 1.005 else []
+        run.method = " ".join(parts)
+        size = [f"{cfg.n_layer}x{cfg.n_embd}"] if len(peers) < len(runs) else []
+        run.label = " ".join(size + parts + ([f"seed {cfg.seed}"] if differs("seed", runs) else []))
+    for run in runs:
+        if sum(r.label == run.label for r in runs) > 1:
+            run.label += f" ({run.path})"
+
+
+def least_squares(x, y):
+    """Fits y = a + b x -> (a, b, standard error of b, None from two points)."""
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    n, dx = len(x), x - x.mean()
+    b = (dx * y).sum() / (dx**2).sum()
+    a = y.mean() - b * x.mean()
+    error = math.sqrt(((y - a - b * x)**2).sum() / (n - 2) / (dx**2).sum()) if n > 2 else None
+    return float(a), float(b), error
+
+
+def bench_curves(paths, settings):
+    runs = [read_run(path) for path in paths]
+    name_runs(runs)
+    facts = {"commit": commit()}
+    width = max(len(r.label) for r in runs)
+    table = Table({"run": width, "step": 8, "steps": 8, "tokens": 10, "flops": 10, "seconds": 9, "train_loss": 10, "val_loss": 9, "to_dense": 9}, facts, settings)
+    for r in runs:
+        dense = [d.final for d in runs if d.method == "dense" and d.final and (d.cfg.n_layer, d.cfg.n_embd) == (r.cfg.n_layer, r.cfg.n_embd)]
+        tokens, flops, seconds = (float(r.axis(name, np.array(r.last))) for name in ("tokens", "FLOPs", "seconds"))
+        val_loss = float(r.val[1][-1]) if len(r.val[1]) else None
+        table.row(benchmark="curves", run=r.label, path=r.path, method=r.method, step=r.last, steps=r.plan.steps, tokens=tokens, flops=flops, seconds=seconds,
+                  train_loss=float(r.train[1][-1]), val_loss=val_loss, to_dense=r.final - sum(dense) / len(dense) if r.final and dense else None)
+    for r in runs:
+        if r.final is None:
+            print(f"{r.path} stands at step {r.last} of {r.plan.steps}: drawn as far as it goes, left out of differences and fits.")
+    fits = fit_scaling(runs, facts, settings)
+    if settings.plot:
+        draw_curves(settings.plot, runs, fits)
+
+
+def fit_scaling(runs, facts, settings):
+    """log(final loss) = a + slope log(training FLOPs) for every method with runs at several FLOPs -> [(method, FLOPs, losses, a, slope)]."""
+    methods = {}
+    for r in runs:
+        if r.final is not None:
+            methods.setdefault(r.method, []).append((float(r.flops[-1]), r.final))
+    methods = {m: sorted(points) for m, points in methods.items() if len({flops for flops, _ in points}) > 1}
+    if not methods:
+        return []
+    table, fits = Table({"method": max(map(len, methods)), "runs": 4, "slope": 10, "std_error": 10, "at_1e18": 8}, facts, settings), []
+    for method, points in methods.items():
+        flops, losses = map(np.array, zip(*points))
+        a, slope, error = least_squares(np.log(flops), np.log(losses))
+        table.row(benchmark="scaling", method=method, runs=len(points), slope=slope, std_error=error, at_1e18=math.exp(a + slope * math.log(1e18)))
+        fits.append((method, flops, losses, a, slope))
+    return fits
+
+
+def draw_curves(path, runs, fits):
+    """Validation loss strong and training loss faint, against three costs; with fits, final losses against FLOPs over sizes."""
+    from matplotlib.ticker import LogLocator, ScalarFormatter
+    figure, axes = new_figure(1, 4 if fits else 3, "Training runs: validation loss, and training loss faint", width=5.2, height=4.4)
+    early = 0.03  # of the longest run: before it every loss falls off the page
+    shown = []
+    for ax, name in zip(axes[0], ("tokens", "FLOPs", "seconds")):
+        start = early * max(float(r.axis(name, np.array(r.last))) for r in runs)
+        for i, r in enumerate(runs):
+            for (steps, losses), style in ((r.train, {"alpha": 0.3, "linewidth": 0.8}), (r.val, {"marker": ".", "label": r.label})):
+                x = r.axis(name, steps)
+                ax.plot(x[x >= start], losses[x >= start], color=f"C{i}", **style)
+                shown += losses[x >= start].tolist()
+        ax.set(xlabel={"tokens": "tokens", "FLOPs": "training FLOPs", "seconds": "seconds of training"}[name], xscale="log", yscale="log")
+    for method, flops, losses, a, slope in fits:
+        line, = axes[0][3].plot(flops, np.exp(a) * flops**slope)
+        axes[0][3].plot(flops, losses, "o", color=line.get_color(), label=f"fit: {method}, slope {slope:.4f}")
+        axes[0][3].set(xlabel="training FLOPs of a whole run", title="final validation loss", xscale="log", yscale="log")
+    for ax in axes.flat:
+        ax.yaxis.set_major_locator(LogLocator(subs=np.arange(1, 10, 0.5)))
+        ax.yaxis.set_major_formatter(ScalarFormatter())
+        ax.yaxis.set_minor_formatter(lambda *_: "")
+        ax.grid(alpha=0.3)
+    axes[0][0].set_ylabel("loss, nats per token")
+    finish_figure(figure, axes, path)
+
+
+def main(command, subject, settings):
+    {"kernel": bench_kernel, "ffn": bench_ffn, "train": bench_train, "prefill": bench_prefill, "curves": bench_curves}[command](subject, settings)
 
 
 if __name__ == "__main__":
