@@ -92,8 +92,8 @@ def read_settings(argv):
         subject, settings = config.load(argv[1:], Settings, usage=__doc__)
         if not settings.widths and any(a.endswith(".py") or a.removeprefix("--").startswith("n_embd=") for a in argv):
             settings.widths = str(subject.n_embd)
-        lists = {name: numbers(settings, name) for name in ("widths", "tokens", "batches")}
-        for width in lists["widths"] if command in ("kernel", "ffn") else [None]:
+        widths, *_ = (numbers(settings, name) for name in ("widths", "tokens", "batches"))
+        for width in widths if command in ("kernel", "ffn") else [None]:
             compared(subject, settings, width)
     for path in filter(None, (settings.json, settings.plot)):
         if not os.path.isdir(os.path.dirname(path) or "."):
@@ -116,9 +116,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import curves
 from model import FFN, build, ffn_params, flops_per_token, linear_params, peak_flops
 from structured import BlockShuffle, LowRank, linear
-from train import MAY_CHANGE, Plan, alpha_at, device_name, make_optimizer, make_plan, nominal_vocabulary, set_up, short, train_step
+from train import device_name, make_optimizer, nominal_vocabulary, set_up, short, train_step
 
 PASSES = {"forward": 1, "forward+backward": 3}  # and how many times the forward's FLOPs
 
@@ -266,6 +267,10 @@ class Table:
         print("  ".join(f"{k} {v}" for k, v in facts.items()))
         print("  ".join(name.rjust(width) for name, width in columns.items()), flush=True)
 
+    def card(self):
+        """Where and how it was measured, for a picture's title."""
+        return f"{self.facts['device']}, {self.facts['dtype']}, {'compiled' if self.facts['compile'] else 'eager'}"
+
     def row(self, **values):
         cells = ("-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in (values.get(name) for name in self.columns))
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, self.columns.values())), flush=True)
@@ -279,46 +284,54 @@ def ratio(a, b):
     return a / b if a and b else None
 
 
-def new_figure(n_rows, n_columns, title, width=4.2, height=3.4):
-    """(figure, axes [row][column]) with room for a legend below; saved by finish_figure."""
+def figure_of(n_rows, n_columns, title, width=4.2, height=3.4, **shared):
+    """(figure, axes [row][column]) with room for a legend below."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(n_rows, n_columns, figsize=(max(6.5, width * n_columns), height * n_rows + 1), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(n_rows, n_columns, figsize=(max(6.5, width * n_columns), height * n_rows + 1), squeeze=False, layout="constrained", **shared)
     figure.suptitle(title)
     return figure, axes
 
 
-def finish_figure(figure, axes, path):
-    """One legend for all panels, below them."""
-    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
-    columns = max(1, min(len(handles), int(figure.get_figwidth() // 2.2)))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
+def save_figure(figure, path):
+    """With one legend for all panels."""
+    handles = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=max(1, min(len(handles), int(figure.get_figwidth() // 3))), frameon=False)
     figure.savefig(path, dpi=120)
     print(f"picture  {path}")
 
 
-def draw(path, title, panels, ylabel):
-    """panels: {row: {panel title: (xlabel, {line: [(x, y), ...]})}} -> a PNG with logarithmic axes, lines of one name in one colour."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-    figure, axes = new_figure(len(panels), max(map(len, panels.values())), title)
-    names = list(dict.fromkeys(line for row in panels.values() for _, lines in row.values() for line in lines))
+def draw(path, title, ylabel, panels, sharey=False, **size):
+    """panels: {row: {panel title: (xlabel, {line: [(x, y), ...]})}} -> a PNG, both axes logarithmic. A line "_NAME" is NAME's faint companion."""
+    figure, axes = figure_of(len(panels), max(map(len, panels.values())), title, sharey=sharey, **size)
+    names = list(dict.fromkeys(line.removeprefix("_") for row in panels.values() for _, lines in row.values() for line in lines))
     for row_axes, row in zip(axes, panels.values()):
         for ax in row_axes[len(row):]:
             ax.remove()
         for ax, (panel, (xlabel, lines)) in zip(row_axes, row.items()):
             for line, points in lines.items():
-                ax.plot(*zip(*sorted(points)), marker="o", markersize=3.5, color=f"C{names.index(line)}", label=line)
+                name = line.removeprefix("_")
+                i = names.index(name)
+                style = {"alpha": 0.35, "linewidth": 0.9} if line[0] == "_" else {"marker": "o", "markersize": 3.5}
+                ax.plot(*zip(*sorted(points)), color=f"C{i % 10}", linestyle=("-", "--", ":")[i // 10 % 3], label=line if name in lines else name, **style)
             ax.set(title=panel, xlabel=xlabel, xscale="log", yscale="log")
-            ticks = sorted({x for points in lines.values() for x, _ in points})
-            ax.set_xticks(ticks, [short(x) if x >= 10_000 else str(x) for x in ticks], rotation=45 if len(ticks) > 4 else 0)
-            ax.xaxis.set_minor_formatter(NullFormatter())
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: short(y)))
-            ax.yaxis.set_minor_formatter(NullFormatter())
-            ax.grid(alpha=0.3)
+            number_axes(ax, [point for points in lines.values() for point in points])
         row_axes[0].set_ylabel(ylabel)
-    finish_figure(figure, axes, path)
+    save_figure(figure, path)
+
+
+def number_axes(ax, points):
+    """Plain numbers on logarithmic axes: every x where they are few, and enough of the y between its ends."""
+    from matplotlib.ticker import LogLocator
+    xs, ys = {x for x, _ in points}, [y for _, y in ax.dataLim.get_points()]
+    if len(xs) <= 13:
+        ax.set_xticks(sorted(xs), [short(x) if x >= 10_000 else str(x) for x in sorted(xs)], rotation=45 if len(xs) > 4 else 0)
+        ax.xaxis.set_minor_formatter("")
+    ax.yaxis.set_major_locator(LogLocator(subs=np.arange(1, 10, 0.5) if max(ys) < 10 * min(ys) else (1, 2, 5)))
+    ax.yaxis.set_major_formatter(lambda y, _: short(y))
+    ax.yaxis.set_minor_formatter("")
+    ax.grid(alpha=0.3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -362,17 +375,19 @@ def measure(table, call, make, n_in, n_out, multiply_adds, dense_ms, place, sett
                   speedup=ratio(dense_ms.get(passed), ms), floor_ms=floor_ms, bytes_ms=bytes_ms, over_floor=ms / max(floor_ms, bytes_ms), eager_ms=eager_ms)
 
 
-def draw_speedups(path, title, rows, row_of, panel_of, line_of):
-    """Speed over dense of the structured rows, against what varies."""
+def draw_speedups(path, title, rows, panel_of, line_of):
+    """Speed over dense of the structured rows against what varies; panel_of(row) -> (its row, its title)."""
     panels = {}
     for r in rows:
         if r["ffn"] != "dense" and r["speedup"]:
+            across, name = panel_of(r)
             fixed = f"{short(r['tokens'])} tokens" if r["sweep"] == "width" else f"width {r['width']}"
-            x, lines = panels.setdefault(row_of(r), {}).setdefault(f"{panel_of(r)}, {fixed}", (r["sweep"], {}))
-            lines.setdefault(line_of(r), []).append((r[x], r["speedup"]))
-    if not panels:
-        raise UserError("plot needs dense and at least one structure among the cases.")
-    draw(path, title, panels, "times as fast as dense")
+            lines = panels.setdefault(across, {}).setdefault(f"{name}, {fixed}", (r["sweep"], {}))[1]
+            lines.setdefault(line_of(r), []).append((r[r["sweep"]], r["speedup"]))
+    if panels:
+        draw(path, title, "times as fast as dense", panels, sharey=True)
+    else:
+        print(f"no picture: {path} would show speed over dense, and the cases are not dense and a structure.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -412,19 +427,21 @@ def ours(module, x):
 def bench_kernel(cfg, settings):
     """Both directions of an FFN: fc1 up, fc2 down."""
     place = set_up(cfg)
-    facts = conditions(place, settings, rates=True)
-    table = Table({"linear": 6, "width": 5, "tokens": 6, "ffn": 15, "rank": 4, "nblocks": 7, "by": 6, **COLUMNS}, facts, settings)
-    asked = settings if settings.widths or settings.tokens else dataclasses.replace(settings, widths="768,1024,1536,2048" if place.device.type == "cuda" else "256")
-    for varies, width, tokens in sweep(asked, place.device):
-        for label, case, name, dense_ms in ((*item, name, dense) for name, dense in (("fc1", {}), ("fc2", {})) for item in compared(cfg, settings, width).items()):
-            n, m = (case.n_embd, case.n_hidden) if name == "fc1" else (case.ffn_dim, case.n_embd)
-            shape = case.ffn, n, m, case.rank, case.nblocks
-            for by, call in {"dense": ours}.items() if case.ffn == "dense" else {"einsum": by_einsum, "bmm": by_bmm, "ours": ours}.items():
-                measure(table, call, lambda: linear(*shape, case.bias), n, m, linear_params(*shape), dense_ms, place, settings, benchmark="kernel",
-                        sweep=varies, linear=name, width=width, tokens=tokens, ffn=label, rank=case.rank, nblocks=case.nblocks, by=by)
+    table = Table({"linear": 6, "width": 5, "tokens": 6, "ffn": 15, "rank": 4, "nblocks": 7, "by": 6, **COLUMNS}, conditions(place, settings, rates=True), settings)
+    if not (settings.widths or settings.tokens):
+        settings = dataclasses.replace(settings, widths="768,1024,1536,2048" if place.device.type == "cuda" else "128,256")
+    for varies, width, tokens in sweep(settings, place.device):
+        for name in ("fc1", "fc2"):
+            dense_ms = {}
+            for label, case in compared(cfg, settings, width).items():
+                n, m = (case.n_embd, case.n_hidden) if name == "fc1" else (case.ffn_dim, case.n_embd)
+                shape = case.ffn, n, m, case.rank, case.nblocks
+                for by, call in {"dense": ours}.items() if case.ffn == "dense" else {"einsum": by_einsum, "bmm": by_bmm, "ours": ours}.items():
+                    measure(table, call, lambda: linear(*shape, case.bias), n, m, linear_params(*shape), dense_ms, place, settings, benchmark="kernel",
+                            sweep=varies, linear=name, width=width, tokens=tokens, ffn=label, rank=case.rank, nblocks=case.nblocks, by=by)
     if settings.plot:
-        draw_speedups(settings.plot, f"One structured linear, forward + backward: {facts['device']}, {facts['dtype']}",
-                      [r for r in table.rows if r["pass"] != "forward"], lambda r: r["linear"], lambda r: f"{r['linear']}, {r['ffn']}", lambda r: r["by"])
+        draw_speedups(settings.plot, f"One linear, forward + backward: {table.card()}", [r for r in table.rows if r["pass"] != "forward"],
+                      lambda r: (r["linear"], f"{r['linear']}, {r['ffn']}"), lambda r: r["by"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -433,8 +450,7 @@ def bench_kernel(cfg, settings):
 def bench_ffn(cfg, settings):
     """model.FFN with its activation and biases, over widths at many tokens and over tokens."""
     place = set_up(cfg)
-    facts = conditions(place, settings, rates=True)
-    table = Table({"width": 5, "tokens": 6, "ffn": 15, "rank": 4, "nblocks": 7, **COLUMNS}, facts, settings)
+    table = Table({"width": 5, "tokens": 6, "ffn": 15, "rank": 4, "nblocks": 7, **COLUMNS}, conditions(place, settings, rates=True), settings)
     for varies, width, tokens in sweep(settings, place.device):
         dense_ms = {}
         for label, case in compared(cfg, settings, width).items():
@@ -442,8 +458,7 @@ def bench_ffn(cfg, settings):
             measure(table, ours, lambda: FFN(case, case.ffn), width, width, multiply_adds, dense_ms, place, settings, benchmark="ffn", sweep=varies,
                     width=width, tokens=tokens, ffn=label, rank=case.rank, nblocks=case.nblocks, act=case.act)
     if settings.plot:
-        draw_speedups(settings.plot, f"FFN, {cfg.act}: {facts['device']}, {facts['dtype']}, {'compiled' if place.compile else 'eager'}", table.rows,
-                      lambda r: r["pass"], lambda r: r["pass"], lambda r: r["ffn"])
+        draw_speedups(settings.plot, f"FFN, {cfg.act}: {table.card()}", table.rows, lambda r: (r["pass"], r["pass"]), lambda r: r["ffn"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -454,15 +469,14 @@ def bench_train(cfg, settings):
     cfg.vocab_size = cfg.vocab_size or nominal_vocabulary(cfg.tokenizer)
     cfg.batch_size = cfg.micro_batch_size
     place = set_up(cfg)
-    facts = conditions(place, settings)
     columns = {"ffn": 20, "guided": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "speedup": 7, "mfu": 7, "gib": 6, "forward_ms": 10, "backward_ms": 11,
                "optimizer_ms": 12}
-    table = Table(columns, facts, settings)
+    table = Table(columns, conditions(place, settings), settings)
     for label, case in compared(cfg, settings).items():
         for guided in (False, True) if case.guide != "off" else (False,):
             train_row(label, case, place, guided, table, settings)
     if settings.plot:
-        draw_split(settings.plot, f"Training step, {cfg.n_layer} x {cfg.n_embd}, {cfg.micro_batch_size} x {cfg.block_size} tokens: {facts['device']}", table.rows)
+        draw_split(settings.plot, f"Training step, {cfg.n_layer} layers x {cfg.n_embd}, {cfg.micro_batch_size} x {cfg.block_size} tokens\n{table.card()}", table.rows)
 
 
 def train_row(label, cfg, place, guided, table, settings):
@@ -504,18 +518,18 @@ def train_row(label, cfg, place, guided, table, settings):
 
 def draw_split(path, title, rows):
     """Stacked bars of where a step's time goes."""
-    figure, axes = new_figure(1, 1, title, width=9)
+    figure, ((ax,),) = figure_of(1, 1, title, width=9)
     names = [r["ffn"] + ", guided" * r["guided"] for r in rows]
     left = np.zeros(len(rows))
     for part in ("forward", "backward", "optimizer"):
         width = np.array([max(0.0, r[f"{part}_ms"]) for r in rows])
-        axes[0][0].barh(names, width, left=left, label=part)
+        ax.barh(names, width, left=left, label=part)
         left += width
     for i, r in enumerate(rows):
-        axes[0][0].text(left[i], i, f" {short(r['tokens_per_s'])} tokens/s", va="center")
-    axes[0][0].set(xlabel="milliseconds per step", xlim=(0, 1.25 * left.max()))
-    axes[0][0].invert_yaxis()
-    finish_figure(figure, axes, path)
+        ax.text(left[i], i, f" {short(r['tokens_per_s'])} tokens/s", va="center")
+    ax.set(xlabel="milliseconds per step", xlim=(0, 1.25 * left.max()))
+    ax.invert_yaxis()
+    save_figure(figure, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -528,8 +542,8 @@ def bench_prefill(cfg, settings):
     cfg.vocab_size = cfg.vocab_size or nominal_vocabulary(cfg.tokenizer)
     cfg.block_size = max(lengths)
     place = set_up(cfg)
-    facts = conditions(place, settings)
-    table = Table({"ffn": 20, "batch": 5, "prompt": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "speedup": 7, "tflops": 7, "mfu": 7, "gib": 6}, facts, settings)
+    table = Table({"ffn": 20, "batch": 5, "prompt": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "speedup": 7, "tflops": 7, "mfu": 7, "gib": 6},
+                  conditions(place, settings), settings)
     dense_ms = {}
     for label, case in compared(cfg, settings).items():
         fresh(place.device)
@@ -546,7 +560,7 @@ def bench_prefill(cfg, settings):
         for r in table.rows:
             lines = panels.setdefault(f"batch {r['batch']}", ("tokens in the prompt", {}))[1]
             lines.setdefault(r["ffn"], []).append((r["prompt"], r["tokens_per_s"]))
-        draw(settings.plot, f"Prefill, {cfg.n_layer} x {cfg.n_embd}: {facts['device']}, {facts['dtype']}", {"": panels}, "tokens/s")
+        draw(settings.plot, f"Prefill, {cfg.n_layer} layers x {cfg.n_embd}: {table.card()}", "tokens/s", {"": panels})
 
 
 def prefill_row(label, cfg, model, batch, length, dense_ms, place, table, settings):
@@ -566,166 +580,26 @@ def prefill_row(label, cfg, model, batch, length, dense_ms, place, table, settin
 # ----------------------------------------------------------------------------------------------------------------------
 # curves: training runs
 
-@dataclass
-class Run:
-    """A run's folder. `train` and `val` are (steps, losses); flops (steps,) counts up to and with each step, seconds likewise."""
-    path: str
-    cfg: Config
-    plan: Plan
-    train: tuple
-    val: tuple
-    flops: object
-    seconds: object
-    method: str = ""
-    label: str = ""
-
-    def axis(self, name, steps):
-        """Tokens, FLOPs or seconds of training at some steps."""
-        return {"tokens": steps * self.cfg.batch_size * self.cfg.block_size, "FLOPs": self.flops[steps - 1], "seconds": self.seconds[steps - 1]}[name]
-
-    @property
-    def last(self):
-        return int(max(self.train[0].max(initial=0), self.val[0].max(initial=0)))
-
-    @property
-    def final(self):
-        """Validation loss of a finished run, else None."""
-        return float(self.val[1][-1]) if len(self.val[0]) and self.val[0][-1] == self.plan.steps else None
-
-
-def read_run(path) -> Run:
-    """UserError if it is not a run's folder or has no metrics yet; a last line still being written is left out."""
-    try:
-        with open(os.path.join(path, "config.json")) as f:
-            cfg = config.from_dict(json.load(f))
-        with open(os.path.join(path, "metrics.jsonl")) as f:
-            rows = [json.loads(line) for line in f if line.endswith("\n")]
-    except OSError as e:
-        raise UserError(f"{path} is not the folder of a run: {os.path.basename(e.filename)} is missing.") from None
-    except ValueError:
-        raise UserError(f"{path} is damaged: config.json or metrics.jsonl is not JSON.") from None
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from None
-    logs, vals = [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
-    if not logs:
-        raise UserError(f"{path} has no metrics yet: wait for its first step.")
-    plan = make_plan(cfg)
-    curve = lambda rows, name: (np.array([r["step"] for r in rows], dtype=int), np.array([r[name] for r in rows], dtype=float))
-    (steps, losses), rates = curve(logs, "loss"), np.array([r["tokens_per_s"] for r in logs])
-    elapsed = np.cumsum(np.diff(steps, prepend=0) * cfg.batch_size * cfg.block_size / rates)
-    seconds = np.interp(np.arange(1, plan.steps + 1), [0, *steps], [0, *elapsed])
-    return Run(path, cfg, plan, (steps, losses), curve(vals, "val_loss"), np.cumsum(step_flops(cfg, plan)), seconds)
-
-
-def step_flops(cfg, plan):
-    """Training FLOPs of every step (steps,), as train.train_flops counts them by phase."""
-    dense, factors = flops_per_token(cfg, "dense"), flops_per_token(cfg)
-    guided = np.array([alpha_at(cfg, plan, s) if cfg.guide_skip else 1.0 for s in range(plan.guided)])
-    per_token = np.full(plan.steps, factors, dtype=float)
-    per_token[:plan.guided] += guided * (dense - factors)
-    return 3 * cfg.batch_size * cfg.block_size * per_token
-
-
-NOT_NAMED = MAY_CHANGE - {"dataset", "tokenizer", "data_dir"} | {"n_layer", "n_embd", "n_hidden", "seed", "ffn", "rank", "nblocks", "max_tokens", "ffn_dim", "guide"}
-
-
-def name_runs(runs):
-    """Gives every run a method (all but size and seed) and a label, made of the settings in which runs of one size differ."""
-    same_size = lambda run: [r for r in runs if (r.cfg.n_layer, r.cfg.n_embd) == (run.cfg.n_layer, run.cfg.n_embd)]
-    differs = lambda name, among: len({str(getattr(r.cfg, name)) for r in among}) > 1
-    names = [f.name for f in dataclasses.fields(Config) if f.name not in NOT_NAMED and any(differs(f.name, same_size(r)) for r in runs)]
-    for run in runs:
-        cfg, peers = run.cfg, same_size(run)
-        one = dataclasses.replace(cfg, n_layer=1, n_dense_layers=0)
-        percent = 100 * ffn_params(one) / ffn_params(one, "dense")
-        nominal = next((n for n in (63, 32) if abs(n - percent) < 5), round(percent))           # the paper's names of the shares
-        parts = [cfg.ffn] if cfg.ffn == "dense" else [f"{cfg.ffn} {nominal} %"]
-        parts += [cfg.guide] if cfg.guide != "off" else []
-        parts += [f"{name}={getattr(cfg, name)}" for name in names if cfg.guide != "off" or not name.startswith("guide_")]
-        parts += [f"inner {cfg.ffn_dim / cfg.n_embd:.3g} x width"] if differs("ffn_dim", peers) else []
-        more = cfg.max_tokens / min(r.cfg.max_tokens for r in peers)
-        parts += [f"{more:.2f} x tokens"] if more > 1.005 else []
-        run.method = " ".join(parts)
-        size = [f"{cfg.n_layer}x{cfg.n_embd}"] if len(peers) < len(runs) else []
-        run.label = " ".join(size + parts + ([f"seed {cfg.seed}"] if differs("seed", runs) else []))
-    for run in runs:
-        if sum(r.label == run.label for r in runs) > 1:
-            run.label += f" ({run.path})"
-
-
-def least_squares(x, y):
-    """Fits y = a + b x -> (a, b, standard error of b, None from two points)."""
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    n, dx = len(x), x - x.mean()
-    b = (dx * y).sum() / (dx**2).sum()
-    a = y.mean() - b * x.mean()
-    error = math.sqrt(((y - a - b * x)**2).sum() / (n - 2) / (dx**2).sum()) if n > 2 else None
-    return float(a), float(b), error
-
-
 def bench_curves(paths, settings):
-    runs = [read_run(path) for path in paths]
-    name_runs(runs)
-    facts = {"commit": commit()}
-    width = max(len(r.label) for r in runs)
-    table = Table({"run": width, "step": 8, "steps": 8, "tokens": 10, "flops": 10, "seconds": 9, "train_loss": 10, "val_loss": 9, "to_dense": 9}, facts, settings)
+    """Tables of final losses and of the fits, and the picture; curves.py reads the runs."""
+    runs = [curves.read_run(path) for path in paths]
+    curves.name_runs(runs)
+    columns = {"run": max(len(r.label) for r in runs), "step": 8, "steps": 8, "tokens": 10, "flops": 10, "seconds": 9, "train_loss": 10, "val_loss": 9, "to_dense": 9}
+    table = Table(columns, {"commit": commit()}, settings)
     for r in runs:
-        dense = [d.final for d in runs if d.method == "dense" and d.final and (d.cfg.n_layer, d.cfg.n_embd) == (r.cfg.n_layer, r.cfg.n_embd)]
-        tokens, flops, seconds = (float(r.axis(name, np.array(r.last))) for name in ("tokens", "FLOPs", "seconds"))
-        val_loss = float(r.val[1][-1]) if len(r.val[1]) else None
-        table.row(benchmark="curves", run=r.label, path=r.path, method=r.method, step=r.last, steps=r.plan.steps, tokens=tokens, flops=flops, seconds=seconds,
-                  train_loss=float(r.train[1][-1]), val_loss=val_loss, to_dense=r.final - sum(dense) / len(dense) if r.final and dense else None)
+        tokens, flops, seconds = (float(spent[r.last - 1]) for spent in r.axes.values())
+        table.row(benchmark="curves", run=r.label, path=r.path, method=r.method, step=r.last, steps=r.steps, tokens=tokens, flops=flops, seconds=seconds,
+                  train_loss=float(r.train[1][-1]), val_loss=float(r.val[1][-1]) if len(r.val[1]) else None, to_dense=curves.gap_to_dense(r, runs))
     for r in runs:
         if r.final is None:
-            print(f"{r.path} stands at step {r.last} of {r.plan.steps}: drawn as far as it goes, left out of differences and fits.")
-    fits = fit_scaling(runs, facts, settings)
+            print(f"{r.path} stands at step {r.last} of {r.steps}: drawn as far as it goes, left out of differences and fits.")
+    fits = curves.fit_scaling(runs)
+    if fits:
+        table = Table({"method": max(len(f["method"]) for f in fits), "runs": 4, "slope": 10, "std_error": 10, "at_1e18": 8}, table.facts, settings)
+        for fit in fits:
+            table.row(benchmark="scaling", **fit)
     if settings.plot:
-        draw_curves(settings.plot, runs, fits)
-
-
-def fit_scaling(runs, facts, settings):
-    """log(final loss) = a + slope log(training FLOPs) for every method with runs at several FLOPs -> [(method, FLOPs, losses, a, slope)]."""
-    methods = {}
-    for r in runs:
-        if r.final is not None:
-            methods.setdefault(r.method, []).append((float(r.flops[-1]), r.final))
-    methods = {m: sorted(points) for m, points in methods.items() if len({flops for flops, _ in points}) > 1}
-    if not methods:
-        return []
-    table, fits = Table({"method": max(map(len, methods)), "runs": 4, "slope": 10, "std_error": 10, "at_1e18": 8}, facts, settings), []
-    for method, points in methods.items():
-        flops, losses = map(np.array, zip(*points))
-        a, slope, error = least_squares(np.log(flops), np.log(losses))
-        table.row(benchmark="scaling", method=method, runs=len(points), slope=slope, std_error=error, at_1e18=math.exp(a + slope * math.log(1e18)))
-        fits.append((method, flops, losses, a, slope))
-    return fits
-
-
-def draw_curves(path, runs, fits):
-    """Validation loss strong and training loss faint, against three costs; with fits, final losses against FLOPs over sizes."""
-    from matplotlib.ticker import LogLocator, ScalarFormatter
-    figure, axes = new_figure(1, 4 if fits else 3, "Training runs: validation loss, and training loss faint", width=5.2, height=4.4)
-    early = 0.03  # of the longest run: before it every loss falls off the page
-    shown = []
-    for ax, name in zip(axes[0], ("tokens", "FLOPs", "seconds")):
-        start = early * max(float(r.axis(name, np.array(r.last))) for r in runs)
-        for i, r in enumerate(runs):
-            for (steps, losses), style in ((r.train, {"alpha": 0.3, "linewidth": 0.8}), (r.val, {"marker": ".", "label": r.label})):
-                x = r.axis(name, steps)
-                ax.plot(x[x >= start], losses[x >= start], color=f"C{i}", **style)
-                shown += losses[x >= start].tolist()
-        ax.set(xlabel={"tokens": "tokens", "FLOPs": "training FLOPs", "seconds": "seconds of training"}[name], xscale="log", yscale="log")
-    for method, flops, losses, a, slope in fits:
-        line, = axes[0][3].plot(flops, np.exp(a) * flops**slope)
-        axes[0][3].plot(flops, losses, "o", color=line.get_color(), label=f"fit: {method}, slope {slope:.4f}")
-        axes[0][3].set(xlabel="training FLOPs of a whole run", title="final validation loss", xscale="log", yscale="log")
-    for ax in axes.flat:
-        ax.yaxis.set_major_locator(LogLocator(subs=np.arange(1, 10, 0.5)))
-        ax.yaxis.set_major_formatter(ScalarFormatter())
-        ax.yaxis.set_minor_formatter(lambda *_: "")
-        ax.grid(alpha=0.3)
-    axes[0][0].set_ylabel("loss, nats per token")
-    finish_figure(figure, axes, path)
+        draw(settings.plot, "Validation loss, training loss faint", "loss, nats per token", {"": curves.panels(runs, fits)}, width=5.2, height=4.4)
 
 
 def main(command, subject, settings):
