@@ -297,41 +297,50 @@ def figure_of(n_rows, n_columns, title, width=4.2, height=3.4, **shared):
 def save_figure(figure, path):
     """With one legend for all panels."""
     handles = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=max(1, min(len(handles), int(figure.get_figwidth() // 3))), frameon=False)
+    columns = int(figure.get_figwidth() / (0.6 + 0.085 * max(map(len, handles))))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=max(1, min(len(handles), columns)), frameon=False)
     figure.savefig(path, dpi=120)
     print(f"picture  {path}")
 
 
 def draw(path, title, ylabel, panels, sharey=False, **size):
-    """panels: {row: {panel title: (xlabel, {line: [(x, y), ...]})}} -> a PNG, both axes logarithmic. A line "_NAME" is NAME's faint companion."""
+    """panels: {row: {panel title: (xlabel, {line: [(x, y), ...]})}} -> a PNG with logarithmic axes.
+
+    A line "_NAME" is drawn faint in NAME's colour, "*NAME" as points alone.
+    """
+    styles = {"_": {"alpha": 0.4, "linewidth": 0.9}, "*": {"marker": "o", "linestyle": "none"}, "": {"marker": "o", "markersize": 3.5}}
     figure, axes = figure_of(len(panels), max(map(len, panels.values())), title, sharey=sharey, **size)
-    names = list(dict.fromkeys(line.removeprefix("_") for row in panels.values() for _, lines in row.values() for line in lines))
+    names = list(dict.fromkeys(line.lstrip("_*") for row in panels.values() for _, lines in row.values() for line in lines))
     for row_axes, row in zip(axes, panels.values()):
         for ax in row_axes[len(row):]:
             ax.remove()
         for ax, (panel, (xlabel, lines)) in zip(row_axes, row.items()):
             for line, points in lines.items():
-                name = line.removeprefix("_")
-                i = names.index(name)
-                style = {"alpha": 0.35, "linewidth": 0.9} if line[0] == "_" else {"marker": "o", "markersize": 3.5}
-                ax.plot(*zip(*sorted(points)), color=f"C{i % 10}", linestyle=("-", "--", ":")[i // 10 % 3], label=line if name in lines else name, **style)
+                name = line.lstrip("_*")
+                i, paired = names.index(name), line[0] == "_" and {name, "*" + name} & lines.keys()
+                style = {"linestyle": ("-", "--", ":")[i // 10 % 3], **styles[line[:-len(name)]]}
+                ax.plot(*zip(*sorted(points)), color=f"C{i % 10}", label=None if paired else name, **style)
             ax.set(title=panel, xlabel=xlabel, xscale="log", yscale="log")
-            number_axes(ax, [point for points in lines.values() for point in points])
         row_axes[0].set_ylabel(ylabel)
+    for ax in figure.axes:
+        number_axes(ax)
     save_figure(figure, path)
 
 
-def number_axes(ax, points):
-    """Plain numbers on logarithmic axes: every x where they are few, and enough of the y between its ends."""
-    from matplotlib.ticker import LogLocator
-    xs, ys = {x for x, _ in points}, [y for _, y in ax.dataLim.get_points()]
-    if len(xs) <= 13:
-        ax.set_xticks(sorted(xs), [short(x) if x >= 10_000 else str(x) for x in sorted(xs)], rotation=45 if len(xs) > 4 else 0)
-        ax.xaxis.set_minor_formatter("")
-    ax.yaxis.set_major_locator(LogLocator(subs=np.arange(1, 10, 0.5) if max(ys) < 10 * min(ys) else (1, 2, 5)))
-    ax.yaxis.set_major_formatter(lambda y, _: short(y))
-    ax.yaxis.set_minor_formatter("")
+def number_axes(ax):
+    """Plain numbers on logarithmic axes: x at its values where they are few and whole, y as densely as its range allows."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
     ax.grid(alpha=0.3)
+    ax.minorticks_off()
+    xs = sorted({float(x) for line in ax.lines for x in line.get_xdata()})
+    if len(xs) <= 13 and xs[-1] < 1e5 and all(x.is_integer() for x in xs):
+        ax.set_xticks(xs, [short(x) if x >= 10_000 else f"{x:.0f}" for x in xs], rotation=45 if len(xs) > 4 else 0)
+    else:
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(lambda x, _: short(x) if x < 1e12 else f"{x:.0e}")
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(MaxNLocator(6) if high < 3 * low else LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 30 * low else (1, 2, 5)))
+    ax.yaxis.set_major_formatter(lambda y, _: short(y))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -441,7 +450,7 @@ def bench_kernel(cfg, settings):
                             sweep=varies, linear=name, width=width, tokens=tokens, ffn=label, rank=case.rank, nblocks=case.nblocks, by=by)
     if settings.plot:
         draw_speedups(settings.plot, f"One linear, forward + backward: {table.card()}", [r for r in table.rows if r["pass"] != "forward"],
-                      lambda r: (r["linear"], f"{r['linear']}, {r['ffn']}"), lambda r: r["by"])
+                      lambda r: (r["linear"], f"{r['linear']}, {r['ffn'].split()[0]}"), lambda r: f"{r['by']} {r['ffn'].partition(' ')[2]}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

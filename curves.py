@@ -159,5 +159,5 @@ def panels(runs, fits) -> dict:
         lines = result.setdefault("whole runs: final validation loss", ("training FLOPs", {}))[1]
         for fit in fits:
             name = f"{fit['method']}: slope {fit['slope']:.4f}" + (f" ± {fit['std_error']:.4f}" if fit["std_error"] is not None else "")
-            lines[name], lines[f"_{name}"] = fit["points"], fit["fitted"]
+            lines[f"*{name}"], lines[f"_{name}"] = fit["points"], fit["fitted"]
     return result
