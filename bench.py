@@ -33,7 +33,7 @@ class Settings:
     widths: str = ""                     # kernel, ffn: widths, as in 768,2048; empty: the preset's, or a sweep
     tokens: str = ""                     # kernel, ffn: tokens in a call, as in 1,64,30720; prefill: lengths of prompts; empty: a sweep
     batches: str = ""                    # prefill: prompts in a call; empty: 1,16
-    repeats: int = 0                     # timed repetitions, of which median and interquartile range are told; 0: 20 on a GPU, 3 on the CPU
+    repeats: int = 0                     # timed repetitions, of which median and interquartile range are told; 0: 20 on a GPU, 5 on the CPU
     warmup: int = 0                      # repetitions before, compilation included; 0: 5 on a GPU, 1 on the CPU
 
 
@@ -107,6 +107,7 @@ if __name__ == "__main__":
     SETTINGS = config.run(read_settings)  # a wrong setting is told before torch loads
 
 import gc
+import itertools
 import math
 import time
 from functools import partial
@@ -117,11 +118,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import curves
+from curves import draw, picture
 from model import FFN, build, ffn_params, flops_per_token, linear_params, peak_flops
 from structured import BlockShuffle, LowRank, linear
 from train import device_name, make_optimizer, nominal_vocabulary, set_up, short, train_step
 
 PASSES = {"forward": 1, "forward+backward": 3}  # and how many times the forward's FLOPs
+SHORT = 4096  # tokens, up to which launching kernels can take longer than running them
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,7 +135,7 @@ def timed(run, device, settings):
     on_cuda = device.type == "cuda"
     for _ in range(settings.warmup or (5 if on_cuda else 1)):
         run()
-    repeats = settings.repeats or (20 if on_cuda else 3)
+    repeats = settings.repeats or (20 if on_cuda else 5)
     if on_cuda:
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
         marks[0].record()
@@ -194,9 +197,6 @@ def copies(make, tokens, n_in, n_out, place) -> list:
     size = sum(t.numel() * t.element_size() for t in (*first[0].parameters(), first[1]))
     cache = torch.cuda.get_device_properties(place.device).L2_cache_size if place.device.type == "cuda" else 0
     return [first] + [one() for _ in range(max(2, math.ceil(2 * cache / size)) - 1)]
-
-
-SHORT = 4096  # tokens, up to which launching kernels can take longer than running them
 
 
 def time_passes(call, turns, place, settings):
@@ -284,65 +284,6 @@ def ratio(a, b):
     return a / b if a and b else None
 
 
-def figure_of(n_rows, n_columns, title, width=4.2, height=3.4, **shared):
-    """(figure, axes [row][column]) with room for a legend below."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(n_rows, n_columns, figsize=(max(6.5, width * n_columns), height * n_rows + 1), squeeze=False, layout="constrained", **shared)
-    figure.suptitle(title)
-    return figure, axes
-
-
-def save_figure(figure, path):
-    """With one legend for all panels."""
-    handles = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}
-    columns = int(figure.get_figwidth() / (0.6 + 0.085 * max(map(len, handles))))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=max(1, min(len(handles), columns)), frameon=False)
-    figure.savefig(path, dpi=120)
-    print(f"picture  {path}")
-
-
-def draw(path, title, ylabel, panels, sharey=False, **size):
-    """panels: {row: {panel title: (xlabel, {line: [(x, y), ...]})}} -> a PNG with logarithmic axes.
-
-    A line "_NAME" is drawn faint in NAME's colour, "*NAME" as points alone.
-    """
-    styles = {"_": {"alpha": 0.4, "linewidth": 0.9}, "*": {"marker": "o", "linestyle": "none"}, "": {"marker": "o", "markersize": 3.5}}
-    figure, axes = figure_of(len(panels), max(map(len, panels.values())), title, sharey=sharey, **size)
-    names = list(dict.fromkeys(line.lstrip("_*") for row in panels.values() for _, lines in row.values() for line in lines))
-    for row_axes, row in zip(axes, panels.values()):
-        for ax in row_axes[len(row):]:
-            ax.remove()
-        for ax, (panel, (xlabel, lines)) in zip(row_axes, row.items()):
-            for line, points in lines.items():
-                name = line.lstrip("_*")
-                i, paired = names.index(name), line[0] == "_" and {name, "*" + name} & lines.keys()
-                style = {"linestyle": ("-", "--", ":")[i // 10 % 3], **styles[line[:-len(name)]]}
-                ax.plot(*zip(*sorted(points)), color=f"C{i % 10}", label=None if paired else name, **style)
-            ax.set(title=panel, xlabel=xlabel, xscale="log", yscale="log")
-        row_axes[0].set_ylabel(ylabel)
-    for ax in figure.axes:
-        number_axes(ax)
-    save_figure(figure, path)
-
-
-def number_axes(ax):
-    """Plain numbers on logarithmic axes: x at its values where they are few and whole, y as densely as its range allows."""
-    from matplotlib.ticker import LogLocator, MaxNLocator
-    ax.grid(alpha=0.3)
-    ax.minorticks_off()
-    xs = sorted({float(x) for line in ax.lines for x in line.get_xdata()})
-    if len(xs) <= 13 and xs[-1] < 1e5 and all(x.is_integer() for x in xs):
-        ax.set_xticks(xs, [short(x) if x >= 10_000 else f"{x:.0f}" for x in xs], rotation=45 if len(xs) > 4 else 0)
-    else:
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter(lambda x, _: short(x) if x < 1e12 else f"{x:.0e}")
-    low, high = ax.get_ylim()
-    ax.yaxis.set_major_locator(MaxNLocator(6) if high < 3 * low else LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 30 * low else (1, 2, 5)))
-    ax.yaxis.set_major_formatter(lambda y, _: short(y))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What kernel and ffn share: the sweep, and one row per pass
 
@@ -405,10 +346,10 @@ def draw_speedups(path, title, rows, panel_of, line_of):
 def by_einsum(linear, x):
     """The structured map as its formula reads: x (T, N) -> (T, M)."""
     if isinstance(linear, LowRank):
-        y = torch.einsum("tr,mr->tm", torch.einsum("tn,rn->tr", x, linear.V), linear.U)
-        return y + linear.bias if linear.bias is not None else y
-    B, _, p = linear.V.shape
-    t = torch.einsum("tbp,bqp->tbq", x.view(-1, B, p), linear.V).flatten(1)                     # (T, B q)
+        t = torch.einsum("tn,rn->tr", x, linear.V)
+    else:
+        B, _, p = linear.V.shape
+        t = torch.einsum("tbp,bqp->tbq", x.view(-1, B, p), linear.V).flatten(1)                 # (T, B q)
     if isinstance(linear, BlockShuffle):
         y = torch.einsum("tqb,bsq->tsb", t.view(len(t), -1, B), linear.U).flatten(1)            # (T, s B)
     else:
@@ -419,9 +360,11 @@ def by_einsum(linear, x):
 def by_bmm(linear, x):
     """The same with plain matmuls and bmm, which wants blocks first: the copies around it are the point of comparison."""
     if isinstance(linear, LowRank):
-        return F.linear(x @ linear.V.T, linear.U, linear.bias)
-    B, _, p = linear.V.shape
-    t = torch.bmm(x.view(-1, B, p).transpose(0, 1), linear.V.transpose(1, 2)).transpose(0, 1).flatten(1)  # (T, B q)
+        t = x @ linear.V.T
+    else:
+        B, _, p = linear.V.shape
+        t = torch.bmm(x.view(-1, B, p).transpose(0, 1), linear.V.transpose(1, 2))               # (B, T, q)
+        t = t.transpose(0, 1).flatten(1)                                                        # (T, B q)
     if not isinstance(linear, BlockShuffle):
         return F.linear(t, linear.U, linear.bias)
     y = torch.bmm(t.view(len(t), -1, B).permute(2, 0, 1), linear.U.transpose(1, 2))             # (B, T, s)
@@ -482,7 +425,7 @@ def bench_train(cfg, settings):
                "optimizer_ms": 12}
     table = Table(columns, conditions(place, settings), settings)
     for label, case in compared(cfg, settings).items():
-        for guided in (False, True) if case.guide != "off" else (False,):
+        for guided in (False, True) if case.guide in ("fixedstep", "fixedflop") else (False,):
             train_row(label, case, place, guided, table, settings)
     if settings.plot:
         draw_split(settings.plot, f"Training step, {cfg.n_layer} layers x {cfg.n_embd}, {cfg.micro_batch_size} x {cfg.block_size} tokens\n{table.card()}", table.rows)
@@ -497,13 +440,12 @@ def train_row(label, cfg, place, guided, table, settings):
     optimizer = make_optimizer(cfg, model, place.device)
     if place.compile:
         model.compile_parts()
-    batches = torch.randint(cfg.vocab_size, (8, 1, cfg.micro_batch_size, cfg.block_size + 1), device=place.device)
+    batches = itertools.cycle(torch.randint(cfg.vocab_size, (8, 1, cfg.micro_batch_size, cfg.block_size + 1), device=place.device))
     alpha = torch.full((), 0.5, device=place.device)
     layers = tuple(range(cfg.n_dense_layers, cfg.n_layer)) if guided else ()
-    turn = iter(range(10**9))
 
     def forward():
-        batch = batches[next(turn) % len(batches), 0]
+        batch = next(batches)[0]
         with place.autocast():
             return model(batch[:, :-1], batch[:, 1:], alpha, layers)
 
@@ -512,7 +454,7 @@ def train_row(label, cfg, place, guided, table, settings):
         optimizer.zero_grad(set_to_none=True)
 
     def step():
-        train_step(model, optimizer, batches[next(turn) % len(batches)], cfg, place, 1e-4, alpha, layers)
+        train_step(model, optimizer, next(batches), cfg, place, 1e-4, alpha, layers)
 
     ms, spread = timed(step, place.device, settings)
     gib = torch.cuda.max_memory_allocated() / 2**30 if place.device.type == "cuda" else None
@@ -527,18 +469,16 @@ def train_row(label, cfg, place, guided, table, settings):
 
 def draw_split(path, title, rows):
     """Stacked bars of where a step's time goes."""
-    figure, ((ax,),) = figure_of(1, 1, title, width=9)
     names = [r["ffn"] + ", guided" * r["guided"] for r in rows]
     left = np.zeros(len(rows))
-    for part in ("forward", "backward", "optimizer"):
-        width = np.array([max(0.0, r[f"{part}_ms"]) for r in rows])
-        ax.barh(names, width, left=left, label=part)
-        left += width
-    for i, r in enumerate(rows):
-        ax.text(left[i], i, f" {short(r['tokens_per_s'])} tokens/s", va="center")
-    ax.set(xlabel="milliseconds per step", xlim=(0, 1.25 * left.max()))
-    ax.invert_yaxis()
-    save_figure(figure, path)
+    with picture(path, title, width=9) as ((ax,),):
+        for part in ("forward", "backward", "optimizer"):
+            width = np.array([max(0.0, r[f"{part}_ms"]) for r in rows])
+            bars = ax.barh(names, width, left=left, label=part)
+            left += width
+        ax.bar_label(bars, [f"{short(r['tokens_per_s'])} tokens/s" for r in rows], padding=4)
+        ax.set(xlabel="milliseconds per step", xlim=(0, 1.25 * left.max()))
+        ax.invert_yaxis()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -555,7 +495,6 @@ def bench_prefill(cfg, settings):
                   conditions(place, settings), settings)
     dense_ms = {}
     for label, case in compared(cfg, settings).items():
-        fresh(place.device)
         model = build(case, place.device).eval()
         for p in model.parameters():
             p.data = torch.randn_like(p, dtype=place.dtype) * p.shape[-1] ** -0.5
@@ -573,10 +512,9 @@ def bench_prefill(cfg, settings):
 
 
 def prefill_row(label, cfg, model, batch, length, dense_ms, place, table, settings):
-    torch._dynamo.reset()  # every length compiled for itself
-    prompts = torch.randint(cfg.vocab_size, (4, batch, length), device=place.device)
-    turn = iter(range(10**9))
-    ms, spread = timed(lambda: model.next_logits(prompts[next(turn) % 4]), place.device, settings)
+    fresh(place.device)  # every length compiled for itself
+    prompts = itertools.cycle(torch.randint(cfg.vocab_size, (4, batch, length), device=place.device))
+    ms, spread = timed(lambda: model.head(model.hidden(next(prompts))[:, -1]), place.device, settings)
     if cfg.ffn == "dense":
         dense_ms[batch, length] = ms
     head = 2 * cfg.vocab_size * cfg.n_embd  # of the last token only

@@ -1,4 +1,8 @@
-"""Training runs side by side: what their folders say, what to call them, how loss falls with FLOPs. `python bench.py curves` shows it."""
+"""Training runs side by side: what their folders say, what to call them, how loss falls with FLOPs; and bench.py's pictures.
+
+python bench.py curves out/RUN ... shows it.
+"""
+import contextlib
 import dataclasses
 import json
 import math
@@ -10,7 +14,7 @@ import numpy as np
 import config
 from config import Config, UserError
 from model import ffn_params, flops_per_token
-from train import MAY_CHANGE, alpha_at, make_plan
+from train import MAY_CHANGE, alpha_at, make_plan, short
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -146,7 +150,7 @@ def fit_scaling(runs) -> list:
 
 
 def panels(runs, fits) -> dict:
-    """What bench.draw draws: losses against three costs and, with fits, final losses against FLOPs over sizes."""
+    """What `draw` draws: losses against three costs and, with fits, final losses against FLOPs over sizes."""
     result = {}
     for axis in runs[0].axes:
         start = 0.03 * max(r.axes[axis][r.last - 1] for r in runs)  # before it every loss falls off the page
@@ -161,3 +165,62 @@ def panels(runs, fits) -> dict:
             name = f"{fit['method']}: slope {fit['slope']:.4f}" + (f" ± {fit['std_error']:.4f}" if fit["std_error"] is not None else "")
             lines[f"*{name}"], lines[f"_{name}"] = fit["points"], fit["fitted"]
     return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+@contextlib.contextmanager
+def picture(path, title, n_rows=1, n_columns=1, width=4.2, height=3.4, **shared):
+    """Yields axes [row][column] to draw on, then writes the PNG with one legend for all panels below them."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(n_rows, n_columns, figsize=(max(6.5, width * n_columns), height * n_rows + 1), squeeze=False, layout="constrained", **shared)
+    figure.suptitle(title)
+    yield axes
+    handles = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    columns = int(figure.get_figwidth() / (0.6 + 0.085 * max(map(len, handles))))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=max(1, min(len(handles), columns)), frameon=False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    print(f"picture  {path}")
+
+
+def draw(path, title, ylabel, panels, sharey=False, **size):
+    """panels: {row: {panel title: (xlabel, {line: [(x, y), ...]})}} -> a PNG with logarithmic axes.
+
+    A line "_NAME" is drawn faint in NAME's colour, "*NAME" as points alone.
+    """
+    styles = {"_": {"alpha": 0.4, "linewidth": 0.9}, "*": {"marker": "o", "linestyle": "none"}, "": {"marker": "o", "markersize": 3.5}}
+    names = list(dict.fromkeys(line.lstrip("_*") for row in panels.values() for _, lines in row.values() for line in lines))
+    with picture(path, title, len(panels), max(map(len, panels.values())), sharey=sharey, **size) as axes:
+        for row_axes, row in zip(axes, panels.values()):
+            for ax in row_axes[len(row):]:
+                ax.remove()
+            for ax, (panel, (xlabel, lines)) in zip(row_axes, row.items()):
+                for line, points in lines.items():
+                    name = line.lstrip("_*")
+                    i, paired = names.index(name), line[0] == "_" and {name, "*" + name} & lines.keys()
+                    style = {"linestyle": ("-", "--", ":")[i // 10 % 3], **styles[line[:-len(name)]]}
+                    ax.plot(*zip(*sorted(points)), color=f"C{i % 10}", label=None if paired else name, **style)
+                ax.set(title=panel, xlabel=xlabel, xscale="log", yscale="log")
+            row_axes[0].set_ylabel(ylabel)
+        for ax in (ax for row_axes, row in zip(axes, panels.values()) for ax in row_axes[:len(row)]):
+            number_axes(ax)
+
+
+def number_axes(ax):
+    """Plain numbers on logarithmic axes: x at its values where they are few and whole, y as densely as its range allows."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+    ax.grid(alpha=0.3)
+    ax.minorticks_off()
+    xs = sorted({float(x) for line in ax.lines for x in line.get_xdata()})
+    if len(xs) <= 13 and xs[-1] < 1e5 and all(x.is_integer() for x in xs):
+        ax.set_xticks(xs, [short(x) if x >= 10_000 else f"{x:.0f}" for x in xs], rotation=45 if len(xs) > 4 else 0)
+    else:
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(lambda x, _: short(x) if x < 1e12 else f"{x:.0e}")
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(MaxNLocator(6) if high < 3 * low else LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 30 * low else (1, 2, 5)))
+    ax.yaxis.set_major_formatter(lambda y, _: short(y))
