@@ -90,10 +90,10 @@ def read_settings(argv):
             raise UserError("curves needs the folder of at least one run: python bench.py curves out/NAME ...")
     else:
         subject, settings = config.load(argv[1:], Settings, usage=__doc__)
-        if not settings.widths and any(a.endswith(".py") or a.removeprefix("--").startswith("n_embd=") for a in argv):
+        if not settings.widths and any(a.endswith(".py") or a.removeprefix("--").startswith(("n_embd=", "ffn=")) for a in argv):
             settings.widths = str(subject.n_embd)
         widths, *_ = (numbers(settings, name) for name in ("widths", "tokens", "batches"))
-        for width in widths if command in ("kernel", "ffn") else [None]:
+        for width in (widths or [subject.n_embd]) if command in ("kernel", "ffn") else [None]:
             compared(subject, settings, width)
     for path in filter(None, (settings.json, settings.plot)):
         if not os.path.isdir(os.path.dirname(path) or "."):
