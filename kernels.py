@@ -105,13 +105,11 @@ def _store(acc, g, m, n, y, slope, sums, G: tl.constexpr, N: tl.constexpr, CHUNK
 @triton.jit(do_not_specialize=["T"])
 def _matmul(x, w, bias, y, slope, sums, T, G: tl.constexpr, K: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
             EPILOGUE: tl.constexpr, ACT: tl.constexpr, SAVE: tl.constexpr, FAST: tl.constexpr,
-            BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SUB: tl.constexpr, WARPS: tl.constexpr, FLAT: tl.constexpr):
+            BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SUB: tl.constexpr, WARPS: tl.constexpr):
     """y[t, map(g, n)] = epilogue(sum_k x[t, g, k] w[g, n, k]); x (T, G K), w (G N, K), y (T, G N)."""
     per_row: tl.constexpr = G * N // BN
-    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * per_row, tl.num_programs(0), flatten=FLAT):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * per_row, tl.num_programs(0), flatten=True):
         m, g, n = tile // per_row, tile % per_row // (N // BN), tile % (N // BN) * BN
-        if EPILOGUE == "backward" and ACT == "gelu" and not FLAT:  # asked for before the main loop, here after it
-            fragments = tl.load(slope + _fragment_offsets(m * per_row + (g * N + n) // BN, BM, BN, WARPS))
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, K, BK):
             acc = tl.dot(x.load([m * BM, g * K + k]), w.load([g * N + n, k]).T, acc)
@@ -126,8 +124,7 @@ def _matmul(x, w, bias, y, slope, sums, T, G: tl.constexpr, K: tl.constexpr, N: 
                     at = _fragment_offsets(m * per_row + _column(g, n, G, CHUNK) // BN, BM, BN, WARPS)
                     tl.store(slope + at, _to_fragments(_to_byte(rise), BM, BN, WARPS))
         if EPILOGUE == "backward" and ACT == "gelu":
-            if FLAT:
-                fragments = tl.load(slope + _fragment_offsets(m * per_row + (g * N + n) // BN, BM, BN, WARPS))
+            fragments = tl.load(slope + _fragment_offsets(m * per_row + (g * N + n) // BN, BM, BN, WARPS))
             acc *= _from_byte(_from_fragments(fragments, BM, BN, WARPS))
         _store(acc, g, m, n, y, slope, sums, G, N, CHUNK, EPILOGUE, ACT, BM, BN, SUB)
 
@@ -137,51 +134,58 @@ def _multiprocessors(device):
     return 8 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# BM, BN, BK, columns a store stages at once, warps, pipeline stages, blocks per multiprocessor that loop over tiles (0: one tile each)
-WIDE, NARROW = (128, 256, 64, 128, 8, 4, 1), (128, 128, 64, 64, 4, 3, 2)
-CONFIGS = {"none": NARROW, "forward": NARROW, "backward": (128, 128, 64, 64, 4, 3, 0)}
+# BM, BN, BK, columns that a store stages at once, warps, pipeline stages, blocks per multiprocessor looping over the tiles.
+# Slopes need one BM, BN and number of warps in forward and backward.
+WIDE, NARROW, SLIM = (128, 256, 64, 128, 8, 4, 1), (128, 128, 64, 64, 4, 3, 2), (128, 128, 64, 32, 4, 3, 2)
 
 
 def _divisor(n, *sizes):
-    """The first of the sizes that divides n, or 0."""
-    return next((size for size in sizes if n % size == 0), 0)
+    """The first of the sizes that divides n."""
+    return next(size for size in sizes if n % size == 0)
 
 
-def _launch(x, w, chunk, epilogue="none", act="none", bias=None, slope=None, save=False):
-    """x (T, G, K), w (G, N, K) -> y (T, G N) with its columns in (N/chunk, G, chunk) order, slope and the partial column sums."""
+def _launch(x, w, chunk, whole, config, epilogue="none", act="none", bias=None, slope=None, save=False):
+    """x (T, G, K), w (G, N, K) -> y (T, G N) with its columns in (N/chunk, G, chunk) order, slope and the partial column sums.
+
+    A tile's columns divide `whole`, a store's divide chunk.
+    """
     T, (G, N, K) = x.size(0), w.shape
-    config = CONFIGS[epilogue] if epilogue != "none" or N % 256 or chunk % 128 else WIDE
     BM, BN, BK, SUB, warps, stages, per_sm = config
-    BN = _divisor(N if epilogue == "none" else chunk, BN, 128, 64)
+    BN = _divisor(whole, BN, 128, 64)
     SUB = min(BN, _divisor(chunk, SUB, 64, 32, 16))
     if INTERPRET:
         BM, BK = 64, 32
     rows = triton.cdiv(T, BM)
     y = x.new_empty(T, G * N)
     sums = x.new_empty(rows, G * N, dtype=torch.float32) if epilogue == "backward" else None
-    if epilogue == "forward" and act == "gelu":
-        slope = x.new_empty(rows * BM * G * N if save else 0, dtype=torch.uint8)
+    if epilogue == "forward":
+        slope = x.new_empty(rows * BM * G * N if save and act == "gelu" else 0, dtype=torch.uint8)
     if epilogue == "backward" and act == "relu2":
         slope = TensorDescriptor.from_tensor(slope.view(T, -1), [BM, SUB])
     tiles = rows * (G * N // BN)
-    grid = min(tiles, per_sm * _multiprocessors(x.device)) if per_sm else tiles
-    _matmul[(grid,)](
+    _matmul[(min(tiles, per_sm * _multiprocessors(x.device)),)](
         TensorDescriptor.from_tensor(x.view(T, G * K), [BM, BK]), TensorDescriptor.from_tensor(w.view(G * N, K), [BN, BK]), bias,
         TensorDescriptor.from_tensor(y, [BM, SUB]), slope, sums, T, G, K, N, chunk, epilogue, act, save, not INTERPRET,
-        BM, BN, BK, SUB, warps, per_sm > 0, num_warps=warps, num_stages=stages)
+        BM, BN, BK, SUB, warps, num_warps=warps, num_stages=stages)
     return y, slope, sums
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The FFN, forward and backward. Every activation is (T, B, columns) with B = the blocks of the matmul that reads it.
 
-def _blocks(x, w, shuffle=False):
-    """y = w x block by block, (T, B, K) x (B, N, K) -> (T, B N); with shuffle each block's N columns are dealt out to all blocks."""
-    if shuffle:
-        return _launch(x, w, w.size(1) // w.size(0))[0]
+def _blocks(x, w, bias=None):
+    """y = w x (+ bias) block by block, (T, B, K) x (B, N, K) -> (T, B N), by cuBLAS."""
+    if w.size(0) == 1 and bias is not None:
+        return torch.addmm(bias, x[:, 0], w[0].T)
     y = x.new_empty(x.size(0), w.size(0), w.size(1))
     torch.bmm(x.transpose(0, 1), w.transpose(1, 2), out=y.transpose(0, 1))             # strided output: no copy into token order
     return y.view(x.size(0), -1)
+
+
+def _dealt(x, w):
+    """y = w x with each block's N columns dealt out to all blocks: (T, B, K) x (B, N, K) -> (T, N/chunk = B, B, chunk)."""
+    (B, N, K), chunk = w.shape, w.size(1) // w.size(0)
+    return _launch(x, w, chunk, N, WIDE if N % 256 == 0 and chunk % 128 == 0 and K > 1024 else NARROW)[0]
 
 
 def _weight_grad(grad, x):
@@ -193,27 +197,36 @@ def _read_by(t, w):
     return t.view(t.size(0), w.size(0), -1)                                            # (T, B, columns)
 
 
-def _hidden(t1, U1, bias, shuffle, act, save):
-    return _launch(t1, U1, U1.size(1) // (U1.size(0) if shuffle else 1), "forward", act, bias, save=save)[:2]
+def _chunk(hidden, V2, shuffle):
+    """The columns of hidden units that stay together on their way from U1's blocks to V2's."""
+    return hidden // (V2.size(0) ** 2 if shuffle else V2.size(0))
+
+
+def _hidden(t1, U1, bias, V2, shuffle, act, save):
+    H = bias.numel()
+    chunk = _chunk(H, V2, shuffle)
+    config = WIDE if act == "relu2" and chunk % 256 == 0 else NARROW
+    return _launch(t1, U1, chunk if shuffle else H, chunk, config, "forward", act, bias, save=save)[:2]
 
 
 @torch.library.custom_op("structured::ffn", mutates_args=())
-def ffn_op(x: Tensor, V1: Tensor, U1: Tensor, bias: Tensor, V2: Tensor, U2: Tensor, shuffle: bool, act: str, save: bool
+def ffn_op(x: Tensor, V1: Tensor, U1: Tensor, bias: Tensor, V2: Tensor, U2: Tensor, bias2: Tensor | None, shuffle: bool, act: str, save: bool
            ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x (T, N), V (B, R/B, N/B), U (B, M/B, R/B), bias (H,): y (T, M) in the order of U2's blocks, t1, hidden, slope, t2.
 
     Without save, hidden and slope come back empty and backward computes them again from t1.
     """
-    t1 = _blocks(_read_by(x, V1), V1, shuffle)                                         # (T, R)
-    hidden, slope = _hidden(_read_by(t1, U1), U1, bias, shuffle, act, save)            # (T, H)
-    t2 = _blocks(_read_by(hidden, V2), V2, shuffle)                                    # (T, R)
-    y = _blocks(_read_by(t2, U2), U2)                                                  # (T, M)
+    matmul = _dealt if shuffle else _blocks
+    t1 = matmul(_read_by(x, V1), V1)                                                   # (T, R)
+    hidden, slope = _hidden(_read_by(t1, U1), U1, bias, V2, shuffle, act, save)        # (T, H)
+    t2 = matmul(_read_by(hidden, V2), V2)                                              # (T, R)
+    y = _blocks(_read_by(t2, U2), U2, bias2)                                           # (T, M)
     none = x.new_empty(0, dtype=torch.uint8)
     return y, t1, hidden if save else x.new_empty(0), slope if save and act == "gelu" else none, t2
 
 
 @ffn_op.register_fake
-def _(x, V1, U1, bias, V2, U2, shuffle, act, save):
+def _(x, V1, U1, bias, V2, U2, bias2, shuffle, act, save):
     T, R1, R2, M = x.size(0), V1.size(0) * V1.size(1), V2.size(0) * V2.size(1), U2.size(0) * U2.size(1)
     H = U1.size(0) * U1.size(1) if save else 0
     slope = x.new_empty((T + 127) // 128 * 128 * H if act == "gelu" else 0, dtype=torch.uint8)
@@ -222,39 +235,42 @@ def _(x, V1, U1, bias, V2, U2, shuffle, act, save):
 
 @torch.library.custom_op("structured::ffn_backward", mutates_args=())
 def ffn_backward_op(grad: Tensor, x: Tensor, V1: Tensor, U1: Tensor, bias: Tensor, V2: Tensor, U2: Tensor, t1: Tensor, hidden: Tensor,
-                    slope: Tensor, t2: Tensor, shuffle: bool, act: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, V1, U1, bias, V2, U2 from that of y."""
-    T = x.size(0)
+                    slope: Tensor, t2: Tensor, bias2: bool, shuffle: bool, act: str
+                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, V1, U1, bias, V2, U2 and, if there is one, bias2 from that of y."""
+    matmul, grad_bias2 = _dealt if shuffle else _blocks, grad.sum(0) if bias2 else grad.new_empty(0)
     x, t1, t2, grad = _read_by(x, V1), _read_by(t1, U1), _read_by(t2, U2), _read_by(grad.contiguous(), U2)
     if hidden.numel() == 0:
-        hidden, slope = _hidden(t1, U1, bias, shuffle, act, True)
+        hidden, slope = _hidden(t1, U1, bias, V2, shuffle, act, True)
+    H, chunk = hidden.size(1), _chunk(hidden.size(1), V2, shuffle)
+
     grad_U2 = _weight_grad(grad, t2)
-    grad_t2 = _read_by(_blocks(grad, U2.mT.contiguous(), shuffle), V2)
+    grad_t2 = _read_by(matmul(grad, U2.mT.contiguous()), V2)
     grad_V2 = _weight_grad(grad_t2, _read_by(hidden, V2))
-    H, B = hidden.size(1), V2.size(0)
-    pre, _, sums = _launch(grad_t2, V2.mT.contiguous(), H // (B * B) if shuffle else H // B, "backward", act,
-                           slope=slope if act == "gelu" else hidden)
-    pre = _read_by(pre, U1)
+    pre, _, sums = _launch(grad_t2, V2.mT.contiguous(), chunk, chunk, SLIM, "backward", act, slope=slope if act == "gelu" else hidden)
+    pre = _read_by(pre, U1)                                                            # gradient before the activation
     grad_U1 = _weight_grad(pre, t1)
-    grad_t1 = _read_by(_blocks(pre, U1.mT.contiguous() if shuffle else U1.mT, shuffle), V1)
+    grad_t1 = _read_by(matmul(pre, U1.mT.contiguous()), V1)
     grad_V1 = _weight_grad(grad_t1, x)
     grad_x = _blocks(grad_t1, V1.mT)
-    return grad_x, grad_V1, grad_U1, sums.sum(0).to(bias.dtype), grad_V2, grad_U2
+    return grad_x, grad_V1, grad_U1, sums.sum(0).to(bias.dtype), grad_V2, grad_U2, grad_bias2
 
 
 @ffn_backward_op.register_fake
-def _(grad, x, V1, U1, bias, V2, U2, t1, hidden, slope, t2, shuffle, act):
-    return tuple(a.new_empty(a.shape) for a in (x, V1, U1, bias, V2, U2))
+def _(grad, x, V1, U1, bias, V2, U2, t1, hidden, slope, t2, bias2, shuffle, act):
+    return *(a.new_empty(a.shape) for a in (x, V1, U1, bias, V2, U2)), grad.new_empty(grad.size(1) if bias2 else 0)
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.shuffle, ctx.act, _ = inputs
+    *tensors, bias2, ctx.shuffle, ctx.act, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[1:])
+    ctx.bias2 = bias2 is not None
 
 
 def _backward(ctx, grad, *unused):
-    return *ffn_backward_op(grad, *ctx.saved_tensors, ctx.shuffle, ctx.act), None, None, None
+    *grads, grad_bias2 = ffn_backward_op(grad, *ctx.saved_tensors, ctx.bias2, ctx.shuffle, ctx.act)
+    return *grads, grad_bias2 if ctx.bias2 else None, None, None, None
 
 
 ffn_op.register_autograd(_backward, setup_context=_save)
@@ -271,14 +287,12 @@ def unfit(fc1, fc2, act, device, dtype):
         return f"precision {dtype}"
     if act not in ("gelu", "relu2"):
         return f"activation {act}"
-    V1, U1, V2, U2 = (w.shape if w.dim() == 3 else (1, *w.shape) for w in (fc1.V, fc1.U, fc2.V, fc2.U))
-    shuffle, H = fc1.U.dim() == 3, fc1.U.shape[:-1].numel()
-    if any(n % 16 for shape in (V1, U1, V2, U2) for n in shape[1:]):
-        return "block sides that are not multiples of 16"
-    if (H // V2[0] ** 2 if shuffle else H // V2[0]) % 64 or any(k % 64 for k in (U1[2], V2[1])):
-        return "chunks of hidden units or ranks that are not multiples of 64"
-    if shuffle and any(n % 64 or n // B % 16 or n % B for B, n in ((V1[0], V1[1]), (V2[0], V2[1]))):
-        return "nblocks that does not divide its blocks into chunks of 16"
+    (_, r1, _), (_, _, R1), (B, r2, p2), _ = (w.shape if w.dim() == 3 else (1, *w.shape) for w in (fc1.V, fc1.U, fc2.V, fc2.U))
+    shuffle = fc1.U.dim() == 3
+    if any(n % 64 for n in (R1, r2, p2 // B if shuffle else p2)):
+        return "ranks or chunks of hidden units that are not multiples of 64"
+    if shuffle and any(n % (16 * B) for n in (r1, r2)):
+        return "nblocks that does not cut its blocks into chunks of 16"
     return None
 
 
@@ -290,21 +304,24 @@ def ffn(x, fc1, fc2, act="gelu", recompute=False):
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    V1, U1, V2, U2 = (w.to(dtype) for w in (fc1.V, fc1.U, fc2.V, fc2.U))
-    bias = (fc1.bias if fc1.bias is not None else x.new_zeros(fc1.out_features)).to(dtype)
-    shuffle = U1.dim() == 3
+    V1, U1, V2, U2 = (w.to(dtype) if w.dim() == 3 else w.to(dtype)[None] for w in (fc1.V, fc1.U, fc2.V, fc2.U))
+    bias = x.new_zeros(fc1.out_features, dtype=dtype) if fc1.bias is None else fc1.bias.to(dtype)
+    bias2 = None if fc2.bias is None else fc2.bias.to(dtype)
+    shuffle = U2.size(0) > 1
     if shuffle:
-        V1, bias, V2 = _deal(V1), bias.view(-1, U1.size(0)).T.reshape(-1), _deal(_deal(V2).mT).mT
-    V1, U1, V2, U2 = (w.contiguous() if w.dim() == 3 else w[None] for w in (V1, U1, V2, U2))
+        B = U2.size(0)
+        V1, V2 = _deal(V1), _deal(V2)
+        V2 = V2.unflatten(2, (-1, B)).transpose(2, 3).flatten(2)                       # columns (s, l) -> (l, s)
+        bias = bias.view(-1, B).T.flatten()
     save = torch.is_grad_enabled() and not recompute
-    y = ffn_op(x.reshape(-1, x.size(-1)).to(dtype).contiguous(), V1, U1, bias, V2, U2, shuffle, act, save)[0]
+    x2d = x.to(dtype).reshape(-1, x.size(-1)).contiguous()                             # (T, N)
+    y = ffn_op(x2d, V1.contiguous(), U1, bias, V2.contiguous(), U2, None if shuffle else bias2, shuffle, act, save)[0]
     if shuffle:
-        y = y.view(-1, U2.size(0), U2.size(1)).transpose(1, 2)                         # f^-1, left to whoever adds it on
-    y = y.reshape(*x.shape[:-1], fc2.out_features)
-    return y if fc2.bias is None else y + fc2.bias.to(dtype)
+        y = y.view(-1, B, U2.size(1)).transpose(1, 2).flatten(1)                       # f^-1, fused into whatever adds y on
+        y = y if bias2 is None else y + bias2
+    return y.reshape(*x.shape[:-1], -1)
 
 
-def _deal(w):
-    """Rows (i, l) -> (l, i), l < B: (B, q, p) in the order in which f deals them out to the B blocks."""
-    B, q, p = w.shape
-    return w.view(B, q // B, B, p).transpose(1, 2).reshape(B, q, p) if w.is_contiguous() else _deal(w.contiguous())
+def _deal(V):
+    """Rows (i, l) -> (l, i), l < B: V (B, q, p) with its rows in the order in which f deals them out to the B blocks."""
+    return V.unflatten(1, (-1, V.size(0))).transpose(1, 2).flatten(1, 2)
