@@ -104,15 +104,18 @@ def _store(acc, g, m, n, y, slope, sums, G: tl.constexpr, N: tl.constexpr, CHUNK
 
 @triton.jit(do_not_specialize=["T"])
 def _matmul(x, w, bias, y, slope, sums, T, G: tl.constexpr, K: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
-            EPILOGUE: tl.constexpr, ACT: tl.constexpr, SAVE: tl.constexpr, FAST: tl.constexpr,
+            ROWS_K: tl.constexpr, EPILOGUE: tl.constexpr, ACT: tl.constexpr, SAVE: tl.constexpr, FAST: tl.constexpr,
             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SUB: tl.constexpr, WARPS: tl.constexpr):
-    """y[t, map(g, n)] = epilogue(sum_k x[t, g, k] w[g, n, k]); x (T, G K), w (G N, K), y (T, G N)."""
+    """y[t, map(g, n)] = epilogue(sum_k x[t, g, k] w[g, n, k]); x (T, G K), w (G N, K) or, with ROWS_K, (G K, N), y (T, G N)."""
     per_row: tl.constexpr = G * N // BN
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * per_row, tl.num_programs(0), flatten=True):
         m, g, n = tile // per_row, tile % per_row // (N // BN), tile % (N // BN) * BN
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, K, BK):
-            acc = tl.dot(x.load([m * BM, g * K + k]), w.load([g * N + n, k]).T, acc)
+            if ROWS_K:
+                acc = tl.dot(x.load([m * BM, g * K + k]), w.load([g * K + k, n]), acc)
+            else:
+                acc = tl.dot(x.load([m * BM, g * K + k]), w.load([g * N + n, k]).T, acc)
         if EPILOGUE == "forward":
             acc += tl.load(bias + g * N + n + tl.arange(0, BN)).to(tl.float32)[None, :]
             if ACT == "relu2":
@@ -147,7 +150,7 @@ def _divisor(n, *sizes):
 def _launch(x, w, chunk, whole, config, epilogue="none", act="none", bias=None, slope=None, save=False):
     """x (T, G, K), w (G, N, K) -> y (T, G N) with its columns in (N/chunk, G, chunk) order, slope and the partial column sums.
 
-    A tile's columns divide `whole`, a store's divide chunk.
+    w may be the .mT of a contiguous (G, K, N). A tile's columns divide `whole`, a store's divide chunk.
     """
     T, (G, N, K) = x.size(0), w.shape
     BM, BN, BK, SUB, warps, stages, per_sm = config
@@ -155,7 +158,8 @@ def _launch(x, w, chunk, whole, config, epilogue="none", act="none", bias=None, 
     SUB = min(BN, _divisor(chunk, SUB, 64, 32, 16))
     if INTERPRET:
         BM, BK = 64, 32
-    rows = triton.cdiv(T, BM)
+    rows, rows_k = triton.cdiv(T, BM), not w.is_contiguous()
+    w = w.mT.flatten(0, 1) if rows_k else w.flatten(0, 1)                              # (G K, N) or (G N, K)
     y = x.new_empty(T, G * N)
     sums = x.new_empty(rows, G * N, dtype=torch.float32) if epilogue == "backward" else None
     if epilogue == "forward":
@@ -164,8 +168,8 @@ def _launch(x, w, chunk, whole, config, epilogue="none", act="none", bias=None, 
         slope = TensorDescriptor.from_tensor(slope.view(T, -1), [BM, SUB])
     tiles = rows * (G * N // BN)
     _matmul[(min(tiles, per_sm * _multiprocessors(x.device)),)](
-        TensorDescriptor.from_tensor(x.view(T, G * K), [BM, BK]), TensorDescriptor.from_tensor(w.view(G * N, K), [BN, BK]), bias,
-        TensorDescriptor.from_tensor(y, [BM, SUB]), slope, sums, T, G, K, N, chunk, epilogue, act, save, not INTERPRET,
+        TensorDescriptor.from_tensor(x.view(T, G * K), [BM, BK]), TensorDescriptor.from_tensor(w, [BK, BN] if rows_k else [BN, BK]), bias,
+        TensorDescriptor.from_tensor(y, [BM, SUB]), slope, sums, T, G, K, N, chunk, rows_k, epilogue, act, save, not INTERPRET,
         BM, BN, BK, SUB, warps, num_warps=warps, num_stages=stages)
     return y, slope, sums
 
@@ -245,12 +249,12 @@ def ffn_backward_op(grad: Tensor, x: Tensor, V1: Tensor, U1: Tensor, bias: Tenso
     H, chunk = hidden.size(1), _chunk(hidden.size(1), V2, shuffle)
 
     grad_U2 = _weight_grad(grad, t2)
-    grad_t2 = _read_by(matmul(grad, U2.mT.contiguous()), V2)
+    grad_t2 = _read_by(matmul(grad, U2.mT), V2)
     grad_V2 = _weight_grad(grad_t2, _read_by(hidden, V2))
-    pre, _, sums = _launch(grad_t2, V2.mT.contiguous(), chunk, chunk, SLIM, "backward", act, slope=slope if act == "gelu" else hidden)
+    pre, _, sums = _launch(grad_t2, V2.mT, chunk, chunk, SLIM, "backward", act, slope=slope if act == "gelu" else hidden)
     pre = _read_by(pre, U1)                                                            # gradient before the activation
     grad_U1 = _weight_grad(pre, t1)
-    grad_t1 = _read_by(matmul(pre, U1.mT.contiguous()), V1)
+    grad_t1 = _read_by(matmul(pre, U1.mT), V1)
     grad_V1 = _weight_grad(grad_t1, x)
     grad_x = _blocks(grad_t1, V1.mT)
     return grad_x, grad_V1, grad_U1, sums.sum(0).to(bias.dtype), grad_V2, grad_U2, grad_bias2
