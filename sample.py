@@ -107,6 +107,10 @@ def main(path, s):
     prompt = tokenizer.encode(text) if text else [tokenizer.eos]
     if len(prompt) >= cfg.block_size:
         raise UserError(f"the prompt has {len(prompt)} tokens, the model's context holds {cfg.block_size}: shorten it to {cfg.block_size - 1} or fewer.")
+
+    def next_logits(tokens):
+        return model.next_logits(tokens)[:, :tokenizer.vocab_size]  # what pads the vocabulary is no token
+
     bf16 = s.dtype == "bfloat16" or s.dtype == "auto" and device.type == "cuda"
     for n in range(s.n_samples):
         seed = random.Random(f"{s.seed} {n} {text}").getrandbits(63)
@@ -115,7 +119,7 @@ def main(path, s):
             print(f"--- sample {n + 1}", flush=True)
         print(text, end="", flush=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            for token in generate(model, prompt, s, tokenizer.eos, torch.Generator(device).manual_seed(seed)):
+            for token in generate(model, prompt, s, tokenizer.eos, torch.Generator(device).manual_seed(seed), next_logits):
                 print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
         print(decoder.decode(b"", final=True), flush=True)
 

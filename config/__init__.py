@@ -122,7 +122,7 @@ def _fits(kind, value):
         return value if isinstance(value, bool) else None
     if kind is str:
         return value if isinstance(value, str) else None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:  # NaN too
         return None
     if kind is int:
         return int(value) if value == int(value) else None  # 6.7e9 is a fine number of tokens
@@ -165,7 +165,7 @@ def parse(argv, *classes, usage=""):
         if not equals:
             raise UserError(f"{arg} has no value: write --{name}=VALUE ({_describe(fields[name].type)}).")
         try:
-            value = ast.literal_eval(text)
+            value = text if fields[name].type is str else ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             value = {"true": True, "false": False}.get(text, text)
         values[name] = _typed(fields[name], value, text)
@@ -191,7 +191,9 @@ def _literal(node):
         left, right = _literal(node.left), _literal(node.right)
         if not all(isinstance(v, (int, float)) and abs(v) < 1e15 for v in (left, right)):
             raise ValueError
-        return ARITHMETIC[type(node.op)](left, min(right, 64) if isinstance(node.op, ast.Pow) else right)
+        if isinstance(node.op, ast.Pow) and abs(right) > 64:
+            raise ValueError
+        return ARITHMETIC[type(node.op)](left, right)
     return ast.literal_eval(node)
 
 
@@ -275,6 +277,7 @@ def check(cfg):
     for name, top in (("dropout", "below 1"), ("min_lr_ratio", "1"), ("warmup_ratio", "1"), ("memory_budget", "1")):
         v = getattr(cfg, name)
         _require(0 <= v <= 1 and (top == "1" or v < 1), f"{name}={v} must lie between 0 and {top}.")
+    _require(cfg.seed < 2**64, f"seed={cfg.seed} must be below 2^64.")
     _require(cfg.lr > 0, f"lr={cfg.lr} must be positive.")
     _require(all(0 <= b < 1 for b in cfg.betas), f"betas={cfg.betas} must lie in [0, 1).")
     _require(re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", cfg.device), f"device={cfg.device} is not one of auto, cpu, cuda, cuda:N, mps.")

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import lzma
+import multiprocessing
 import os
 import random
 import re
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import config
 import prepare
 from config import Config, UserError
-from prepare import Meter, Settings, TokenFile, TokenWriter
+from prepare import Settings, TokenFile, TokenWriter
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -262,7 +264,7 @@ def test_text_files(tmp_path, suffix, opener):
     docs = ["one\r\n", "\ufefftwo\n\n", " \n\t\n", "", "a <|endoftext|> b\n<|endoftext|> \n", "last without line end"]
     with opener(tmp_path / f"a{suffix}", "wb") as f:
         f.write(b"\xef\xbb\xbf" + "<|endoftext|>\n".join(docs[:-1]).encode() + b"<|endoftext|>\r\n" + docs[-1].encode())
-    found = [text.decode() for text, last in prepare.text_documents(str(tmp_path / f"a{suffix}"), "", Meter()) if last]
+    found = [text.decode() for text, last in prepare.text_documents(str(tmp_path / f"a{suffix}"), "", Counter()) if last]
     assert found == docs
 
 
@@ -271,7 +273,7 @@ def test_jsonl_columns(tmp_path):
     for name, opener in (("a.jsonl", open), ("a.jsonl.gz", gzip.open), ("a.jsonl.xz", lzma.open)):
         with opener(tmp_path / name, "wb") as f:
             f.write("\n\n".join(map(json.dumps, rows)).encode())
-        read = lambda column: [t for t, _ in prepare.text_documents(str(tmp_path / name), column, Meter())]
+        read = lambda column: [t for t, _ in prepare.text_documents(str(tmp_path / name), column, Counter())]
         assert read("text") == [b"one", b"", b"half ?"] and read("body") == [b"x\n", b"", b"y"]
         with pytest.raises(UserError, match="line 1 has no text in the column title.*text, body"):
             read("title")
@@ -296,7 +298,7 @@ def test_damaged_input_is_refused_with_its_place(tmp_path, name, data, sentence)
 def test_a_json_line_over_the_limit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "LARGEST", 1000)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a" * 987}) + "\n" + json.dumps({"text": "a" * 990}))
-    documents = prepare.text_documents(str(tmp_path / "a.jsonl"), "text", Meter())
+    documents = prepare.text_documents(str(tmp_path / "a.jsonl"), "text", Counter())
     assert len(next(documents)[0]) == 987
     with pytest.raises(UserError, match="line 2 is longer than"):
         next(documents)
@@ -424,7 +426,7 @@ def test_a_giant_documents_pieces_stay_on_one_side(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "LARGEST", 20_000)
     giants = [f"{i}\n" + "".join(f"{words(1000 * i + j, 9)}\n" for j in range(2000)) for i in range(6)]
     path = write_corpus(tmp_path / "a.txt", giants)
-    pieces = list(prepare.text_documents(str(path), "", Meter()))
+    pieces = list(prepare.text_documents(str(path), "", Counter()))
     assert len(pieces) > 24 and sum(last for _, last in pieces) == 6 and max(len(t) for t, _ in pieces) <= 20_000
     assert all(text.endswith(b"\n") for text, _ in pieces)
     monkeypatch.setattr(prepare, "LOCAL_SHARE", 0.5)
@@ -510,6 +512,18 @@ def test_interruption_leaves_nothing_half_and_no_process(tmp_path, number, statu
         time.sleep(0.05)
     train, _, _ = make(tmp_path, input=str(path))  # the next run is not disturbed
     assert train.count and sorted(os.listdir(tmp_path / "data")) == ["tokenizer.bin", "train.bin", "val.bin"]
+
+
+def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch):
+    def killed(path, column, meter):
+        yield b"text", True
+        os.kill(next(iter(multiprocessing.active_children())).pid, signal.SIGKILL)
+        while True:
+            yield b"text" * 1000, True
+    monkeypatch.setattr(prepare, "text_documents", lambda *a: itertools.chain([(b"text" * 200_000, True)], killed(*a)))
+    with pytest.raises(UserError, match="worker process was killed"):
+        make(tmp_path, input=str(write_corpus(tmp_path / "a.txt", ["x"])))
+    assert os.listdir(tmp_path) == ["a.txt"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
