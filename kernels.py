@@ -12,9 +12,10 @@ they are passes of their own, and cost next to nothing here:
     blocks share each multiprocessor. Forward leaves the slope act' behind as one byte per hidden unit, so that backward multiplies
     by it and never sees the pre-activation.
 
-Plain matmuls and weight gradients are cuBLAS's. What this file cannot do, `unfit` names, and the caller takes the plain path.
+Plain matmuls and weight gradients are cuBLAS's. What they cannot do here, `fits` says, and the caller takes the plain path.
 """
 import functools
+import logging
 
 import torch
 import triton
@@ -156,6 +157,7 @@ def _launch(x, w, chunk, whole, config, epilogue="none", act="none", bias=None, 
     BM, BN, BK, SUB, warps, stages, per_sm = config
     BN = _divisor(whole, BN, 128, 64)
     SUB = min(BN, _divisor(chunk, SUB, 64, 32, 16))
+    BK = _divisor(K, BK, 32)
     if INTERPRET:
         BM, BK = 64, 32
     rows, rows_k = triton.cdiv(T, BM), not w.is_contiguous()
@@ -188,8 +190,8 @@ def _blocks(x, w, bias=None):
 
 def _dealt(x, w):
     """y = w x with each block's N columns dealt out to all blocks: (T, B, K) x (B, N, K) -> (T, N/chunk = B, B, chunk)."""
-    (B, N, K), chunk = w.shape, w.size(1) // w.size(0)
-    return _launch(x, w, chunk, N, WIDE if N % 256 == 0 and chunk % 128 == 0 and K > 1024 else NARROW)[0]
+    N, chunk = w.size(1), w.size(1) // w.size(0)
+    return _launch(x, w, chunk, N, WIDE if N % 256 == 0 and chunk % 128 == 0 else NARROW)[0]
 
 
 def _weight_grad(grad, x):
@@ -239,10 +241,9 @@ def _(x, V1, U1, bias, V2, U2, bias2, shuffle, act, save):
 
 @torch.library.custom_op("structured::ffn_backward", mutates_args=())
 def ffn_backward_op(grad: Tensor, x: Tensor, V1: Tensor, U1: Tensor, bias: Tensor, V2: Tensor, U2: Tensor, t1: Tensor, hidden: Tensor,
-                    slope: Tensor, t2: Tensor, bias2: bool, shuffle: bool, act: str
-                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, V1, U1, bias, V2, U2 and, if there is one, bias2 from that of y."""
-    matmul, grad_bias2 = _dealt if shuffle else _blocks, grad.sum(0) if bias2 else grad.new_empty(0)
+                    slope: Tensor, t2: Tensor, shuffle: bool, act: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, V1, U1, bias, V2, U2 from that of y."""
+    matmul = _dealt if shuffle else _blocks
     x, t1, t2, grad = _read_by(x, V1), _read_by(t1, U1), _read_by(t2, U2), _read_by(grad.contiguous(), U2)
     if hidden.numel() == 0:
         hidden, slope = _hidden(t1, U1, bias, V2, shuffle, act, True)
@@ -257,12 +258,12 @@ def ffn_backward_op(grad: Tensor, x: Tensor, V1: Tensor, U1: Tensor, bias: Tenso
     grad_t1 = _read_by(matmul(pre, U1.mT), V1)
     grad_V1 = _weight_grad(grad_t1, x)
     grad_x = _blocks(grad_t1, V1.mT)
-    return grad_x, grad_V1, grad_U1, sums.sum(0).to(bias.dtype), grad_V2, grad_U2, grad_bias2
+    return grad_x, grad_V1, grad_U1, sums.sum(0).to(bias.dtype), grad_V2, grad_U2
 
 
 @ffn_backward_op.register_fake
-def _(grad, x, V1, U1, bias, V2, U2, t1, hidden, slope, t2, bias2, shuffle, act):
-    return *(a.new_empty(a.shape) for a in (x, V1, U1, bias, V2, U2)), grad.new_empty(grad.size(1) if bias2 else 0)
+def _(grad, x, V1, U1, bias, V2, U2, t1, hidden, slope, t2, shuffle, act):
+    return tuple(a.new_empty(a.shape) for a in (x, V1, U1, bias, V2, U2))
 
 
 def _save(ctx, inputs, output):
@@ -273,8 +274,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *unused):
-    *grads, grad_bias2 = ffn_backward_op(grad, *ctx.saved_tensors, ctx.bias2, ctx.shuffle, ctx.act)
-    return *grads, grad_bias2 if ctx.bias2 else None, None, None, None
+    grads = ffn_backward_op(grad, *ctx.saved_tensors, ctx.shuffle, ctx.act)
+    return *grads, grad.sum(0) if ctx.bias2 else None, None, None, None
 
 
 ffn_op.register_autograd(_backward, setup_context=_save)
@@ -283,21 +284,51 @@ ffn_op.register_autograd(_backward, setup_context=_save)
 # ----------------------------------------------------------------------------------------------------------------------
 # Structured linears in, activations out
 
-def unfit(fc1, fc2, act, device, dtype):
-    """Why these two structured linears cannot run here, in a few words, or None if they can."""
-    if not INTERPRET and (device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0)):
-        return "the card is no Hopper"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"precision {dtype}"
+@torch.compiler.assume_constant_result
+def _hopper():
+    return INTERPRET or torch.cuda.get_device_capability() == (9, 0)
+
+
+_logged = set()
+
+
+@torch.compiler.assume_constant_result
+def _log_once(reason):
+    if reason not in _logged:
+        _logged.add(reason)
+        logging.getLogger(__name__).warning("structured FFN: plain torch instead of the Hopper kernels: %s", reason)
+
+
+def _dtype(x):
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def unfit(x, fc1, fc2, act):
+    """Why `ffn` cannot run on these, in a few words, or None if it can."""
+    if not (x.is_cuda and _hopper() or INTERPRET):
+        return "the device is no Hopper card"
+    if _dtype(x) not in (torch.bfloat16, torch.float16):
+        return f"precision {_dtype(x)}"
     if act not in ("gelu", "relu2"):
         return f"activation {act}"
-    (_, r1, _), (_, _, R1), (B, r2, p2), _ = (w.shape if w.dim() == 3 else (1, *w.shape) for w in (fc1.V, fc1.U, fc2.V, fc2.U))
+    (_, r1, p1), (_, _, R1), (B, r2, p2), (_, s2, _) = (w.shape if w.dim() == 3 else (1, *w.shape) for w in (fc1.V, fc1.U, fc2.V, fc2.U))
     shuffle = fc1.U.dim() == 3
-    if any(n % 64 for n in (R1, r2, p2 // B if shuffle else p2)):
-        return "ranks or chunks of hidden units that are not multiples of 64"
-    if shuffle and any(n % (16 * B) for n in (r1, r2)):
-        return "nblocks that does not cut its blocks into chunks of 16"
+    if any(n % 32 for n in (R1, r2)) or (p2 // B if shuffle else p2) % 64 or p1 % 8 or s2 % 8:
+        return f"widths and ranks that tiles do not divide, as in {tuple(fc1.V.shape)} and {tuple(fc2.V.shape)}"
+    if shuffle and any(n % 32 for n in (p1, s2)) or shuffle and any(n % 64 or n % (16 * B) for n in (r1, r2)):
+        return f"nblocks {B} that does not cut {r1} and {r2} into chunks of 16"
     return None
+
+
+def fits(x, fc1, fc2, act):
+    """Whether `ffn` is the way to compute fc2(act(fc1(x))); logs once why not. For less than a tile of tokens it is not."""
+    if not (hasattr(fc1, "V") and hasattr(fc2, "V")) or x.numel() < 128 * x.size(-1):
+        return False
+    reason = unfit(x, fc1, fc2, act)
+    if reason is not None:
+        _log_once(reason)
+    return reason is None
 
 
 def ffn(x, fc1, fc2, act="gelu", recompute=False):
@@ -306,8 +337,7 @@ def ffn(x, fc1, fc2, act="gelu", recompute=False):
     For backward it keeps x, both rank-wide activations, the hidden units and, for gelu, a byte of slope for each; with recompute
     only the rank-wide ones, and the wide ones are computed again.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = _dtype(x)
     V1, U1, V2, U2 = (w.to(dtype) if w.dim() == 3 else w.to(dtype)[None] for w in (fc1.V, fc1.U, fc2.V, fc2.U))
     bias = x.new_zeros(fc1.out_features, dtype=dtype) if fc1.bias is None else fc1.bias.to(dtype)
     bias2 = None if fc2.bias is None else fc2.bias.to(dtype)
