@@ -352,7 +352,8 @@ def open_source(cfg, settings, meter):
         names = glob.glob("**/*.py", root_dir=STDLIB, recursive=True)
         files = [os.path.join(STDLIB, name) for name in sorted(names) if not NOT_STDLIB & set(name.split(os.sep))]
         meter["total"] = sum(map(os.path.getsize, files))
-        return f"stdlib: Python {sys.version.split()[0]}, {len(files)} files", [([stdlib_documents(files, meter)], LOCAL_SHARE)]
+        share = 5 * LOCAL_SHARE  # few documents: a steadier validation loss
+        return f"stdlib: Python {sys.version.split()[0]}, {len(files)} files", [([stdlib_documents(files, meter)], share)]
     if cfg.dataset == "text":
         files, val_files = text_files(cfg.input), text_files(cfg.val_input)
         meter["total"] = sum(map(os.path.getsize, files + val_files))

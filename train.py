@@ -55,7 +55,10 @@ class Plan:
 
 
 def make_plan(cfg) -> Plan:
-    """PAPER §2: fixedstep guides a part of the steps; fixedflop adds as many structured-only steps on the same data."""
+    """PAPER §2: fixedstep guides a part of the steps; fixedflop adds as many structured-only steps on the same data.
+
+    `replay` is fixedflop's control: its additional steps, never a guide.
+    """
     unique = cfg.max_tokens // (cfg.batch_size * cfg.block_size)
     if unique < 1:
         raise UserError(f"max_tokens={cfg.max_tokens} is less than one step of batch_size {cfg.batch_size} x block_size {cfg.block_size} "
@@ -65,11 +68,13 @@ def make_plan(cfg) -> Plan:
         ratio = 0.0
     elif ratio == "auto" and cfg.guide == "fixedstep":
         ratio = 0.5
-    elif ratio == "auto":  # g F_guided + N F_structured = N F_dense; a guided forward is one dense matmul per linear
+    elif ratio == "auto":  # g F_added + N F_factors = N F_dense; a guided forward is one dense matmul per linear
         dense, factors = flops_per_token(cfg, "dense"), flops_per_token(cfg)
-        ratio = min(1.0, (dense - factors) / ((dense + factors) / 2 if cfg.guide_skip else dense))
-    guided = round(ratio * unique)
-    return Plan(unique + guided if cfg.guide == "fixedflop" else unique, unique, guided, ratio)
+        added = factors if cfg.guide == "replay" else (dense + factors) / 2 if cfg.guide_skip else dense
+        ratio = min(1.0, (dense - factors) / added)
+    count = round(ratio * unique)
+    return Plan(steps=unique + (count if cfg.guide in ("fixedflop", "replay") else 0), unique=unique,
+                guided=0 if cfg.guide == "replay" else count, guide_ratio=ratio)
 
 
 def lr_at(cfg, plan, step) -> float:
@@ -421,7 +426,7 @@ def start_card(cfg, plan, place, train, n_windows, n_val, n_final):
     facts, peak = summary(cfg), peak_flops(place.device)
     ffn = {"dense": "dense", "lowrank": f"lowrank rank {cfg.rank}", "blockshuffle": f"blockshuffle {cfg.nblocks} blocks",
            "blockdense": f"blockdense rank {cfg.rank}, {cfg.nblocks} blocks"}[cfg.ffn]
-    guide = "" if cfg.guide == "off" else (f"guide    {cfg.guide}, the first {plan.guided} steps of {plan.steps}, {cfg.guide_schedule}"
+    guide = "" if not plan.guided else (f"guide    {cfg.guide}, the first {plan.guided} steps of {plan.steps}, {cfg.guide_schedule}"
                                            f"{', skip' if cfg.guide_skip else ''}; +{short(facts['params_guide'])} parameters until then\n")
     print(f"model    {cfg.n_layer} layers x {cfg.n_embd}, FFN {cfg.ffn_dim} {ffn}; {short(facts['params'])} parameters, {short(facts['params_ffn'])} in FFNs\n{guide}"
           f"data     {config.data_dir(cfg)}: {short(train.count)} tokens, vocabulary {train.vocab_size}; validation on {short(n_val * cfg.block_size)}, at the end {short(n_final * cfg.block_size)}\n"

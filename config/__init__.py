@@ -46,7 +46,7 @@ class Config:
     nblocks: int = 0                     # B of blockshuffle and blockdense
     n_dense_layers: int = 1              # the first layers whose FFN stays dense
     # --- self-guided training
-    guide: Literal["off", "fixedstep", "fixedflop"] = "off"  # dense guide W beside U, V in the first steps
+    guide: Literal["off", "fixedstep", "fixedflop", "replay"] = "off"  # dense guide W in the first steps; replay: fixedflop's data without W
     guide_ratio: float | Literal["auto"] = "auto"            # guided steps / steps; auto: 0.5, in fixedflop equal training FLOPs to dense
     guide_schedule: Literal["cosine", "linear"] = "cosine"   # how alpha falls from 1 to 0 over the guided steps
     guide_skip: bool = False             # use the guide with probability alpha only
