@@ -16,11 +16,13 @@ Plain matmuls and weight gradients are cuBLAS's. What they cannot do here, `fits
 """
 import functools
 import logging
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRET = triton.knobs.runtime.interpret
@@ -279,6 +281,16 @@ def _backward(ctx, grad, *unused):
 
 
 ffn_op.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.structured.ffn)
+def _ffn_flops(x, V1, U1, bias, V2, U2, *args, **kwargs):  # shapes; the partitioner of torch.compile must not take the op for free
+    return 2 * x[0] * sum(math.prod(w) for w in (V1, U1, V2, U2))
+
+
+@register_flop_formula(torch.ops.structured.ffn_backward)
+def _ffn_backward_flops(grad, *args, **kwargs):
+    return 2 * _ffn_flops(*args)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

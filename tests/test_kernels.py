@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import structured
 
@@ -80,6 +81,14 @@ def test_without_bias_and_without_gradients():
     x = torch.randn(130, 128, device=DEVICE)
     with torch.no_grad():
         assert error(fused(x, fc1, fc2, "gelu"), plain(x.double(), fc1.double(), fc2.double(), "gelu")) < 1e-2
+
+
+def test_flops():
+    fc1, fc2 = pair(*LAYERS["blockshuffle"])
+    x = torch.randn(128, 128, device=DEVICE).requires_grad_()
+    with FlopCounterMode(display=False) as count:
+        fused(x, fc1, fc2, "gelu").float().sum().backward()
+    assert count.get_total_flops() == 3 * 2 * 128 * sum(w.numel() for w in (fc1.V, fc1.U, fc2.V, fc2.U))
 
 
 def test_slope_byte():
