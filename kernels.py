@@ -298,7 +298,7 @@ def _ffn_backward_flops(grad, *args, **kwargs):
 
 @torch.compiler.assume_constant_result
 def _hopper():
-    return INTERPRET or torch.cuda.get_device_capability() == (9, 0)
+    return INTERPRET or torch.version.hip is None and torch.cuda.get_device_capability() == (9, 0)
 
 
 _logged = set()

@@ -328,7 +328,7 @@ def evaluate(model, token_file, n_windows, cfg, place, alpha=None, guided=()) ->
 # The run's folder
 
 MAY_CHANGE = {"micro_batch_size", "eval_interval", "final_eval_tokens", "log_interval", "save_interval", "out_dir", "resume", "wandb",
-              "wandb_project", "device", "compile", "memory_budget", "eval_only", "data_dir", "input", "val_input", "dataset", "tokenizer"}
+              "wandb_project", "device", "compile", "memory_budget", "kernels", "eval_only", "data_dir", "input", "val_input", "dataset", "tokenizer"}
 
 
 def open_folder(cfg):
