@@ -83,7 +83,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"   # of the matmuls (weights stay float32); auto: bfloat16 on CUDA
     compile: bool | Literal["auto"] = "auto"                 # torch.compile; auto: on CUDA
     memory_budget: float = 0.9           # share of a block's activations kept for backward when compiled; 0.9 recomputes what is cheap
-    kernels: bool = True                 # Triton kernels for structured FFNs where they fit (Hopper); False: plain torch
+    kernels: bool = False                # Triton kernels for structured FFNs where they fit (Hopper, gelu or relu2); see docs/experiments.md
 
     @property
     def n_hidden(self) -> int:

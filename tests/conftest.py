@@ -16,8 +16,10 @@ import pytest
 import config
 import prepare
 
-TINY = ["--n_layer=3", "--n_embd=32", "--n_head=2", "--block_size=16", "--batch_size=8", "--micro_batch_size=4", "--lr=1e-3", "--device=cpu",
-        "--max_tokens=1024", "--log_interval=1", "--eval_interval=0", "--eval_tokens=64", "--final_eval_tokens=160", "--save_interval=0"]  # 8 steps
+TINY = ["--n_layer=3", "--n_embd=32", "--n_head=2", "--block_size=16", "--batch_size=8", "--micro_batch_size=4",
+        "--max_tokens=1024",  # 8 steps
+        "--lr=1e-3", "--device=cpu", "--log_interval=1", "--eval_interval=0", "--eval_tokens=64", "--final_eval_tokens=160",
+        "--save_interval=0"]
 LOWRANK = ["--ffn=lowrank", "--rank=8"]
 STRUCTURES = {"lowrank": LOWRANK, "blockshuffle": ["--ffn=blockshuffle", "--nblocks=4"],
               "blockdense": ["--ffn=blockdense", "--rank=8", "--nblocks=2"]}
@@ -118,7 +120,9 @@ def data(tmp_path_factory):
 
 def train_run(out, data, *argv):
     """train.main in this process, as `python train.py TINY --out_dir=out --data_dir=data *argv`; returns the folder."""
+    import torch
     import train
+    torch.manual_seed(0)  # as in a new process: nothing of an earlier run's generator
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         train.main(*config.load([*TINY, f"--out_dir={out}", f"--data_dir={data}", *argv], train.Settings))

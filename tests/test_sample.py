@@ -24,9 +24,10 @@ def drawn(n=40_000, **settings):
 # One draw
 
 @pytest.mark.parametrize("settings, kept", [
-    (dict(), [0, 1, 2, 3, 4]), (dict(top_k=2), [1, 3]), (dict(top_k=1), [1]), (dict(top_k=5), [0, 1, 2, 3, 4]), (dict(top_k=9), [0, 1, 2, 3, 4]),
-    (dict(top_p=0.4), [1]), (dict(top_p=0.6), [1, 3]), (dict(top_p=0.76), [1, 3, 4]), (dict(top_p=1e-6), [1]), (dict(min_p=0.25), [1, 3, 4]),
-    (dict(min_p=0.6), [1]), (dict(min_p=1.0), [1]), (dict(top_k=3, top_p=0.8), [1, 3]), (dict(top_k=4, min_p=0.2), [1, 3, 4])])
+    (dict(), [0, 1, 2, 3, 4]), (dict(top_k=2), [1, 3]), (dict(top_k=1), [1]), (dict(top_k=5), [0, 1, 2, 3, 4]),
+    (dict(top_k=9), [0, 1, 2, 3, 4]), (dict(top_p=0.4), [1]), (dict(top_p=0.6), [1, 3]), (dict(top_p=0.76), [1, 3, 4]),
+    (dict(top_p=1e-6), [1]), (dict(min_p=0.25), [1, 3, 4]), (dict(min_p=0.6), [1]), (dict(min_p=1.0), [1]),
+    (dict(top_k=3, top_p=0.8), [1, 3]), (dict(top_k=4, min_p=0.2), [1, 3, 4])])
 def test_filters_keep_what_they_say_in_proportion(settings, kept):
     """top_p comes after top_k: of the three likeliest 0.5 + 0.25 of 0.9 exceed 0.8."""
     expected = torch.zeros(5)
@@ -68,7 +69,8 @@ def test_greedy_is_the_argmax_of_the_full_forward(gpt):
     tokens = [101, 116]
     for _ in range(8):
         tokens.append(gpt(torch.tensor([tokens]))[0, -1].argmax().item())
-    assert got == tokens[2:] == text(gpt, [101, 116], temperature=0, max_new_tokens=8, seed=9) == text(gpt, [101, 116], top_k=1, max_new_tokens=8)
+    assert got == tokens[2:] and got == text(gpt, [101, 116], temperature=0, max_new_tokens=8, seed=9)
+    assert got == text(gpt, [101, 116], top_k=1, max_new_tokens=8)
 
 
 def test_seeds_repeat_and_differ(gpt):
@@ -147,9 +149,11 @@ def test_padding_of_the_vocabulary_is_never_sampled(cli, data, tmp_path):
 
 
 @pytest.mark.parametrize("argv, word", [
-    (["--prompt=" + "a" * 16], "16 tokens"), (["--prompt_file=nowhere.txt"], "nowhere.txt"), (["--prompt=a", "--prompt_file=b"], "exclude"),
-    (["--temperature=-1"], "temperature=-1"), (["--temperature=hot"], "temperature=hot"), (["--top_p=0"], "top_p=0"), (["--top_k=-1"], "top_k=-1"),
-    (["--min_p=2"], "min_p=2"), (["--n_samples=0"], "n_samples=0"), (["--temprature=1"], "did you mean temperature?"), (["out/second"], "2 were given"),
+    (["--prompt=" + "a" * 16], "16 tokens"), (["--prompt_file=nowhere.txt"], "nowhere.txt"),
+    (["--prompt=a", "--prompt_file=b"], "exclude"), (["--temperature=-1"], "temperature=-1"),
+    (["--temperature=hot"], "temperature=hot"), (["--top_p=0"], "top_p=0"), (["--top_k=-1"], "top_k=-1"),
+    (["--min_p=2"], "min_p=2"),
+    (["--n_samples=0"], "n_samples=0"), (["--temprature=1"], "did you mean temperature?"), (["out/second"], "2 were given"),
     (["--device=cuda:99"], "cuda:99")])
 def test_mistakes_are_one_sentence_and_status_2(cli, finished, argv, word):
     status, out, err = cli("sample.py", finished, *argv)
@@ -159,8 +163,9 @@ def test_mistakes_are_one_sentence_and_status_2(cli, finished, argv, word):
 
 def test_mistakes_about_the_model_and_the_prompts_bytes(cli, finished, tmp_path):
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
-    for argv, word in (([tmp_path / "none"], "does not exist"), ([tmp_path], "does not exist"), ([finished / "ckpt.pt"], "tokenizer"),
-                       ([finished / "metrics.jsonl"], "damaged"), ([finished, f"--prompt_file={tmp_path / 'latin1.txt'}"], "UTF-8"),
+    for argv, word in (([tmp_path / "none"], "does not exist"), ([tmp_path], "does not exist"),
+                       ([finished / "ckpt.pt"], "tokenizer"), ([finished / "metrics.jsonl"], "damaged"),
+                       ([finished, f"--prompt_file={tmp_path / 'latin1.txt'}"], "UTF-8"),
                        ([finished, f"--prompt_file={tmp_path}"], "cannot read")):
         status, out, err = cli("sample.py", *argv)
         assert_one_sentence(status, out, err)
