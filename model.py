@@ -209,8 +209,8 @@ class GPT(nn.Module):
         """torch.compile, block by block: equal blocks share one compilation, and parameters keep their names."""
         torch._dynamo.config.recompile_limit = 64  # dense and structured, guided and plain, training and validation
         torch._functorch.config.activation_memory_budget = self.cfg.memory_budget
-        for part in (*self.blocks, self.norm):
-            part.compile()
+        for block in self.blocks:
+            block.compile()
         self.token_loss = torch.compile(token_loss)
 
     def structured_linears(self):

@@ -231,6 +231,12 @@ class Place:
     def barrier(self):
         self.total(torch.zeros(1, device=self.device))
 
+    def leave(self):
+        """Before the process ends."""
+        if self.world > 1:
+            time.sleep(0.1)  # gloo's thread needs Python's lock once more for the last all_reduce; without, one exit in ten aborts
+            dist.destroy_process_group()
+
 
 def pick_device(name):
     """torch.device of Config's `device`; UserError if it is not there."""
@@ -619,6 +625,7 @@ def train(cfg, place, state, train_file, val_file, tokenizer):
                 save_checkpoint(cfg, model, optimizer, step, train_file.checksum)
         if stopping and step < plan.steps:
             log.say(f"stopped after step {step} and saved; the same command with --resume=auto goes on")
+            place.leave()
             sys.exit(128 + stopping)
 
     val_loss = evaluate(model, val_file, n_final, cfg, place)
@@ -669,8 +676,7 @@ def main(cfg, settings):
     train_file, val_file, tokenizer = prepare.open_data(cfg)
     match_vocabulary(cfg, train_file.vocab_size)
     train(cfg, place, state, train_file, val_file, tokenizer)
-    if place.world > 1:
-        dist.destroy_process_group()
+    place.leave()
 
 
 if __name__ == "__main__":

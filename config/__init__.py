@@ -256,7 +256,9 @@ def from_dict(values) -> Config:
     for name in values:
         if name not in fields:
             _unknown(name, fields, "this version")
-    return Config(**{name: _typed(fields[name], value) for name, value in values.items()})
+    cfg = Config(**{name: _typed(fields[name], value) for name, value in values.items()})
+    check(cfg)
+    return cfg
 
 
 def to_dict(cfg) -> dict:
