@@ -1,19 +1,24 @@
 """Measures efficiency:  python bench.py train config/xl.py --ffn=lowrank --rank=512 --micro_batch_size=16
 
     train      whole optimiser steps, dense against structured: tokens/s, MFU, memory, where the time goes
+    decode     generation: dense, structured, merged and auto, eager and as a graph, over batch sizes; --max_batch=True: the most tokens/s
+    crossover  factors against dense equivalents over the number of tokens: what decode=auto chooses from, and how well
 
 Every comparison is timed in one run, on random data; --json=PATH appends one JSON line per row.
 """
 import dataclasses
+import gc
 import json
+import statistics
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 
 import config
 from config import UserError
 
-COMMANDS = ("train",)
+COMMANDS = ("train", "decode", "crossover")
 
 
 @dataclass
@@ -22,6 +27,12 @@ class Settings:
     plot: str = ""                       # write a picture of the table to this PNG
     repeats: int = 20                    # timed repetitions; the median and the middle half's spread are reported
     warmup: int = 5                      # repetitions before, compilation included
+    batches: str = "1,16,256"            # decode: sequences at a time
+    kinds: str = "dense,structured,merged,auto"  # decode: forms of the FFN
+    launches: str = "eager,graph"        # decode: how a step is launched
+    prompt_tokens: int = 1               # decode: length of the prompts; 1 is no prompt
+    new_tokens: int = 256                # decode: tokens to generate
+    max_batch: bool = False              # decode: double the batch until it brings nothing or nothing more fits
 
 
 def read_settings(argv):
@@ -38,8 +49,10 @@ if __name__ == "__main__":
 
 import torch
 
+from decode import TOKENS, Choice, Decoder, Either, Row, largest_batch, measure, merge, padded, ready, step_weights, token_bytes
 from model import build, flops_per_token, peak_flops
-from train import device_name, make_optimizer, set_up, short, train_step
+from sample import Settings as Sampling
+from train import device_name, make_optimizer, pick_device, set_up, short, train_step
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -58,7 +71,6 @@ def timed(run, device, settings):
         torch.cuda.synchronize()
         times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
     else:
-        import time
         times = []
         for _ in range(settings.repeats):
             began = time.perf_counter()
@@ -156,8 +168,143 @@ def train_row(cfg, place, guided, table, settings):
               backward_ms=both_ms - forward_ms, optimizer_ms=ms - both_ms, benchmark="train", config=config.to_dict(cfg))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# decode: sample.py's own loop, on random weights
+
+def copy_rate(device) -> float:
+    """GB/s, read and written, of a large copy."""
+    source = torch.randn(2**(28 if device.type == "cuda" else 24), device=device)
+    target = torch.empty_like(source)
+    ms, _ = timed(lambda: target.copy_(source), device, Settings(repeats=10, warmup=2))
+    return 2 * source.numel() * 4 / ms / 1e6
+
+
+@torch.no_grad()
+def random_model(cfg, kind, device, dtype):
+    """kind: dense | structured | merged | auto."""
+    model = build(dataclasses.replace(cfg, ffn="dense") if kind == "dense" else cfg, device)
+    torch.manual_seed(cfg.seed)
+    for name, p in model.named_parameters():
+        p.fill_(1.0) if name.endswith(("norm.weight", "norm1.weight", "norm2.weight")) else p.normal_(std=0.02)
+    return ready(model, "structured" if kind == "dense" else kind, dtype)
+
+
+def generation(decoder, cfg, batch, settings):
+    """One run of the loop -> (seconds to the first tokens, seconds per further token)."""
+    draws = torch.Generator().manual_seed(cfg.seed)
+    prompts = torch.randint(cfg.vocab_size, (batch, settings.prompt_tokens), generator=draws).tolist()
+    if decoder.key.is_cuda:
+        torch.cuda.synchronize()
+    marks = [time.perf_counter()]
+    for _ in decoder.run([Row(prompt) for prompt in prompts]):
+        marks.append(time.perf_counter())
+    return marks[1] - marks[0], (marks[-1] - marks[1]) / max(settings.new_tokens - 1, 1)
+
+
+def decode_row(model, cfg, kind, launch, batch, ceiling, table, settings):
+    """Times one case; returns its tokens/s."""
+    gc.collect()
+    if model.head.weight.is_cuda:
+        torch.cuda.empty_cache()
+    length = settings.prompt_tokens + settings.new_tokens
+    decoder = Decoder(model, Sampling(temperature=0.0, max_new_tokens=settings.new_tokens), batch, length, graphs=launch == "graph")
+    generation(decoder, cfg, batch, settings)
+    runs = [generation(decoder, cfg, batch, settings) for _ in range(min(settings.repeats, 3))]
+    first, each = (statistics.median(column) for column in zip(*runs))
+    weights = step_weights(model, batch, launch)
+    kv = batch * token_bytes(cfg, model.head.weight.dtype) * (settings.prompt_tokens + settings.new_tokens / 2)
+    rate = batch * settings.new_tokens / (first + each * (settings.new_tokens - 1))
+    gbs = (weights + kv) / each / 1e9
+    table.row(ffn=ffn_name(model.cfg), kind=kind, launch=launch, batch=batch, per_user=rate / batch, tokens_per_s=round(rate), first_ms=first * 1e3,
+              ms=each * 1e3, gb_s=gbs, share=gbs / ceiling, weights_mb=weights / 1e6, kv_mb=kv / 1e6, benchmark="decode",
+              prompt_tokens=settings.prompt_tokens, new_tokens=settings.new_tokens, config=config.to_dict(cfg))
+    return rate
+
+
+def bench_decode(cfg, settings):
+    """ms: per token after the first; share: of the copy rate, of the bytes that a step cannot avoid, weights and half the final cache."""
+    cfg.vocab_size = cfg.vocab_size or 32000
+    length = settings.prompt_tokens + settings.new_tokens
+    if length > cfg.block_size or settings.prompt_tokens < 1 or settings.new_tokens < 2:
+        raise UserError(f"prompt_tokens={settings.prompt_tokens} and new_tokens={settings.new_tokens} must be at least 1 and 2 "
+                        f"and together fit into block_size={cfg.block_size}.")
+    device = pick_device(cfg.device)
+    dtype = torch.float32 if cfg.dtype == "float32" or cfg.dtype == "auto" and device.type != "cuda" else torch.bfloat16
+    ceiling = copy_rate(device)
+    columns = {"ffn": 18, "kind": 10, "launch": 6, "batch": 6, "per_user": 8, "tokens_per_s": 12, "first_ms": 8, "ms": 8, "gb_s": 7, "share": 7,
+               "weights_mb": 10, "kv_mb": 8}
+    table = Table(columns, {**header(device), "copy": f"{ceiling:.0f} GB/s", "dtype": str(dtype).removeprefix("torch.")}, settings)
+    launches = [launch for launch in settings.launches.split(",") if launch == "eager" or device.type == "cuda"]
+    for kind in settings.kinds.split(",") if cfg.ffn != "dense" else ["dense"]:
+        model = random_model(cfg, kind, device, dtype)
+        for launch in launches[-1:] if settings.max_batch else launches:
+            fits = largest_batch(cfg, padded(length, cfg.block_size), device, dtype)
+            if settings.max_batch:
+                most_tokens(lambda batch: decode_row(model, cfg, kind, launch, batch, ceiling, table, settings), fits, device)
+                continue
+            for batch in map(int, settings.batches.split(",")):
+                decode_row(model, cfg, kind, launch, batch, ceiling, table, settings)
+        del model
+
+
+def most_tokens(rate_of, fits, device):
+    """Doubles the batch while that brings 1 % or more, then says what was best of what fits."""
+    batch, rates = min(256 if device.type == "cuda" else 1, fits), {}
+    while batch <= fits and (len(rates) < 2 or rates[batch // 2] > 1.01 * rates[batch // 4]):
+        rates[batch] = rate_of(batch)
+        batch *= 2
+    if batch > fits and fits not in rates:
+        rates[fits] = rate_of(fits)
+    best = max(rates, key=rates.get)
+    print(f"most: {rates[best]:.0f} tokens/s at batch {best}; the largest batch that fits is {fits}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# crossover: what decode=auto chooses from
+
+def bench_crossover(cfg, settings):
+    """Milliseconds of one linear; behind: how much longer auto's choice takes than the better one, both timed anew."""
+    if cfg.ffn == "dense":
+        raise UserError("crossover compares a structured FFN with its dense equivalent: give ffn=lowrank, blockshuffle or blockdense.")
+    cfg.vocab_size, device = 1024, pick_device(cfg.device)
+    dtype = torch.float32 if cfg.dtype == "float32" or cfg.dtype == "auto" and device.type != "cuda" else torch.bfloat16
+    model = build(cfg, device, cfg.seed).to(dtype).requires_grad_(False)
+    pairs = [Either(linear, merge(linear), None) for _, linear in model.structured_linears()]
+    facts, began = header(device), time.perf_counter()
+    choice = Choice(measure(pairs))
+    facts["measured_in"] = f"{time.perf_counter() - began:.1f} s"
+    again = measure(pairs, sorted({*TOKENS, *(3 * t // 2 for t in TOKENS[1:-1])}))
+    table = Table({"linear": 60, "launch": 6, "tokens": 6, "factors_ms": 10, "merged_ms": 10, "speedup": 8, "auto": 8, "behind": 8}, facts, settings)
+    for mode, rows in again.items():
+        choice.mode = mode
+        for shape, row in rows.items():
+            for tokens, (factors, merged) in row.items():
+                chosen = choice.merged(shape, int(tokens))
+                table.row(linear=shape, launch=mode, tokens=int(tokens), factors_ms=factors, merged_ms=merged, speedup=merged / factors,
+                          auto="merged" if chosen else "factors", behind=(merged if chosen else factors) / min(factors, merged) - 1, benchmark="crossover")
+    if settings.plot:
+        plot_crossover(table.rows, f"{ffn_name(cfg)}, {facts['device']}", settings.plot)
+
+
+def plot_crossover(rows, title, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    modes = list(dict.fromkeys(row["launch"] for row in rows))
+    figure, axes = plt.subplots(1, len(modes), figsize=(6 * len(modes), 4), squeeze=False, sharey=True)
+    for ax, mode in zip(axes[0], modes):
+        for linear in dict.fromkeys(row["linear"] for row in rows):
+            points = [(row["tokens"], row["speedup"]) for row in rows if (row["launch"], row["linear"]) == (mode, linear)]
+            ax.plot(*zip(*points), marker="o", label=linear.split(", V")[0])
+        ax.axhline(1, color="grey", lw=1)
+        ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time of the dense equivalent / time of the factors", title=f"{title}, {mode}")
+        ax.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def main(command, cfg, settings):
-    {"train": bench_train}[command](cfg, settings)
+    {"train": bench_train, "decode": bench_decode, "crossover": bench_crossover}[command](cfg, settings)
 
 
 if __name__ == "__main__":

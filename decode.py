@@ -179,15 +179,15 @@ def timed_linears(linears, x, graph) -> float:
 
 
 @torch.no_grad()
-def measure(pairs) -> dict:
-    """Choice.times of a model's Either modules, as they stand on their device; some seconds."""
+def measure(pairs, sizes=()) -> dict:
+    """Choice.times of a model's Either modules, as they stand on their device, for TOKENS or other `sizes`; some seconds."""
     device, dtype = pairs[0].factors.V.device, pairs[0].factors.V.dtype
     times = {mode: {} for mode in (("eager", "graph") if device.type == "cuda" else ("eager",))}
     for shape in sorted({pair.shape for pair in pairs}):
         group = [pair for pair in pairs if pair.shape == shape]
         for mode in times:
             row = times[mode][shape] = {}
-            for tokens in TOKENS:
+            for tokens in sizes or TOKENS:
                 x = torch.randn(tokens, group[0].factors.in_features, device=device, dtype=dtype)
                 rounds = [[timed_linears([getattr(pair, kind) for pair in group], x, mode == "graph") for kind in ("factors", "merged")]
                           for _ in range(2)]
