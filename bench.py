@@ -180,13 +180,13 @@ def copy_rate(device) -> float:
 
 
 @torch.no_grad()
-def random_model(cfg, kind, device, dtype):
-    """kind: dense | structured | merged | auto."""
-    model = build(dataclasses.replace(cfg, ffn="dense") if kind == "dense" else cfg, device)
+def random_model(cfg, device):
+    """Weights of no meaning, but none zero; faster than the true initialisation of large factors."""
+    model = build(cfg, device)
     torch.manual_seed(cfg.seed)
     for name, p in model.named_parameters():
         p.fill_(1.0) if name.endswith(("norm.weight", "norm1.weight", "norm2.weight")) else p.normal_(std=0.02)
-    return ready(model, "structured" if kind == "dense" else kind, dtype)
+    return model
 
 
 def generation(decoder, cfg, batch, settings):
@@ -236,7 +236,8 @@ def bench_decode(cfg, settings):
     table = Table(columns, {**header(device), "copy": f"{ceiling:.0f} GB/s", "dtype": str(dtype).removeprefix("torch.")}, settings)
     launches = [launch for launch in settings.launches.split(",") if launch == "eager" or device.type == "cuda"]
     for kind in settings.kinds.split(",") if cfg.ffn != "dense" else ["dense"]:
-        model = random_model(cfg, kind, device, dtype)
+        model = random_model(dataclasses.replace(cfg, ffn="dense") if kind == "dense" else cfg, device)
+        ready(model, "structured" if kind == "dense" else kind, dtype)
         for launch in launches[-1:] if settings.max_batch else launches:
             fits = largest_batch(cfg, padded(length, cfg.block_size), device, dtype)
             if settings.max_batch:
@@ -268,7 +269,7 @@ def bench_crossover(cfg, settings):
         raise UserError("crossover compares a structured FFN with its dense equivalent: give ffn=lowrank, blockshuffle or blockdense.")
     cfg.vocab_size, device = 1024, pick_device(cfg.device)
     dtype = torch.float32 if cfg.dtype == "float32" or cfg.dtype == "auto" and device.type != "cuda" else torch.bfloat16
-    model = build(cfg, device, cfg.seed).to(dtype).requires_grad_(False)
+    model = random_model(cfg, device).to(dtype).requires_grad_(False)
     pairs = [Either(linear, merge(linear), None) for _, linear in model.structured_linears()]
     facts, began = header(device), time.perf_counter()
     choice = Choice(measure(pairs))

@@ -5,6 +5,7 @@ equivalent (PAPER §3), or both with a table, measured on this card, that says w
 the static buffers and the step: model, choice of the token, bookkeeping, all on the device.
 """
 import bisect
+import functools
 import hashlib
 import json
 import math
@@ -77,8 +78,11 @@ class Either(nn.Module):
         super().__init__()
         self.factors, self.merged, self.choice, self.shape = factors, merged, choice, shape_of(factors)
 
+    def pick(self, tokens):
+        return self.merged if self.choice.merged(self.shape, tokens) else self.factors
+
     def forward(self, x, alpha=None):
-        return (self.merged if self.choice.merged(self.shape, x.numel() // x.size(-1)) else self.factors)(x)
+        return self.pick(x.numel() // x.size(-1))(x)
 
 
 def shape_of(linear) -> str:
@@ -149,17 +153,33 @@ class Choice:
         self.mode = before
 
 
+def fused_kernels(device):
+    """The module of fused kernels where they run, else None."""
+    if device.type == "cuda":
+        import kernels_decode
+        return kernels_decode
+
+
 def timed_linears(linears, x, graph) -> float:
-    """Milliseconds of one linear on x, the mean over all of them: they take turns, so that weights come from memory as in a model."""
+    """Milliseconds of one linear on x, the mean over all of them: they take turns, so that weights come from memory as in a model.
+
+    graph: as the decoding step runs it.
+    """
+    kernels = fused_kernels(x.device) if graph else None
+    fused = kernels and len(x) <= kernels.MAX_TOKENS
+
     def once():
         for linear in linears:
-            linear(x)
+            kernels.layer(linear, x) if fused else linear(x)
 
     if x.device.type != "cuda":
         once()
-        began = time.perf_counter()
-        once()
-        return (time.perf_counter() - began) * 1e3 / len(linears)
+        times = []
+        while sum(times) < 0.005 and len(times) < 20:
+            began = time.perf_counter()
+            once()
+            times.append(time.perf_counter() - began)
+        return min(times) * 1e3 / len(linears)
     once()
     torch.cuda.synchronize()
     run = once
@@ -351,6 +371,9 @@ class Decoder:
         self.new = torch.zeros(batch, length + 1, dtype=torch.long, device=device)              # all new ones of every row
         self.turn = torch.zeros(1, dtype=torch.long, device=device)                             # how many those are
         self.captured, self.pool = {}, None
+        kernels = fused_kernels(device) if self.graphs else None
+        self.forward = functools.partial(kernels.step, model) if kernels and kernels.usable(cfg) else model.step
+        self.exact_length = self.forward != model.step  # those kernels look at what a row holds, no more
 
     def take(self, logits):
         """Chooses every row's next token from logits (B, vocab_size) and notes it."""
@@ -361,7 +384,7 @@ class Decoder:
         self.turn += 1
 
     def step(self):
-        self.take(self.model.step(self.token, self.cache))
+        self.take(self.forward(self.token, self.cache))
 
     def prefill(self, rows):
         """Stores the prompts and chooses the first new token of every row; rows that are missing repeat the last."""
@@ -381,7 +404,7 @@ class Decoder:
 
     def look(self, tokens):
         """Lets the steps look at the first `tokens` places of the cache at least; few sizes, since each has its own graph."""
-        unit = max(64, -(-self.cache.length // 512) * 64)
+        unit = self.cache.length if self.exact_length else max(64, -(-self.cache.length // 512) * 64)
         self.cache.seen = min(-(-tokens // unit) * unit, self.cache.length)
 
     def advance(self, tokens):
