@@ -7,6 +7,7 @@ the static buffers and the step: model, choice of the token, bookkeeping, all on
 import bisect
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -155,7 +156,7 @@ class Choice:
 
 def fused_kernels(device):
     """The module of fused kernels where they run, else None."""
-    if device.type == "cuda":
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
         import kernels_decode
         return kernels_decode
 
@@ -220,7 +221,7 @@ def measure(pairs, sizes=()) -> dict:
 def table_key(device, dtype) -> str:
     """Card, versions and precision: what a table of times holds for."""
     parts = [torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} x{torch.get_num_threads()}", f"torch {torch.__version__}"]
-    if device.type == "cuda":
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
         import triton
         parts.append(f"triton {triton.__version__}")
     return ", ".join(parts + [str(dtype).removeprefix("torch.")])
@@ -373,7 +374,7 @@ class Decoder:
         self.captured, self.pool = {}, None
         kernels = fused_kernels(device) if self.graphs else None
         self.forward = functools.partial(kernels.step, model) if kernels and kernels.usable(cfg) else model.step
-        self.exact_length = self.forward != model.step  # those kernels look at what a row holds, no more
+        self.exact_length = isinstance(self.forward, functools.partial)  # those kernels look at what a row holds, no more
 
     def take(self, logits):
         """Chooses every row's next token from logits (B, vocab_size) and notes it."""
@@ -396,8 +397,8 @@ class Decoder:
         self.cache.position.zero_()
         self.turn.zero_()
         if width == 1:
-            self.cache.seen = min(64, self.cache.length)
-            return self.take(self.model.step(prompts, self.cache))
+            self.token.copy_(prompts)
+            return self.advance(1)
         n = max(1, PREFILL // width)
         parts = [slice(i, i + n) for i in range(0, len(rows), n)]
         self.take(torch.cat([self.model.step(prompts[p], self.cache.rows(p.start, p.stop), lengths[p]) for p in parts]))

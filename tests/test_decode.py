@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,24 @@ def test_a_step_looks_at_few_places_and_at_all_that_count():
         assert tokens <= decoder.cache.seen <= tokens + 128
         seen.append(decoder.cache.seen)
     assert len(set(seen)) <= 8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1", reason="needs CUDA or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("name", [name for name in MODELS if "absolute" not in name])
+@pytest.mark.parametrize("batch", [1, 6])
+@torch.no_grad()
+def test_fused_step_is_the_step(name, batch):
+    kernels = pytest.importorskip("kernels_decode")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = make(device, **{**MODELS[name], "n_layer": 2})
+    assert kernels.usable(model.cfg)
+    lengths, tokens = torch.arange(3, 3 + 5 * batch, 5, device=device), torch.randint(257, (batch, 64), device=device)
+    caches = [Cache(model.cfg, batch, 64, device, torch.float32) for _ in range(2)]
+    for cache in caches:
+        model.step(tokens[:, :max(lengths.tolist())], cache, lengths)
+    for i in range(2):
+        token = tokens[torch.arange(batch), lengths + i][:, None]
+        torch.testing.assert_close(kernels.step(model, token, caches[1]), model.step(token, caches[0]), atol=1e-4, rtol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
