@@ -1,69 +1,153 @@
-"""Measures efficiency:  python bench.py train config/xl.py --ffn=lowrank --rank=512 --micro_batch_size=16
+"""Measures efficiency:  python bench.py kernel|ffn|train|prefill|decode|crossover [preset.py] [--name=value ...]
+                      python bench.py curves out/RUN ...
 
-    train      whole optimiser steps, dense against structured: tokens/s, MFU, memory, where the time goes
-    decode     generation: dense, structured, merged and auto, eager and as a graph, over batch sizes; --max_batch=True: the most tokens/s
+    kernel     one structured linear: einsum, bmm, ours, and the dense matmul that it replaces
+    ffn        one FFN, dense and structured, over widths and over tokens
+    train      whole optimiser steps, dense against structured, plain and guided: tokens/s, MFU, memory, where the time goes
+    prefill    forward of whole prompts
+    decode     generation, token by token: forms of the FFN, eager and as a graph, over batch sizes; --max_batch=True: the most tokens/s
     crossover  factors against dense equivalents over the number of tokens: what decode=auto chooses from, and how well
+    curves     losses of training runs against tokens, FLOPs and seconds; loss against FLOPs over sizes
 
-Every comparison is timed in one run, on random data; --json=PATH appends one JSON line per row.
+Every comparison is timed in one run, on random data. --json=PATH appends one JSON line per row, --plot=PATH draws a PNG. Without
+--cases the FFNs compared are dense and the one of the command line, or, if that is dense, the structures of PAPER §5.
 """
 import dataclasses
-import gc
+import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 
 import config
-from config import UserError
+from config import Config, UserError
 
-COMMANDS = ("train", "decode", "crossover")
+COMMANDS = ("kernel", "ffn", "train", "prefill", "decode", "crossover", "curves")
+CASES = ("dense", *(ffn + share for ffn in ("lowrank", "blockshuffle", "blockdense") for share in ("63", "32")))
 
 
 @dataclass
 class Settings:
     json: str = ""                       # append one JSON line per row to this file
     plot: str = ""                       # write a picture of the table to this PNG
-    repeats: int = 20                    # timed repetitions; the median and the middle half's spread are reported
-    warmup: int = 5                      # repetitions before, compilation included
-    batches: str = "1,16,256"            # decode: sequences at a time
+    cases: str = ""                      # FFNs to compare, as in dense,lowrank32,blockshuffle63 (PAPER §5's, at 32 or 63 %); all: all of them
+    widths: str = ""                     # kernel, ffn: widths, as in 768,2048; empty: the preset's, or a sweep
+    tokens: str = ""                     # kernel, ffn: tokens in a call, as in 1,64,30720; prefill: lengths of prompts; empty: a sweep
+    batches: str = ""                    # prefill, decode: prompts in a call; empty: 1,16, in decode 1,16,256
     kinds: str = "dense,structured,merged,auto"  # decode: forms of the FFN
     launches: str = "eager,graph"        # decode: how a step is launched
     prompt_tokens: int = 1               # decode: length of the prompts; 1 is no prompt
     new_tokens: int = 256                # decode: tokens to generate
     max_batch: bool = False              # decode: double the batch until it brings nothing or nothing more fits
+    repeats: int = 0                     # timed repetitions, of which median and interquartile range are told; 0: 20 on a GPU, 5 on the CPU
+    warmup: int = 0                      # repetitions before, compilation included; 0: 5 on a GPU, 1 on the CPU
+
+
+def numbers(settings, name) -> list:
+    """The whole numbers of a setting such as --widths=768,2048."""
+    text = getattr(settings, name)
+    items = text.replace(" ", "").split(",") if text else []
+    if not all(item.isdecimal() and int(item) > 0 for item in items):
+        raise UserError(f"{name}={text} does not fit: expected whole numbers from 1 up, separated by commas.")
+    return [int(item) for item in items]
+
+
+def with_case(cfg, case) -> Config:
+    """cfg with the FFN that a name of CASES means at its width: ranks and blocks of PAPER §5, its ratios at other widths."""
+    ffn, share = (case, "") if case == "dense" else (case[:-2], case[-2:])
+    half = 2 if share == "32" else 1
+    rank, nblocks = {"dense": (0, 0), "lowrank": (cfg.n_embd // 2 // half, 0), "blockshuffle": (0, 2 * half),
+                     "blockdense": (2 * cfg.n_embd // 3 // half, 2) if cfg.n_embd in (768, 1536) else (3 * cfg.n_embd // 4 // half, 4)}[ffn]
+    cfg = dataclasses.replace(cfg, ffn=ffn, rank=rank, nblocks=nblocks, guide=cfg.guide if share else "off")
+    config.check(cfg)
+    return cfg
+
+
+def compared(cfg, settings, width=None) -> dict:
+    """{label: config} of the FFNs to compare, dense first; with a width, of one FFN of that width."""
+    if width:
+        cfg = dataclasses.replace(cfg, n_embd=width, ffn_dim=width * cfg.ffn_dim // cfg.n_embd, n_head=1, n_kv_head=1, attn_dim=2, guide="off")
+        config.check(cfg)
+    if not settings.cases and cfg.ffn != "dense":
+        return {"dense": with_case(cfg, "dense"), ffn_name(cfg): cfg}
+    default = CASES if width else [case for case in CASES if not case.endswith("63")]
+    names = CASES if settings.cases == "all" else settings.cases.replace(" ", "").split(",") if settings.cases else default
+    for name in names:
+        if name not in CASES:
+            raise UserError(f"cases={settings.cases} does not fit: {name} is none of {', '.join(CASES)}.")
+    return {name if name == "dense" else f"{name[:-2]} {name[-2:]} %": with_case(cfg, name) for name in sorted(names, key=CASES.index)}
+
+
+def ffn_name(cfg) -> str:
+    return cfg.ffn + (f" R={cfg.rank}" if cfg.ffn in ("lowrank", "blockdense") else "") + (f" B={cfg.nblocks}" if cfg.ffn.startswith("block") else "")
 
 
 def read_settings(argv):
-    """Command line -> (command, Config, Settings)."""
+    """Command line -> (command, Config or run folders, Settings)."""
     if not argv or argv[0] in ("-h", "--help"):
         config.load(["--help"], Settings, usage=__doc__)
-    if argv[0] not in COMMANDS:
-        raise UserError(f"{argv[0]} is not a benchmark: choose one of {', '.join(COMMANDS)}.")
-    return argv[0], *config.load(argv[1:], Settings, usage=__doc__)
+    command = argv[0]
+    if command not in COMMANDS:
+        raise UserError(f"{command} is not a benchmark: choose one of {', '.join(COMMANDS)}.")
+    if command == "curves":
+        subject, values = config.parse(argv[1:], Settings, usage=__doc__)
+        settings = Settings(**values)
+        if not subject:
+            raise UserError("curves needs the folder of at least one run: python bench.py curves out/NAME ...")
+    else:
+        subject, settings = config.load(argv[1:], Settings, usage=__doc__)
+        if not settings.widths and any(a.endswith(".py") or a.removeprefix("--").startswith(("n_embd=", "ffn=")) for a in argv):
+            settings.widths = str(subject.n_embd)
+        widths, *_ = (numbers(settings, name) for name in ("widths", "tokens", "batches"))
+        for width in (widths or [subject.n_embd]) if command in ("kernel", "ffn") else [None]:
+            compared(subject, settings, width)
+    for path in filter(None, (settings.json, settings.plot)):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            raise UserError(f"the folder of {path} does not exist: make it, or write elsewhere.")
+    if settings.plot and not importlib.util.find_spec("matplotlib"):
+        raise UserError("plot needs matplotlib: pip install matplotlib, or leave --plot out.")
+    return command, subject, settings
 
 
 if __name__ == "__main__":
     SETTINGS = config.run(read_settings)  # a wrong setting is told before torch loads
 
-import torch
+import gc
+import itertools
+import math
+import time
+from functools import partial
 
-from decode import TOKENS, Choice, Decoder, Either, Row, largest_batch, measure, merge, padded, ready, step_weights, token_bytes
-from model import build, flops_per_token, peak_flops
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import curves
+import decode
+from curves import draw, picture
+from model import FFN, build, ffn_params, flops_per_token, linear_params, peak_flops
 from sample import Settings as Sampling
-from train import device_name, make_optimizer, pick_device, set_up, short, train_step
+from structured import BlockShuffle, LowRank, linear
+from train import device_name, make_optimizer, nominal_vocabulary, pick_device, set_up, short, train_step
+
+PASSES = {"forward": 1, "forward+backward": 3}  # and how many times the forward's FLOPs
+SHORT = 4096  # tokens, up to which launching kernels can take longer than running them
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Timing and reporting
+# Timing
 
 def timed(run, device, settings):
-    """Milliseconds of run(): (median, interquartile range) over settings.repeats after warm-up."""
-    for _ in range(settings.warmup):
+    """Milliseconds of run(): (median, interquartile range) after warm-up."""
+    on_cuda = device.type == "cuda"
+    for _ in range(settings.warmup or (5 if on_cuda else 1)):
         run()
-    if device.type == "cuda":
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(settings.repeats + 1)]
+    repeats = settings.repeats or (20 if on_cuda else 5)
+    if on_cuda:
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
         marks[0].record()
         for mark in marks[1:]:
             run()
@@ -71,14 +155,87 @@ def timed(run, device, settings):
         torch.cuda.synchronize()
         times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
     else:
-        times = []
-        for _ in range(settings.repeats):
-            began = time.perf_counter()
+        marks = [time.perf_counter()]
+        for _ in range(repeats):
             run()
-            times.append((time.perf_counter() - began) * 1e3)
-    q = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
-    return q[1].item(), (q[2] - q[0]).item()
+            marks.append(time.perf_counter())
+        times = np.diff(marks) * 1e3
+    low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
+    return float(median), float(high - low)
 
+
+def graphed(run):
+    """run() recorded as a CUDA graph: replayed, it has no gaps between its kernels."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def fresh(device):
+    """Forgets the last case: its compilations, its memory and its peak."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+@torch.no_grad()
+def randomised(module, place):
+    """A module made on the meta device -> random weights in the matmuls' precision, as after a cast once per step."""
+    module.to_empty(device=place.device).to(place.dtype)
+    for p in module.parameters():
+        nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+    return module
+
+
+def copies(make, tokens, n_in, n_out, place) -> list:
+    """[(module, x, dy)] to run in turn: together over twice the L2 cache, so that none finds its data there."""
+    def one():
+        with torch.device("meta"):
+            module = make()
+        x, dy = (torch.randn(tokens, n, device=place.device, dtype=place.dtype) for n in (n_in, n_out))
+        return randomised(module, place), x.requires_grad_(), dy
+    first = one()
+    size = sum(t.numel() * t.element_size() for t in (*first[0].parameters(), first[1]))
+    cache = torch.cuda.get_device_properties(place.device).L2_cache_size if place.device.type == "cuda" else 0
+    return [first] + [one() for _ in range(max(2, math.ceil(2 * cache / size)) - 1)]
+
+
+def time_passes(call, turns, place, settings):
+    """Yields (pass, ms, spread, eager_ms) of one call(module, x), the copies taking turns.
+
+    Short calls on a GPU are replayed from a CUDA graph; eager_ms is the same not compiled and launched from Python.
+    """
+    def forward(f):
+        with torch.no_grad():
+            for module, x, _ in turns:
+                f(module, x)
+
+    def both(f):
+        for module, x, dy in turns:
+            torch.autograd.grad(f(module, x), (x, *module.parameters()), dy)
+
+    compiled = torch.compile(call, dynamic=False) if place.compile else call
+    for name, run in zip(PASSES, (forward, both)):
+        turn, rounds, eager_ms = partial(run, compiled), 1, None
+        if place.device.type == "cuda" and len(turns[0][1]) <= SHORT:
+            rounds = math.ceil(32 / len(turns))  # so that starting the graph does not count
+            eager_ms = timed(partial(run, call), place.device, settings)[0] / len(turns)
+            turn = graphed(lambda: [partial(run, compiled)() for _ in range(rounds)])
+        ms, spread = timed(turn, place.device, settings)
+        yield name, ms / len(turns) / rounds, spread / len(turns) / rounds, eager_ms
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reporting
 
 def header(device) -> dict:
     """What the numbers depend on."""
@@ -86,23 +243,46 @@ def header(device) -> dict:
     if device.type == "cuda":
         import triton
         facts["triton"] = triton.__version__
-        query = subprocess.run(["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader"], capture_output=True, text=True)
+        query = subprocess.run(["nvidia-smi", f"--id={device.index or 0}", "--query-gpu=clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader"],
+                               capture_output=True, text=True)
         facts["clocks"] = query.stdout.strip().splitlines()[0] if query.returncode == 0 and query.stdout.strip() else "n/a"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    facts["commit"] = commit.stdout.strip() or "n/a"
+    return {**facts, "commit": commit()}
+
+
+def commit() -> str:
+    here = os.path.dirname(os.path.abspath(__file__))
+    run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    return run.stdout.strip() or "n/a"
+
+
+def conditions(place, settings, rates=False) -> dict:
+    """The header with precision and compilation; with `rates` the card's own, measured now: of a large matmul and of a copy (read + write)."""
+    facts = {**header(place.device), "dtype": str(place.dtype)[6:], "compile": place.compile}
+    if rates:
+        n, size = (8192, 2**29) if place.device.type == "cuda" else (1024, 2**22)
+        a, b = (torch.randn(n, n, device=place.device, dtype=place.dtype) for _ in range(2))
+        source = torch.randn(size, device=place.device, dtype=place.dtype)
+        target = torch.empty_like(source)
+        matmul = 2 * n**3 / timed(lambda: a @ b, place.device, settings)[0] / 1e9
+        copy = 2 * size * source.element_size() / timed(lambda: target.copy_(source), place.device, settings)[0] / 1e9
+        facts.update(matmul_tflops=float(f"{matmul:.4g}"), copy_tb_per_s=float(f"{copy:.4g}"))
     return facts
 
 
 class Table:
-    """Rows on screen as they come, and as JSON lines."""
+    """Rows on screen as they come, and as JSON lines. columns = {name: width}."""
 
     def __init__(self, columns, facts, settings):
         self.columns, self.facts, self.path, self.rows = columns, facts, settings.json, []
         print("  ".join(f"{k} {v}" for k, v in facts.items()))
         print("  ".join(name.rjust(width) for name, width in columns.items()), flush=True)
 
+    def card(self):
+        """Where and how it was measured, for a picture's title."""
+        return f"{self.facts['device']}, {self.facts['dtype']}, {'compiled' if self.facts['compile'] else 'eager'}"
+
     def row(self, **values):
-        cells = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in (values.get(name, "") for name in self.columns))
+        cells = ("-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in (values.get(name) for name in self.columns))
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, self.columns.values())), flush=True)
         self.rows.append(values)
         if self.path:
@@ -110,30 +290,159 @@ class Table:
                 f.write(json.dumps({**values, **self.facts}) + "\n")
 
 
-def ffn_name(cfg) -> str:
-    return cfg.ffn + (f" R={cfg.rank}" if cfg.ffn in ("lowrank", "blockdense") else "") + (f" B={cfg.nblocks}" if cfg.ffn.startswith("block") else "")
+def ratio(a, b):
+    return a / b if a and b else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What kernel and ffn share: the sweep, and one row per pass
+
+LONG = 30720  # tokens of a call that fills the card
+GPU_SWEEP = ((768, 1024, 1536, 2048, 3072, 4096, 5120), LONG), ((2048, 3072, 5120, 6144), (1, 4, 16, 64, 256, 1024, 4096))
+CPU_SWEEP = ((128, 256), 512), ((256,), (1, 16, 256))
+
+
+def sweep(settings, device) -> list:
+    """[(what varies, width, tokens)]: the command line's lists crossed, or else over widths and then over tokens."""
+    (widths, long), (token_widths, token_counts) = GPU_SWEEP if device.type == "cuda" else CPU_SWEEP
+    asked_widths, asked_tokens = numbers(settings, "widths"), numbers(settings, "tokens")
+    if asked_widths or asked_tokens:
+        return [("tokens" if len(asked_tokens) > 1 else "width", w, t) for w in asked_widths or token_widths for t in asked_tokens or [long]]
+    return [("width", w, long) for w in widths] + [("tokens", w, t) for w in token_widths for t in token_counts]
+
+
+COLUMNS = {"pass": 16, "ms": 8, "spread": 8, "tflops": 7, "of_matmul": 9, "speedup": 7, "floor_ms": 8, "bytes_ms": 8, "over_floor": 10, "eager_ms": 8}
+
+
+def measure(table, call, make, n_in, n_out, multiply_adds, dense_ms, place, settings, **names):
+    """Times call(make(), x) and writes a row per pass; dense_ms {pass: ms} is filled by the dense case, which comes first.
+
+    floor_ms = FLOPs / the measured matmul rate; bytes_ms = weights, input, output and their gradients once / the measured copy
+    rate; over_floor = ms / the larger of the two; speedup = dense ms / ms.
+    """
+    fresh(place.device)
+    tokens, rates = names["tokens"], table.facts
+    turns = copies(make, tokens, n_in, n_out, place)
+    weights = sum(p.numel() for p in turns[0][0].parameters())
+    for passed, ms, spread, eager_ms in time_passes(call, turns, place, settings):
+        if names["ffn"] == "dense":
+            dense_ms[passed] = ms
+        flops = 2 * tokens * multiply_adds * PASSES[passed]
+        moved = weights + tokens * (n_in + n_out) if passed == "forward" else 3 * weights + tokens * (3 * n_in + 2 * n_out)
+        floor_ms = flops / rates["matmul_tflops"] / 1e9
+        bytes_ms = moved * place.dtype.itemsize / rates["copy_tb_per_s"] / 1e9
+        table.row(**names, **{"pass": passed}, ms=ms, spread=spread, flops=flops, tflops=flops / ms / 1e9, of_matmul=floor_ms / ms,
+                  speedup=ratio(dense_ms.get(passed), ms), floor_ms=floor_ms, bytes_ms=bytes_ms, over_floor=ms / max(floor_ms, bytes_ms), eager_ms=eager_ms)
+
+
+def draw_speedups(path, title, rows, panel_of, line_of):
+    """Speed over dense of the structured rows against what varies; panel_of(row) -> (its row, its title)."""
+    panels = {}
+    for r in rows:
+        if r["ffn"] != "dense" and r["speedup"]:
+            across, name = panel_of(r)
+            fixed = f"{short(r['tokens'])} tokens" if r["sweep"] == "width" else f"width {r['width']}"
+            lines = panels.setdefault(across, {}).setdefault(f"{name}, {fixed}", (r["sweep"], {}))[1]
+            lines.setdefault(line_of(r), []).append((r[r["sweep"]], r["speedup"]))
+    if panels:
+        draw(path, title, "times as fast as dense", panels, sharey=True)
+    else:
+        print(f"no picture: {path} would show speed over dense, and the cases are not dense and a structure.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# kernel: one linear
+
+def by_einsum(linear, x):
+    """The structured map as its formula reads: x (T, N) -> (T, M)."""
+    if isinstance(linear, LowRank):
+        t = torch.einsum("tn,rn->tr", x, linear.V)
+    else:
+        B, _, p = linear.V.shape
+        t = torch.einsum("tbp,bqp->tbq", x.view(-1, B, p), linear.V).flatten(1)                 # (T, B q)
+    if isinstance(linear, BlockShuffle):
+        y = torch.einsum("tqb,bsq->tsb", t.view(len(t), -1, B), linear.U).flatten(1)            # (T, s B)
+    else:
+        y = torch.einsum("tr,mr->tm", t, linear.U)
+    return y + linear.bias if linear.bias is not None else y
+
+
+def by_bmm(linear, x):
+    """The same with plain matmuls and bmm, which wants blocks first: the copies around it are the point of comparison."""
+    if isinstance(linear, LowRank):
+        t = x @ linear.V.T
+    else:
+        B, _, p = linear.V.shape
+        t = torch.bmm(x.view(-1, B, p).transpose(0, 1), linear.V.transpose(1, 2))               # (B, T, q)
+        t = t.transpose(0, 1).flatten(1)                                                        # (T, B q)
+    if not isinstance(linear, BlockShuffle):
+        return F.linear(t, linear.U, linear.bias)
+    y = torch.bmm(t.view(len(t), -1, B).permute(2, 0, 1), linear.U.transpose(1, 2))             # (B, T, s)
+    y = y.permute(1, 2, 0).flatten(1)                                                           # (T, s B)
+    return y + linear.bias if linear.bias is not None else y
+
+
+def ours(module, x):
+    return module(x)
+
+
+def bench_kernel(cfg, settings):
+    """Both directions of an FFN: fc1 up, fc2 down."""
+    place = set_up(cfg)
+    table = Table({"linear": 6, "width": 5, "tokens": 6, "ffn": 15, "rank": 4, "nblocks": 7, "by": 6, **COLUMNS}, conditions(place, settings, rates=True), settings)
+    if not (settings.widths or settings.tokens):
+        settings = dataclasses.replace(settings, widths="768,1024,1536,2048" if place.device.type == "cuda" else "128,256")
+    for varies, width, tokens in sweep(settings, place.device):
+        for name in ("fc1", "fc2"):
+            dense_ms = {}
+            for label, case in compared(cfg, settings, width).items():
+                n, m = (case.n_embd, case.n_hidden) if name == "fc1" else (case.ffn_dim, case.n_embd)
+                shape = case.ffn, n, m, case.rank, case.nblocks
+                for by, call in {"dense": ours}.items() if case.ffn == "dense" else {"einsum": by_einsum, "bmm": by_bmm, "ours": ours}.items():
+                    measure(table, call, lambda: linear(*shape, case.bias), n, m, linear_params(*shape), dense_ms, place, settings, benchmark="kernel",
+                            sweep=varies, linear=name, width=width, tokens=tokens, ffn=label, rank=case.rank, nblocks=case.nblocks, by=by)
+    if settings.plot:
+        draw_speedups(settings.plot, f"One linear, forward + backward: {table.card()}", [r for r in table.rows if r["pass"] != "forward"],
+                      lambda r: (r["linear"], f"{r['linear']}, {r['ffn'].split()[0]}"), lambda r: f"{r['by']} {r['ffn'].partition(' ')[2]}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ffn: one FFN
+
+def bench_ffn(cfg, settings):
+    """model.FFN with its activation and biases, over widths at many tokens and over tokens."""
+    place = set_up(cfg)
+    table = Table({"width": 5, "tokens": 6, "ffn": 15, "rank": 4, "nblocks": 7, **COLUMNS}, conditions(place, settings, rates=True), settings)
+    for varies, width, tokens in sweep(settings, place.device):
+        dense_ms = {}
+        for label, case in compared(cfg, settings, width).items():
+            multiply_adds = ffn_params(dataclasses.replace(case, n_layer=1, n_dense_layers=0))
+            measure(table, ours, lambda: FFN(case, case.ffn), width, width, multiply_adds, dense_ms, place, settings, benchmark="ffn", sweep=varies,
+                    width=width, tokens=tokens, ffn=label, rank=case.rank, nblocks=case.nblocks, act=case.act)
+    if settings.plot:
+        draw_speedups(settings.plot, f"FFN, {cfg.act}: {table.card()}", table.rows, lambda r: (r["pass"], r["pass"]), lambda r: r["ffn"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # train: whole optimiser steps
 
 def bench_train(cfg, settings):
-    """The structured model of the command line beside the dense one, and guided if a guide is set; the step is train.py's own."""
-    cfg.vocab_size = cfg.vocab_size or 32000
+    """One micro-batch per step; the step is train.py's own. With a guide in cfg every structure also runs guided."""
+    cfg.vocab_size = cfg.vocab_size or nominal_vocabulary(cfg.tokenizer)
     cfg.batch_size = cfg.micro_batch_size
     place = set_up(cfg)
-    columns = {"ffn": 22, "guided": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "mfu": 7, "gib": 6, "forward_ms": 10, "backward_ms": 11, "optimizer_ms": 12}
-    table = Table(columns, header(place.device), settings)
-    cases = [("dense", False)] + ([(cfg.ffn, False)] if cfg.ffn != "dense" else []) + ([(cfg.ffn, True)] if cfg.guide != "off" else [])
-    for ffn, guided in cases:
-        train_row(dataclasses.replace(cfg, ffn=ffn), place, guided, table, settings)
+    columns = {"ffn": 20, "guided": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "speedup": 7, "mfu": 7, "gib": 6, "forward_ms": 10, "backward_ms": 11,
+               "optimizer_ms": 12}
+    table = Table(columns, conditions(place, settings), settings)
+    for label, case in compared(cfg, settings).items():
+        for guided in (False, True) if case.guide in ("fixedstep", "fixedflop") else (False,):
+            train_row(label, case, place, guided, table, settings)
+    if settings.plot:
+        draw_split(settings.plot, f"Training step, {cfg.n_layer} layers x {cfg.n_embd}, {cfg.micro_batch_size} x {cfg.block_size} tokens\n{table.card()}", table.rows)
 
 
-def train_row(cfg, place, guided, table, settings):
-    on_cuda = place.device.type == "cuda"
-    if on_cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+def train_row(label, cfg, place, guided, table, settings):
+    fresh(place.device)
     model = build(cfg, place.device, cfg.seed)
     if guided:
         for _, module in model.structured_linears():
@@ -141,13 +450,12 @@ def train_row(cfg, place, guided, table, settings):
     optimizer = make_optimizer(cfg, model, place.device)
     if place.compile:
         model.compile_parts()
-    batches = torch.randint(cfg.vocab_size, (8, 1, cfg.micro_batch_size, cfg.block_size + 1), device=place.device)
+    batches = itertools.cycle(torch.randint(cfg.vocab_size, (8, 1, cfg.micro_batch_size, cfg.block_size + 1), device=place.device))
     alpha = torch.full((), 0.5, device=place.device)
     layers = tuple(range(cfg.n_dense_layers, cfg.n_layer)) if guided else ()
-    turn = iter(range(10**9))
 
     def forward():
-        batch = batches[next(turn) % len(batches), 0]
+        batch = next(batches)[0]
         with place.autocast():
             return model(batch[:, :-1], batch[:, 1:], alpha, layers)
 
@@ -156,27 +464,84 @@ def train_row(cfg, place, guided, table, settings):
         optimizer.zero_grad(set_to_none=True)
 
     def step():
-        train_step(model, optimizer, batches[next(turn) % len(batches)], cfg, place, 1e-4, alpha, layers)
+        train_step(model, optimizer, next(batches), cfg, place, 1e-4, alpha, layers)
 
     ms, spread = timed(step, place.device, settings)
-    gib = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else float("nan")
+    gib = torch.cuda.max_memory_allocated() / 2**30 if place.device.type == "cuda" else None
     forward_ms, both_ms = timed(forward, place.device, settings)[0], timed(forward_backward, place.device, settings)[0]
     rate = cfg.micro_batch_size * cfg.block_size / ms * 1e3
-    peak = peak_flops(place.device)
-    mfu = 3 * flops_per_token(cfg, "dense" if guided else None) * rate / peak if peak else float("nan")
-    table.row(ffn=ffn_name(cfg), guided=guided, ms=ms, spread=spread, tokens_per_s=round(rate), mfu=mfu, gib=gib, forward_ms=forward_ms,
-              backward_ms=both_ms - forward_ms, optimizer_ms=ms - both_ms, benchmark="train", config=config.to_dict(cfg))
+    flops = 3 * flops_per_token(cfg, "dense" if guided else None)
+    dense = next((r["ms"] for r in table.rows if r["ffn"] == "dense"), ms if cfg.ffn == "dense" else None)
+    table.row(benchmark="train", ffn=label, guided=guided, ms=ms, spread=spread, tokens_per_s=round(rate), speedup=ratio(dense, ms), flops_per_token=flops,
+              mfu=ratio(flops * rate, peak_flops(place.device)), gib=gib, forward_ms=forward_ms, backward_ms=both_ms - forward_ms, optimizer_ms=ms - both_ms,
+              config=config.to_dict(cfg))
+
+
+def draw_split(path, title, rows):
+    """Stacked bars of where a step's time goes."""
+    names = [r["ffn"] + ", guided" * r["guided"] for r in rows]
+    left = np.zeros(len(rows))
+    with picture(path, title, width=9) as ((ax,),):
+        for part in ("forward", "backward", "optimizer"):
+            width = np.array([max(0.0, r[f"{part}_ms"]) for r in rows])
+            bars = ax.barh(names, width, left=left, label=part)
+            left += width
+        ax.bar_label(bars, [f"{short(r['tokens_per_s'])} tokens/s" for r in rows], padding=4)
+        ax.set(xlabel="milliseconds per step", xlim=(0, 1.25 * left.max()))
+        ax.invert_yaxis()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# prefill: whole prompts
+
+@torch.no_grad()
+def bench_prefill(cfg, settings):
+    """Prompts -> the logits of the token that follows each, nothing kept for decoding; weights in the matmuls' precision."""
+    lengths = numbers(settings, "tokens") or sorted({min(n, cfg.block_size) for n in (128, 512, cfg.block_size)})
+    cfg.vocab_size = cfg.vocab_size or nominal_vocabulary(cfg.tokenizer)
+    cfg.block_size = max(lengths)
+    place = set_up(cfg)
+    table = Table({"ffn": 20, "batch": 5, "prompt": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "speedup": 7, "tflops": 7, "mfu": 7, "gib": 6},
+                  conditions(place, settings), settings)
+    dense_ms = {}
+    for label, case in compared(cfg, settings).items():
+        model = build(case, place.device).eval()
+        for p in model.parameters():
+            p.data = torch.randn_like(p, dtype=place.dtype) * p.shape[-1] ** -0.5
+        if place.compile:
+            model.compile_parts()
+        for batch in numbers(settings, "batches") or (1, 16):
+            for length in lengths:
+                prefill_row(label, case, model, batch, length, dense_ms, place, table, settings)
+    if settings.plot:
+        panels = {}
+        for r in table.rows:
+            lines = panels.setdefault(f"batch {r['batch']}", ("tokens in the prompt", {}))[1]
+            lines.setdefault(r["ffn"], []).append((r["prompt"], r["tokens_per_s"]))
+        draw(settings.plot, f"Prefill, {cfg.n_layer} layers x {cfg.n_embd}: {table.card()}", "tokens/s", {"": panels})
+
+
+def prefill_row(label, cfg, model, batch, length, dense_ms, place, table, settings):
+    fresh(place.device)  # every length compiled for itself
+    prompts = itertools.cycle(torch.randint(cfg.vocab_size, (4, batch, length), device=place.device))
+    ms, spread = timed(lambda: model.head(model.hidden(next(prompts))[:, -1]), place.device, settings)
+    if cfg.ffn == "dense":
+        dense_ms[batch, length] = ms
+    head = 2 * cfg.vocab_size * cfg.n_embd  # of the last token only
+    flops = batch * (length * (flops_per_token(dataclasses.replace(cfg, block_size=length)) - head) + head)
+    table.row(benchmark="prefill", ffn=label, batch=batch, prompt=length, ms=ms, spread=spread, tokens_per_s=round(batch * length / ms * 1e3),
+              speedup=ratio(dense_ms.get((batch, length)), ms), flops=flops, tflops=flops / ms / 1e9, mfu=ratio(flops / ms * 1e3, peak_flops(place.device)),
+              gib=torch.cuda.max_memory_allocated() / 2**30 if place.device.type == "cuda" else None, config=config.to_dict(cfg))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # decode: sample.py's own loop, on random weights
 
-def copy_rate(device) -> float:
+def copy_rate(device, settings) -> float:
     """GB/s, read and written, of a large copy."""
-    source = torch.randn(2**(28 if device.type == "cuda" else 24), device=device)
+    source = torch.randn(2**(28 if device.type == "cuda" else 22), device=device)
     target = torch.empty_like(source)
-    ms, _ = timed(lambda: target.copy_(source), device, Settings(repeats=10, warmup=2))
-    return 2 * source.numel() * 4 / ms / 1e6
+    return 2 * source.numel() * 4 / timed(lambda: target.copy_(source), device, settings)[0] / 1e6
 
 
 @torch.no_grad()
@@ -196,23 +561,21 @@ def generation(decoder, cfg, batch, settings):
     if decoder.key.is_cuda:
         torch.cuda.synchronize()
     marks = [time.perf_counter()]
-    for _ in decoder.run([Row(prompt) for prompt in prompts]):
+    for _ in decoder.run([decode.Row(prompt) for prompt in prompts]):
         marks.append(time.perf_counter())
     return marks[1] - marks[0], (marks[-1] - marks[1]) / max(settings.new_tokens - 1, 1)
 
 
 def decode_row(model, cfg, kind, launch, batch, ceiling, table, settings):
     """Times one case; returns its tokens/s."""
-    gc.collect()
-    if model.head.weight.is_cuda:
-        torch.cuda.empty_cache()
+    fresh(model.head.weight.device)
     length = settings.prompt_tokens + settings.new_tokens
-    decoder = Decoder(model, Sampling(temperature=0.0, max_new_tokens=settings.new_tokens), batch, length, graphs=launch == "graph")
+    decoder = decode.Decoder(model, Sampling(temperature=0.0, max_new_tokens=settings.new_tokens), batch, length, graphs=launch == "graph")
     generation(decoder, cfg, batch, settings)
-    runs = [generation(decoder, cfg, batch, settings) for _ in range(min(settings.repeats, 3))]
+    runs = [generation(decoder, cfg, batch, settings) for _ in range(settings.repeats or 3)]
     first, each = (statistics.median(column) for column in zip(*runs))
-    weights = step_weights(model, batch, launch)
-    kv = batch * token_bytes(cfg, model.head.weight.dtype) * (settings.prompt_tokens + settings.new_tokens / 2)
+    weights = decode.step_weights(model, batch, launch)
+    kv = batch * decode.token_bytes(cfg, model.head.weight.dtype) * (settings.prompt_tokens + settings.new_tokens / 2)
     rate = batch * settings.new_tokens / (first + each * (settings.new_tokens - 1))
     gbs = (weights + kv) / each / 1e9
     table.row(ffn=ffn_name(model.cfg), kind=kind, launch=launch, batch=batch, per_user=rate / batch, tokens_per_s=round(rate), first_ms=first * 1e3,
@@ -222,28 +585,31 @@ def decode_row(model, cfg, kind, launch, batch, ceiling, table, settings):
 
 
 def bench_decode(cfg, settings):
-    """ms: per token after the first; share: of the copy rate, of the bytes that a step cannot avoid, weights and half the final cache."""
-    cfg.vocab_size = cfg.vocab_size or 32000
+    """ms: per token after the first; share: of the copy rate, by the bytes a step cannot avoid: the weights and, on average, half the final cache."""
+    cfg.vocab_size = cfg.vocab_size or nominal_vocabulary(cfg.tokenizer)
     length = settings.prompt_tokens + settings.new_tokens
     if length > cfg.block_size or settings.prompt_tokens < 1 or settings.new_tokens < 2:
         raise UserError(f"prompt_tokens={settings.prompt_tokens} and new_tokens={settings.new_tokens} must be at least 1 and 2 "
                         f"and together fit into block_size={cfg.block_size}.")
+    for name, known in (("kinds", ("dense", "structured", "merged", "auto")), ("launches", ("eager", "graph"))):
+        if not set(getattr(settings, name).split(",")) <= set(known):
+            raise UserError(f"{name}={getattr(settings, name)} does not fit: expected some of {', '.join(known)}, separated by commas.")
     device = pick_device(cfg.device)
     dtype = torch.float32 if cfg.dtype == "float32" or cfg.dtype == "auto" and device.type != "cuda" else torch.bfloat16
-    ceiling = copy_rate(device)
+    ceiling = copy_rate(device, settings)
     columns = {"ffn": 18, "kind": 10, "launch": 6, "batch": 6, "per_user": 8, "tokens_per_s": 12, "first_ms": 8, "ms": 8, "gb_s": 7, "share": 7,
                "weights_mb": 10, "kv_mb": 8}
     table = Table(columns, {**header(device), "copy": f"{ceiling:.0f} GB/s", "dtype": str(dtype).removeprefix("torch.")}, settings)
-    launches = [launch for launch in settings.launches.split(",") if launch == "eager" or device.type == "cuda"]
+    launches = settings.launches.split(",") if device.type == "cuda" else ["eager"]
     for kind in settings.kinds.split(",") if cfg.ffn != "dense" else ["dense"]:
         model = random_model(dataclasses.replace(cfg, ffn="dense") if kind == "dense" else cfg, device)
-        ready(model, "structured" if kind == "dense" else kind, dtype)
+        decode.ready(model, "structured" if kind == "dense" else kind, dtype)
         for launch in launches[-1:] if settings.max_batch else launches:
-            fits = largest_batch(cfg, padded(length, cfg.block_size), device, dtype)
+            fits = decode.largest_batch(cfg, decode.padded(length, cfg.block_size), device, dtype)
             if settings.max_batch:
                 most_tokens(lambda batch: decode_row(model, cfg, kind, launch, batch, ceiling, table, settings), fits, device)
                 continue
-            for batch in map(int, settings.batches.split(",")):
+            for batch in numbers(settings, "batches") or (1, 16, 256):
                 decode_row(model, cfg, kind, launch, batch, ceiling, table, settings)
         del model
 
@@ -270,11 +636,11 @@ def bench_crossover(cfg, settings):
     cfg.vocab_size, device = 1024, pick_device(cfg.device)
     dtype = torch.float32 if cfg.dtype == "float32" or cfg.dtype == "auto" and device.type != "cuda" else torch.bfloat16
     model = random_model(cfg, device).to(dtype).requires_grad_(False)
-    pairs = [Either(linear, merge(linear), None) for _, linear in model.structured_linears()]
+    pairs = [decode.Either(linear, decode.merge(linear), None) for _, linear in model.structured_linears()]
     facts, began = header(device), time.perf_counter()
-    choice = Choice(measure(pairs))
+    choice = decode.Choice(decode.measure(pairs))
     facts["measured_in"] = f"{time.perf_counter() - began:.1f} s"
-    again = measure(pairs, sorted({*TOKENS, *(3 * t // 2 for t in TOKENS[1:-1])}))
+    again = decode.measure(pairs, sorted({*decode.TOKENS, *(3 * t // 2 for t in decode.TOKENS[1:-1])}))
     table = Table({"linear": 60, "launch": 6, "tokens": 6, "factors_ms": 10, "merged_ms": 10, "speedup": 8, "auto": 8, "behind": 8}, facts, settings)
     for mode, rows in again.items():
         choice.mode = mode
@@ -284,28 +650,42 @@ def bench_crossover(cfg, settings):
                 table.row(linear=shape, launch=mode, tokens=int(tokens), factors_ms=factors, merged_ms=merged, speedup=merged / factors,
                           auto="merged" if chosen else "factors", behind=(merged if chosen else factors) / min(factors, merged) - 1, benchmark="crossover")
     if settings.plot:
-        plot_crossover(table.rows, f"{ffn_name(cfg)}, {facts['device']}", settings.plot)
+        panels = {}
+        for r in table.rows:
+            lines = panels.setdefault(r["launch"], ("tokens", {}))[1]
+            lines.setdefault(r["linear"].split(", V")[0], []).append((r["tokens"], r["speedup"]))
+        draw(settings.plot, f"{ffn_name(cfg)}: {facts['device']}", "time of the dense equivalent / of the factors", {"": panels}, sharey=True)
 
 
-def plot_crossover(rows, title, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    modes = list(dict.fromkeys(row["launch"] for row in rows))
-    figure, axes = plt.subplots(1, len(modes), figsize=(6 * len(modes), 4), squeeze=False, sharey=True)
-    for ax, mode in zip(axes[0], modes):
-        for linear in dict.fromkeys(row["linear"] for row in rows):
-            points = [(row["tokens"], row["speedup"]) for row in rows if (row["launch"], row["linear"]) == (mode, linear)]
-            ax.plot(*zip(*points), marker="o", label=linear.split(", V")[0])
-        ax.axhline(1, color="grey", lw=1)
-        ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time of the dense equivalent / time of the factors", title=f"{title}, {mode}")
-        ax.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
 
 
-def main(command, cfg, settings):
-    {"train": bench_train, "decode": bench_decode, "crossover": bench_crossover}[command](cfg, settings)
+# ----------------------------------------------------------------------------------------------------------------------
+# curves: training runs
+
+def bench_curves(paths, settings):
+    """Tables of final losses and of the fits, and the picture; curves.py reads the runs."""
+    runs = [curves.read_run(path) for path in paths]
+    curves.name_runs(runs)
+    columns = {"run": max(len(r.label) for r in runs), "step": 8, "steps": 8, "tokens": 10, "flops": 10, "seconds": 9, "train_loss": 10, "val_loss": 9, "to_dense": 9}
+    table = Table(columns, {"commit": commit()}, settings)
+    for r in runs:
+        tokens, flops, seconds = (float(spent[r.last - 1]) for spent in r.axes.values())
+        table.row(benchmark="curves", run=r.label, path=r.path, method=r.method, step=r.last, steps=r.steps, tokens=tokens, flops=flops, seconds=seconds,
+                  train_loss=float(r.train[1][-1]), val_loss=float(r.val[1][-1]) if len(r.val[1]) else None, to_dense=curves.gap_to_dense(r, runs))
+    for r in runs:
+        if r.final is None:
+            print(f"{r.path} stands at step {r.last} of {r.steps}: drawn as far as it goes, left out of differences and fits.")
+    fits = curves.fit_scaling(runs)
+    if fits:
+        table = Table({"method": max(len(f["method"]) for f in fits), "runs": 4, "slope": 10, "std_error": 10, "at_1e18": 8}, table.facts, settings)
+        for fit in fits:
+            table.row(benchmark="scaling", **fit)
+    if settings.plot:
+        draw(settings.plot, "Validation loss, training loss faint", "loss, nats per token", {"": curves.panels(runs, fits)}, width=5.2, height=4.4)
+
+
+def main(command, subject, settings):
+    {"kernel": bench_kernel, "ffn": bench_ffn, "train": bench_train, "prefill": bench_prefill, "decode": bench_decode, "crossover": bench_crossover, "curves": bench_curves}[command](subject, settings)
 
 
 if __name__ == "__main__":

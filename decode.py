@@ -256,6 +256,8 @@ def choose(pairs, path=None) -> Choice:
 def ready(model, decode, dtype, table=None):
     """Makes a model in fp32 fit for decoding, in place. decode: structured | merged | auto; table: auto's file. Returns the model."""
     choice = Choice({})
+    for block in model.blocks:
+        block.ffn.kernels = False  # training's, for many tokens and factors alone
     with exact_matmuls():
         if decode == "merged":
             merge_model(model)

@@ -4,16 +4,22 @@ Pre-norm blocks x + attention(norm(x)), x + ffn(norm(x)); see config for the swi
 logits, parameter and FLOP counts by PAPER §4's rules, and building, saving and loading a model.
 """
 import copy
+import importlib.util
 import os
 from typing import NamedTuple
 
 import torch
+import torch._functorch.config
 import torch.nn as nn
 import torch.nn.functional as F
 
 import config
 from config import Config, UserError
 from structured import Dense, Structured, linear
+
+kernels = None
+if importlib.util.find_spec("triton") and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+    import kernels
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -63,11 +69,13 @@ class FFN(nn.Module):
 
     def __init__(self, cfg, ffn):
         super().__init__()
-        self.act = cfg.act
+        self.act, self.kernels, self.recompute = cfg.act, cfg.kernels, cfg.memory_budget < 0.75
         self.fc1 = linear(ffn, cfg.n_embd, cfg.n_hidden, cfg.rank, cfg.nblocks, cfg.bias)
         self.fc2 = linear(ffn, cfg.ffn_dim, cfg.n_embd, cfg.rank, cfg.nblocks, cfg.bias)
 
     def forward(self, x, alpha=None):
+        if alpha is None and self.kernels and kernels and kernels.fits(x, self.fc1, self.fc2, self.act):
+            return kernels.ffn(x, self.fc1, self.fc2, self.act, self.recompute)
         h = self.fc1(x, alpha)
         if self.act == "gelu":
             h = F.gelu(h, approximate="tanh")
@@ -204,11 +212,14 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
         self.norm = make_norm(cfg)
         self.head = Dense(cfg.n_embd, cfg.vocab_size, bias=False)
-        if cfg.tie_embeddings:
-            self.head.weight = self.wte.weight
+        self.tie()
         for name, table in zip(("cos", "sin"), rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head)):
             self.register_buffer(name, table, persistent=False)
         self.token_loss = token_loss
+
+    def tie(self):
+        if self.cfg.tie_embeddings:
+            self.head.weight = self.wte.weight
 
     @torch.no_grad()
     def init_weights(self, std=0.02):
@@ -247,6 +258,10 @@ class GPT(nn.Module):
             return self.head(h)
         return LMLoss.apply(h.flatten(0, 1), self.head.weight, targets.flatten(), self.token_loss)
 
+    def next_logits(self, tokens):
+        """tokens (B, T) -> logits (B, vocab_size) of the token that follows."""
+        return self.head(self.hidden(tokens)[:, -1])
+
     def step(self, tokens, cache, lengths=None):
         """The decoding forward: each row's next tokens (B, T) -> logits (B, vocab_size) of what follows them.
 
@@ -269,6 +284,7 @@ class GPT(nn.Module):
     def compile_parts(self):
         """torch.compile, block by block: equal blocks share one compilation, and parameters keep their names."""
         torch._dynamo.config.recompile_limit = 64  # dense and structured, guided and plain, training and validation
+        torch._functorch.config.activation_memory_budget = self.cfg.memory_budget
         for part in (*self.blocks, self.norm):
             part.compile()
         self.token_loss = torch.compile(token_loss)
@@ -283,6 +299,7 @@ def build(cfg, device, seed=None):
     with torch.device("meta"):
         model = GPT(cfg)
     model.to_empty(device=device)
+    model.tie()  # to_empty gave each its own memory
     cos, sin = rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head)
     model.cos, model.sin = cos.to(device), sin.to(device)
     if seed is not None:

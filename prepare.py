@@ -31,9 +31,8 @@ import threading
 import time
 import tokenize
 import zlib
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter, deque
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -205,7 +204,8 @@ def load_tokenizer(name, sample=()) -> Tokenizer:
         tokens = (gpt2.decode_single_token_bytes(i) for i in range(gpt2.eot_token))
         return tokenizer_from_blob("gpt2", "\n".join(map(bytes.hex, tokens)).encode())
     if name.startswith("spm:"):
-        blob = _train_sentencepiece(int(name[4:]), sample)
+        with _pool(1) as child:  # whose 400 MB go with it
+            blob = child.submit(_train_sentencepiece, int(name[4:]), list(sample)).result()
     else:
         path = _llama_model() if name == "llama" else name
         try:
@@ -287,17 +287,16 @@ def _train_sentencepiece(vocab_size, sample):
     return model.getvalue()
 
 
-LLAMA = ("hf-internal-testing/llama-tokenizer", "tokenizer.model")  # a public copy of LLaMA's 32 000 pieces
-
-
 def _llama_model():
+    """The path of LLaMA's 32 000 pieces: the hub client's cached copy, or a download from a public repository."""
     hub = _package("huggingface_hub", "tokenizer=llama")
+    place = ("hf-internal-testing/llama-tokenizer", "tokenizer.model")
 
     def download():
-        hub.get_hf_file_metadata(hub.hf_hub_url(*LLAMA), timeout=10)  # tries once, so that it fails at once
-        return hub.hf_hub_download(*LLAMA)
+        hub.get_hf_file_metadata(hub.hf_hub_url(*place), timeout=10)  # tries once, so that it fails at once
+        return hub.hf_hub_download(*place)
 
-    cached = hub.try_to_load_from_cache(*LLAMA)
+    cached = hub.try_to_load_from_cache(*place)
     instead = "--tokenizer=spm:32000, trained on the corpus, or the path of its tokenizer.model"
     return cached if isinstance(cached, str) else _remote(download, "LLaMA's vocabulary", instead)
 
@@ -342,27 +341,22 @@ STDLIB, NOT_STDLIB = os.path.dirname(os.__file__), {"site-packages", "dist-packa
 LOCAL_SHARE = 0.01  # of the documents, for validation
 
 
-@dataclass
-class Meter:
-    """What was read: bytes of the local files so far and in all (for the progress bar), empty documents."""
-    done: int = 0
-    total: int = 0
-    empty: int = 0
-
 
 def open_source(cfg, settings, meter):
     """(description, [(parts, validation share), ...]); a part is a lazy generator of documents, one a file or a dataset.
 
-    The description stands in the token files, `dataset: details`; an equal one means the same text.
+    The description stands in the token files, `dataset: details`; an equal one means the same text. meter is a Counter: total
+    and done are bytes of local files (total stays 0 for a remote one), empty counts documents without text.
     """
     if cfg.dataset == "stdlib":
         names = glob.glob("**/*.py", root_dir=STDLIB, recursive=True)
         files = [os.path.join(STDLIB, name) for name in sorted(names) if not NOT_STDLIB & set(name.split(os.sep))]
-        meter.total = sum(map(os.path.getsize, files))
-        return f"stdlib: Python {sys.version.split()[0]}, {len(files)} files", [([stdlib_documents(files, meter)], LOCAL_SHARE)]
+        meter["total"] = sum(map(os.path.getsize, files))
+        share = 5 * LOCAL_SHARE  # few documents: a steadier validation loss
+        return f"stdlib: Python {sys.version.split()[0]}, {len(files)} files", [([stdlib_documents(files, meter)], share)]
     if cfg.dataset == "text":
         files, val_files = text_files(cfg.input), text_files(cfg.val_input)
-        meter.total = sum(map(os.path.getsize, files + val_files))
+        meter["total"] = sum(map(os.path.getsize, files + val_files))
         column = f", column {settings.column}" if ".jsonl" in "".join(files + val_files) else ""
         parts, val_parts = ([text_documents(path, settings.column, meter) for path in group] for group in (files, val_files))
         streams = [(parts, 0.0), (val_parts, 1.0)] if val_files else [(parts, LOCAL_SHARE)]
@@ -386,7 +380,7 @@ def stdlib_documents(files, meter):
     for path in files:
         with open(path, "rb") as f:
             data = f.read()
-        meter.done += len(data)
+        meter["done"] += len(data)
         with contextlib.suppress(SyntaxError, UnicodeDecodeError):
             yield data.decode(tokenize.detect_encoding(io.BytesIO(data).readline)[0]).encode(), True
 
@@ -412,7 +406,7 @@ def text_documents(path, column, meter):
             file = {".xz": lzma.open, ".gz": gzip.open}.get(path[-3:], lambda f: f)(raw)
             read, before = _json_lines if ".jsonl" in path[-9:] else _plain_text, 0
             for document in read(io.BufferedReader(file, MB), path, column):
-                meter.done, before = meter.done + raw.tell() - before, raw.tell()
+                meter["done"], before = meter["done"] + raw.tell() - before, raw.tell()
                 yield document
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as e:
         raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}.") from None
@@ -464,7 +458,7 @@ def _json_lines(file, path, column):
 def _field(row, column, where):
     """The text of a row as UTF-8, null as empty; half a surrogate pair, which UTF-8 cannot hold, becomes a question mark."""
     if not isinstance(row, dict) or not isinstance(row.get(column, 0), str | None):
-        found = f"a {type(row).__name__}" if not isinstance(row, dict) else f"the fields {', '.join(row)}"
+        found = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
         raise UserError(f"{where} has no text in the column {column}, it has {found}: give --column=NAME.")
     return (row[column] or "").encode("utf-8", errors="replace")
 
@@ -551,7 +545,7 @@ def _batches(streams, wanted, piece, meter):
             if side is None:
                 side = int(is_validation(text, share))
                 if last and not text.strip():
-                    meter.empty, side = meter.empty + 1, None
+                    meter["empty"], side = meter["empty"] + 1, None
                     continue
             if wanted(side):
                 for part in cut(text, piece):
@@ -566,13 +560,21 @@ def _batches(streams, wanted, piece, meter):
     yield batch
 
 
+TOKENIZER = None  # a worker's
+
+
 def _start_worker(identity, blob):
     global TOKENIZER
-    TOKENIZER = tokenizer_from_blob(identity, blob)
+    TOKENIZER = TOKENIZER or tokenizer_from_blob(identity, blob)  # a forked worker has it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # none outlives a killed parent
+
+
+def _pool(workers, identity="byte", blob=b""):
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    return ProcessPoolExecutor(workers, context, _start_worker, (identity, blob))
 
 
 def _encode(batch):
@@ -585,8 +587,9 @@ def _encode(batch):
 
 def _encoded(batches, tokenizer, workers):
     """_encode of every batch, in order whatever the number of workers."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool, pending = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.identity, tokenizer.blob)), deque()
+    global TOKENIZER
+    TOKENIZER = tokenizer
+    pool, pending = _pool(workers, tokenizer.identity, tokenizer.blob), deque()
     try:
         for batch in batches:
             pending.append(pool.submit(_encode, batch))
@@ -594,8 +597,6 @@ def _encoded(batches, tokenizer, workers):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise UserError("a tokenising process was killed (out of memory?): run again, perhaps with fewer --workers.") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -641,7 +642,7 @@ def prepare(cfg, settings) -> str:
     """Writes cfg.dataset in cfg.tokenizer into the folder config.data_dir(cfg), which it returns. Raises UserError."""
     check(cfg, settings)
     folder = config.data_dir(cfg)
-    source, _ = open_source(cfg, settings, Meter())
+    source, _ = open_source(cfg, settings, Counter())
     if os.path.exists(os.path.join(folder, "train.bin")):
         train, val, _ = _open_folder(folder)
         if (train.source, train.tokenizer.partition("@")[0]) != (source, os.path.basename(cfg.tokenizer)):
@@ -653,6 +654,8 @@ def prepare(cfg, settings) -> str:
         _write_folder(folder, cfg, settings)
     except OSError as e:  # no space, no permission
         raise UserError(f"cannot prepare {folder}: {e}.") from None
+    except BrokenExecutor:
+        raise UserError("a worker process was killed (out of memory?): run again, perhaps with fewer --workers.") from None
     finally:
         with contextlib.suppress(OSError):
             os.rmdir(folder)  # only an empty one goes
@@ -660,14 +663,14 @@ def prepare(cfg, settings) -> str:
 
 
 def _write_folder(folder, cfg, settings):
-    start, meter = time.monotonic(), Meter()
-    tokenizer = load_tokenizer(cfg.tokenizer, _sample(*open_source(cfg, settings, Meter())[1][0]))
+    start, meter = time.monotonic(), Counter()
+    tokenizer = load_tokenizer(cfg.tokenizer, _sample(*open_source(cfg, settings, Counter())[1][0]))
     source, streams = open_source(cfg, settings, meter)
-    budgets = (float("inf"), float("inf")) if meter.total else (settings.train_tokens, settings.val_tokens)
+    budgets = (float("inf"), float("inf")) if meter["total"] else (settings.train_tokens, settings.val_tokens)
     new = functools.partial(TokenWriter, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.identity, source=source)
     with new(os.path.join(folder, "train.bin")) as train, new(os.path.join(folder, "val.bin")) as val:  # val.bin appears first
         sides, documents, size = (train, val), [0, 0], 0
-        show = _progress(lambda: meter.done / meter.total if meter.total else (train.count + val.count) / sum(budgets))
+        show = _progress(lambda: meter["done"] / meter["total"] if meter["total"] else (train.count + val.count) / sum(budgets))
         batches = _batches(streams, lambda side: sides[side].count < budgets[side], tokenizer.piece, meter)
         with contextlib.closing(_encoded(batches, tokenizer, settings.workers)) as encoded:
             for arrays, text_size in encoded:
@@ -688,7 +691,7 @@ def _write_folder(folder, cfg, settings):
     seconds = time.monotonic() - start
     print(f"{folder}\n"
           f"  source       {source}\n"
-          f"  documents    {documents[0]:,} train, {documents[1]:,} validation, {meter.empty:,} empty skipped\n"
+          f"  documents    {documents[0]:,} train, {documents[1]:,} validation, {meter['empty']:,} empty skipped\n"
           f"  tokens       {train.count:,} train, {val.count:,} validation\n"
           f"  vocabulary   {tokenizer.vocab_size:,} ({tokenizer.identity})\n"
           f"  bytes/token  {size / (train.count + val.count):.3f}\n"

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -54,7 +55,10 @@ class Plan:
 
 
 def make_plan(cfg) -> Plan:
-    """PAPER §2: fixedstep guides a part of the steps; fixedflop adds as many structured-only steps on the same data."""
+    """PAPER §2: fixedstep guides a part of the steps; fixedflop adds as many structured-only steps on the same data.
+
+    `replay` is fixedflop's control: its additional steps, never a guide.
+    """
     unique = cfg.max_tokens // (cfg.batch_size * cfg.block_size)
     if unique < 1:
         raise UserError(f"max_tokens={cfg.max_tokens} is less than one step of batch_size {cfg.batch_size} x block_size {cfg.block_size} "
@@ -64,11 +68,13 @@ def make_plan(cfg) -> Plan:
         ratio = 0.0
     elif ratio == "auto" and cfg.guide == "fixedstep":
         ratio = 0.5
-    elif ratio == "auto":  # g F_guided + N F_structured = N F_dense; a guided forward is one dense matmul per linear
+    elif ratio == "auto":  # g F_added + N F_factors = N F_dense; a guided forward is one dense matmul per linear
         dense, factors = flops_per_token(cfg, "dense"), flops_per_token(cfg)
-        ratio = min(1.0, (dense - factors) / ((dense + factors) / 2 if cfg.guide_skip else dense))
-    guided = round(ratio * unique)
-    return Plan(unique + guided if cfg.guide == "fixedflop" else unique, unique, guided, ratio)
+        added = factors if cfg.guide == "replay" else (dense + factors) / 2 if cfg.guide_skip else dense
+        ratio = min(1.0, (dense - factors) / added)
+    count = round(ratio * unique)
+    return Plan(steps=unique + (count if cfg.guide in ("fixedflop", "replay") else 0), unique=unique,
+                guided=0 if cfg.guide == "replay" else count, guide_ratio=ratio)
 
 
 def lr_at(cfg, plan, step) -> float:
@@ -190,12 +196,10 @@ def batches(cfg, plan, tokens, n_windows, steps, place):
 
     steps = iter(steps)
     with ThreadPoolExecutor(1) as pool:
-        ahead = collections.deque(pool.submit(make, step) for step, _ in zip(steps, range(4)))
+        ahead = collections.deque(pool.submit(make, step) for step in itertools.islice(steps, 4))
         while ahead:
             batch = ahead.popleft().result()
-            for step in steps:
-                ahead.append(pool.submit(make, step))
-                break
+            ahead.extend(pool.submit(make, step) for step in itertools.islice(steps, 1))
             yield batch
 
 
@@ -324,7 +328,7 @@ def evaluate(model, token_file, n_windows, cfg, place, alpha=None, guided=()) ->
 # The run's folder
 
 MAY_CHANGE = {"micro_batch_size", "eval_interval", "final_eval_tokens", "log_interval", "save_interval", "out_dir", "resume", "wandb",
-              "wandb_project", "device", "compile", "eval_only", "data_dir", "input", "val_input", "dataset", "tokenizer"}
+              "wandb_project", "device", "compile", "memory_budget", "kernels", "eval_only", "data_dir", "input", "val_input", "dataset", "tokenizer"}
 
 
 def open_folder(cfg):
@@ -422,7 +426,7 @@ def start_card(cfg, plan, place, train, n_windows, n_val, n_final):
     facts, peak = summary(cfg), peak_flops(place.device)
     ffn = {"dense": "dense", "lowrank": f"lowrank rank {cfg.rank}", "blockshuffle": f"blockshuffle {cfg.nblocks} blocks",
            "blockdense": f"blockdense rank {cfg.rank}, {cfg.nblocks} blocks"}[cfg.ffn]
-    guide = "" if cfg.guide == "off" else (f"guide    {cfg.guide}, the first {plan.guided} steps of {plan.steps}, {cfg.guide_schedule}"
+    guide = "" if not plan.guided else (f"guide    {cfg.guide}, the first {plan.guided} steps of {plan.steps}, {cfg.guide_schedule}"
                                            f"{', skip' if cfg.guide_skip else ''}; +{short(facts['params_guide'])} parameters until then\n")
     print(f"model    {cfg.n_layer} layers x {cfg.n_embd}, FFN {cfg.ffn_dim} {ffn}; {short(facts['params'])} parameters, {short(facts['params_ffn'])} in FFNs\n{guide}"
           f"data     {config.data_dir(cfg)}: {short(train.count)} tokens, vocabulary {train.vocab_size}; validation on {short(n_val * cfg.block_size)}, at the end {short(n_final * cfg.block_size)}\n"

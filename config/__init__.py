@@ -46,7 +46,7 @@ class Config:
     nblocks: int = 0                     # B of blockshuffle and blockdense
     n_dense_layers: int = 1              # the first layers whose FFN stays dense
     # --- self-guided training
-    guide: Literal["off", "fixedstep", "fixedflop"] = "off"  # dense guide W beside U, V in the first steps
+    guide: Literal["off", "fixedstep", "fixedflop", "replay"] = "off"  # dense guide W in the first steps; replay: fixedflop's data without W
     guide_ratio: float | Literal["auto"] = "auto"            # guided steps / steps; auto: 0.5, in fixedflop equal training FLOPs to dense
     guide_schedule: Literal["cosine", "linear"] = "cosine"   # how alpha falls from 1 to 0 over the guided steps
     guide_skip: bool = False             # use the guide with probability alpha only
@@ -82,6 +82,8 @@ class Config:
     device: str = "auto"                 # auto | cpu | cuda | cuda:N | mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"   # of the matmuls (weights stay float32); auto: bfloat16 on CUDA
     compile: bool | Literal["auto"] = "auto"                 # torch.compile; auto: on CUDA
+    memory_budget: float = 0.9           # share of a block's activations kept for backward when compiled; 0.9 recomputes what is cheap
+    kernels: bool = False                # Triton kernels for structured FFNs where they fit (Hopper, gelu or relu2); see docs/experiments.md
 
     @property
     def n_hidden(self) -> int:
@@ -121,7 +123,7 @@ def _fits(kind, value):
         return value if isinstance(value, bool) else None
     if kind is str:
         return value if isinstance(value, str) else None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:  # NaN too
         return None
     if kind is int:
         return int(value) if value == int(value) else None  # 6.7e9 is a fine number of tokens
@@ -164,7 +166,7 @@ def parse(argv, *classes, usage=""):
         if not equals:
             raise UserError(f"{arg} has no value: write --{name}=VALUE ({_describe(fields[name].type)}).")
         try:
-            value = ast.literal_eval(text)
+            value = text if fields[name].type is str else ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             value = {"true": True, "false": False}.get(text, text)
         values[name] = _typed(fields[name], value, text)
@@ -190,7 +192,9 @@ def _literal(node):
         left, right = _literal(node.left), _literal(node.right)
         if not all(isinstance(v, (int, float)) and abs(v) < 1e15 for v in (left, right)):
             raise ValueError
-        return ARITHMETIC[type(node.op)](left, min(right, 64) if isinstance(node.op, ast.Pow) else right)
+        if isinstance(node.op, ast.Pow) and abs(right) > 64:
+            raise ValueError
+        return ARITHMETIC[type(node.op)](left, right)
     return ast.literal_eval(node)
 
 
@@ -271,9 +275,10 @@ def check(cfg):
     for name in ("n_kv_head", "attn_dim", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval", "save_interval", "weight_decay",
                  "grad_clip", "seed"):
         _require(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)} must not be negative.")
-    for name, top in (("dropout", "below 1"), ("min_lr_ratio", "1"), ("warmup_ratio", "1")):
+    for name, top in (("dropout", "below 1"), ("min_lr_ratio", "1"), ("warmup_ratio", "1"), ("memory_budget", "1")):
         v = getattr(cfg, name)
         _require(0 <= v <= 1 and (top == "1" or v < 1), f"{name}={v} must lie between 0 and {top}.")
+    _require(cfg.seed < 2**64, f"seed={cfg.seed} must be below 2^64.")
     _require(cfg.lr > 0, f"lr={cfg.lr} must be positive.")
     _require(all(0 <= b < 1 for b in cfg.betas), f"betas={cfg.betas} must lie in [0, 1).")
     _require(re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", cfg.device), f"device={cfg.device} is not one of auto, cpu, cuda, cuda:N, mps.")

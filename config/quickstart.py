@@ -9,15 +9,15 @@ rank = 64
 
 dataset = "stdlib"
 tokenizer = "spm:2048"
-max_tokens = 1_500_000
+max_tokens = 1_200_000
 batch_size = 4
 micro_batch_size = 4
 
 lr = 1e-3
 betas = (0.9, 0.95)
 eval_interval = 300
-eval_tokens = 32 * 256
-final_eval_tokens = 128 * 256
+eval_tokens = 64 * 256
+final_eval_tokens = 512 * 256
 log_interval = 20
 save_interval = 300
 resume = "auto"

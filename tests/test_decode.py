@@ -1,3 +1,4 @@
+"""decode and sample: cached against full forwards, equal texts over forms and batches, draws, ends, the table of speeds, the command."""
 import dataclasses
 import json
 import os
@@ -8,13 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
 import config
 import decode
 import sample
 from config import Config, UserError
+from conftest import ROOT
 from decode import Decoder, Row, ready, row_key
 from model import Cache, build, load
 
@@ -344,3 +343,32 @@ def test_models_of_another_version_and_status(folder, tmp_path):
     assert answer.returncode == 2 and "heads_of_tomorrow" in answer.stderr and answer.stderr.count("\n") == 1
     answer = command(folder, "--top_p=2")
     assert answer.returncode == 2 and answer.stderr == "error: top_p=2.0 must be above 0 and at most 1.\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The benchmarks
+
+SMALL = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=64", "--vocab_size=64", "--ffn=lowrank", "--rank=8", "--repeats=1", "--device=cpu"]
+
+
+def test_bench_decode_counts_and_agrees_with_itself(cli, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    assert cli("bench.py", "decode", *SMALL, "--batches=1,3", "--new_tokens=20", f"--json={out}")[0] == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["kind"], r["batch"]) for r in rows] == [(k, b) for k in ("dense", "structured", "merged", "auto") for b in (1, 3)]
+    for r in rows:
+        assert r["tokens_per_s"] == pytest.approx(r["batch"] * 20e3 / (r["first_ms"] + 19 * r["ms"]), rel=0.02)
+        assert r["kv_mb"] == pytest.approx(r["batch"] * 2 * 2 * 32 * 4 * 11 / 1e6)
+    assert rows[2]["weights_mb"] < rows[4]["weights_mb"] == rows[0]["weights_mb"]
+    status, text, _ = cli("bench.py", "decode", *SMALL, "--max_batch=True", "--new_tokens=4", "--kinds=structured")
+    assert status == 0 and "most: " in text
+    assert cli("bench.py", "decode", *SMALL, "--kinds=fast")[0] == 2
+
+
+def test_bench_crossover_shows_what_auto_chose(cli, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    assert cli("bench.py", "crossover", *SMALL, f"--json={out}", f"--plot={tmp_path / 'c.png'}")[0] == 0
+    for r in map(json.loads, out.read_text().splitlines()):
+        chosen = r["factors_ms" if r["auto"] == "factors" else "merged_ms"]
+        assert r["behind"] == pytest.approx(chosen / min(r["factors_ms"], r["merged_ms"]) - 1)
+    assert (tmp_path / "c.png").exists()

@@ -1,0 +1,226 @@
+"""Training runs side by side: what their folders say, what to call them, how loss falls with FLOPs; and bench.py's pictures.
+
+python bench.py curves out/RUN ... shows it.
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+import config
+from config import Config, UserError
+from model import ffn_params, flops_per_token
+from train import MAY_CHANGE, alpha_at, make_plan, short
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One run
+
+@dataclass
+class Run:
+    """A run's folder. `train` and `val` are (steps, losses); axes {name: (steps,)} what was spent up to and with each step."""
+    path: str
+    cfg: Config
+    steps: int                           # planned
+    last: int                            # finished
+    train: tuple
+    val: tuple
+    axes: dict
+    method: str = ""                     # what is compared: all settings but size and seed
+    baseline: str = ""                   # the dense method that it is compared with
+    label: str = ""
+
+    @property
+    def size(self):
+        return f"{self.cfg.n_layer}x{self.cfg.n_embd}"
+
+    @property
+    def final(self):
+        """Validation loss of a finished run, else None."""
+        return float(self.val[1][-1]) if len(self.val[0]) and self.val[0][-1] == self.steps else None
+
+
+def read_run(path) -> Run:
+    """UserError if it is not a run's folder or has no metrics yet; a last line still being written is left out."""
+    try:
+        with open(os.path.join(path, "config.json")) as f:
+            cfg = config.from_dict(json.load(f))
+        with open(os.path.join(path, "metrics.jsonl")) as f:
+            rows = [json.loads(line) for line in f if line.endswith("\n")]
+    except OSError as e:
+        raise UserError(f"{path} is not the folder of a run: {os.path.basename(e.filename)} is missing.") from None
+    except ValueError:
+        raise UserError(f"{path} is damaged: config.json or metrics.jsonl is not JSON.") from None
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+    plan, per_step = make_plan(cfg), cfg.batch_size * cfg.block_size
+    train, val = ((np.array([r["step"] for r in rows if name in r], dtype=int), np.array([r[name] for r in rows if name in r], dtype=float))
+                  for name in ("loss", "val_loss"))
+    if not len(train[0]):
+        raise UserError(f"{path} has no metrics yet: wait for its first step.")
+    seconds = np.cumsum(np.diff(train[0], prepend=0) * per_step / np.array([r["tokens_per_s"] for r in rows if "loss" in r]))
+    every = np.arange(1, plan.steps + 1)
+    axes = {"tokens": every * per_step, "training FLOPs": np.cumsum(step_flops(cfg, plan)), "seconds": np.interp(every, [0, *train[0]], [0, *seconds])}
+    return Run(path, cfg, plan.steps, int(max(train[0][-1], val[0].max(initial=0))), train, val, axes)
+
+
+def step_flops(cfg, plan):
+    """Training FLOPs of every step (steps,), as train.train_flops counts them by phase."""
+    dense, factors = flops_per_token(cfg, "dense"), flops_per_token(cfg)
+    guided = np.array([alpha_at(cfg, plan, s) if cfg.guide_skip else 1.0 for s in range(plan.guided)])
+    per_token = np.full(plan.steps, factors, dtype=float)
+    per_token[:plan.guided] += guided * (dense - factors)
+    return 3 * cfg.batch_size * cfg.block_size * per_token
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What to call it
+
+# not part of a name as they stand: size, seed, what name_runs words itself, and what changes no result
+NOT_NAMED = MAY_CHANGE - {"dataset", "tokenizer", "data_dir"} | {"n_layer", "n_embd", "seed", "ffn", "rank", "nblocks", "ffn_dim", "max_tokens", "guide"}
+
+
+def name_runs(runs):
+    """Gives every run a method and a label, made of the settings in which runs of one size differ."""
+    def differs(name, among):
+        return len({str(getattr(r.cfg, name)) for r in among}) > 1
+
+    peers = {r.size: [p for p in runs if p.size == r.size] for r in runs}
+    names = [f.name for f in dataclasses.fields(Config) if f.name not in NOT_NAMED and any(differs(f.name, group) for group in peers.values())]
+    for run in runs:
+        cfg = run.cfg
+        one = dataclasses.replace(cfg, n_layer=1, n_dense_layers=0)
+        percent = 100 * ffn_params(one) / ffn_params(one, "dense")
+        nominal = next((n for n in (63, 32) if abs(n - percent) < 5), round(percent))           # the paper's names of the shares
+        more = cfg.max_tokens / min(r.cfg.max_tokens for r in peers[run.size])
+        common = [f"{name}={getattr(cfg, name)}" for name in names if not name.startswith("guide_")]
+        parts = [cfg.ffn if cfg.ffn == "dense" else f"{cfg.ffn} {nominal} %"] + ([cfg.guide] if cfg.guide != "off" else [])
+        parts += [f"{name}={getattr(cfg, name)}" for name in names if name.startswith("guide_") and cfg.guide != "off"] + common
+        parts += [f"inner {cfg.ffn_dim / cfg.n_embd:.3g} x width"] if cfg.ffn_dim < max(r.cfg.ffn_dim for r in peers[run.size]) else []
+        tokens = [f"{more:.2f} x tokens"] if more > 1.005 else []
+        one_more = len({r.cfg.max_tokens for r in peers[run.size]}) == 2  # at equal FLOPs the factor depends on the size
+        run.baseline = " ".join(["dense"] + common)
+        run.method = " ".join(parts + (["more tokens"] if tokens and one_more else tokens))
+        run.label = " ".join(([run.size] if len(peers) > 1 else []) + parts + tokens + ([f"seed {cfg.seed}"] if differs("seed", runs) else []))
+    for label in {r.label for r in runs}:
+        same = [r for r in runs if r.label == label]
+        for run in same if len(same) > 1 else []:
+            run.label += f" ({run.path})"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss against FLOPs
+
+def least_squares(x, y):
+    """Fits y = a + b x -> (a, b, standard error of b, None from two points)."""
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    n, dx = len(x), x - x.mean()
+    b = (dx * y).sum() / (dx**2).sum()
+    a = y.mean() - b * x.mean()
+    error = math.sqrt(((y - a - b * x)**2).sum() / (n - 2) / (dx**2).sum()) if n > 2 else None
+    return float(a), float(b), error
+
+
+def gap_to_dense(run, runs):
+    """Final loss above that of the dense runs of the same size and settings (their mean), None without one or unfinished."""
+    dense = [r.final for r in runs if r.method == run.baseline and r.size == run.size and r.final is not None]
+    return run.final - sum(dense) / len(dense) if dense and run.final is not None else None
+
+
+def fit_scaling(runs) -> list:
+    """log(final loss) = a + slope log(training FLOPs) of every method with finished runs at several FLOPs.
+
+    -> [{method, runs, slope, std_error, at_1e18 (the loss that the fit gives there), points, fitted}]
+    """
+    methods, fits = {}, []
+    for r in runs:
+        if r.final is not None:
+            methods.setdefault(r.method, []).append((float(r.axes["training FLOPs"][-1]), r.final))
+    for method, points in methods.items():
+        flops, losses = map(np.array, zip(*sorted(points)))
+        if flops[0] < flops[-1]:
+            a, slope, error = least_squares(np.log(flops), np.log(losses))
+            fits.append({"method": method, "runs": len(points), "slope": slope, "std_error": error, "at_1e18": math.exp(a + slope * math.log(1e18)),
+                         "points": sorted(points), "fitted": list(zip(flops.tolist(), (np.exp(a) * flops**slope).tolist()))})
+    return fits
+
+
+def panels(runs, fits) -> dict:
+    """What `draw` draws: losses against three costs and, with fits, final losses against FLOPs over sizes."""
+    result = {}
+    for axis in runs[0].axes:
+        start = 0.03 * max(r.axes[axis][r.last - 1] for r in runs)  # before it every loss falls off the page
+        lines = result.setdefault(axis, (axis, {}))[1]
+        for r in runs:
+            for name, (steps, losses) in ((r.label, r.val), (f"_{r.label}", r.train)):
+                points = [(x, y) for x, y in zip(r.axes[axis][steps - 1], losses) if x >= start]
+                lines.update({name: points} if points else {})
+    if fits:
+        lines = result.setdefault("whole runs: final validation loss", ("training FLOPs", {}))[1]
+        for fit in fits:
+            name = f"{fit['method']}: slope {fit['slope']:.4f}" + (f" ± {fit['std_error']:.4f}" if fit["std_error"] is not None else "")
+            lines[f"*{name}"], lines[f"_{name}"] = fit["points"], fit["fitted"]
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+@contextlib.contextmanager
+def picture(path, title, n_rows=1, n_columns=1, width=4.2, height=3.4, **shared):
+    """Yields axes [row][column] to draw on, then writes the PNG with one legend for all panels below them."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(n_rows, n_columns, figsize=(max(6.5, width * n_columns), height * n_rows + 1), squeeze=False, layout="constrained", **shared)
+    figure.suptitle(title)
+    yield axes
+    handles = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    columns = int(figure.get_figwidth() / (0.6 + 0.085 * max(map(len, handles))))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=max(1, min(len(handles), columns)), frameon=False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    print(f"picture  {path}")
+
+
+def draw(path, title, ylabel, panels, sharey=False, **size):
+    """panels: {row: {panel title: (xlabel, {line: [(x, y), ...]})}} -> a PNG with logarithmic axes.
+
+    A line "_NAME" is drawn faint in NAME's colour, "*NAME" as points alone.
+    """
+    styles = {"_": {"alpha": 0.4, "linewidth": 0.9}, "*": {"marker": "o", "linestyle": "none"}, "": {"marker": "o", "markersize": 3.5}}
+    names = list(dict.fromkeys(line.lstrip("_*") for row in panels.values() for _, lines in row.values() for line in lines))
+    with picture(path, title, len(panels), max(map(len, panels.values())), sharey=sharey, **size) as axes:
+        for row_axes, row in zip(axes, panels.values()):
+            for ax in row_axes[len(row):]:
+                ax.remove()
+            for ax, (panel, (xlabel, lines)) in zip(row_axes, row.items()):
+                for line, points in lines.items():
+                    name = line.lstrip("_*")
+                    i, paired = names.index(name), line[0] == "_" and {name, "*" + name} & lines.keys()
+                    style = {"linestyle": ("-", "--", ":")[i // 10 % 3], **styles[line[:-len(name)]]}
+                    ax.plot(*zip(*sorted(points)), color=f"C{i % 10}", label=None if paired else name, **style)
+                ax.set(title=panel, xlabel=xlabel, xscale="log", yscale="log")
+            row_axes[0].set_ylabel(ylabel)
+        for ax in (ax for row_axes, row in zip(axes, panels.values()) for ax in row_axes[:len(row)]):
+            number_axes(ax)
+
+
+def number_axes(ax):
+    """Plain numbers on logarithmic axes: x at its values where they are few and whole, y as densely as its range allows."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+    ax.grid(alpha=0.3)
+    ax.minorticks_off()
+    xs = sorted({float(x) for line in ax.lines for x in line.get_xdata()})
+    if len(xs) <= 13 and xs[-1] < 1e5 and all(x.is_integer() for x in xs):
+        ax.set_xticks(xs, [short(x) if x >= 10_000 else f"{x:.0f}" for x in xs], rotation=45 if len(xs) > 4 else 0)
+    else:
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(lambda x, _: short(x) if x < 1e12 else f"{x:.0e}")
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(MaxNLocator(6) if high < 3 * low else LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 30 * low else (1, 2, 5)))
+    ax.yaxis.set_major_formatter(lambda y, _: short(y))

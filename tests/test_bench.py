@@ -1,0 +1,350 @@
+"""bench and curves: numbers that agree with each other and with counts of our own, on a CPU and small; fits of known power laws; mistakes."""
+import dataclasses
+import json
+import math
+import shutil
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+import config
+import curves
+import train
+from bench import CASES, Settings, compared, timed, with_case
+from config import Config
+from conftest import LOWRANK, assert_one_sentence
+from model import FFN, GPT
+from structured import linear
+
+CPU = torch.device("cpu")
+FAST = ["--repeats=2", "--warmup=1", "--device=cpu"]
+SMALL = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=16", "--vocab_size=64", "--micro_batch_size=2", "--batch_size=2", *FAST]
+
+
+def near(value):
+    return pytest.approx(value, rel=1e-6)
+
+
+@pytest.fixture
+def rows(cli, tmp_path):
+    """rows(command, *arguments) runs it with --json and --plot -> the JSON rows, the picture being there."""
+    def run(*argv):
+        out, picture = tmp_path / "rows.jsonl", tmp_path / "picture.png"
+        status, stdout, stderr = cli("bench.py", *argv, f"--json={out}", f"--plot={picture}")
+        assert status == 0, stderr
+        assert picture.read_bytes().startswith(b"\x89PNG") and "nan" not in stdout
+        picture.unlink()
+        return [json.loads(line, parse_constant=pytest.fail) for line in out.read_text().splitlines()]
+    return run
+
+
+def multiply_adds(ffn, n, m, rank, blocks):
+    """PAPER §1's table, matrix by matrix."""
+    smaller = min(n, m)
+    return {"dense": n * m, "lowrank": rank * n + m * rank, "blockdense": rank * n // max(blocks, 1) + m * rank,
+            "blockshuffle": smaller * n // max(blocks, 1) + m * smaller // max(blocks, 1)}[ffn]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is compared
+
+@pytest.mark.parametrize("width, ranks", [
+    (768, {"lowrank63": (384, 0), "lowrank32": (192, 0), "blockdense63": (512, 2), "blockdense32": (256, 2)}),
+    (1024, {"lowrank63": (512, 0), "lowrank32": (256, 0), "blockdense63": (768, 4), "blockdense32": (384, 4)}),
+    (1536, {"lowrank63": (768, 0), "lowrank32": (384, 0), "blockdense63": (1024, 2), "blockdense32": (512, 2)}),
+    (2048, {"lowrank63": (1024, 0), "lowrank32": (512, 0), "blockdense63": (1536, 4), "blockdense32": (768, 4)})])
+def test_cases_are_the_papers(width, ranks):
+    for case, expected in {**ranks, "blockshuffle63": (0, 2), "blockshuffle32": (0, 4)}.items():
+        cfg = with_case(Config(n_embd=width, ffn_dim=4 * width, n_head=8), case)
+        assert (cfg.ffn, cfg.rank, cfg.nblocks) == (case[:-2], *expected)
+
+
+@pytest.mark.parametrize("width", bench.GPU_SWEEP[0][0] + bench.GPU_SWEEP[1][0])
+def test_every_case_fits_every_width_of_the_sweeps(width):
+    cfg, = config.load([])
+    cases = compared(cfg, Settings(), width)
+    assert list(cases)[0] == "dense" and len(cases) == len(CASES)
+    for label, case in cases.items():
+        assert case.n_embd == width and case.ffn_dim == 4 * width
+        with torch.device("meta"):
+            weights = sum(p.numel() for p in FFN(case, case.ffn).parameters() if p.dim() > 1)
+        assert weights / (8 * width**2) == pytest.approx({"d": 1, "63 %": 0.61, "32 %": 0.305}["d" if label == "dense" else label[-4:]], abs=0.03)
+
+
+def test_the_command_lines_own_ffn_stands_beside_dense():
+    cfg, = config.load(["--n_embd=32", "--n_head=2", *LOWRANK, "--guide=fixedstep"])
+    cases = compared(cfg, Settings())
+    assert list(cases) == ["dense", "lowrank R=8"] and cases["dense"].guide == "off" and cases["lowrank R=8"].guide == "fixedstep"
+    assert list(compared(cfg, Settings(cases="lowrank32,dense"))) == ["dense", "lowrank 32 %"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Timing and what is timed
+
+def test_timed_measures_a_known_sleep():
+    pauses = iter([0.2] + [0.02, 0.03, 0.04] * 3)  # the first is warm-up
+    median, spread = timed(lambda: time.sleep(next(pauses)), CPU, Settings(repeats=9, warmup=1))
+    assert 30 <= median < 38 and 15 <= spread < 30
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "dense"])
+@pytest.mark.parametrize("n, m", [(32, 128), (128, 32)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_einsum_bmm_and_ours_are_one_map(case, n, m, bias):
+    cfg = with_case(Config(n_embd=32, ffn_dim=128, n_head=2), case)
+    module = linear(cfg.ffn, n, m, cfg.rank, cfg.nblocks, bias).double()
+    if bias:
+        torch.nn.init.normal_(module.bias)
+    x = torch.randn(5, n, dtype=torch.float64)
+    expected = torch.nn.functional.linear(x, module.dense_weight(), module.bias)
+    for call in (bench.by_einsum, bench.by_bmm, bench.ours):
+        torch.testing.assert_close(call(module, x), expected)
+
+
+def test_copies_take_turns_and_nothing_is_zero():
+    place = train.set_up(config.load(["--device=cpu"])[0])
+    turns = bench.copies(lambda: linear("lowrank", 32, 64, 8), 5, 32, 64, place)
+    assert len(turns) == 2
+    tensors = [t for module, x, dy in turns for t in (*module.parameters(), x, dy)]
+    assert len({t.data_ptr() for t in tensors}) == len(tensors) and all((t != 0).all() for t in tensors)
+    seen = []
+    for name, ms, spread, eager in bench.time_passes(lambda m, x: seen.append(x) or m(x), turns, place, Settings(repeats=3, warmup=1)):
+        assert ms > 0 and spread >= 0 and eager is None
+    assert [id(x) for x in seen] == [id(turns[i % 2][1]) for i in range(16)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tables
+
+def check_speeds(found):
+    """Time, FLOP/s, floors and ratios of kernel's and ffn's rows agree."""
+    for r in found:
+        assert r["tflops"] * 1e12 * r["ms"] / 1e3 == near(r["flops"])
+        assert r["floor_ms"] == near(r["flops"] / r["matmul_tflops"] / 1e9)
+        assert r["of_matmul"] == near(r["tflops"] / r["matmul_tflops"])
+        assert r["over_floor"] == near(r["ms"] / max(r["floor_ms"], r["bytes_ms"]))
+        dense, = [d for d in found if d["ffn"] == "dense" and all(d.get(k) == r.get(k) for k in ("linear", "width", "tokens", "pass"))]
+        assert r["speedup"] == near(dense["ms"] / r["ms"])
+        assert r["device"] == "cpu" and r["dtype"] == "float32" and r["torch"] == torch.__version__ and r["commit"]
+
+
+def test_kernel(rows):
+    found = rows("kernel", "--widths=32", "--tokens=24", *FAST)
+    assert len(found) == 2 * 2 * (1 + 6 * 3)  # passes, linears, dense and six structures three ways
+    assert {r["by"] for r in found if r["ffn"] != "dense"} == {"einsum", "bmm", "ours"}
+    for r in found:
+        n, m = (32, 128) if r["linear"] == "fc1" else (128, 32)
+        assert r["flops"] == 2 * 24 * multiply_adds(r["ffn"].split()[0], n, m, r["rank"], r["nblocks"]) * {"forward": 1, "forward+backward": 3}[r["pass"]]
+        weights = r["flops"] / {"forward": 1, "forward+backward": 3}[r["pass"]] / 48 + m
+        moved = weights + 24 * (n + m) if r["pass"] == "forward" else 3 * weights + 24 * (3 * n + 2 * m)
+        assert r["bytes_ms"] == near(4 * moved / r["copy_tb_per_s"] / 1e9)
+    check_speeds(found)
+
+
+@pytest.mark.parametrize("act, cases", [("gelu", CASES), ("swiglu", ("dense", "blockshuffle32", "blockdense63"))])
+def test_ffn(rows, act, cases):
+    found = rows("ffn", "--widths=32,64", "--tokens=1,24", f"--act={act}", f"--cases={','.join(cases)}", *FAST)
+    assert len(found) == 2 * 2 * 2 * len(cases)
+    for r in found:
+        width = r["width"]
+        cfg = Config(n_embd=width, ffn_dim=4 * width, ffn=r["ffn"].split()[0], rank=r["rank"], nblocks=r["nblocks"], act=act)
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            FFN(cfg, cfg.ffn)(torch.empty(r["tokens"], width))
+        assert r["flops"] == counter.get_total_flops() * {"forward": 1, "forward+backward": 3}[r["pass"]]
+    check_speeds(found)
+
+
+def test_ffn_measures_the_presets_width(rows):
+    assert {r["width"] for r in rows("ffn", "--n_embd=64", "--n_head=2", "--tokens=8", "--cases=dense,lowrank32", *FAST)} == {64}
+
+
+def test_copies_share_one_compilation_per_pass(rows, monkeypatch):
+    graphs = []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, inputs: graphs.append(graph) or graph))
+    found = rows("ffn", "--widths=32", "--tokens=8,16", "--cases=dense,blockshuffle32", "--compile=True", *FAST)
+    assert len(graphs) == len(found) == 8 and all(r["compile"] for r in found)
+    check_speeds(found)
+
+
+@pytest.mark.parametrize("guide", ["off", "fixedstep"])
+def test_train(rows, guide):
+    found = rows("train", *SMALL, *LOWRANK, f"--guide={guide}")
+    assert [(r["ffn"], r["guided"]) for r in found] == [("dense", False), ("lowrank R=8", False), ("lowrank R=8", True)][:2 if guide == "off" else 3]
+    for r in found:
+        assert r["tokens_per_s"] == pytest.approx(2 * 16 / r["ms"] * 1e3, abs=0.51)
+        assert r["forward_ms"] + r["backward_ms"] + r["optimizer_ms"] == near(r["ms"])
+        assert r["speedup"] == near(found[0]["ms"] / r["ms"])
+        assert r["mfu"] is None and r["gib"] is None
+        assert r["flops_per_token"] == (found[0] if r["guided"] else r)["flops_per_token"]
+    # PAPER §4 by hand: qkv and proj, scores and values, the FFNs (layer 0 dense), the head; forward and backward
+    blocks = 2 * (4 * 32 * 32 + 2 * 16 * 32) + 64 * 32
+    assert [r["flops_per_token"] for r in found[:2]] == [6 * (blocks + 2 * 2 * 32 * 128), 6 * (blocks + 2 * 32 * 128 + 2 * 8 * (32 + 128))]
+
+
+def test_train_cases(rows):
+    assert [r["ffn"] for r in rows("train", *SMALL)] == ["dense", "lowrank 32 %", "blockshuffle 32 %", "blockdense 32 %"]
+
+
+def test_prefill(rows):
+    found = rows("prefill", *SMALL, *LOWRANK, "--tokens=4,24", "--batches=1,3")
+    assert len(found) == 2 * 2 * 2
+    for r in found:
+        cfg = dataclasses.replace(config.from_dict(r["config"]), block_size=r["prompt"])
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            model = GPT(cfg)
+            model.head(model.hidden(torch.zeros(r["batch"], r["prompt"], dtype=torch.long))[:, -1])
+        assert r["flops"] == counter.get_total_flops()
+        assert r["tflops"] * 1e12 * r["ms"] / 1e3 == near(r["flops"])
+        assert r["tokens_per_s"] == pytest.approx(r["batch"] * r["prompt"] / r["ms"] * 1e3, abs=0.51)
+        dense, = [d for d in found if d["ffn"] == "dense" and (d["batch"], d["prompt"]) == (r["batch"], r["prompt"])]
+        assert r["speedup"] == near(dense["ms"] / r["ms"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Curves
+
+def write_run(folder, losses=lambda flops: 3 + flops * 0, stop=None, rate=1000.0, **settings):
+    """A run's folder of 16 steps x 64 tokens (or what settings say); losses(cumulative FLOPs) is its validation loss, every 4 steps."""
+    cfg = Config(**{"n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 16, "batch_size": 4, "micro_batch_size": 4, "vocab_size": 64,
+                    "max_tokens": 1024, **settings})
+    config.check(cfg)
+    plan = train.make_plan(cfg)
+    values = losses(np.cumsum(curves.step_flops(cfg, plan)))
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict(cfg)))
+    with open(folder / "metrics.jsonl", "w") as f:
+        for step in range(1, (stop or plan.steps) + 1):
+            f.write(json.dumps({"step": step, "tokens": step * 64, "loss": values[step - 1] + 0.1, "tokens_per_s": rate * (1 + step % 2)}) + "\n")
+            if step % 4 == 0 or step == plan.steps:
+                f.write(json.dumps({"step": step, "val_loss": values[step - 1]}) + "\n")
+    return str(folder)
+
+
+@pytest.mark.parametrize("guide", [{}, {"guide": "fixedstep"}, {"guide": "fixedflop"}, {"guide": "fixedflop", "guide_skip": True, "guide_ratio": 0.4}])
+def test_step_flops_sum_to_the_phases_of_train(guide):
+    cfg = Config(n_layer=3, n_embd=32, n_head=2, block_size=16, batch_size=4, micro_batch_size=4, vocab_size=64, max_tokens=4096, ffn="lowrank", rank=8, **guide)
+    config.check(cfg)
+    plan, phases = train.make_plan(cfg), train.train_flops(cfg, train.make_plan(cfg))
+    steps = curves.step_flops(cfg, plan)
+    assert len(steps) == plan.steps
+    assert steps[:plan.guided].sum() == near(phases["guided"])
+    assert steps[plan.guided:plan.unique].sum() == near(phases["plain"]) and steps[plan.unique:].sum() == near(phases["replay"])
+
+
+def test_least_squares_against_polyfit():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=9)
+    y = 2 - 0.3 * x + rng.normal(size=9)
+    a, b, error = curves.least_squares(x, y)
+    (slope, intercept), covariance = np.polyfit(x, y, 1, cov=True)
+    assert (a, b, error) == (near(intercept), near(slope), near(math.sqrt(covariance[0, 0])))
+    assert curves.least_squares([1, 2], [5, 7]) == (near(3), near(2), None)
+
+
+def test_standard_error_is_the_spread_of_slopes():
+    rng = np.random.default_rng(1)
+    x = np.linspace(0, 1, 12)
+    fits = np.array([curves.least_squares(x, -0.07 * x + rng.normal(scale=0.01, size=12))[1:] for _ in range(2000)])
+    assert fits[:, 0].mean() == pytest.approx(-0.07, abs=1e-3)
+    assert fits[:, 1].mean() == pytest.approx(fits[:, 0].std(), rel=0.06)
+
+
+def test_power_laws_of_runs_are_recovered_per_method(rows, tmp_path):
+    """Three sizes, two methods with their own power law, two seeds; exact for dense, a known disturbance for lowrank."""
+    paths, disturbed = [], {}
+    for width in (32, 64, 96):
+        for seed in (1, 2):
+            paths.append(write_run(tmp_path / f"dense{width}-{seed}", lambda c: 50 * c**-0.07, n_embd=width, seed=seed))
+            factor = 1 + 0.01 * (1 if seed == 1 else -1)
+            paths.append(write_run(tmp_path / f"low{width}-{seed}", lambda c: factor * 60 * c**-0.08, n_embd=width, seed=seed, ffn="lowrank", rank=width // 4))
+    found = rows("curves", *paths)
+    runs, fits = [r for r in found if r["benchmark"] == "curves"], {r["method"]: r for r in found if r["benchmark"] == "scaling"}
+    assert len(runs) == 12 and set(fits) == {"dense", "lowrank 32 %"} and all(f["runs"] == 6 for f in fits.values())
+    assert fits["dense"]["slope"] == near(-0.07) and fits["dense"]["std_error"] < 1e-12
+    assert fits["dense"]["at_1e18"] == near(50 * 1e18**-0.07)
+    low = [r for r in runs if r["method"] == "lowrank 32 %"]
+    (slope, _), covariance = np.polyfit(np.log([r["flops"] for r in low]), np.log([r["val_loss"] for r in low]), 1, cov=True)
+    assert fits["lowrank 32 %"]["slope"] == near(slope) == pytest.approx(-0.08, abs=1e-3)
+    assert fits["lowrank 32 %"]["std_error"] == near(math.sqrt(covariance[0, 0]))
+    for r in runs:
+        size, seed = r["run"].split()[0], int(r["run"][-1])
+        dense = [d["val_loss"] for d in runs if d["run"].startswith(f"{size} dense")]
+        assert r["to_dense"] == pytest.approx(r["val_loss"] - sum(dense) / 2, abs=1e-9) and seed in (1, 2)
+        cfg = config.from_dict(json.loads((tmp_path / r["path"] / "config.json").read_text()))
+        assert r["flops"] == near(sum(train.train_flops(cfg, train.make_plan(cfg)).values())) and r["tokens"] == 1024
+
+
+def test_seconds_are_tokens_over_the_logged_rates(tmp_path):
+    run = curves.read_run(write_run(tmp_path / "run"))
+    assert run.axes["seconds"] == pytest.approx(np.cumsum([64 / 2000, 64 / 1000] * 8))
+    assert run.axes["tokens"].tolist() == list(range(64, 1025, 64))
+
+
+def test_labels_are_the_differing_settings(tmp_path):
+    settings = {"a": {}, "b": {"ffn_dim": 64}, "c": {"ffn": "lowrank", "rank": 8}, "d": {"ffn": "lowrank", "rank": 8, "guide": "fixedstep"},
+                "e": {"ffn": "lowrank", "rank": 8, "guide": "fixedstep", "guide_skip": True}, "f": {"ffn": "lowrank", "rank": 8, "max_tokens": 1536},
+                "g": {"ffn": "blockshuffle", "nblocks": 2, "lr": 1e-4}, "h": {"ffn": "blockshuffle", "nblocks": 2, "lr": 1e-4, "eval_interval": 7}}
+    runs = [curves.read_run(write_run(tmp_path / name, **s)) for name, s in settings.items()]
+    curves.name_runs(runs)
+    lr = "lr=0.0006"
+    assert [r.label for r in runs] == [f"dense {lr}", f"dense {lr} inner 2 x width", f"lowrank 32 % {lr}", f"lowrank 32 % fixedstep guide_skip=False {lr}",
+                                       f"lowrank 32 % fixedstep guide_skip=True {lr}", f"lowrank 32 % {lr} 1.50 x tokens",
+                                       f"blockshuffle 63 % lr=0.0001 ({tmp_path}/g)", f"blockshuffle 63 % lr=0.0001 ({tmp_path}/h)"]
+    assert [curves.gap_to_dense(r, runs) is None for r in runs] == [False] * 6 + [True] * 2  # no dense run with that lr
+    alone = [runs[0]]
+    curves.name_runs(alone)
+    assert alone[0].label == "dense"
+
+
+def test_unfinished_runs_are_drawn_as_far_as_they_go(cli, rows, tmp_path):
+    done, going = write_run(tmp_path / "done"), write_run(tmp_path / "going", stop=10, ffn="lowrank", rank=8)
+    with open(tmp_path / "going" / "metrics.jsonl", "a") as f:
+        f.write('{"step": 11, "los')  # being written
+    found = {r["path"]: r for r in rows("curves", done, going)}
+    assert (found[going]["step"], found[going]["steps"], found[going]["tokens"], found[going]["to_dense"]) == (10, 16, 640, None)
+    assert found[done]["to_dense"] == 0
+    _, stdout, _ = cli("bench.py", "curves", done, going)
+    assert f"{going} stands at step 10 of 16: drawn as far as it goes" in stdout and f"{done} stands" not in stdout
+
+
+def test_curves_of_a_real_run(rows, finished):
+    found, = rows("curves", finished)
+    last = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()][-1]
+    assert (found["step"], found["steps"], found["val_loss"]) == (8, 8, last["val_loss"]) and found["seconds"] > 0
+
+
+def test_folders_that_are_no_runs_are_one_sentence(cli, tmp_path):
+    empty, damaged, fresh = (write_run(tmp_path / name) for name in ("empty", "damaged", "fresh"))
+    (tmp_path / "empty" / "metrics.jsonl").write_text("")
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    (tmp_path / "fresh" / "config.json").write_text('{"n_layerz": 3}')
+    shutil.rmtree(tmp_path / "none", ignore_errors=True)
+    for path, word in ((empty, "no metrics yet"), (damaged, "not JSON"), (fresh, "n_layerz"), (tmp_path / "none", "config.json is missing")):
+        result = cli("bench.py", "curves", path)
+        assert_one_sentence(*result)
+        assert str(path) in result[2] and word in result[2]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+@pytest.mark.parametrize("argv, words", [
+    (["kernels"], "kernels kernel ffn train prefill"), (["ffn", "--width=3"], "width widths"), (["ffn", "--widths=12,x"], "widths 12,x whole"),
+    (["ffn", "--tokens=0"], "tokens 0"), (["prefill", "--batches=-1"], "batches -1"), (["ffn", "--cases=lowrank30"], "lowrank30 lowrank32"),
+    (["train", "--cases=dense,,"], "cases"), (["ffn", "--widths=64,30"], "nblocks 30 120"), (["train", "--ffn=lowrank"], "rank"),
+    (["ffn", "--json=/no/such/folder/x"], "/no/such/folder/x folder"), (["train", "--plot=/no/such/folder/x.png"], "folder"),
+    (["ffn", "--repeats=many"], "repeats many"), (["curves"], "curves out/NAME"), (["curves", "--plots=x"], "plots plot")])
+def test_a_mistake_is_one_sentence_before_torch_loads(without_torch, argv, words):
+    result = without_torch("bench.py", *argv)
+    assert_one_sentence(*result)
+    assert all(word in result[2] for word in words.split()), result[2]
+
+
+def test_help_lists_commands_and_settings(without_torch):
+    status, stdout, _ = without_torch("bench.py", "--help")
+    assert status == 0 and all(word in stdout for word in ("kernel", "prefill", "curves", "--cases", "--widths", "--repeats", "--micro_batch_size"))

@@ -1,0 +1,212 @@
+"""config: precedence, types, presets that are parsed and not run, mistakes told in one sentence without torch."""
+import dataclasses
+import random
+
+import pytest
+
+import config
+from config import Config, UserError
+from conftest import ROOT, assert_one_sentence
+
+PRESETS = sorted((ROOT / "config").glob("[a-z]*.py"))
+SMALL = ["--n_layer=2", "--n_embd=32", "--n_head=2"]
+
+
+def preset(tmp_path, text, name="mine.py"):
+    path = tmp_path / name
+    path.write_text(text)
+    return str(path)
+
+
+def refusal(argv):
+    with pytest.raises(UserError) as e:
+        config.load([str(a) for a in argv])
+    return str(e.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Values
+
+def test_defaults_then_preset_then_command_line(tmp_path):
+    path = preset(tmp_path, "n_layer = 3\nlr = 1e-4\n")
+    cfg, = config.load([path, "--lr=2e-4"])
+    assert (cfg.n_layer, cfg.lr, cfg.n_embd) == (3, 2e-4, Config.n_embd)
+    assert config.load(["--lr=2e-4", path])[0] == cfg  # wherever the preset stands
+    assert cfg.out_dir == "out/mine" and config.load([])[0].out_dir == "out/run"
+
+
+def test_sizes_left_out_follow_from_the_others():
+    cfg, = config.load(["--n_embd=96", "--n_head=6", "--act=swiglu"])
+    assert (cfg.n_kv_head, cfg.attn_dim, cfg.ffn_dim, cfg.n_hidden) == (6, 96, 384, 768)
+
+
+@pytest.mark.parametrize("word, value", [
+    ("--n_layer=7", 7), ("n_layer=7", 7), ("--max_tokens=6.7e9", 6_700_000_000), ("--lr=1", 1.0),
+    ("--betas=(0.9, 0.95)", (0.9, 0.95)), ("--betas=0.8,0.9", (0.8, 0.9)), ("--bias=False", False), ("--bias=false", False),
+    ("--compile=auto", "auto"), ("--compile=True", True), ("--guide_ratio=auto", "auto"), ("--guide_ratio=0.4", 0.4),
+    ("--tokenizer=123", "123"), ("--input=[a]", "[a]"), ("--input='x'", "'x'"), ("--dataset=None", "None"),
+    ("--out_dir=a=b", "a=b")])
+def test_a_value_takes_its_fields_type(word, value):
+    cfg, = config.load([word])
+    got = getattr(cfg, word.removeprefix("--").partition("=")[0])
+    assert got == value and type(got) is type(value)
+
+
+def test_settings_of_a_script_are_read_beside_config():
+    @dataclasses.dataclass
+    class Mine:
+        repeats: int = 3
+    cfg, mine = config.load(["--repeats=5", "--n_layer=2"], Mine)
+    assert (cfg.n_layer, mine.repeats) == (2, 5)
+
+
+def test_round_trip_through_plain_types():
+    cfg, = config.load(["--betas=(0.8,0.9)", "--guide_ratio=0.25", "--compile=True"])
+    values = config.to_dict(cfg)
+    assert config.from_dict(values) == cfg and values["betas"] == [0.8, 0.9]
+    assert "n_layers" in str(pytest.raises(UserError, config.from_dict, {"n_layers": 3}).value)
+    assert "n_layer" in str(pytest.raises(UserError, config.from_dict, {"n_layer": "three"}).value)
+
+
+@pytest.mark.parametrize("cfg, folder", [
+    (Config(), "data/stdlib-spm-4096"), (Config(dataset="org/Set", tokenizer="m/x.model"), "data/org-Set-m-x.model"),
+    (Config(data_dir="d"), "d")])
+def test_data_dir_is_a_file_name(cfg, folder):
+    assert config.data_dir(cfg) == folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Presets
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_every_preset_loads(path):
+    cfg, = config.load([str(path)])
+    assert cfg.out_dir == f"out/{path.stem}" and cfg.batch_size % cfg.micro_batch_size == 0
+
+
+def test_arithmetic_in_a_preset(tmp_path):
+    text = '"""Text."""\nn_embd = 2 * 3 * 16\nmax_tokens = 2**20 + 10 // 3 - 1\nlr = 6 / 10**4  # why\nn_head = 3'
+    cfg, = config.load([preset(tmp_path, text)])
+    assert (cfg.n_embd, cfg.max_tokens, cfg.lr) == (96, 2**20 + 2, 6e-4)
+
+
+@pytest.mark.parametrize("line", [
+    "import os", "n_layer = open('{flag}', 'w').write('x')", "n_layer = __import__('os').getpid()", "n_layer: int = 3",
+    "n_layer = n_head = 4", "n_layer += 1", "if True:\n    n_layer = 3", "n_layer = 3 if True else 4", "open('{flag}', 'w')",
+    "lr = [x for x in (1,)][0]", "n_layer = -(-8) ** 0.5", "n_layer = 10**400", "lr = 1 / 0", "n_layer = '3'", "bias = 1",
+    "n_layer = 3 ==", "n_layer = 'x' * 3", "max_tokens = 2**100", "lr = 10**50 * 10**50", "n_layer = \0"])
+def test_a_preset_is_parsed_and_not_executed(tmp_path, line):
+    flag = tmp_path / "flag"
+    path = preset(tmp_path, line.format(flag=flag))
+    assert "mine.py" in (text := refusal([path])) or "n_layer" in text or "bias" in text, text
+    assert not flag.exists()
+
+
+def test_a_refused_preset_line_is_named(tmp_path):
+    assert "line 2" in refusal([preset(tmp_path, "n_layer = 3\nimport os\n")])
+    text = refusal([preset(tmp_path, "n_layer = 3\n\nn_embed = 64\n")])
+    assert "line 3" in text and "did you mean n_embd?" in text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+MISTAKES = {
+    "unknown flag": (["--n_layr=3"], "n_layr", "did you mean n_layer?"),
+    "unknown flag, nothing near": (["--qqqq=3"], "qqqq", "--help"),
+    "no value": (["--n_layer"], "n_layer", "whole number"),
+    "wrong type": (["--n_layer=three"], "n_layer=three", "whole number"),
+    "fraction": (["--n_layer=2.5"], "n_layer=2.5", "whole number"),
+    "truth for a number": (["--n_layer=True"], "n_layer=True", "whole number"),
+    "number for truth": (["--bias=1"], "bias=1", "True or False"),
+    "not finite": (["--lr=1e999"], "lr=1e999", "number"),
+    "too large for a float": (["--lr=1" + 400 * "0"], "lr=1", "number"),
+    "choice": (["--ffn=lowrnk"], "ffn=lowrnk", "dense | lowrank | blockshuffle | blockdense"),
+    "pair": (["--betas=0.9"], "betas=0.9", "2 numbers"),
+    "rank 0": (["--ffn=lowrank"], "rank=0", "at least 1"),
+    "rank too large": (["--ffn=lowrank", "--rank=769"], "rank=769", "768"),
+    "rank of blockdense": (["--ffn=blockdense", "--nblocks=2"], "rank=0", "at least 1"),
+    "no blocks": (["--ffn=blockshuffle"], "nblocks=0", "at least one"),
+    "heads": (["--n_head=7"], "n_head=7", "768"),
+    "key heads": (["--n_head=12", "--n_kv_head=5"], "n_head=12", "n_kv_head=5"),
+    "odd head": (["--n_embd=36", "--n_head=12"], "3", "odd"),
+    "blocks": (["--ffn=blockshuffle", "--nblocks=5"], "nblocks=5", "768"),
+    "blocks of the rank": (["--ffn=blockdense", "--rank=9", "--nblocks=2"], "nblocks=2", "9"),
+    "guide with dense": (["--guide=fixedstep"], "guide=fixedstep", "lowrank"),
+    "guide without a structured layer": (["--guide=fixedstep", "--ffn=lowrank", "--rank=4", "--n_dense_layers=12"],
+                                         "n_dense_layers=12", "12"),
+    "guide ratio": (["--guide=fixedstep", "--ffn=lowrank", "--rank=4", "--guide_ratio=1.5"], "guide_ratio=1.5", "(0, 1]"),
+    "batch": (["--batch_size=10", "--micro_batch_size=4"], "batch_size=10", "4"),
+    "negative": (["--weight_decay=-1"], "weight_decay=-1", "negative"),
+    "dropout": (["--dropout=1"], "dropout=1", "below 1"),
+    "learning rate": (["--lr=0"], "lr=0", "positive"),
+    "betas": (["--betas=(0.9,1.0)"], "1.0", "[0, 1)"),
+    "device": (["--device=gpu"], "device=gpu", "cuda"),
+    "seed": (["--seed=2e19"], "seed=2", "2^64"),
+    "no layers": (["--n_layer=0"], "n_layer=0", "at least 1"),
+    "missing preset": (["config/quickstar.py"], "quickstar.py", "config/quickstart.py"),
+    "two presets": (["a.py", "b.py"], "a.py", "b.py"),
+    "a word": (["m"], "m", "preset"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_names_the_value_and_what_would_do(name):
+    argv, value, accepted = MISTAKES[name]
+    text = refusal(argv)
+    assert value in text and accepted in text, text
+    assert "\n" not in text and text.endswith((".", "?")) and len(text) < 700, text
+
+
+@pytest.mark.parametrize("script, argv", [
+    ("train.py", ["--n_layr=3"]), ("train.py", ["--ffn=lowrank", "--dry_run=True"]), ("train.py", ["--n_head=7"]),
+    ("train.py", ["--guide=fixedstep"]), ("train.py", ["--lr=fast"]), ("sample.py", ["out/x", "--temperature=-1"]),
+    ("sample.py", ["out/x", "--temprature=1"]), ("sample.py", []), ("prepare.py", ["--tokenizer=nonsense"]),
+    ("bench.py", ["train", "--ffn=blockshuffle", "--nblocks=5"]), ("train.py", ["nowhere/x.py"])],
+    ids=lambda v: " ".join(v) if type(v) is list else v)
+def test_a_mistake_ends_with_status_2_before_torch_loads(without_torch, script, argv):
+    assert_one_sentence(*without_torch(script, *argv))
+
+
+def test_a_misspelt_preset_key_ends_with_status_2_before_torch_loads(without_torch, tmp_path):
+    status, out, err = without_torch("train.py", preset(tmp_path, "n_layers = 3\n"))
+    assert_one_sentence(status, out, err)
+    assert "did you mean n_layer?" in err
+
+
+def test_help_lists_every_field_with_default_and_unit(without_torch):
+    status, out, err = without_torch("train.py", "--help")
+    assert status == 0 and not err
+    lines = {line.strip().partition("=")[0]: line for line in out.splitlines() if line.startswith("  --")}
+    for field in dataclasses.fields(Config):
+        head, _, comment = lines[f"--{field.name}"].strip().partition(" ")
+        assert head == f"--{field.name}={field.default}".partition(" ")[0] and len(comment.strip()) > 5, lines[f"--{field.name}"]
+    assert "--dry_run" in lines and "rank of" not in lines and "dense | lowrank" in lines["--ffn"]
+
+
+@pytest.mark.filterwarnings("ignore::SyntaxWarning", "ignore::DeprecationWarning")
+def test_random_command_lines_are_accepted_or_refused_in_a_sentence(tmp_path):
+    rng = random.Random(0)
+    names = [f.name for f in dataclasses.fields(Config)] + ["n_layr", "", "-", "__class__", "é", "a b"]
+    values = ["0", "1", "-1", "2", "3", "8", "64", "1e400", "nan", "1" + "0" * 500, "9" * 5000, "2**3", "True", "false", "auto",
+              "None", "", "=", "(", "()", "(1,2)", "(0.9,0.99)", "[1]", "{}", "'a'", "lowrank", "blockshuffle", "blockdense",
+              "fixedstep", "fixedflop", "cuda:1", "swiglu", "rmsnorm", "1or 2", "'\\d'", "\0", "1_000", "0x10", "b'x'", "1j",
+              "...", "(" * 300, "é", "-" * 50, "0.5"]
+    accepted = refused = 0
+    for _ in range(1000):
+        argv = ["".join(map(rng.choice, (["--", "--", "", "-"], names, ["=", "=", "=", ""], values)))
+                for _ in range(rng.randrange(1, 4))]
+        try:
+            cfg, = config.load(argv)
+            assert config.from_dict(config.to_dict(cfg)) == cfg
+            accepted += 1
+        except UserError as e:
+            assert str(e).strip() and "\n" not in str(e), argv
+            refused += 1
+    assert accepted > 20 and refused > 500
+    for _ in range(300):
+        text = "\n".join(rng.choice(names) + rng.choice([" = ", "=", " "]) + rng.choice(values) for _ in range(2))
+        try:
+            config.load([preset(tmp_path, text)])
+        except UserError as e:
+            assert "\n" not in str(e), text

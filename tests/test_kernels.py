@@ -1,0 +1,125 @@
+"""The FFN kernels against float64, on a Hopper card in bf16 and anywhere in Triton's interpreter (TRITON_INTERPRET=1) in fp16."""
+import copy
+import importlib.util
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import structured
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+if importlib.util.find_spec("triton") is None or not (HOPPER or INTERPRET):
+    pytest.skip("needs triton, with a Hopper card or TRITON_INTERPRET=1", allow_module_level=True)
+import kernels  # noqa: E402
+
+DEVICE, DTYPE = ("cpu", torch.float16) if INTERPRET else ("cuda", torch.bfloat16)
+LAYERS = {  # ffn, width, hidden, rank, nblocks
+    "lowrank": ("lowrank", 128, 512, 64, 0),
+    "blockdense": ("blockdense", 128, 512, 128, 2),
+    "blockdense, rank 96 a block": ("blockdense", 128, 512, 192, 2),
+    "blockshuffle": ("blockshuffle", 128, 512, 0, 2),
+    "blockshuffle, chunks of 48": ("blockshuffle", 768, 3072, 0, 4),
+}
+
+
+def pair(ffn, width, hidden, rank, nblocks, bias=True):
+    torch.manual_seed(0)
+    fc1 = structured.linear(ffn, width, hidden, rank, nblocks, bias)
+    fc2 = structured.linear(ffn, hidden, width, rank, nblocks, bias)
+    for p in (*fc1.parameters(), *fc2.parameters()):  # weights that DTYPE holds exactly, so that only the arithmetic differs
+        p.data = (torch.randn_like(p) * (p.size(-1) ** -0.5 if p.dim() > 1 else 0.3)).to(DTYPE).float()
+    return fc1.to(DEVICE), fc2.to(DEVICE)
+
+
+def plain(x, fc1, fc2, act):
+    h = fc1(x)
+    return fc2(F.gelu(h, approximate="tanh") if act == "gelu" else F.relu(h).square())
+
+
+def fused(x, fc1, fc2, act, recompute=False):
+    with torch.autocast(DEVICE, DTYPE):
+        return kernels.ffn(x, fc1, fc2, act, recompute)
+
+
+def error(out, ref):
+    return ((out.double() - ref).norm() / ref.norm()).item()
+
+
+def poison():
+    """Leaves NaN in the memory that the next outputs get."""
+    for n in (1 << 16, 1 << 20, 1 << 24):
+        torch.full((n,), float("nan"), device=DEVICE)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("act", ["gelu", "relu2"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_output_and_gradients(name, act, recompute):
+    if INTERPRET and LAYERS[name][1] > 128 and (recompute or act == "relu2"):
+        pytest.skip("slow in the interpreter")
+    fc1, fc2 = pair(*LAYERS[name])
+    x = torch.randn(2, 67, LAYERS[name][1], device=DEVICE).to(DTYPE).float().requires_grad_()  # 134 tokens: a ragged tile
+    grad = torch.randn_like(x).to(DTYPE)
+    ref1, ref2, ref_x = copy.deepcopy(fc1).double(), copy.deepcopy(fc2).double(), x.detach().double().requires_grad_()
+    with torch.autocast(DEVICE, DTYPE):
+        assert kernels.fits(x, fc1, fc2, act)
+    poison()
+    y, ref = fused(x, fc1, fc2, act, recompute), plain(ref_x, ref1, ref2, act)
+    y.backward(grad), ref.backward(grad.double())
+    assert y.dtype is DTYPE and y.shape == x.shape
+    assert error(y, ref) < 1e-2 and error(x.grad, ref_x.grad) < 1e-2
+    for (name, p), q in zip([*fc1.named_parameters(), *fc2.named_parameters()], [*ref1.parameters(), *ref2.parameters()]):
+        assert error(p.grad, q.grad) < 1e-2, name
+
+
+def test_without_bias_and_without_gradients():
+    fc1, fc2 = pair(*LAYERS["blockshuffle"], bias=False)
+    x = torch.randn(130, 128, device=DEVICE)
+    with torch.no_grad():
+        assert error(fused(x, fc1, fc2, "gelu"), plain(x.double(), fc1.double(), fc2.double(), "gelu")) < 1e-2
+
+
+def test_flops():
+    fc1, fc2 = pair(*LAYERS["blockshuffle"])
+    x = torch.randn(128, 128, device=DEVICE).requires_grad_()
+    with FlopCounterMode(display=False) as count:
+        fused(x, fc1, fc2, "gelu").float().sum().backward()
+    assert count.get_total_flops() == 3 * 2 * 128 * sum(w.numel() for w in (fc1.V, fc1.U, fc2.V, fc2.U))
+
+
+def test_slope_byte():
+    """A byte holds gelu's slope to 1/400, 0 and 1 exactly."""
+    a = torch.linspace(-8, 8, 4001, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(F.gelu(a, approximate="tanh").sum(), a)
+    assert slope.min() * 200 + 26 > -0.5 and slope.max() * 200 + 26 < 255.5
+    byte = torch.round(slope * 200 + 26)
+    assert ((byte - 26) / 200 - slope).abs().max() <= 1 / 400
+
+
+@pytest.mark.parametrize("name", ["lowrank", "blockshuffle"])
+def test_one_graph_under_compile(name):
+    fc1, fc2 = pair(*LAYERS[name])
+    grads = []
+    for f in (fused, torch.compile(fused, fullgraph=True, backend="aot_eager")):
+        x = torch.randn(128, 128, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
+        y = f(x, fc1, fc2, "gelu")
+        grads.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *fc1.parameters(), *fc2.parameters()])])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2 * b.abs().max().item())
+
+
+def test_one_log_line_and_no_graph_break_when_it_does_not_fit(caplog):
+    fc1, fc2 = pair("lowrank", 128, 512, 40, 0)
+    x = torch.randn(128, 128, device=DEVICE, dtype=DTYPE)
+
+    def ffn(x):
+        return kernels.fits(x, fc1, fc2, "gelu"), x + 1
+
+    kernels._logged.clear()
+    for f in (ffn, ffn, torch.compile(ffn, fullgraph=True, backend="eager")):
+        assert not f(x)[0]
+    assert len([r for r in caplog.records if r.name == "kernels"]) == 1
