@@ -685,7 +685,8 @@ def bench_curves(paths, settings):
 
 
 def main(command, subject, settings):
-    {"kernel": bench_kernel, "ffn": bench_ffn, "train": bench_train, "prefill": bench_prefill, "decode": bench_decode, "crossover": bench_crossover, "curves": bench_curves}[command](subject, settings)
+    {"kernel": bench_kernel, "ffn": bench_ffn, "train": bench_train, "prefill": bench_prefill, "decode": bench_decode,
+     "crossover": bench_crossover, "curves": bench_curves}[command](subject, settings)
 
 
 if __name__ == "__main__":
