@@ -18,7 +18,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 from dataclasses import dataclass
 
 import config
