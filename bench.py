@@ -1,10 +1,12 @@
-"""Measures efficiency:  python bench.py kernel|ffn|train|prefill [preset.py] [--name=value ...]
+"""Measures efficiency:  python bench.py kernel|ffn|train|prefill|decode|crossover [preset.py] [--name=value ...]
                       python bench.py curves out/RUN ...
 
     kernel     one structured linear: einsum, bmm, ours, and the dense matmul that it replaces
     ffn        one FFN, dense and structured, over widths and over tokens
     train      whole optimiser steps, dense against structured, plain and guided: tokens/s, MFU, memory, where the time goes
     prefill    forward of whole prompts
+    decode     generation, token by token: forms of the FFN, eager and as a graph, over batch sizes; --max_batch=True: the most tokens/s
+    crossover  factors against dense equivalents over the number of tokens: what decode=auto chooses from, and how well
     curves     losses of training runs against tokens, FLOPs and seconds; loss against FLOPs over sizes
 
 Every comparison is timed in one run, on random data. --json=PATH appends one JSON line per row, --plot=PATH draws a PNG. Without
@@ -14,14 +16,14 @@ import dataclasses
 import importlib.util
 import json
 import os
+import statistics
 import subprocess
-import sys
 from dataclasses import dataclass
 
 import config
 from config import Config, UserError
 
-COMMANDS = ("kernel", "ffn", "train", "prefill", "curves")
+COMMANDS = ("kernel", "ffn", "train", "prefill", "decode", "crossover", "curves")
 CASES = ("dense", *(ffn + share for ffn in ("lowrank", "blockshuffle", "blockdense") for share in ("63", "32")))
 
 
@@ -32,7 +34,12 @@ class Settings:
     cases: str = ""                      # FFNs to compare, as in dense,lowrank32,blockshuffle63 (PAPER §5's, at 32 or 63 %); all: all of them
     widths: str = ""                     # kernel, ffn: widths, as in 768,2048; empty: the preset's, or a sweep
     tokens: str = ""                     # kernel, ffn: tokens in a call, as in 1,64,30720; prefill: lengths of prompts; empty: a sweep
-    batches: str = ""                    # prefill: prompts in a call; empty: 1,16
+    batches: str = ""                    # prefill, decode: prompts in a call; empty: 1,16, in decode 1,16,256
+    kinds: str = "dense,structured,merged,auto"  # decode: forms of the FFN
+    launches: str = "eager,graph"        # decode: how a step is launched
+    prompt_tokens: int = 1               # decode: length of the prompts; 1 is no prompt
+    new_tokens: int = 256                # decode: tokens to generate
+    max_batch: bool = False              # decode: double the batch until it brings nothing or nothing more fits
     repeats: int = 0                     # timed repetitions, of which median and interquartile range are told; 0: 20 on a GPU, 5 on the CPU
     warmup: int = 0                      # repetitions before, compilation included; 0: 5 on a GPU, 1 on the CPU
 
@@ -118,10 +125,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import curves
+import decode
 from curves import draw, picture
 from model import FFN, build, ffn_params, flops_per_token, linear_params, peak_flops
+from sample import Settings as Sampling
 from structured import BlockShuffle, LowRank, linear
-from train import device_name, make_optimizer, nominal_vocabulary, set_up, short, train_step
+from train import device_name, make_optimizer, nominal_vocabulary, pick_device, set_up, short, train_step
 
 PASSES = {"forward": 1, "forward+backward": 3}  # and how many times the forward's FLOPs
 SHORT = 4096  # tokens, up to which launching kernels can take longer than running them
@@ -525,6 +534,131 @@ def prefill_row(label, cfg, model, batch, length, dense_ms, place, table, settin
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# decode: sample.py's own loop, on random weights
+
+def copy_rate(device, settings) -> float:
+    """GB/s, read and written, of a large copy."""
+    source = torch.randn(2**(28 if device.type == "cuda" else 22), device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / timed(lambda: target.copy_(source), device, settings)[0] / 1e6
+
+
+@torch.no_grad()
+def random_model(cfg, device):
+    """Weights of no meaning, but none zero; faster than the true initialisation of large factors."""
+    model = build(cfg, device)
+    torch.manual_seed(cfg.seed)
+    for name, p in model.named_parameters():
+        p.fill_(1.0) if name.endswith(("norm.weight", "norm1.weight", "norm2.weight")) else p.normal_(std=0.02)
+    return model
+
+
+def generation(decoder, cfg, batch, settings):
+    """One run of the loop -> (seconds to the first tokens, seconds per further token)."""
+    draws = torch.Generator().manual_seed(cfg.seed)
+    prompts = torch.randint(cfg.vocab_size, (batch, settings.prompt_tokens), generator=draws).tolist()
+    if decoder.key.is_cuda:
+        torch.cuda.synchronize()
+    marks = [time.perf_counter()]
+    for _ in decoder.run([decode.Row(prompt) for prompt in prompts]):
+        marks.append(time.perf_counter())
+    return marks[1] - marks[0], (marks[-1] - marks[1]) / max(settings.new_tokens - 1, 1)
+
+
+def decode_row(model, cfg, kind, launch, batch, ceiling, table, settings):
+    """Times one case; returns its tokens/s."""
+    fresh(model.head.weight.device)
+    length = settings.prompt_tokens + settings.new_tokens
+    decoder = decode.Decoder(model, Sampling(temperature=0.0, max_new_tokens=settings.new_tokens), batch, length, graphs=launch == "graph")
+    generation(decoder, cfg, batch, settings)
+    runs = [generation(decoder, cfg, batch, settings) for _ in range(settings.repeats or 3)]
+    first, each = (statistics.median(column) for column in zip(*runs))
+    weights = decode.step_weights(model, batch, launch)
+    kv = batch * decode.token_bytes(cfg, model.head.weight.dtype) * (settings.prompt_tokens + settings.new_tokens / 2)
+    rate = batch * settings.new_tokens / (first + each * (settings.new_tokens - 1))
+    gbs = (weights + kv) / each / 1e9
+    table.row(ffn=ffn_name(model.cfg), kind=kind, launch=launch, batch=batch, per_user=rate / batch, tokens_per_s=round(rate), first_ms=first * 1e3,
+              ms=each * 1e3, gb_s=gbs, share=gbs / ceiling, weights_mb=weights / 1e6, kv_mb=kv / 1e6, benchmark="decode",
+              prompt_tokens=settings.prompt_tokens, new_tokens=settings.new_tokens, config=config.to_dict(cfg))
+    return rate
+
+
+def bench_decode(cfg, settings):
+    """ms: per token after the first; share: of the copy rate, by the bytes a step cannot avoid: the weights and, on average, half the final cache."""
+    cfg.vocab_size = cfg.vocab_size or nominal_vocabulary(cfg.tokenizer)
+    length = settings.prompt_tokens + settings.new_tokens
+    if length > cfg.block_size or settings.prompt_tokens < 1 or settings.new_tokens < 2:
+        raise UserError(f"prompt_tokens={settings.prompt_tokens} and new_tokens={settings.new_tokens} must be at least 1 and 2 "
+                        f"and together fit into block_size={cfg.block_size}.")
+    for name, known in (("kinds", ("dense", "structured", "merged", "auto")), ("launches", ("eager", "graph"))):
+        if not set(getattr(settings, name).split(",")) <= set(known):
+            raise UserError(f"{name}={getattr(settings, name)} does not fit: expected some of {', '.join(known)}, separated by commas.")
+    device = pick_device(cfg.device)
+    dtype = torch.float32 if cfg.dtype == "float32" or cfg.dtype == "auto" and device.type != "cuda" else torch.bfloat16
+    ceiling = copy_rate(device, settings)
+    columns = {"ffn": 18, "kind": 10, "launch": 6, "batch": 6, "per_user": 8, "tokens_per_s": 12, "first_ms": 8, "ms": 8, "gb_s": 7, "share": 7,
+               "weights_mb": 10, "kv_mb": 8}
+    table = Table(columns, {**header(device), "copy": f"{ceiling:.0f} GB/s", "dtype": str(dtype).removeprefix("torch.")}, settings)
+    launches = settings.launches.split(",") if device.type == "cuda" else ["eager"]
+    for kind in settings.kinds.split(",") if cfg.ffn != "dense" else ["dense"]:
+        model = random_model(dataclasses.replace(cfg, ffn="dense") if kind == "dense" else cfg, device)
+        decode.ready(model, "structured" if kind == "dense" else kind, dtype)
+        for launch in launches[-1:] if settings.max_batch else launches:
+            fits = decode.largest_batch(cfg, decode.padded(length, cfg.block_size), device, dtype)
+            if settings.max_batch:
+                most_tokens(lambda batch: decode_row(model, cfg, kind, launch, batch, ceiling, table, settings), fits, device)
+                continue
+            for batch in numbers(settings, "batches") or (1, 16, 256):
+                decode_row(model, cfg, kind, launch, batch, ceiling, table, settings)
+        del model
+
+
+def most_tokens(rate_of, fits, device):
+    """Doubles the batch while that brings 1 % or more, then says what was best of what fits."""
+    batch, rates = min(256 if device.type == "cuda" else 1, fits), {}
+    while batch <= fits and (len(rates) < 2 or rates[batch // 2] > 1.01 * rates[batch // 4]):
+        rates[batch] = rate_of(batch)
+        batch *= 2
+    if batch > fits and fits not in rates:
+        rates[fits] = rate_of(fits)
+    best = max(rates, key=rates.get)
+    print(f"most: {rates[best]:.0f} tokens/s at batch {best}; the largest batch that fits is {fits}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# crossover: what decode=auto chooses from
+
+def bench_crossover(cfg, settings):
+    """Milliseconds of one linear; behind: how much longer auto's choice takes than the better one, both timed anew."""
+    if cfg.ffn == "dense":
+        raise UserError("crossover compares a structured FFN with its dense equivalent: give ffn=lowrank, blockshuffle or blockdense.")
+    cfg.vocab_size, device = 1024, pick_device(cfg.device)
+    dtype = torch.float32 if cfg.dtype == "float32" or cfg.dtype == "auto" and device.type != "cuda" else torch.bfloat16
+    model = random_model(cfg, device).to(dtype).requires_grad_(False)
+    pairs = [decode.Either(linear, decode.merge(linear), None) for _, linear in model.structured_linears()]
+    facts, began = header(device), time.perf_counter()
+    choice = decode.Choice(decode.measure(pairs))
+    facts["measured_in"] = f"{time.perf_counter() - began:.1f} s"
+    again = decode.measure(pairs, sorted({*decode.TOKENS, *(3 * t // 2 for t in decode.TOKENS[1:-1])}))
+    table = Table({"linear": 60, "launch": 6, "tokens": 6, "factors_ms": 10, "merged_ms": 10, "speedup": 8, "auto": 8, "behind": 8}, facts, settings)
+    for mode, rows in again.items():
+        choice.mode = mode
+        for shape, row in rows.items():
+            for tokens, (factors, merged) in row.items():
+                chosen = choice.merged(shape, int(tokens))
+                table.row(linear=shape, launch=mode, tokens=int(tokens), factors_ms=factors, merged_ms=merged, speedup=merged / factors,
+                          auto="merged" if chosen else "factors", behind=(merged if chosen else factors) / min(factors, merged) - 1, benchmark="crossover")
+    if settings.plot:
+        panels = {}
+        for r in table.rows:
+            lines = panels.setdefault(r["launch"], ("tokens", {}))[1]
+            lines.setdefault(r["linear"].split(", V")[0], []).append((r["tokens"], r["speedup"]))
+        draw(settings.plot, f"{ffn_name(cfg)}: {facts['device']}", "time of the dense equivalent / of the factors", {"": panels}, sharey=True)
+
+
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # curves: training runs
 
 def bench_curves(paths, settings):
@@ -550,7 +684,8 @@ def bench_curves(paths, settings):
 
 
 def main(command, subject, settings):
-    {"kernel": bench_kernel, "ffn": bench_ffn, "train": bench_train, "prefill": bench_prefill, "curves": bench_curves}[command](subject, settings)
+    {"kernel": bench_kernel, "ffn": bench_ffn, "train": bench_train, "prefill": bench_prefill, "decode": bench_decode,
+     "crossover": bench_crossover, "curves": bench_curves}[command](subject, settings)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 Pre-norm blocks x + attention(norm(x)), x + ffn(norm(x)); see config for the switches. Here too: the loss that never holds all
 logits, parameter and FLOP counts by PAPER §4's rules, and building, saving and loading a model.
 """
+import copy
 import importlib.util
 import os
+from typing import NamedTuple
 
 import torch
 import torch._functorch.config
@@ -49,12 +51,14 @@ class Attention(nn.Module):
         self.qkv = Dense(cfg.n_embd, (cfg.n_head + 2 * cfg.n_kv_head) * self.head_size, bias=cfg.bias)
         self.proj = Dense(cfg.attn_dim, cfg.n_embd, bias=cfg.bias)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, cache=None):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_size)                                        # (B, T, heads, head_size)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
         if self.rope:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            return self.proj(cache.attend(q, k, v).reshape(B, T, -1))
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
                                            enable_gqa=self.n_kv_head < self.n_head)             # (B, n_head, T, head_size)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -90,10 +94,63 @@ class Block(nn.Module):
         self.norm2, self.ffn = make_norm(cfg), FFN(cfg, "dense" if layer < cfg.n_dense_layers else cfg.ffn)
         self.dropout = cfg.dropout
 
-    def forward(self, x, cos, sin, alpha=None):
+    def forward(self, x, cos, sin, alpha=None, cache=None):
         """x (B, T, n_embd); alpha: weight of the guide in this layer's FFN, a 0-d tensor, or None for the factors alone."""
-        x = x + F.dropout(self.attn(self.norm1(x), cos, sin), self.dropout, self.training)
+        x = x + F.dropout(self.attn(self.norm1(x), cos, sin, cache), self.dropout, self.training)
         return x + F.dropout(self.ffn(self.norm2(x), alpha), self.dropout, self.training)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The keys and values of decoding
+
+class Cache:
+    """Keys and values of B sequences of up to `length` tokens, in buffers that never move, so that a CUDA graph may hold them.
+
+    layers: for each, k and v (B, n_kv_head, length, head_size); position (B,): the tokens that each row holds. `seen`: a step looks
+    at the first `seen` places only, which the host sets, knowing that no row holds more.
+    """
+
+    def __init__(self, cfg, batch, length, device, dtype):
+        shape = batch, cfg.n_kv_head, length, cfg.attn_dim // cfg.n_head
+        self.layers = [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)) for _ in range(cfg.n_layer)]
+        self.position = torch.zeros(batch, device=device, dtype=torch.long)
+        self.length = self.seen = length
+
+    def rows(self, start, stop):
+        """The same buffers, some of the rows."""
+        view = copy.copy(self)
+        view.layers = [(k[start:stop], v[start:stop]) for k, v in self.layers]
+        view.position = self.position[start:stop]
+        return view
+
+    def mask(self):
+        """(B, 1, 1, seen), added to the scores of a step: a row sees its own tokens and the one that comes."""
+        hidden = torch.arange(self.seen, device=self.position.device) > self.position[:, None]
+        dtype = self.layers[0][0].dtype
+        return torch.zeros((), device=hidden.device, dtype=dtype).masked_fill(hidden, -torch.inf)[:, None, None]
+
+    def advance(self, tokens):
+        """A full row stays full: what comes then is for nobody."""
+        self.position.add_(tokens).clamp_(max=self.length - 1)
+
+
+class LayerCache(NamedTuple):
+    k: torch.Tensor
+    v: torch.Tensor
+    position: torch.Tensor
+    mask: torch.Tensor
+
+    def attend(self, q, k, v):
+        """Stores k, v (B, T, n_kv_head, head_size); q (B, T, n_head, head_size) -> its attention, of q's size."""
+        B, T, n_head, size = q.shape
+        if T > 1:  # prompts: nothing was stored before
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                    # (B, heads, T, head_size)
+            self.k[:, :, :T], self.v[:, :, :T] = k, v
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < n_head).transpose(1, 2)
+        row, seen = torch.arange(B, device=q.device), self.mask.size(-1)
+        self.k[row, :, self.position], self.v[row, :, self.position] = k[:, 0], v[:, 0]
+        q = q.view(B, k.size(2), -1, size)  # the query heads that share a key head stand where queries stand: no copy of k
+        return F.scaled_dot_product_attention(q, self.k[:, :, :seen], self.v[:, :, :seen], attn_mask=self.mask)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -204,6 +261,25 @@ class GPT(nn.Module):
     def next_logits(self, tokens):
         """tokens (B, T) -> logits (B, vocab_size) of the token that follows."""
         return self.head(self.hidden(tokens)[:, -1])
+
+    def step(self, tokens, cache, lengths=None):
+        """The decoding forward: each row's next tokens (B, T) -> logits (B, vocab_size) of what follows them.
+
+        Either one token a row, or, into a cache whose rows are empty, prompts padded on the right to T tokens, `lengths` (B,) of
+        them real. The padding is behind every real token, so a causal mask hides it, and later steps overwrite its keys.
+        """
+        B, T = tokens.shape
+        place = cache.position[:, None] + torch.arange(T, device=tokens.device)                 # (B, T)
+        x = self.wte(tokens)
+        if self.wpe is not None:
+            x = x + self.wpe(place)
+        cos, sin = self.cos[place], self.sin[place]                                             # (B, T, 1, head_size)
+        mask = cache.mask()
+        for block, layer in zip(self.blocks, cache.layers):
+            x = block(x, cos, sin, cache=LayerCache(*layer, cache.position, mask))
+        x = x[:, -1] if lengths is None else x[torch.arange(B, device=x.device), lengths - 1]
+        cache.advance(1 if lengths is None else lengths)
+        return self.head(self.norm(x))
 
     def compile_parts(self):
         """torch.compile, block by block: equal blocks share one compilation, and parameters keep their names."""

@@ -8,14 +8,15 @@ import torch
 
 from conftest import LOWRANK, assert_one_sentence, train_run
 from model import GPT, load
-from sample import Settings, generate, pick
+from decode import Decoder, Row, pick, ready, row_key
+from sample import Settings
 
 P = torch.tensor([0.03, 0.5, 0.07, 0.25, 0.15])  # of five tokens
 
 
 def drawn(n=40_000, **settings):
     """Frequencies of the five tokens in n draws."""
-    tokens = pick(P.log().repeat(n, 1), Settings(**settings), torch.Generator().manual_seed(0))
+    tokens = pick(P.log().repeat(n, 1), Settings(**settings), torch.rand(n, generator=torch.Generator().manual_seed(0)))
     assert tokens.shape == (n,)
     return torch.bincount(tokens, minlength=5) / n
 
@@ -47,8 +48,8 @@ def test_temperature_0_takes_the_likeliest_and_rows_are_drawn_apart():
     logits = torch.randn(50, 30)
     assert torch.equal(pick(logits, Settings(temperature=0), None), logits.argmax(1))
     kept = logits.clone()
-    assert torch.equal(pick(logits, Settings(top_k=1), torch.Generator().manual_seed(0)), logits.argmax(1))
-    pick(logits, Settings(temperature=1.0, top_k=2), torch.Generator().manual_seed(0))
+    assert torch.equal(pick(logits, Settings(top_k=1), torch.rand(50)), logits.argmax(1))
+    pick(logits, Settings(temperature=1.0, top_k=2), torch.rand(50))
     assert torch.equal(logits, kept)
 
 
@@ -57,11 +58,23 @@ def test_temperature_0_takes_the_likeliest_and_rows_are_drawn_apart():
 
 @pytest.fixture(scope="module")
 def gpt(finished):
-    return load(str(finished), torch.device("cpu"))[0]
+    return ready(load(str(finished), torch.device("cpu"))[0], "structured", torch.float32)
 
 
-def text(gpt, prompt, eos=256, seed=0, next_logits=None, **settings):
-    return list(generate(gpt, prompt, Settings(**settings), eos, torch.Generator().manual_seed(seed), next_logits=next_logits))
+def script(monkeypatch, *ids):
+    """Makes a model say these tokens."""
+    def step(self, tokens, cache, lengths=None):
+        cache.advance(1 if lengths is None else lengths)
+        said = cache.position.tolist()
+        return torch.nn.functional.one_hot(torch.tensor([ids[min(n, len(ids)) - 1] for n in said]), 257).float() * 100
+    monkeypatch.setattr(GPT, "step", step)
+
+
+def text(gpt, prompt, eos=256, seed=0, **settings):
+    row = Row(prompt, row_key(seed, prompt))
+    for _ in Decoder(gpt, Settings(**settings), 1, gpt.cfg.block_size, eos).run([row]):
+        pass
+    return row.new
 
 
 def test_greedy_is_the_argmax_of_the_full_forward(gpt):
@@ -78,16 +91,14 @@ def test_seeds_repeat_and_differ(gpt):
     assert texts[0] == texts[1] != texts[2] and len(texts[0]) == 15
 
 
-def test_a_text_ends_at_eos_at_the_limit_and_at_the_context(gpt):
-    def script(*ids):  # a model that says these tokens
-        def next_logits(tokens):
-            return torch.nn.functional.one_hot(torch.tensor([ids[tokens.size(1) - 1]]), 257).float() * 100
-        return next_logits
-    assert text(gpt, [1], next_logits=script(5, 6, 256, 7)) == [5, 6]
-    assert text(gpt, [1], next_logits=script(5, 6, 256, 7), max_new_tokens=1) == [5]
-    assert text(gpt, [1], next_logits=script(*range(15))) == list(range(15))  # block_size 16
-    assert text(gpt, list(range(15)), next_logits=script(*range(15))) == [14]
-    assert len(text(gpt, [101] * 3, eos=-1)) == 13
+def test_a_text_ends_at_eos_at_the_limit_and_at_the_context(gpt, monkeypatch):
+    assert len(text(gpt, [101] * 3, eos=-1)) == 13  # block_size 16
+    script(monkeypatch, 5, 6, 256, 7)
+    assert text(gpt, [1]) == [5, 6]
+    assert text(gpt, [1], max_new_tokens=1) == [5]
+    script(monkeypatch, *range(15))
+    assert text(gpt, [1]) == list(range(15))
+    assert text(gpt, list(range(15))) == [14]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,8 +147,7 @@ def test_without_a_prompt_a_document_begins(cli, finished, gpt):
 
 def test_a_character_that_spans_tokens_is_written_whole(cli, finished, monkeypatch):
     ids = list("é中".encode()) + [0xE4]
-    monkeypatch.setattr(GPT, "next_logits", lambda self, tokens: torch.nn.functional.one_hot(
-        torch.tensor([(ids + [256])[tokens.size(1) - 1]]), 257).float() * 100)
+    script(monkeypatch, *ids, 256)
     assert cli("sample.py", finished, "--prompt=a", "--temperature=0")[1] == "aé中\ufffd\n"
 
 

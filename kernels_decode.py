@@ -1,0 +1,224 @@
+"""Triton kernels of the decoding step, in which a few tokens meet every weight: what counts is bytes and launches.
+
+`linear` is x W^T for at most MAX_TOKENS tokens with everything around it: the norm before, bias, activation and residual after,
+and the blocks and shuffles of structured factors as addresses. `attention` turns the fresh q, k, v of every row by its position,
+stores k and v in the cache and attends to the row's own tokens, no more. `step` is model.GPT.step made of them.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from structured import BlockDense, BlockShuffle, LowRank
+
+INTERPRET = triton.knobs.runtime.interpret
+MAX_TOKENS = 1  # of `linear`; above, cuBLAS is used: with 4, a step of xl took 2.16 ms instead of 1.55 on an H200
+# With programmatic dependent launch a kernel starts while its predecessor ends, and fetches weights until that has written its input.
+PDL = not INTERPRET and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A linear on few tokens
+
+@triton.jit
+def _activate(a, ACT: tl.constexpr):
+    if ACT == "relu2":
+        r = tl.maximum(a, 0.0)
+        return r * r
+    elif ACT == "gelu":
+        u = 1.5957691216 * (a + 0.044715 * a * a * a)  # tanh-GELU is a sigmoid(u)
+        return a / (1 + tl.exp(-u))
+    else:
+        return a
+
+
+@triton.jit
+def _normalise(tile, x, offset, row_ok, k, k_ok, gain, shift, N, eps, NORM: tl.constexpr, BN: tl.constexpr):
+    """tile (T, BK), part of rows of x that start at `offset` (T, 1): layer norm (1) or RMS norm (2) over the N entries of each."""
+    n = tl.arange(0, BN)[None, :]
+    row = tl.load(x + offset + n, mask=row_ok & (n < N), other=0.0).to(tl.float32)                     # (T, BN)
+    mean = tl.sum(row, axis=1)[:, None] / N if NORM == 1 else tl.sum(row, axis=1)[:, None] * 0.0
+    centred = tl.where(n < N, row - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred, axis=1)[:, None] / N + eps)
+    out = (tile - mean) * scale * tl.load(gain + k, mask=k_ok, other=0.0).to(tl.float32)
+    if shift is not None:
+        out += tl.load(shift + k, mask=k_ok, other=0.0).to(tl.float32)
+    return tl.where(k_ok, out, 0.0).to(x.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _linear(x, w, bias, gain, shift, residual, y, tokens, M, K, N, x_row, y_row, in_block, in_stride, out_block, out_stride, eps,
+            NORM: tl.constexpr, ACT: tl.constexpr, T: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr):
+    """Block g of w (G, M, K) maps x[g in_block + j in_stride] to y[g out_block + i out_stride]."""
+    g = tl.program_id(1)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    t = tl.arange(0, T)[:, None]
+    weights = w + (g * M + m).to(tl.int64)[:, None] * K                                               # (BM, 1)
+    k = tl.arange(0, BK)[None, :]
+    tile = tl.load(weights + k, mask=(m < M)[:, None] & (k < K), other=0.0)                          # (BM, BK), before the wait
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    acc = tl.zeros((T, BM, BK), tl.float32)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)[None, :]
+        if start > 0:
+            tile = tl.load(weights + k, mask=(m < M)[:, None] & (k < K), other=0.0)
+        place = g * in_block + k * in_stride
+        a = tl.load(x + t * x_row + place, mask=(t < tokens) & (k < K), other=0.0).to(tl.float32)     # (T, BK)
+        if NORM > 0:
+            a = _normalise(a, x, t * x_row, t < tokens, place, k < K, gain, shift, N, eps, NORM, BN)
+        acc += a[:, None, :] * tile.to(tl.float32)[None, :, :]
+    out = tl.sum(acc, axis=2)                                                                         # (T, BM)
+    column = (g * out_block + m * out_stride)[None, :]
+    ok = (t < tokens) & (m < M)[None, :]
+    if bias is not None:
+        out += tl.load(bias + column, mask=ok, other=0.0).to(tl.float32)
+    out = _activate(out, ACT)
+    if residual is not None:
+        out += tl.load(residual + t * y_row + column, mask=ok, other=0.0).to(tl.float32)
+    tl.store(y + t * y_row + column, out, mask=ok)
+
+
+def linear(x, w, bias=None, norm=None, act="", residual=None, shuffled=False):
+    """act(norm(x) W^T + bias) + residual of x (tokens, n), at most MAX_TOKENS of them.
+
+    w (M, K), or G blocks (G, M, K): x in G pieces one behind the other, or, shuffled, dealt out to the blocks like cards.
+    """
+    tokens, n = x.shape
+    G, M, K = w.shape if w.dim() == 3 else (1, *w.shape)
+    y = x.new_empty(tokens, G * M)
+    T = triton.next_power_of_2(tokens)
+    BK = min(triton.next_power_of_2(K), 2048 // T)
+    BM = 4 if G * M >= 4096 else 2 if G * M >= 2048 else 1
+    kind = 0 if norm is None else 1 if isinstance(norm, nn.LayerNorm) else 2
+    gain, shift = (norm.weight, getattr(norm, "bias", None)) if kind else (None, None)
+    layout = (1, G, 1, G) if shuffled else (K, 1, M, 1)
+    _linear[triton.cdiv(M, BM), G](x, w, bias, gain, shift, residual, y, tokens, M, K, n, x.stride(0), y.stride(0), *layout, norm.eps if kind else 0.0,
+                                   NORM=kind, ACT=act, T=T, BM=BM, BK=BK, BN=triton.next_power_of_2(n) if kind else 1, PDL=PDL, num_warps=4,
+                                   **({"launch_pdl": True} if PDL else {}))
+    return y
+
+
+def layer(module, x, norm=None, act="", residual=None):
+    """A Dense or structured linear on few tokens, with what stands around it."""
+    if isinstance(module, LowRank):
+        return linear(linear(x, module.V, norm=norm), module.U, module.bias, act=act, residual=residual)
+    if isinstance(module, BlockShuffle):
+        return linear(linear(x, module.V, norm=norm), module.U, module.bias, act=act, residual=residual, shuffled=True)
+    if isinstance(module, BlockDense):
+        return linear(linear(x, module.V, norm=norm), module.U, module.bias, act=act, residual=residual)
+    return linear(x, module.weight, module.bias, norm, act, residual)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention of one new token per row
+
+@triton.jit
+def _attention(qkv, cos, sin, position, k_cache, v_cache, y, row_stride, k_row, k_head, scale,
+               HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr, G: tl.constexpr, BL: tl.constexpr, PDL: tl.constexpr):
+    """One program per row and key head, with its HEADS // KV query heads, padded to G. Vectors are handled in halves, as rotation pairs them."""
+    H: tl.constexpr = D // 2
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    place = tl.load(position + row)
+    h = tl.arange(0, H)
+    g = tl.arange(0, G)[:, None]
+    group: tl.constexpr = HEADS // KV
+    dtype = qkv.dtype.element_ty
+    query = qkv + row * row_stride + (head * group + g) * D + h[None, :]                              # (G, H)
+    q1 = tl.load(query, mask=g < group, other=0.0).to(tl.float32)
+    q2 = tl.load(query + H, mask=g < group, other=0.0).to(tl.float32)
+    key = qkv + row * row_stride + (HEADS + head) * D + h
+    k1, k2 = tl.load(key).to(tl.float32), tl.load(key + H).to(tl.float32)                             # (H,)
+    value = key + KV * D
+    v1, v2 = tl.load(value), tl.load(value + H)
+    if ROPE:
+        c, s = tl.load(cos + place * D + h), tl.load(sin + place * D + h)
+        q1, q2 = q1 * c[None, :] - q2 * s[None, :], q2 * c[None, :] + q1 * s[None, :]
+        k1, k2 = k1 * c - k2 * s, k2 * c + k1 * s
+    q1, q2, k1, k2 = q1.to(dtype), q2.to(dtype), k1.to(dtype), k2.to(dtype)
+    k_cache += row * k_row + head * k_head
+    v_cache += row * k_row + head * k_head
+    tl.store(k_cache + place * D + h, k1)
+    tl.store(k_cache + place * D + H + h, k2)
+    tl.store(v_cache + place * D + h, v1)
+    tl.store(v_cache + place * D + H + h, v2)
+    # the new token itself begins the running softmax, so nothing just stored is read
+    top = scale * tl.sum(q1.to(tl.float32) * k1.to(tl.float32)[None, :] + q2.to(tl.float32) * k2.to(tl.float32)[None, :], axis=1)   # (G,)
+    total = tl.full((G,), 1.0, tl.float32)
+    o1 = tl.zeros((G, H), tl.float32) + v1.to(tl.float32)[None, :]
+    o2 = tl.zeros((G, H), tl.float32) + v2.to(tl.float32)[None, :]
+    for start in range(0, place, BL):
+        l = start + tl.arange(0, BL)
+        at = l[:, None] * D + h[None, :]                                                              # (BL, H)
+        ok = (l < place)[:, None]
+        a1, a2 = tl.load(k_cache + at, mask=ok, other=0.0), tl.load(k_cache + at + H, mask=ok, other=0.0)
+        b1, b2 = tl.load(v_cache + at, mask=ok, other=0.0), tl.load(v_cache + at + H, mask=ok, other=0.0)
+        score = tl.dot(q1, tl.trans(a1), input_precision="ieee") + tl.dot(q2, tl.trans(a2), input_precision="ieee")   # (G, BL)
+        score = tl.where((l < place)[None, :], score * scale, -float("inf"))
+        new = tl.maximum(top, tl.max(score, axis=1))
+        weight = tl.exp(score - new[:, None])
+        fade = tl.exp(top - new)
+        total = total * fade + tl.sum(weight, axis=1)
+        o1 = o1 * fade[:, None] + tl.dot(weight.to(dtype), b1, input_precision="ieee")
+        o2 = o2 * fade[:, None] + tl.dot(weight.to(dtype), b2, input_precision="ieee")
+        top = new
+    out = y + row * (HEADS * D) + (head * group + g) * D + h[None, :]
+    tl.store(out, o1 / total[:, None], mask=g < group)
+    tl.store(out + H, o2 / total[:, None], mask=g < group)
+
+
+def attention(qkv, model, k_cache, v_cache, position):
+    """qkv (B, heads x head_size) of every row's new token, unturned -> (B, attn_dim); k and v go to `position` (B,) of the cache."""
+    B, (_, kv, _, D) = len(qkv), k_cache.shape
+    heads = model.cfg.n_head
+    y = qkv.new_empty(B, heads * D)
+    G = max(16, triton.next_power_of_2(heads // kv))
+    _attention[B, kv](qkv, model.cos, model.sin, position, k_cache, v_cache, y, qkv.stride(0), k_cache.stride(0), k_cache.stride(1), D**-0.5,
+                      HEADS=heads, KV=kv, D=D, ROPE=model.cfg.pos == "rope", G=G, BL=64 if qkv.element_size() == 2 else 32, PDL=PDL,
+                      num_warps=4, num_stages=3 if qkv.element_size() == 2 else 2, **({"launch_pdl": True} if PDL else {}))
+    return y
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The step
+
+def usable(cfg) -> bool:
+    return cfg.attn_dim // cfg.n_head in (32, 64, 128, 256) and cfg.n_head // cfg.n_kv_head <= 32
+
+
+def chosen(module, tokens):
+    """The linear that answers, where a structured one stands beside its dense equivalent."""
+    return module.pick(tokens) if hasattr(module, "pick") else module
+
+
+def ffn(block, x):
+    """x + ffn(norm2(x)); x (tokens, n_embd)."""
+    part, tokens = block.ffn, len(x)
+    if tokens > MAX_TOKENS:
+        return x + part(block.norm2(x))
+    fused = part.act if part.act != "swiglu" else ""
+    h = layer(chosen(part.fc1, tokens), x, block.norm2, fused)
+    if part.act == "swiglu":
+        gate, value = h.chunk(2, dim=-1)
+        h = F.silu(gate) * value
+    return layer(chosen(part.fc2, tokens), h, residual=x)
+
+
+def step(model, tokens, cache):
+    """model.step for one token a row: tokens (B, 1) -> logits (B, vocab_size)."""
+    few = len(tokens) <= MAX_TOKENS
+    x = model.wte(tokens[:, 0])
+    if model.wpe is not None:
+        x = x + model.wpe(cache.position)
+    for block, (k, v) in zip(model.blocks, cache.layers):
+        qkv = layer(block.attn.qkv, x, block.norm1) if few else block.attn.qkv(block.norm1(x))
+        y = attention(qkv, model, k, v, cache.position)
+        x = layer(block.attn.proj, y, residual=x) if few else x + block.attn.proj(y)
+        x = ffn(block, x)
+    cache.advance(1)
+    return layer(model.head, x, model.norm) if few else model.head(model.norm(x))

@@ -1,0 +1,374 @@
+"""decode and sample: cached against full forwards, equal texts over forms and batches, draws, ends, the table of speeds, the command."""
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import config
+import decode
+import sample
+from config import Config, UserError
+from conftest import ROOT
+from decode import Decoder, Row, ready, row_key
+from model import Cache, build, load
+
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
+DEVICES = ["cpu", CUDA]
+MODELS = {
+    "dense": {},
+    "absolute, grouped": dict(pos="absolute", n_kv_head=2, attn_dim=64),
+    "lowrank swiglu": dict(act="swiglu", norm="rmsnorm", ffn="lowrank", rank=16, bias=False, tie_embeddings=False),
+    "blockshuffle, one key head": dict(ffn="blockshuffle", nblocks=4, n_kv_head=1),
+    "blockdense": dict(ffn="blockdense", rank=32, nblocks=2, n_kv_head=2, act="relu2"),
+    "wide attention": dict(ffn="lowrank", rank=24, attn_dim=256, n_kv_head=2),
+}
+
+
+def make(device="cpu", block_size=64, **kw):
+    cfg = Config(**{**dict(n_layer=3, n_embd=128, n_head=4, block_size=block_size, vocab_size=257), **kw})
+    config.check(cfg)
+    model = build(cfg, torch.device(device), seed=1)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.15)  # logits far apart: equal text is a sharp test
+    return model.eval()
+
+
+def settings(**kw):
+    return sample.Settings(**{**dict(temperature=0.0, max_new_tokens=20), **kw})
+
+
+def prompts_of(lengths, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(256, (n,), generator=g).tolist() for n in lengths]
+
+
+def texts(model, prompts, s, batch, length=64, **kw):
+    decoder = Decoder(model, s, batch, length, **kw)
+    rows = [Row(p, row_key(s.seed, p)) for p in prompts]
+    for i in range(0, len(rows), batch):
+        for _ in decoder.run(rows[i:i + batch], chunk=7):
+            pass
+    return [row.new for row in rows]
+
+
+@torch.no_grad()
+def plain_greedy(model, prompt, n):
+    """The oracle: a full forward per token."""
+    tokens = list(prompt)
+    for _ in range(n):
+        tokens.append(model(torch.tensor([tokens], device=model.head.weight.device))[0, -1].argmax().item())
+    return tokens[len(prompt):]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cache
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_cached_logits_are_those_of_the_full_forward(name, device):
+    model = make(device, **MODELS[name])
+    lengths = torch.tensor([5, 1, 9, 20], device=device)
+    tokens = torch.randint(257, (4, 60), device=device)
+    cache = Cache(model.cfg, 4, 64, device, torch.float32)
+    logits = model.step(tokens[:, :20], cache, lengths)
+    for step in range(40):
+        if step % 8 == 0:
+            full = torch.stack([model(tokens[b:b + 1, :n + step])[0, -1] for b, n in enumerate(lengths.tolist())])
+            torch.testing.assert_close(logits, full, atol=1e-4, rtol=1e-4)
+        logits = model.step(tokens[torch.arange(4), lengths + step][:, None], cache)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", MODELS)
+def test_factors_merged_auto_and_graphs_give_the_same_greedy_text(name, device):
+    prompts = prompts_of([7, 1, 30])
+    expected = [plain_greedy(make(device, **MODELS[name]), p, 20) for p in prompts]
+    for kind in ("structured", "merged", "auto"):
+        model = ready(make(device, **MODELS[name]), kind, torch.float32)
+        for graphs in {False, device == "cuda"}:
+            assert texts(model, prompts, settings(), 3, graphs=graphs) == expected, (kind, graphs)
+
+
+def test_prompts_in_slices_and_a_half_full_batch(monkeypatch):
+    model = ready(make(ffn="lowrank", rank=16), "structured", torch.float32)
+    prompts = prompts_of([9, 3, 12, 5, 20])
+    one_by_one = [texts(model, [p], settings(), 1)[0] for p in prompts]
+    monkeypatch.setattr(decode, "PREFILL", 25)
+    assert texts(model, prompts, settings(), 3) == one_by_one
+
+
+def test_a_step_looks_at_few_places_and_at_all_that_count():
+    model = ready(make(block_size=1024, n_layer=1), "structured", torch.float32)
+    decoder = Decoder(model, settings(), 1, 1024)
+    seen = []
+    for tokens in range(1, 1025):
+        decoder.look(tokens)
+        assert tokens <= decoder.cache.seen <= tokens + 128
+        seen.append(decoder.cache.seen)
+    assert len(set(seen)) <= 8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1", reason="needs CUDA or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("name", [name for name in MODELS if "absolute" not in name])
+@pytest.mark.parametrize("batch", [1, 6])
+@torch.no_grad()
+def test_fused_step_is_the_step(name, batch):
+    kernels = pytest.importorskip("kernels_decode")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = make(device, **{**MODELS[name], "n_layer": 2})
+    assert kernels.usable(model.cfg)
+    lengths, tokens = torch.arange(3, 3 + 5 * batch, 5, device=device), torch.randint(257, (batch, 64), device=device)
+    caches = [Cache(model.cfg, batch, 64, device, torch.float32) for _ in range(2)]
+    for cache in caches:
+        model.step(tokens[:, :max(lengths.tolist())], cache, lengths)
+    for i in range(2):
+        token = tokens[torch.arange(batch), lengths + i][:, None]
+        torch.testing.assert_close(kernels.step(model, token, caches[1]), model.step(token, caches[0]), atol=1e-4, rtol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ends
+
+def test_finish_reasons():
+    model = ready(make(), "structured", torch.float32)
+    decoder = Decoder(model, settings(max_new_tokens=30), 3, 64)
+    rows = [Row(p) for p in prompts_of([4, 50, 63])]
+    for _ in decoder.run(rows):
+        pass
+    assert [(row.finish, len(row.new)) for row in rows] == [("length", 30), ("context", 14), ("context", 1)]
+    stop = rows[0].new[5]
+    decoder = Decoder(model, settings(max_new_tokens=30), 1, 64, eos=stop)
+    again = Row(rows[0].prompt)
+    pieces = [tokens for fresh in decoder.run([again], chunk=4) for _, tokens in fresh]
+    assert again.finish == "eos" and again.new == rows[0].new[:rows[0].new.index(stop)] == sum(pieces, [])
+
+
+def test_padded_vocabulary_is_never_chosen():
+    model = ready(make(), "structured", torch.float32)
+    new = texts(model, prompts_of([5] * 8), settings(temperature=5.0), 8, n_tokens=40)
+    assert max(max(row) for row in new) < 40
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Draws
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_samples_do_not_depend_on_batch_size_and_order(device):
+    model = ready(make(device, ffn="lowrank", rank=16), "structured", torch.float32)
+    s = settings(temperature=1.5, top_p=0.95, top_k=200, min_p=1e-4)
+    prompts = prompts_of([3, 17, 8, 1, 30])
+    alone = [texts(model, [p], s, 1)[0] for p in prompts]
+    assert texts(model, prompts, s, 5) == alone
+    assert texts(model, prompts[::-1], s, 2)[::-1] == alone
+    assert texts(model, prompts, dataclasses.replace(s, seed=2), 5) != alone
+    assert row_key(1, [1, 2], 0) != row_key(1, [1, 2], 1) != row_key(1, [12], 1)
+
+
+def test_draws_are_uniform_and_independent():
+    keys = torch.tensor([row_key(5, [i]) for i in range(200)])
+    u = torch.stack([decode.uniform(keys, torch.full((200,), t)) for t in range(200)]).double()
+    assert 0 <= u.min() and u.max() < 1
+    assert abs(u.mean() - 0.5) < 0.01 and abs(u.var() - 1 / 12) < 0.003
+    assert abs(torch.corrcoef(torch.stack((u[:-1].flatten(), u[1:].flatten())))[0, 1]) < 0.03
+    assert abs(torch.corrcoef(torch.stack((u[:, :-1].flatten(), u[:, 1:].flatten())))[0, 1]) < 0.03
+
+
+def test_pick_draws_from_the_distribution():
+    logits = torch.randn(1, 12) * 2
+    n = 20000
+    draws = torch.arange(n) / n
+    picked = decode.pick(logits.expand(n, -1), settings(temperature=0.7), draws)
+    share = torch.bincount(picked, minlength=12) / n
+    torch.testing.assert_close(share, (logits[0] / 0.7).softmax(0), atol=2e-4, rtol=0)
+
+
+def test_filters_keep_what_they_say():
+    p = torch.tensor([[0.05, 0.4, 0.3, 0.15, 0.1]])
+    draws = torch.linspace(0, 1 - 1e-7, 1000)
+
+    def kept(**kw):
+        return set(decode.pick(p.log().expand(1000, -1), settings(temperature=1.0, **kw), draws).tolist())
+
+    assert kept() == {0, 1, 2, 3, 4}
+    assert kept(top_k=2) == {1, 2}
+    assert kept(top_p=0.75) == {1, 2, 3}
+    assert kept(top_p=0.0001) == {1}
+    assert kept(min_p=0.3) == {1, 2, 3}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# auto
+
+def test_auto_keeps_its_table_and_follows_it(tmp_path, monkeypatch):
+    path = str(tmp_path / "decode.json")
+    monkeypatch.setattr(decode, "TOKENS", [1, 4, 16])
+    ready(make(ffn="lowrank", rank=16), "auto", torch.float32, path)
+    tables = json.loads(Path(path).read_text())
+    (key, modes), = tables.items()
+    assert torch.__version__ in key and "float32" in key and len(modes["eager"]) == 2
+
+    for shape in modes["eager"]:
+        modes["eager"][shape] = {"1": [2.0, 1.0], "16": [1.0, 2.0]}
+    Path(path).write_text(json.dumps(tables))
+    monkeypatch.setattr(decode, "measure", lambda pairs: pytest.fail("measured again"))
+    model = ready(make(ffn="lowrank", rank=16), "auto", torch.float32, path)
+    pair = model.blocks[1].ffn.fc1
+    assert [model.choice.merged(pair.shape, t) for t in (1, 3, 5, 16, 4096)] == [True, True, False, False, False]
+    x = torch.randn(1, 128)
+    torch.testing.assert_close(pair(x), pair.factors(x), atol=1e-4, rtol=1e-4)
+    few, many = decode.step_weights(model, 1, "eager"), decode.step_weights(model, 16, "eager")
+    assert few - many == 4 * sum(m.merged.weight.numel() - m.factors.V.numel() - m.factors.U.numel()
+                                 for m in model.modules() if isinstance(m, decode.Either))
+
+    for shape in modes["eager"]:
+        modes["eager"][shape] = {"1": [1.0, 2.0], "16": [1.0, 2.0]}
+    Path(path).write_text(json.dumps(tables))
+    model = ready(make(ffn="lowrank", rank=16), "auto", torch.float32, path)
+    assert not any(isinstance(m, decode.Either) for m in model.modules())  # the dense equivalents were not worth their memory
+
+
+def test_table_of_another_card_is_left_alone(tmp_path, monkeypatch):
+    path = tmp_path / "decode.json"
+    path.write_text(json.dumps({"another card": {"eager": {}}}))
+    monkeypatch.setattr(decode, "TOKENS", [1])
+    ready(make(ffn="blockshuffle", nblocks=2), "auto", torch.float32, str(path))
+    assert len(json.loads(path.read_text())) == 2
+    path.write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        ready(make(ffn="blockshuffle", nblocks=2), "auto", torch.float32, str(path))
+
+
+def test_batch_beyond_memory_names_the_largest(monkeypatch):
+    model = ready(make(), "structured", torch.float32)
+    monkeypatch.setattr(decode, "free_bytes", lambda device: 2**29)
+    fits = decode.largest_batch(model.cfg, 64, torch.device("cpu"), torch.float32)
+    assert fits > 10
+    Decoder(model, settings(), fits, 64)
+    with pytest.raises(UserError, match=f"largest that fits is {fits}"):
+        Decoder(model, settings(), fits + 1, 64)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    model = make(ffn="lowrank", rank=16)
+    cfg = config.to_dict(model.cfg)
+    torch.save({"config": cfg, "model": model.state_dict(), "step": 1, "val_loss": 1.0,
+                "tokenizer": {"identity": "byte", "blob": torch.zeros(1, dtype=torch.uint8)}}, out / "model.pt")
+    return out
+
+
+def command(*args, **kw):
+    return subprocess.run([sys.executable, str(ROOT / "sample.py"), *map(str, args)], capture_output=True, text=True, **kw)
+
+
+def say(capsys, folder, **kw):
+    sample.main(str(folder), sample.Settings(**{**dict(device="cpu", decode="structured"), **kw}))
+    return capsys.readouterr().out
+
+
+def test_prompts_from_a_file_to_json_lines(folder, tmp_path, capsys):
+    lines = tmp_path / "p.jsonl"
+    lines.write_text('{"prompt": "hello", "id": 7}\n{"prompt": "a longer prompt, with é"}\n')
+    found = [json.loads(line) for line in say(capsys, folder, prompts=str(lines), n_samples=2, max_new_tokens=9).splitlines()]
+    assert [(r["prompt"], r.get("id"), r["sample"]) for r in found] == [
+        ("hello", 7, 0), ("hello", 7, 1), ("a longer prompt, with é", None, 0), ("a longer prompt, with é", None, 1)]
+    assert found[0]["text"] != found[1]["text"] and found[0]["prompt_tokens"] == 5 and found[2]["prompt_tokens"] == 24
+    assert all(r["finish"] in ("length", "eos") and r["new_tokens"] <= 9 and r["tokens_per_s"] > 0 for r in found)
+
+    text = tmp_path / "p.txt"
+    text.write_text("a longer prompt, with é\nhello\n")
+    out = tmp_path / "out.jsonl"
+    assert say(capsys, folder, prompts=str(text), out=str(out), max_new_tokens=9, batch_size=1) == ""
+    other = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["text"] for r in other] == [found[2]["text"], found[0]["text"]]
+    assert say(capsys, folder, prompt="hello", max_new_tokens=9) == "hello" + found[0]["text"] + "\n"
+
+
+def test_merge_writes_a_dense_model_with_the_same_text(folder, capsys):
+    before = say(capsys, folder, prompt="hello", temperature=0.0)
+    told = say(capsys, folder, merge=True, prompt="hello")
+    merged = Path(f"{folder}-merged")
+    assert "largest logit difference" in told and float(told.split("difference ")[1].split()[0]) < 1e-3
+    _, cfg, _ = load(str(merged), torch.device("cpu"))
+    assert cfg.ffn == "dense"
+    assert say(capsys, merged, prompt="hello", temperature=0.0) == before
+    with pytest.raises(UserError, match="exists"):
+        say(capsys, folder, merge=True)
+    with pytest.raises(UserError, match="dense already"):
+        say(capsys, merged, merge=True)
+
+
+def test_bad_input_is_one_sentence_each(folder, tmp_path, monkeypatch):
+    def refused(match, **kw):
+        with pytest.raises(UserError, match=match) as e:
+            sample.main(str(folder), sample.Settings(**{**dict(device="cpu", decode="structured"), **kw}))
+        assert "\n" not in str(e.value)
+
+    def file(text, name="f.txt"):
+        path = tmp_path / name
+        path.write_bytes(text)
+        return str(path)
+
+    refused("has 64 tokens, the model's context holds 64: shorten it to 63", prompt="x" * 64)
+    refused("in line 2 of .* has 70 tokens", prompts=file(b"ok\n" + b"y" * 70))
+    refused("in line 1 of .* is empty", prompts=file(b"\nok\n"))
+    refused("is empty", prompt_file=file(b""))
+    refused("holds no prompts", prompts=file(b""))
+    refused("not UTF-8", prompt_file=file(b"\xff\xfe"))
+    refused("not UTF-8", prompt="\udcff")
+    refused("line 1 of .* is not JSON", prompts=file(b"{]\n", "f.jsonl"))
+    refused("no field \"prompt\"", prompts=file(b'{"text": "x"}\n', "f.jsonl"))
+    monkeypatch.setattr(decode, "free_bytes", lambda device: 2**28 + 2**25)
+    refused("a batch of 2000 sequences .* largest that fits is", prompts=file(b"x\n"), n_samples=2000, batch_size=4000)
+    for bad in (["--top_p=0"], ["--top_p=1.5"], ["--prompt="], ["--prompt=a", "--prompts=b"], ["--decode=fast"]):
+        with pytest.raises(UserError):
+            sample.read_settings([str(folder), *bad])
+
+
+def test_models_of_another_version_and_status(folder, tmp_path):
+    saved = torch.load(folder / "model.pt", weights_only=True)
+    saved["config"]["heads_of_tomorrow"] = 3
+    torch.save(saved, tmp_path / "model.pt")
+    answer = command(tmp_path)
+    assert answer.returncode == 2 and "heads_of_tomorrow" in answer.stderr and answer.stderr.count("\n") == 1
+    answer = command(folder, "--top_p=2")
+    assert answer.returncode == 2 and answer.stderr == "error: top_p=2.0 must be above 0 and at most 1.\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The benchmarks
+
+SMALL = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=64", "--vocab_size=64", "--ffn=lowrank", "--rank=8", "--repeats=1", "--device=cpu"]
+
+
+def test_bench_decode_counts_and_agrees_with_itself(cli, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    assert cli("bench.py", "decode", *SMALL, "--batches=1,3", "--new_tokens=20", f"--json={out}")[0] == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["kind"], r["batch"]) for r in rows] == [(k, b) for k in ("dense", "structured", "merged", "auto") for b in (1, 3)]
+    for r in rows:
+        assert r["tokens_per_s"] == pytest.approx(r["batch"] * 20e3 / (r["first_ms"] + 19 * r["ms"]), rel=0.02)
+        assert r["kv_mb"] == pytest.approx(r["batch"] * 2 * 2 * 32 * 4 * 11 / 1e6)
+    assert rows[2]["weights_mb"] < rows[4]["weights_mb"] == rows[0]["weights_mb"]
+    status, text, _ = cli("bench.py", "decode", *SMALL, "--max_batch=True", "--new_tokens=4", "--kinds=structured")
+    assert status == 0 and "most: " in text
+    assert cli("bench.py", "decode", *SMALL, "--kinds=fast")[0] == 2
+
+
+def test_bench_crossover_shows_what_auto_chose(cli, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    assert cli("bench.py", "crossover", *SMALL, f"--json={out}", f"--plot={tmp_path / 'c.png'}")[0] == 0
+    for r in map(json.loads, out.read_text().splitlines()):
+        chosen = r["factors_ms" if r["auto"] == "factors" else "merged_ms"]
+        assert r["behind"] == pytest.approx(chosen / min(r["factors_ms"], r["merged_ms"]) - 1)
+    assert (tmp_path / "c.png").exists()
