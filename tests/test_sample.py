@@ -57,6 +57,12 @@ def test_temperature_0_takes_the_likeliest_and_rows_are_drawn_apart():
 # One text
 
 @pytest.fixture(scope="module")
+def finished(finished, tmp_path_factory):
+    """A copy, since decode=auto leaves its table beside the model."""
+    return shutil.copytree(finished, tmp_path_factory.mktemp("sampled") / "finished")
+
+
+@pytest.fixture(scope="module")
 def gpt(finished):
     return ready(load(str(finished), torch.device("cpu"))[0], "structured", torch.float32)
 
