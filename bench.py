@@ -446,7 +446,7 @@ def train_row(label, cfg, place, guided, table, settings):
     if guided:
         for _, module in model.structured_linears():
             module.start_guide()
-    optimizer = make_optimizer(cfg, model, place.device)
+    optimizer = make_optimizer(cfg, model, place)
     if place.compile:
         model.compile_parts()
     batches = itertools.cycle(torch.randint(cfg.vocab_size, (8, 1, cfg.micro_batch_size, cfg.block_size + 1), device=place.device))

@@ -13,6 +13,7 @@ they are passes of their own, and cost next to nothing here:
     by it and never sees the pre-activation.
 
 Plain matmuls and weight gradients are cuBLAS's. What they cannot do here, `fits` says, and the caller takes the plain path.
+Behind the FFN: the optimiser's update of all parameters in one launch.
 """
 import functools
 import logging
@@ -291,6 +292,60 @@ def _ffn_flops(x, V1, U1, bias, V2, U2, *args, **kwargs):  # shapes; the partiti
 @register_flop_formula(torch.ops.structured.ffn_backward)
 def _ffn_backward_flops(grad, *args, **kwargs):
     return 2 * _ffn_flops(*args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# AdamW over all parameters in one launch
+
+@triton.jit
+def _adamw(chunks, pointers, grads, corrections, scale, decay, beta1, beta2, eps, n,
+           MIXED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """One chunk of one tensor. pointers (5, n): fp32 weights, their bf16 copies, both moments, sizes; grads (n,): bf16 or fp32."""
+    tensor, start = tl.load(chunks + 2 * tl.program_id(0)), tl.load(chunks + 2 * tl.program_id(0) + 1)
+    f32 = tl.pointer_type(tl.float32)
+    weight, copy = tl.load(pointers + tensor).to(f32), tl.load(pointers + n + tensor).to(tl.pointer_type(tl.bfloat16))
+    first, second = tl.load(pointers + 2 * n + tensor).to(f32), tl.load(pointers + 3 * n + tensor).to(f32)
+    grad = tl.load(grads + tensor).to(tl.pointer_type(tl.bfloat16) if MIXED else f32)
+    if ALIGNED:
+        weight, copy, grad = tl.multiple_of(weight, 16), tl.multiple_of(copy, 16), tl.multiple_of(grad, 16)
+        first, second = tl.multiple_of(first, 16), tl.multiple_of(second, 16)
+    at = start.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = at < tl.load(pointers + 4 * n + tensor)
+    rate, root = tl.load(corrections + 2 * tensor), tl.load(corrections + 2 * tensor + 1)
+    g = tl.load(grad + at, mask=ok).to(tl.float32) * tl.load(scale)
+    m, v, w = tl.load(first + at, mask=ok), tl.load(second + at, mask=ok), tl.load(weight + at, mask=ok)
+    m += (1 - beta1) * (g - m)
+    v += (1 - beta2) * (g * g - v)
+    w = w * (1 - decay) - rate * m / (tl.sqrt(v) * root + eps)
+    tl.store(first + at, m, mask=ok)
+    tl.store(second + at, v, mask=ok)
+    tl.store(weight + at, w, mask=ok)
+    if MIXED:
+        tl.store(copy + at, w.to(tl.bfloat16), mask=ok)
+
+
+ADAMW_BLOCK = 4096
+
+
+def adamw_tables(weights, copies, first, second):
+    """What stays the same over the steps: who works on which chunk, where the tensors are. Lists of n contiguous tensors, copies or None."""
+    device, n = weights[0].device, len(weights)
+    lists = weights, copies or weights, first, second
+    pointers = torch.tensor([[t.data_ptr() for t in tensors] for tensors in lists] + [[t.numel() for t in weights]])
+    assert all(t.is_contiguous() for tensors in lists for t in tensors)
+    chunks = torch.tensor([[i, c] for i, t in enumerate(weights) for c in range(triton.cdiv(t.numel(), ADAMW_BLOCK))], dtype=torch.int32)
+    return chunks.to(device), pointers.to(device), copies is not None, bool((pointers[:4] % 16 == 0).all()), n
+
+
+def adamw(tables, grads, corrections, scale, decay, betas, eps):
+    """One step of AdamW: grads, n tensors like the weights; corrections, n pairs (lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t));
+    scale, a 0-d tensor that multiplies the gradients; decay = lr x weight decay."""
+    chunks, pointers, mixed, aligned, n = tables
+    grads = [g.contiguous() for g in grads]
+    places = torch.tensor([g.data_ptr() for g in grads])
+    aligned = aligned and bool((places % 16 == 0).all())
+    _adamw[(len(chunks),)](chunks, pointers, places.to(scale.device, non_blocking=True), torch.tensor(corrections, dtype=torch.float32).to(scale.device, non_blocking=True),
+                           scale, decay, *betas, eps, n, mixed, aligned, ADAMW_BLOCK, num_warps=8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def _attention(qkv, cos, sin, position, k_cache, v_cache, y, row_stride, k_row, 
     value = key + KV * D
     v1, v2 = tl.load(value), tl.load(value + H)
     if ROPE:
-        c, s = tl.load(cos + place * D + h), tl.load(sin + place * D + h)
+        c, s = tl.load(cos + place * D + h), tl.load(sin + place * D + H + h)
         q1, q2 = q1 * c[None, :] - q2 * s[None, :], q2 * c[None, :] + q1 * s[None, :]
         k1, k2 = k1 * c - k2 * s, k2 * c + k1 * s
     q1, q2, k1, k2 = q1.to(dtype), q2.to(dtype), k1.to(dtype), k2.to(dtype)

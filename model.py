@@ -4,14 +4,16 @@ Pre-norm blocks x + attention(norm(x)), x + ffn(norm(x)); see config for the swi
 logits, parameter and FLOP counts by PAPER §4's rules, and building, saving and loading a model.
 """
 import copy
+import functools
 import importlib.util
+import logging
 import os
 from typing import NamedTuple
 
 import torch
-import torch._functorch.config
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import config
 from config import Config, UserError
@@ -30,15 +32,18 @@ def make_norm(cfg):
 
 
 def rotary_table(block_size, head_size):
-    """cos and sin (block_size, 1, head_size) for rotary positions with base 10 000, halves not interleaved."""
+    """cos and sin (block_size, 1, head_size) for rotary positions with base 10 000, halves not interleaved.
+
+    The first half of sin is negative: (a, b) -> (a cos - b sin, b cos + a sin) is x cos + (x with its halves exchanged) sin.
+    """
     frequency = 10_000.0 ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
-    angle = torch.arange(block_size, dtype=torch.float64)[:, None] * frequency.repeat(2)
-    return angle.cos().float()[:, None], angle.sin().float()[:, None]
+    angle = torch.arange(block_size, dtype=torch.float64)[:, None] * frequency
+    return torch.cat((angle.cos(), angle.cos()), 1).float()[:, None], torch.cat((-angle.sin(), angle.sin()), 1).float()[:, None]
 
 
 def rotate(x, cos, sin):  # x (B, T, heads, head_size)
-    a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+    exchanged = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return (x * cos + exchanged * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -69,7 +74,7 @@ class FFN(nn.Module):
 
     def __init__(self, cfg, ffn):
         super().__init__()
-        self.act, self.kernels, self.recompute = cfg.act, cfg.kernels, cfg.memory_budget < 0.75
+        self.act, self.kernels, self.recompute = cfg.act, cfg.kernels, cfg.recompute == "wide"
         self.fc1 = linear(ffn, cfg.n_embd, cfg.n_hidden, cfg.rank, cfg.nblocks, cfg.bias)
         self.fc2 = linear(ffn, cfg.ffn_dim, cfg.n_embd, cfg.rank, cfg.nblocks, cfg.bias)
 
@@ -87,15 +92,36 @@ class FFN(nn.Module):
         return self.fc2(h, alpha)
 
 
+COSTLY = ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_efficient_attention",
+          "_scaled_dot_product_flash_attention_for_cpu", "block_linear", "ffn")
+
+
+def what_to_keep(wide, ctx, op, *args, **kwargs):
+    """Policy of a compiled block's backward: keep the results of matmuls and attention, of random draws, and the copies of weights in another
+    precision; compute the rest again. Of matmuls with `wide` or more columns, unless it is 0, keep none."""
+    name = op._schema.name.partition("::")[2]
+    costly = name in COSTLY and not (wide and "mm" in name and args[-1].size(-1) >= wide)
+    random = torch.Tag.nondeterministic_seeded in op.tags
+    weight = name == "_to_copy" and args[0].dim() == 2
+    return CheckpointPolicy.MUST_SAVE if costly or random or weight else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Block(nn.Module):
     def __init__(self, cfg, layer):
         super().__init__()
         self.norm1, self.attn = make_norm(cfg), Attention(cfg)
         self.norm2, self.ffn = make_norm(cfg), FFN(cfg, "dense" if layer < cfg.n_dense_layers else cfg.ffn)
-        self.dropout = cfg.dropout
+        self.dropout, self.recompute = cfg.dropout, cfg.recompute
+        self.wide = cfg.n_hidden if cfg.recompute == "wide" else 0
 
     def forward(self, x, cos, sin, alpha=None, cache=None):
         """x (B, T, n_embd); alpha: weight of the guide in this layer's FFN, a 0-d tensor, or None for the factors alone."""
+        if torch.compiler.is_compiling() and self.recompute != "off" and torch.is_grad_enabled():
+            contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(what_to_keep, self.wide))
+            return checkpoint(self.body, x, cos, sin, alpha, use_reentrant=False, context_fn=contexts)
+        return self.body(x, cos, sin, alpha, cache)
+
+    def body(self, x, cos, sin, alpha=None, cache=None):
         x = x + F.dropout(self.attn(self.norm1(x), cos, sin, cache), self.dropout, self.training)
         return x + F.dropout(self.ffn(self.norm2(x), alpha), self.dropout, self.training)
 
@@ -183,7 +209,7 @@ class LMLoss(torch.autograd.Function):
         scale = 1.0 / (targets >= 0).sum().clamp(min=1)
         loss = torch.zeros((), device=h.device, dtype=torch.float32)
         grad_h = torch.empty_like(h) if training else None
-        grad_w = torch.zeros_like(weight) if training else None
+        grad_w = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if training else None
         for i in range(0, len(h), LMLoss.CHUNK):
             rows = slice(i, i + LMLoss.CHUNK)
             losses, grad = token_loss(h[rows] @ w.T, targets[rows], scale)                      # (C,), (C, V)
@@ -192,12 +218,13 @@ class LMLoss(torch.autograd.Function):
                 torch.mm(grad, w, out=grad_h[rows])
                 grad_w += grad.T @ h[rows]
         ctx.save_for_backward(grad_h, grad_w)
+        ctx.weight_dtype = weight.dtype
         return loss * scale
 
     @staticmethod
     def backward(ctx, grad_loss):
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad_loss.to(grad_h.dtype), grad_w * grad_loss, None, None
+        return grad_h * grad_loss.to(grad_h.dtype), (grad_w * grad_loss).to(ctx.weight_dtype), None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -284,7 +311,7 @@ class GPT(nn.Module):
     def compile_parts(self):
         """torch.compile, block by block: equal blocks share one compilation, and parameters keep their names."""
         torch._dynamo.config.recompile_limit = 64  # dense and structured, guided and plain, training and validation
-        torch._functorch.config.activation_memory_budget = self.cfg.memory_budget
+        logging.getLogger("torch._dynamo.variables.higher_order_ops").setLevel(logging.ERROR)  # it warns of in-place operations, a block has none
         for block in self.blocks:
             block.compile()
         self.token_loss = torch.compile(token_loss)

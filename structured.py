@@ -90,10 +90,11 @@ class Structured(nn.Module):
         """x (..., N) -> (..., M). With alpha (a 0-d tensor) and a guide: (alpha W + (1 - alpha) D) x + bias, PAPER §2.
 
         Both branches of the paper's o = alpha W x + (1 - alpha) U V x are linear in x, so one matmul with the blended matrix has
-        the same output and the same gradients. The blend is in the parameters' precision and cast once, by the matmul.
+        the same output and the same gradients. The blend is in float32 at least and cast once, by the matmul.
         """
         if alpha is not None:
-            return F.linear(x, torch.lerp(self.dense_weight().to(self.W.dtype), self.W, alpha.to(self.W.dtype)), self.bias)
+            exact = torch.promote_types(self.W.dtype, torch.float32)
+            return F.linear(x, torch.lerp(self.dense_weight().to(exact), self.W.to(exact), alpha.to(exact)), self.bias)
         return self.factors(x)
 
     @torch.no_grad()

@@ -40,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 import prepare
 from config import Config, UserError
 from model import GPT, build, ffn_params, flops_per_token, load, peak_flops, read_checkpoint, save_beside
+from optim import AdamW, MixedAdamW
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -271,8 +272,12 @@ def set_up(cfg) -> Place:
 # ----------------------------------------------------------------------------------------------------------------------
 # Model, optimiser, one step
 
-def make_optimizer(cfg, model, device):
-    return torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=device.type in ("cpu", "cuda"))
+def make_optimizer(cfg, model, place):
+    """AdamW; for bf16 on CUDA the model's matrices become bf16 here, cast once per step instead of in every forward."""
+    settings = dict(lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
+    if place.device.type == "cuda" and place.dtype is torch.bfloat16:
+        return MixedAdamW(model.parameters(), **settings)
+    return AdamW(model.parameters(), fused=place.device.type in ("cpu", "cuda"), **settings)
 
 
 def wrap(model, cfg, plan, step, place):
@@ -301,13 +306,14 @@ def train_step(wrapped, optimizer, micro_batches, cfg, place, lr, alpha=None, gu
     n, total = len(micro_batches), 0.0
     for i, batch in enumerate(micro_batches):
         last = i == n - 1
+        if i:
+            optimizer.carry(last)
         with contextlib.nullcontext() if last or place.world == 1 else wrapped.no_sync():
             with place.autocast():
                 loss = wrapped(batch[:, :-1], batch[:, 1:], alpha, guided) / n
             loss.backward()
         total = total + loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], cfg.grad_clip or math.inf)
-    optimizer.step()
+    norm = optimizer.step(cfg.grad_clip)
     optimizer.zero_grad(set_to_none=True)
     return total, norm
 
@@ -334,7 +340,7 @@ def evaluate(model, token_file, n_windows, cfg, place, alpha=None, guided=()) ->
 # The run's folder
 
 MAY_CHANGE = {"micro_batch_size", "eval_interval", "final_eval_tokens", "log_interval", "save_interval", "out_dir", "resume", "wandb",
-              "wandb_project", "device", "compile", "memory_budget", "kernels", "eval_only", "data_dir", "input", "val_input", "dataset", "tokenizer"}
+              "wandb_project", "device", "compile", "recompute", "kernels", "eval_only", "data_dir", "input", "val_input", "dataset", "tokenizer"}
 
 
 def open_folder(cfg):
@@ -360,11 +366,18 @@ def open_folder(cfg):
     return "continue" if os.path.exists(os.path.join(cfg.out_dir, "ckpt.pt")) else "new"
 
 
+def full_weights(model, optimizer) -> dict:
+    """The state dict with the optimiser's fp32 weights in the place of bf16 ones."""
+    masters = {name: optimizer.master(p).detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    return {name: masters.get(name, t) for name, t in model.state_dict().items()}
+
+
 def save_checkpoint(cfg, model, optimizer, step, data_checksum):
     """Everything an exact continuation needs; the optimiser's state by parameter name."""
     names = {p: n for n, p in model.named_parameters()}
-    save_beside({"config": config.to_dict(cfg), "model": model.state_dict(), "step": step, "data": data_checksum,
-                 "optimizer": {names[p]: dict(state) for p, state in optimizer.state.items()}}, os.path.join(cfg.out_dir, "ckpt.pt"))
+    moments = {names[p]: {k: v for k, v in state.items() if k != "master"} for p, state in optimizer.state.items()}
+    save_beside({"config": config.to_dict(cfg), "model": full_weights(model, optimizer), "step": step, "data": data_checksum,
+                 "optimizer": moments}, os.path.join(cfg.out_dir, "ckpt.pt"))
 
 
 def start_or_continue(cfg, plan, place, state, data_checksum):
@@ -382,16 +395,17 @@ def start_or_continue(cfg, plan, place, state, data_checksum):
             module.start_guide()
     if saved:
         model.load_state_dict(saved["model"])
-    optimizer = make_optimizer(cfg, model, place.device)
+    optimizer = make_optimizer(cfg, model, place)
     if saved:
         for name, p in model.named_parameters():
-            optimizer.state[p] = {k: v.to(place.device, copy=True) for k, v in saved["optimizer"].get(name, {}).items()}
+            state = optimizer.state[p]  # torch's fused AdamW counts steps on the device, ours on the host
+            state.update({k: v.to(state[k].device if k in state else place.device, copy=True) for k, v in saved["optimizer"].get(name, {}).items()})
     return model, optimizer, step
 
 
-def save_model(cfg, model, tokenizer, step, val_loss):
+def save_model(cfg, weights, tokenizer, step, val_loss):
     """model.pt: all that sampling and scoring need."""
-    save_beside({"config": config.to_dict(cfg), "model": model.state_dict(), "step": step, "val_loss": val_loss,
+    save_beside({"config": config.to_dict(cfg), "model": weights, "step": step, "val_loss": val_loss,
                  "tokenizer": {"identity": tokenizer.identity, "blob": torch.frombuffer(bytearray(tokenizer.blob) or bytearray(1), dtype=torch.uint8)}},
                 os.path.join(cfg.out_dir, "model.pt"))
 
@@ -631,7 +645,7 @@ def train(cfg, place, state, train_file, val_file, tokenizer):
     val_loss = evaluate(model, val_file, n_final, cfg, place)
     log.validation(step, val_loss)
     if place.master:
-        save_model(cfg, model, tokenizer, step, val_loss)
+        save_model(cfg, full_weights(model, optimizer), tokenizer, step, val_loss)
     log.end_card(val_loss, n_final)
 
 

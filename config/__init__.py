@@ -82,7 +82,7 @@ class Config:
     device: str = "auto"                 # auto | cpu | cuda | cuda:N | mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"   # of the matmuls (weights stay float32); auto: bfloat16 on CUDA
     compile: bool | Literal["auto"] = "auto"                 # torch.compile; auto: on CUDA
-    memory_budget: float = 0.9           # share of a block's activations kept for backward when compiled; 0.9 recomputes what is cheap
+    recompute: Literal["off", "cheap", "wide"] = "cheap"     # in backward, when compiled; cheap: all but matmuls and attention; wide: the FFN's wide matmuls too
     kernels: bool = False                # Triton kernels for structured FFNs where they fit (Hopper, gelu or relu2); see docs/experiments.md
 
     @property
@@ -277,7 +277,7 @@ def check(cfg):
     for name in ("n_kv_head", "attn_dim", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval", "save_interval", "weight_decay",
                  "grad_clip", "seed"):
         _require(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)} must not be negative.")
-    for name, top in (("dropout", "below 1"), ("min_lr_ratio", "1"), ("warmup_ratio", "1"), ("memory_budget", "1")):
+    for name, top in (("dropout", "below 1"), ("min_lr_ratio", "1"), ("warmup_ratio", "1")):
         v = getattr(cfg, name)
         _require(0 <= v <= 1 and (top == "1" or v < 1), f"{name}={v} must lie between 0 and {top}.")
     _require(cfg.seed < 2**64, f"seed={cfg.seed} must be below 2^64.")

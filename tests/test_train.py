@@ -217,7 +217,7 @@ def test_steps_equal_adamw_by_hand():
     params = {n: p.detach().double().requires_grad_() for n, p in gpt.named_parameters()}
     before = {n: p.detach().clone() for n, p in params.items()}
     m, v = ({n: torch.zeros_like(p) for n, p in params.items()} for _ in range(2))
-    optimizer = train.make_optimizer(cfg, gpt, CPU)
+    optimizer = train.make_optimizer(cfg, gpt, ALONE)
     for t, lr in enumerate((1e-3, 3e-3, 2e-3), start=1):
         batch = torch.randint(61, (2, 4, 17), generator=torch.Generator().manual_seed(t))
         loss, norm = train.train_step(gpt, optimizer, batch, cfg, ALONE, lr)
@@ -245,7 +245,7 @@ def test_without_clipping_only_the_norm_is_reported():
         cfg = tiny(f"--grad_clip={clip}", "--vocab_size=61")
         gpt = random_model(cfg).float()
         batch = torch.randint(61, (2, 4, 17), generator=torch.Generator().manual_seed(0))
-        _, norm = train.train_step(gpt, train.make_optimizer(cfg, gpt, CPU), batch, cfg, ALONE, 1e-3)
+        _, norm = train.train_step(gpt, train.make_optimizer(cfg, gpt, ALONE), batch, cfg, ALONE, 1e-3)
         runs.append([norm, *gpt.state_dict().values()])
     assert runs[0][0] > 0.1 and all(torch.equal(a, b) for a, b in zip(*runs))
 
@@ -262,7 +262,7 @@ def test_a_skipped_layers_guide_is_left_alone():
     for _, layer in gpt.structured_linears():
         layer.start_guide()
     before = {n: p.detach().clone() for n, p in gpt.named_parameters()}
-    optimizer = train.make_optimizer(cfg, gpt, CPU)
+    optimizer = train.make_optimizer(cfg, gpt, ALONE)
     train.train_step(gpt, optimizer, torch.randint(61, (2, 4, 17)), cfg, ALONE, 1e-3, torch.tensor(0.5), (1,))
     changed = {n for n, p in gpt.named_parameters() if not torch.equal(p, before[n])}
     assert set(before) - changed == {"blocks.2.ffn.fc1.W", "blocks.2.ffn.fc2.W"}
@@ -521,8 +521,8 @@ def test_after_the_switch_the_guide_is_gone_from_everything(data, tmp_path, monk
     made, seen = [], []
     real_optimizer, real_step = train.make_optimizer, train.train_step
 
-    def make_optimizer(cfg, model, device):
-        made.append((model, real_optimizer(cfg, model, device)))
+    def make_optimizer(cfg, model, place):
+        made.append((model, real_optimizer(cfg, model, place)))
         return made[0][1]
 
     def train_step(*args):
@@ -691,7 +691,7 @@ def test_cuda_compiled_steps_equal_eager_steps():
         if compiled:
             gpt.compile_parts()
         place = Place(0, 1, torch.device("cuda"), torch.bfloat16, compiled)
-        optimizer, alpha = train.make_optimizer(cfg, gpt, place.device), torch.tensor(0.5, device="cuda")
+        optimizer, alpha = train.make_optimizer(cfg, gpt, place), torch.tensor(0.5, device="cuda")
         losses.append([train.train_step(gpt, optimizer, b, cfg, place, 1e-3, alpha, guided)[0].item()
                        for b, guided in zip(batches, ((1, 2), (1,), (2,), ()))])
     assert losses[0] == pytest.approx(losses[1], abs=0.02) and losses[0][0] == pytest.approx(math.log(512), abs=0.1)
