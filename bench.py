@@ -9,8 +9,9 @@
     crossover  factors against dense equivalents over the number of tokens: what decode=auto chooses from, and how well
     curves     losses of training runs against tokens, FLOPs and seconds; loss against FLOPs over sizes
 
-Every comparison is timed in one run, on random data. --json=PATH appends one JSON line per row, --plot=PATH draws a PNG. Without
---cases the FFNs compared are dense and the one of the command line, or, if that is dense, the structures of PAPER §5.
+Every comparison is timed in one run, on random data. --json=PATH appends one JSON line per row, --plot=PATH draws a PNG. Kernel to
+prefill compare the FFNs of --cases; without it dense and the one of the command line, or, if that is dense, the structures of
+PAPER §5. Decode and crossover take the command line's structure.
 """
 import dataclasses
 import importlib.util
@@ -611,6 +612,13 @@ def bench_decode(cfg, settings):
             for batch in numbers(settings, "batches") or (1, 16, 256):
                 decode_row(model, cfg, kind, launch, batch, ceiling, table, settings)
         del model
+    if settings.plot:
+        panels = {}
+        for r in table.rows:
+            lines = panels.setdefault(r["launch"], ("batch", {}))[1]
+            lines.setdefault(r["kind"], []).append((r["batch"], r["tokens_per_s"]))
+        title = f"Decoding, {cfg.n_layer} layers x {cfg.n_embd}, {ffn_name(cfg)}\n{table.facts['device']}, {table.facts['dtype']}"
+        draw(settings.plot, title, "tokens/s", {"": panels}, sharey=True)
 
 
 def most_tokens(rate_of, fits, device):
@@ -654,8 +662,6 @@ def bench_crossover(cfg, settings):
             lines = panels.setdefault(r["launch"], ("tokens", {}))[1]
             lines.setdefault(r["linear"].split(", V")[0], []).append((r["tokens"], r["speedup"]))
         draw(settings.plot, f"{ffn_name(cfg)}: {facts['device']}", "time of the dense equivalent / of the factors", {"": panels}, sharey=True)
-
-
 
 
 # ----------------------------------------------------------------------------------------------------------------------

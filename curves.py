@@ -153,9 +153,9 @@ def panels(runs, fits) -> dict:
     """What `draw` draws: losses against three costs and, with fits, final losses against FLOPs over sizes."""
     result = {}
     for axis in runs[0].axes:
-        start = 0.03 * max(r.axes[axis][r.last - 1] for r in runs)  # before it every loss falls off the page
         lines = result.setdefault(axis, (axis, {}))[1]
         for r in runs:
+            start = 0.03 * r.axes[axis][r.last - 1]  # before it every loss falls off the page
             for name, (steps, losses) in ((r.label, r.val), (f"_{r.label}", r.train)):
                 points = [(x, y) for x, y in zip(r.axes[axis][steps - 1], losses) if x >= start]
                 lines.update({name: points} if points else {})

@@ -341,7 +341,6 @@ STDLIB, NOT_STDLIB = os.path.dirname(os.__file__), {"site-packages", "dist-packa
 LOCAL_SHARE = 0.01  # of the documents, for validation
 
 
-
 def open_source(cfg, settings, meter):
     """(description, [(parts, validation share), ...]); a part is a lazy generator of documents, one a file or a dataset.
 

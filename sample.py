@@ -53,6 +53,8 @@ def read_settings(argv):
     given = [f"--{name}" for name in ("prompt", "prompt_file", "prompts") if getattr(s, name)]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} exclude each other: give one of them.")
+    if not os.path.isdir(os.path.dirname(s.out) or "."):
+        raise UserError(f"the folder of {s.out} does not exist: make it, or write elsewhere.")
     if values.get("prompt") == "":
         raise UserError("the prompt is empty: leave --prompt out to begin where a document begins.")
     return words[0], s
@@ -141,12 +143,17 @@ def stream(decoder, text, rows, tokenizer):
             for _, tokens in fresh:
                 print(characters.decode(tokenizer.decode_bytes(tokens)), end="", flush=True)
         print(characters.decode(b"", final=True), flush=True)
+        if row.finish == "context":
+            print(f"the text ends here: it fills the model's context of {decoder.model.cfg.block_size} tokens.", file=sys.stderr)
 
 
 def write_json(decoder, records, rows, tokenizer, s, batch_size):
     """All rows, batch_size at a time, one JSON object each: the prompt's own fields, then what was generated."""
     began = time.perf_counter()
-    out = open(s.out, "w", encoding="utf-8") if s.out else sys.stdout
+    try:
+        out = open(s.out, "w", encoding="utf-8") if s.out else sys.stdout
+    except OSError as e:
+        raise UserError(f"cannot write {s.out}: {e.strerror}.") from None
     try:
         for i in range(0, len(rows), batch_size):
             for _ in decoder.run(rows[i:i + batch_size]):

@@ -312,6 +312,13 @@ def test_unfinished_runs_are_drawn_as_far_as_they_go(cli, rows, tmp_path):
     assert f"{going} stands at step 10 of 16: drawn as far as it goes" in stdout and f"{done} stands" not in stdout
 
 
+def test_a_short_run_is_drawn_beside_a_long_one(tmp_path):
+    runs = [curves.read_run(write_run(tmp_path / name, max_tokens=tokens)) for name, tokens in (("short", 64 * 20), ("long", 64 * 2000))]
+    curves.name_runs(runs)
+    for panel, (_, lines) in curves.panels(runs, []).items():
+        assert {r.label for r in runs} <= lines.keys(), panel
+
+
 def test_curves_of_a_real_run(rows, finished):
     found, = rows("curves", finished)
     last = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()][-1]

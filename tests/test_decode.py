@@ -353,7 +353,8 @@ SMALL = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=64", "--vocab
 
 def test_bench_decode_counts_and_agrees_with_itself(cli, tmp_path):
     out = tmp_path / "rows.jsonl"
-    assert cli("bench.py", "decode", *SMALL, "--batches=1,3", "--new_tokens=20", f"--json={out}")[0] == 0
+    assert cli("bench.py", "decode", *SMALL, "--batches=1,3", "--new_tokens=20", f"--json={out}", f"--plot={tmp_path / 'd.png'}")[0] == 0
+    assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(r["kind"], r["batch"]) for r in rows] == [(k, b) for k in ("dense", "structured", "merged", "auto") for b in (1, 3)]
     for r in rows:

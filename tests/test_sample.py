@@ -116,6 +116,13 @@ def test_the_command_streams_prompt_and_text(cli, finished, gpt):
     assert out == "the" + bytes(text(gpt, list(b"the"), temperature=0, max_new_tokens=6)).decode(errors="replace") + "\n"
 
 
+def test_the_end_of_the_context_is_told(cli, finished, monkeypatch):
+    script(monkeypatch, *range(97, 113))
+    status, _, err = cli("sample.py", finished, "--prompt=the")
+    assert status == 0 and err == "the text ends here: it fills the model's context of 16 tokens.\n"
+    assert not cli("sample.py", finished, "--prompt=the", "--max_new_tokens=3")[2]
+
+
 def test_samples_differ_and_each_depends_on_seed_and_number_only(cli, finished):
     def samples(*argv):
         out = cli("sample.py", finished, "--prompt=the", "--temperature=1", *argv)[1]
@@ -169,7 +176,7 @@ def test_padding_of_the_vocabulary_is_never_sampled(cli, data, tmp_path):
     (["--prompt=a", "--prompt_file=b"], "exclude"), (["--temperature=-1"], "temperature=-1"),
     (["--temperature=hot"], "temperature=hot"), (["--top_p=0"], "top_p=0"), (["--top_k=-1"], "top_k=-1"),
     (["--min_p=2"], "min_p=2"),
-    (["--n_samples=0"], "n_samples=0"), (["--temprature=1"], "did you mean temperature?"), (["out/second"], "2 were given"),
+    (["--out=/no/such/folder/x.jsonl"], "/no/such/folder/x.jsonl"), (["--n_samples=0"], "n_samples=0"), (["--temprature=1"], "did you mean temperature?"), (["out/second"], "2 were given"),
     (["--device=cuda:99"], "cuda:99")])
 def test_mistakes_are_one_sentence_and_status_2(cli, finished, argv, word):
     status, out, err = cli("sample.py", finished, *argv)
