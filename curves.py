@@ -13,8 +13,8 @@ import numpy as np
 
 import config
 from config import Config, UserError
-from model import ffn_params, flops_per_token
-from train import MAY_CHANGE, alpha_at, make_plan, short
+from model import ffn_params
+from train import MAY_CHANGE, make_plan, short, step_flops
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,15 +66,6 @@ def read_run(path) -> Run:
     every = np.arange(1, plan.steps + 1)
     axes = {"tokens": every * per_step, "training FLOPs": np.cumsum(step_flops(cfg, plan)), "seconds": np.interp(every, [0, *train[0]], [0, *seconds])}
     return Run(path, cfg, plan.steps, int(max(train[0][-1], val[0].max(initial=0))), train, val, axes)
-
-
-def step_flops(cfg, plan):
-    """Training FLOPs of every step (steps,), as train.train_flops counts them by phase."""
-    dense, factors = flops_per_token(cfg, "dense"), flops_per_token(cfg)
-    guided = np.array([alpha_at(cfg, plan, s) if cfg.guide_skip else 1.0 for s in range(plan.guided)])
-    per_token = np.full(plan.steps, factors, dtype=float)
-    per_token[:plan.guided] += guided * (dense - factors)
-    return 3 * cfg.batch_size * cfg.block_size * per_token
 
 
 # ----------------------------------------------------------------------------------------------------------------------

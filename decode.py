@@ -229,14 +229,15 @@ def table_key(device, dtype) -> str:
 def choose(pairs, path=None) -> Choice:
     """The table for these linears: from the file at path if it holds one for this card, these versions and shapes, else measured and kept there."""
     weight = pairs[0].factors.V
-    key, tables = table_key(weight.device, weight.dtype), {}
+    key, tables, known = table_key(weight.device, weight.dtype), {}, set()
     if path and os.path.isfile(path):
         try:
             with open(path) as f:
                 tables = json.load(f)
-        except ValueError:
+            known = tables.get(key, {}).get("eager", {}).keys()
+        except (ValueError, AttributeError):
             raise UserError(f"{path} is damaged: delete it, and the speeds of factors and dense equivalents are measured again.") from None
-    if not {pair.shape for pair in pairs} <= tables.get(key, {}).get("eager", {}).keys():
+    if not {pair.shape for pair in pairs} <= known:
         new = measure(pairs)
         kept = tables.setdefault(key, {})
         for mode, rows in new.items():

@@ -13,7 +13,7 @@ they are passes of their own, and cost next to nothing here:
     by it and never sees the pre-activation.
 
 Plain matmuls and weight gradients are cuBLAS's. What they cannot do here, `fits` says, and the caller takes the plain path.
-Behind the FFN: the optimiser's update of all parameters in one launch.
+Behind the FFN: rotary positions on the way into attention and out of it, and the optimiser's update of all parameters in one launch.
 """
 import functools
 import logging
@@ -295,6 +295,93 @@ def _ffn_backward_flops(grad, *args, **kwargs):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Rotary positions: q, k and v cut out of one tensor and put together again, turned on the way
+
+@triton.jit
+def _copy_heads(source, target, c, s, source_head, target_head, heads, H: tl.constexpr, HEADS: tl.constexpr, TURN: tl.constexpr):
+    """heads vectors (2 H,), the halves a, b of each as (a c - b s, b c + a s) with TURN."""
+    head, h = tl.arange(0, HEADS)[:, None], tl.arange(0, H)[None, :]
+    ok = head < heads
+    a = tl.load(source + head * source_head + h, mask=ok)                              # (HEADS, H)
+    b = tl.load(source + head * source_head + H + h, mask=ok)
+    if TURN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+        a, b = a * c - b * s, b * c + a * s
+    tl.store(target + head * target_head + h, a.to(target.dtype.element_ty), mask=ok)
+    tl.store(target + head * target_head + H + h, b.to(target.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _rotate(qkv, q, k, v, cos, sin, T, qb, qt, qh, kb, kt, kh, vb, vt, vh, Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr,
+            HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BACK: tl.constexpr):
+    """One token: qkv (B, T, Q + 2 KV, 2 H) -> q, k, v by their strides; BACK: from q, k, v into qkv, turned the other way."""
+    token = tl.program_id(0).to(tl.int64)
+    b, t = token // T, token % T
+    h = tl.arange(0, H)[None, :]
+    c, s = tl.load(cos + t * 2 * H + h), tl.load(sin + t * 2 * H + H + h)              # (1, H); the second half of sin is positive
+    packed = qkv + token * (Q + 2 * KV) * 2 * H
+    q += b * qb + t * qt
+    k += b * kb + t * kt
+    v += b * vb + t * vt
+    if BACK:
+        _copy_heads(q, packed, c, -s, qh, 2 * H, Q, H, HEADS, True)
+        _copy_heads(k, packed + Q * 2 * H, c, -s, kh, 2 * H, KV, H, KV_HEADS, True)
+        _copy_heads(v, packed + (Q + KV) * 2 * H, c, s, vh, 2 * H, KV, H, KV_HEADS, False)
+    else:
+        _copy_heads(packed, q, c, s, 2 * H, qh, Q, H, HEADS, True)
+        _copy_heads(packed + Q * 2 * H, k, c, s, 2 * H, kh, KV, H, KV_HEADS, True)
+        _copy_heads(packed + (Q + KV) * 2 * H, v, c, s, 2 * H, vh, KV, H, KV_HEADS, False)
+
+
+def _launch_rotate(qkv, q, k, v, cos, sin, back):
+    B, T, n_head, size = q.shape
+    strides = [t.stride(i) for t in (q, k, v) for i in range(3)]
+    _rotate[(B * T,)](qkv, q, k, v, cos, sin, T, *strides, n_head, k.size(2), size // 2, triton.next_power_of_2(n_head),
+                      triton.next_power_of_2(k.size(2)), back, num_warps=4)
+
+
+def rotates(qkv, cos) -> bool:
+    """Whether `split_rotated` can: on CUDA (or in the interpreter), whole positions, halves of a head a power of two."""
+    half = qkv.size(-1) // 2
+    return (qkv.is_cuda or INTERPRET) and cos.dim() == 3 and half >= 16 and half & (half - 1) == 0 and qkv.dtype in (torch.bfloat16, torch.float16)
+
+
+@torch.library.custom_op("structured::split_rotated", mutates_args=())
+def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (B, T, heads, size) -> q (B, T, n_head, size) and k (B, T, n_kv_head, size) turned by their positions, v; tables of model.rotary_table."""
+    B, T, _, size = qkv.shape
+    q, k, v = (qkv.new_empty(B, T, heads, size) for heads in (n_head, n_kv_head, n_kv_head))
+    _launch_rotate(qkv.contiguous(), q, k, v, cos, sin, False)
+    return q, k, v
+
+
+@split_rotated.register_fake
+def _(qkv, cos, sin, n_head, n_kv_head):
+    return tuple(qkv.new_empty(*qkv.shape[:2], heads, qkv.size(3)) for heads in (n_head, n_kv_head, n_kv_head))
+
+
+@torch.library.custom_op("structured::join_rotated", mutates_args=())
+def join_rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The gradient of qkv from those of q, k, v."""
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    qkv = q.new_empty(*q.shape[:2], q.size(2) + 2 * k.size(2), q.size(3))
+    _launch_rotate(qkv, q, k, v, cos, sin, True)
+    return qkv
+
+
+@join_rotated.register_fake
+def _(q, k, v, cos, sin):
+    return q.new_empty(*q.shape[:2], q.size(2) + 2 * k.size(2), q.size(3))
+
+
+def _save_tables(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:3])
+
+
+split_rotated.register_autograd(lambda ctx, *grads: (join_rotated(*grads, *ctx.saved_tensors), None, None, None, None), setup_context=_save_tables)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # AdamW over all parameters in one launch
 
 @triton.jit
@@ -310,7 +397,8 @@ def _adamw(chunks, pointers, grads, corrections, scale, decay, beta1, beta2, eps
         weight, copy, grad = tl.multiple_of(weight, 16), tl.multiple_of(copy, 16), tl.multiple_of(grad, 16)
         first, second = tl.multiple_of(first, 16), tl.multiple_of(second, 16)
     at = start.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = at < tl.load(pointers + 4 * n + tensor)
+    size = tl.load(pointers + 4 * n + tensor)
+    ok = at < (tl.multiple_of(size, 16) if ALIGNED else size)  # a mask that cuts no 16 bytes leaves loads wide
     rate, root = tl.load(corrections + 2 * tensor), tl.load(corrections + 2 * tensor + 1)
     g = tl.load(grad + at, mask=ok).to(tl.float32) * tl.load(scale)
     m, v, w = tl.load(first + at, mask=ok), tl.load(second + at, mask=ok), tl.load(weight + at, mask=ok)
@@ -334,7 +422,7 @@ def adamw_tables(weights, copies, first, second):
     pointers = torch.tensor([[t.data_ptr() for t in tensors] for tensors in lists] + [[t.numel() for t in weights]])
     assert all(t.is_contiguous() for tensors in lists for t in tensors)
     chunks = torch.tensor([[i, c] for i, t in enumerate(weights) for c in range(triton.cdiv(t.numel(), ADAMW_BLOCK))], dtype=torch.int32)
-    return chunks.to(device), pointers.to(device), copies is not None, bool((pointers[:4] % 16 == 0).all()), n
+    return chunks.to(device), pointers.to(device), copies is not None, bool((pointers % 16 == 0).all()), n
 
 
 def adamw(tables, grads, corrections, scale, decay, betas, eps):

@@ -59,9 +59,12 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache=None):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_size)                                        # (B, T, heads, head_size)
-        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
-        if self.rope:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.rope and kernels and kernels.rotates(qkv, cos):
+            q, k, v = kernels.split_rotated(qkv, cos, sin, self.n_head, self.n_kv_head)
+        else:
+            q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+            if self.rope:
+                q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             return self.proj(cache.attend(q, k, v).reshape(B, T, -1))
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
@@ -93,7 +96,7 @@ class FFN(nn.Module):
 
 
 COSTLY = ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_efficient_attention",
-          "_scaled_dot_product_flash_attention_for_cpu", "block_linear", "ffn")
+          "_scaled_dot_product_flash_attention_for_cpu", "block_linear", "ffn", "split_rotated")
 
 
 def what_to_keep(wide, ctx, op, *args, **kwargs):
@@ -311,7 +314,7 @@ class GPT(nn.Module):
     def compile_parts(self):
         """torch.compile, block by block: equal blocks share one compilation, and parameters keep their names."""
         torch._dynamo.config.recompile_limit = 64  # dense and structured, guided and plain, training and validation
-        logging.getLogger("torch._dynamo.variables.higher_order_ops").setLevel(logging.ERROR)  # it warns of in-place operations, a block has none
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # it warns of in-place operations, a block has none
         for block in self.blocks:
             block.compile()
         self.token_loss = torch.compile(token_loss)

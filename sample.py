@@ -44,7 +44,7 @@ def read_settings(argv):
     if len(words) != 1:
         raise UserError(f"give one run folder or model.pt to sample from, such as out/quickstart; {len(words)} were given.")
     s = Settings(**values)
-    for name, ok, expected in (("n_samples", s.n_samples >= 1, "at least 1"), ("max_new_tokens", s.max_new_tokens >= 1, "at least 1"),
+    for name, ok, expected in (("n_samples", 1 <= s.n_samples <= 100_000, "between 1 and 100000"), ("max_new_tokens", s.max_new_tokens >= 1, "at least 1"),
                                ("temperature", s.temperature >= 0, "at least 0"), ("top_k", s.top_k >= 0, "at least 0"),
                                ("top_p", 0 < s.top_p <= 1, "above 0 and at most 1"), ("min_p", 0 <= s.min_p <= 1, "between 0 and 1"),
                                ("batch_size", s.batch_size >= 0, "at least 0")):

@@ -73,6 +73,9 @@ def make_plan(cfg) -> Plan:
         dense, factors = flops_per_token(cfg, "dense"), flops_per_token(cfg)
         added = factors if cfg.guide == "replay" else (dense + factors) / 2 if cfg.guide_skip else dense
         ratio = min(1.0, (dense - factors) / added)
+        if ratio < 0:
+            raise UserError(f"guide_ratio=auto looks for the training FLOPs of the dense model, but these factors alone cost {factors / dense:.2f} x as much: "
+                            "lower rank, or give a guide_ratio.")
     count = round(ratio * unique)
     return Plan(steps=unique + (count if cfg.guide in ("fixedflop", "replay") else 0), unique=unique,
                 guided=0 if cfg.guide == "replay" else count, guide_ratio=ratio)
@@ -104,14 +107,19 @@ def guided_layers(cfg, plan, step) -> tuple:
                  if not cfg.guide_skip or random.Random(f"{cfg.seed} {step} {layer}").random() < alpha)
 
 
-def train_flops(cfg, plan) -> dict:
-    """Training FLOPs by phase. With guide_skip the expected number: each guided layer-step costs alpha dense + (1 - alpha) factors."""
-    per_step = 3 * cfg.batch_size * cfg.block_size
+def step_flops(cfg, plan):
+    """Training FLOPs of every step (steps,). With guide_skip the expected number: a guided layer-step costs alpha dense + (1 - alpha) factors."""
     dense, factors = flops_per_token(cfg, "dense"), flops_per_token(cfg)
-    weight = sum(alpha_at(cfg, plan, s) for s in range(plan.guided)) if cfg.guide_skip else plan.guided
-    return {"guided": per_step * (weight * dense + (plan.guided - weight) * factors),
-            "plain": per_step * (plan.unique - plan.guided) * factors,
-            "replay": per_step * (plan.steps - plan.unique) * factors}
+    guided = np.array([alpha_at(cfg, plan, s) if cfg.guide_skip else 1.0 for s in range(plan.guided)])
+    per_token = np.full(plan.steps, factors, dtype=float)
+    per_token[:plan.guided] += guided * (dense - factors)
+    return 3 * cfg.batch_size * cfg.block_size * per_token
+
+
+def train_flops(cfg, plan) -> dict:
+    """Training FLOPs by phase."""
+    flops = step_flops(cfg, plan)
+    return {"guided": float(flops[:plan.guided].sum()), "plain": float(flops[plan.guided:plan.unique].sum()), "replay": float(flops[plan.unique:].sum())}
 
 
 def summary(cfg) -> dict:
@@ -469,10 +477,12 @@ class Log:
         self.tokens_per_step = cfg.batch_size * cfg.block_size
         self.tty, self.next_step, self.next_time = sys.stdout.isatty(), 0, 0.0
         self.began = self.mark = time.time()
-        self.mark_step, self.steady_tokens, self.steady_seconds = step, 0, 0.0
+        self.mark_step, self.rate = step, None
+        self.steady_tokens, self.steady_seconds, self.steady_flops = 0, 0.0, 0.0
+        self.flops = np.concatenate(([0.0], np.cumsum(step_flops(cfg, plan))))                      # until each step
         if place.master:
             self.wandb = start_wandb(cfg) if cfg.wandb else None
-            self.file = open_metrics(cfg, step)
+            self.file = open_metrics(cfg, step, plan.steps)
 
     def write(self, **values):
         self.file.write(json.dumps(values) + "\n")
@@ -480,18 +490,18 @@ class Log:
         if self.wandb:
             self.wandb.log({k: v for k, v in values.items() if v is not None}, step=values["step"])
 
-    def step(self, step, loss, lr, norm, alpha, guided):
+    def step(self, step, loss, lr, norm, alpha):
         """A log step; loss and norm are tensors and the ranks' losses are averaged, so all ranks call it."""
         loss = (self.place.total(loss.reshape(1)) / self.place.world).item()
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {step}: lower lr or grad_clip and go on from the last checkpoint in {self.cfg.out_dir}, if there is one.")
+        self.check(step, "loss", loss)
         seconds, tokens = time.time() - self.mark, (step - self.mark_step) * self.tokens_per_step
+        flops = self.flops[step] - self.flops[self.mark_step]
         if self.mark_step > self.cfg.log_interval or not self.place.compile:  # the first steps compile
-            self.steady_tokens, self.steady_seconds = self.steady_tokens + tokens, self.steady_seconds + seconds
+            self.steady_tokens, self.steady_seconds, self.steady_flops = self.steady_tokens + tokens, self.steady_seconds + seconds, self.steady_flops + flops
         self.mark, self.mark_step, self.rate = time.time(), step, tokens / seconds
         if not self.place.master:
             return
-        self.mfu = 3 * flops_per_token(self.cfg, "dense" if guided else None) * self.rate / (self.peak * self.place.world) if self.peak else None
+        self.mfu = flops / seconds / (self.peak * self.place.world) if self.peak else None
         self.write(step=step, tokens=step * self.tokens_per_step, loss=loss, lr=lr, grad_norm=norm.item(), alpha=alpha,
                    tokens_per_s=round(self.rate, 1), mfu=self.mfu and round(self.mfu, 4))
         left = (self.plan.steps - step) * self.tokens_per_step / self.rate
@@ -502,6 +512,11 @@ class Log:
         elif step >= self.next_step or time.time() >= self.next_time or step == self.plan.steps:
             print(text, flush=True)
             self.next_step, self.next_time = step + self.plan.steps / 100, time.time() + 300
+
+    def check(self, step, name, value):
+        """A run that has left the numbers ends, before a checkpoint of it takes the place of a good one."""
+        if not math.isfinite(value):
+            raise UserError(f"the {name} is {value} at step {step}: lower lr or grad_clip and go on from the last checkpoint in {self.cfg.out_dir}, if there is one.")
 
     def validation(self, step, loss):
         if self.place.master:
@@ -520,22 +535,23 @@ class Log:
         self.mark += time.time() - began
 
     def end_card(self, val_loss, n_final):
-        rate = self.steady_tokens / self.steady_seconds if self.steady_seconds else self.rate
-        mfu = 3 * flops_per_token(self.cfg) * rate / (self.peak * self.place.world) if self.peak else None
+        rate = self.steady_tokens / self.steady_seconds if self.steady_seconds else self.rate       # None: no step was left to do
+        mfu = self.steady_flops / self.steady_seconds / (self.peak * self.place.world) if self.peak and self.steady_seconds else None
         memory = f"{torch.cuda.max_memory_allocated(self.place.device) / 2**30:.1f} GiB" if self.place.device.type == "cuda" else "n/a"
         phases = ", ".join(f"{name} {flops:.2e}" for name, flops in train_flops(self.cfg, self.plan).items() if flops)
         self.say(f"done     validation loss {val_loss:.4f}, PPL {math.exp(val_loss):.2f} on {short(n_final * self.cfg.block_size)} tokens\n"
-                 f"speed    {short(rate)} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}, peak memory {memory}, {clock(time.time() - self.began)} in all\n"
+                 f"speed    {short(rate) if rate else 'n/a'} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}, peak memory {memory}, {clock(time.time() - self.began)} in all\n"
                  f"FLOPs    {phases}\nnext     python sample.py {self.cfg.out_dir}")
 
 
-def open_metrics(cfg, step):
-    """metrics.jsonl for appending, cut back to the checkpoint's step so that no step stands twice."""
+def open_metrics(cfg, step, last):
+    """metrics.jsonl for appending, cut back to the checkpoint's step so that no step stands twice; the validation behind the `last` step comes again."""
     path = os.path.join(cfg.out_dir, "metrics.jsonl")
     kept = []
     if step and os.path.exists(path):
         with open(path) as f:
-            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]  # a torn last line goes too
+            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step      # a torn last line goes too
+                    and not (json.loads(line)["step"] == last and "val_loss" in line)]
     with open(path + ".tmp", "w") as f:
         f.writelines(kept)
     os.replace(path + ".tmp", path)
@@ -549,7 +565,7 @@ class Stop:
     """Ctrl-C or SIGTERM: the run finishes its step, saves and ends; a second signal ends it at once."""
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self.asked = 0, None
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self.catch)
 
@@ -559,12 +575,21 @@ class Stop:
         self.signal = number
 
     def agreed(self, place) -> int:
-        """The signal that any rank has received, 0 without one; with several ranks all must call it."""
+        """The signal that any rank has received, 0 without one. With several ranks all call it after every step, and learn what was
+        known one step before: so nobody waits for the device.
+        """
         if place.world == 1:
             return self.signal
-        signals = torch.zeros(place.world, device=place.device)
-        signals[place.rank] = self.signal
-        return int(place.total(signals).max().item())
+        signals = torch.full((1,), float(self.signal), device=place.device)
+        dist.all_reduce(signals, op=dist.ReduceOp.MAX)
+        on_cuda = place.device.type == "cuda"
+        new = torch.empty(1, pin_memory=on_cuda).copy_(signals, non_blocking=on_cuda)
+        before, self.asked = self.asked, (new, torch.cuda.current_stream().record_event() if on_cuda else None)
+        if before is None:
+            return 0
+        if on_cuda:
+            before[1].synchronize()
+        return int(before[0].item())
 
 
 def check_data(cfg, train_file, val_file):
@@ -605,7 +630,6 @@ def train(cfg, place, state, train_file, val_file, tokenizer):
         model.compile_parts()
     wrapped = wrap(model, cfg, plan, step, place)
     if place.master:
-        os.makedirs(cfg.out_dir, exist_ok=True)
         with open(os.path.join(cfg.out_dir, "config.json"), "w") as f:
             json.dump(config.to_dict(cfg), f, indent=1)
         start_card(cfg, plan, place, train_file, n_windows, n_val, n_final)
@@ -629,13 +653,16 @@ def train(cfg, place, state, train_file, val_file, tokenizer):
         # what it says and what it keeps
         logging = step % cfg.log_interval == 0 or step in (1, plan.steps)
         if logging:
-            log.step(step, loss, lr, norm, a, guided)
-        stopping = stop.agreed(place) if logging or place.world == 1 else 0
+            log.step(step, loss, lr, norm, a)
+        stopping = stop.agreed(place)
+        saving = stopping or cfg.save_interval and step % cfg.save_interval == 0 or step == plan.steps
+        if saving:
+            log.check(step, "gradient norm", norm.item())
         with log.pause():
             if cfg.eval_interval and step % cfg.eval_interval == 0 and step < plan.steps:
                 guides = every_guide if step < plan.guided else ()
                 log.validation(step, evaluate(model, val_file, n_val, cfg, place, alpha.fill_(alpha_at(cfg, plan, step)), guides))
-            if place.master and (stopping or cfg.save_interval and step % cfg.save_interval == 0 or step == plan.steps):
+            if saving and place.master:
                 save_checkpoint(cfg, model, optimizer, step, train_file.checksum)
         if stopping and step < plan.steps:
             log.say(f"stopped after step {step} and saved; the same command with --resume=auto goes on")
@@ -668,6 +695,7 @@ def score(cfg):
     loss = evaluate(model, val_file, n, trained, place)
     if place.master:
         print(f"{cfg.out_dir} on {config.data_dir(cfg)}: loss {loss:.4f}, PPL {math.exp(loss):.2f} on {short(n * trained.block_size)} tokens")
+    place.leave()
 
 
 def main(cfg, settings):
@@ -689,6 +717,11 @@ def main(cfg, settings):
     place.barrier()
     train_file, val_file, tokenizer = prepare.open_data(cfg)
     match_vocabulary(cfg, train_file.vocab_size)
+    check_data(cfg, train_file, val_file)
+    try:
+        os.makedirs(cfg.out_dir, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"the folder {cfg.out_dir} cannot be made ({e.strerror}): choose another --out_dir.") from None
     train(cfg, place, state, train_file, val_file, tokenizer)
     place.leave()
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import structured
+from model import rotary_table, rotate
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -123,3 +124,20 @@ def test_one_log_line_and_no_graph_break_when_it_does_not_fit(caplog):
     for f in (ffn, ffn, torch.compile(ffn, fullgraph=True, backend="eager")):
         assert not f(x)[0]
     assert len([r for r in caplog.records if r.name == "kernels"]) == 1
+
+
+@pytest.mark.parametrize("n_head, n_kv_head, size", [(4, 4, 32), (6, 2, 64), (3, 1, 128)])
+def test_split_rotated_is_rotate_on_slices(n_head, n_kv_head, size):
+    torch.manual_seed(0)
+    cos, sin = (t.to(DEVICE) for t in rotary_table(9, size))
+    qkv = torch.randn(2, 9, n_head + 2 * n_kv_head, size, device=DEVICE).to(DTYPE).requires_grad_()
+    exact = qkv.detach().double().requires_grad_()
+    assert kernels.rotates(qkv, cos)
+    poison()
+    ours = kernels.split_rotated(qkv, cos, sin, n_head, n_kv_head)
+    q, k, v = exact.split((n_head, n_kv_head, n_kv_head), dim=2)
+    theirs = rotate(q, cos.double(), sin.double()), rotate(k, cos.double(), sin.double()), v
+    grads = [torch.randn(2, t.size(2), 9, size, device=DEVICE).to(DTYPE).transpose(1, 2) for t in theirs]  # as attention leaves them
+    torch.autograd.backward(ours, grads), torch.autograd.backward(theirs, [g.double() for g in grads])
+    for a, b in zip((*ours, qkv.grad), (*theirs, exact.grad)):
+        assert error(a, b) < 4e-3

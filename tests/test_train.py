@@ -695,3 +695,37 @@ def test_cuda_compiled_steps_equal_eager_steps():
         losses.append([train.train_step(gpt, optimizer, b, cfg, place, 1e-3, alpha, guided)[0].item()
                        for b, guided in zip(batches, ((1, 2), (1,), (2,), ()))])
     assert losses[0] == pytest.approx(losses[1], abs=0.02) and losses[0][0] == pytest.approx(math.log(512), abs=0.1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What users run into
+
+def test_auto_ratio_of_factors_dearer_than_dense_is_refused():
+    with pytest.raises(UserError, match="1.13 x as much"):
+        train.make_plan(tiny("--ffn=lowrank", "--rank=32", "--guide=fixedflop", "--n_dense_layers=0"))
+
+
+def test_a_run_cut_off_after_its_last_checkpoint_ends_well(data, tmp_path, capsys):
+    out = train_run(tmp_path / "run", data, *LOWRANK)
+    before, expected = metrics(out), weights(out)
+    (out / "model.pt").unlink()
+    train_run(out, data, *LOWRANK, "--resume=auto")
+    assert metrics(out) == before and "n/a tokens/s" in capsys.readouterr().out
+    assert all(torch.equal(w, expected[name]) for name, w in weights(out).items())
+
+
+def test_a_checkpoint_without_numbers_is_not_written(data, tmp_path, monkeypatch):
+    real = train.train_step
+
+    def step(*args):
+        loss, norm = real(*args)
+        return loss, norm * math.nan
+    monkeypatch.setattr(train, "train_step", step)
+    with pytest.raises(UserError, match="gradient norm is nan at step 3"):
+        train_run(tmp_path / "run", data, "--save_interval=3", "--log_interval=100")
+    assert not (tmp_path / "run" / "ckpt.pt").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(cli, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_one_sentence(*cli("train.py", *TINY, f"--data_dir={data}", f"--out_dir={tmp_path / 'file' / 'run'}"))
