@@ -1,4 +1,5 @@
 """model: a second plain implementation, the paper's cells, FLOPs against torch's counter, the chunked loss, files."""
+import collections
 import dataclasses
 import json
 import math
@@ -7,6 +8,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -403,3 +405,47 @@ def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):
             return os.mkdir, (str(tmp_path / "flag"),)
     torch.save({"config": Evil(), "model": {}, "tokenizer": {}}, tmp_path / "model.pt")
     assert "damaged" in str(pytest.raises(UserError, load, str(tmp_path), CPU).value) and not (tmp_path / "flag").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a compiled block keeps for backward
+
+def graphs_of_a_block(*argv):
+    """(counts of operations forward, backward; bytes kept) of a compiled block on the CPU, under bf16 autocast."""
+    graphs = []
+
+    def keep(module, inputs):
+        graphs.append(module.graph)
+        return make_boxed_func(module.forward)
+
+    def backend(module, inputs):
+        return aot_module_simplified(module, inputs, fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+
+    torch._dynamo.reset()
+    gpt = GPT(configure("--n_layer=2", "--n_embd=64", "--n_head=2", "--block_size=32", *argv))
+    x = torch.randn(4, 32, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = torch.compile(gpt.blocks[1], backend=backend, fullgraph=True)(x.to(torch.bfloat16), gpt.cos, gpt.sin)
+    y.float().sum().backward()
+    counts = [collections.Counter(n.target._schema.name.partition("::")[2] for n in g.nodes if hasattr(n.target, "_schema")) for g in graphs]
+    kept = [a.meta["val"] for a in graphs[0].output_node().args[0][1:] if hasattr(a, "meta") and not a.name.startswith("primals")]
+    return *counts, sum(t.numel() * t.element_size() for t in kept)
+
+
+MATMULS = "mm", "addmm", "bmm", "block_linear"
+
+
+@pytest.mark.parametrize("ffn", [[], *STRUCTURES.values()])
+def test_backward_repeats_no_matmul_and_no_attention(ffn):
+    forward, backward, cheap = graphs_of_a_block("--recompute=cheap", *ffn)
+    assert sum(backward[name] for name in MATMULS) == 2 * sum(forward[name] for name in MATMULS) > 0
+    assert not any("attention" in name and "backward" not in name for name in backward)
+    _, without, off = graphs_of_a_block("--recompute=off", *ffn)
+    assert cheap < 0.85 * off and backward["native_layer_norm"] == 2 and without["native_layer_norm"] == 0
+
+
+def test_wide_repeats_the_wide_matmul_only():
+    forward, backward, wide = graphs_of_a_block("--recompute=wide", *STRUCTURES["lowrank"])
+    assert sum(backward[name] for name in MATMULS) == 2 * sum(forward[name] for name in MATMULS) + 1
+    _, _, cheap = graphs_of_a_block("--recompute=cheap", *STRUCTURES["lowrank"])
+    assert cheap - wide == 2 * 4 * 32 * 256  # the hidden units before the activation, in bf16
