@@ -15,9 +15,9 @@ from kernels_decode import _activate, chosen
 from structured import BlockShuffle, Structured
 
 INTERPRET = triton.knobs.runtime.interpret
-WARPS = 16         # of a program
-TILE_BYTES = 2**16  # of a tile of weights, which stands in registers: 32 of them per thread
-LARGEST_K = 2**14  # a tile holds whole rows
+WARPS = 8           # of a program: with 16, a thread has 128 registers, and what stays over the layers spills
+TILE_BYTES = 2**16  # of a tile of weights, which stands in registers: 64 of them per thread
+LARGEST_K = 2**14   # a tile holds whole rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -117,19 +117,23 @@ def _input(x, gain, shift, lse, active, block, eps, SPEC: tl.constexpr, IN: tl.c
     k = tl.arange(0, BK)
     ok = k < K
     if IN == "parts":  # of attention, each with the logarithm of its softmax's denominator
-        s = tl.arange(0, SPLITS)[:, None]
-        seen = (s < active) & ok[None, :]
-        total = tl.load(lse + s * HEADS + (k // (K // HEADS))[None, :], mask=seen, other=-1e30, cache_modifier=".cg")   # (SPLITS, BK)
-        part = tl.load(x + s * K + k[None, :], mask=seen, other=0.0, cache_modifier=".cg")
-        weight = tl.exp(total - tl.max(total, axis=0)[None, :])
-        a = tl.sum(weight * part, axis=0) / tl.sum(weight, axis=0)
+        top = tl.full((BK,), -1e30, tl.float32)
+        total, a = tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
+        for s in tl.static_range(SPLITS):
+            seen = ok & (active > s)
+            part = tl.load(x + s * K + k, mask=seen, other=0.0, cache_modifier=".cg")
+            each = tl.load(lse + s * HEADS + k // (K // HEADS), mask=seen, other=-1e30, cache_modifier=".cg")
+            new = tl.maximum(top, each)
+            weight, fade = tl.exp(each - new), tl.exp(top - new)
+            total, a, top = total * fade + weight, a * fade + weight * part, new
+        a /= total
     else:
         a = tl.load(x + block * K + k, mask=ok, other=0.0, cache_modifier=".cg")
     if IN == "swiglu":
         a = a / (1 + tl.exp(-a)) * tl.load(x + K + k, mask=ok, other=0.0, cache_modifier=".cg")
     if IN == "layernorm" or IN == "rmsnorm":  # over all N, the blocks together
         n = tl.arange(0, SPEC[8])
-        row = tl.load(x + n, mask=n < N, other=0.0, cache_modifier=".cg")                             # (BN,)
+        row = a if SPEC[4] == 1 else tl.load(x + n, mask=n < N, other=0.0, cache_modifier=".cg")      # (BN,)
         mean = tl.sum(row, axis=0) / N if IN == "layernorm" else 0.0
         centred = tl.where(n < N, row - mean, 0.0)
         scale = tl.rsqrt(tl.sum(centred * centred, axis=0) / N + eps)
@@ -297,24 +301,25 @@ def _layers(w_qkv, cos, sin, table, vectors, x, qkv, part, lse, rank, hidden, pl
     gated: tl.constexpr = ACT == "swiglu"
     for layer in range(RUNS[RUN][0], RUNS[RUN][1]):
         row, v = table + layer * 8, vectors + layer * OFFSETS[5]
-        proj, v1, u1 = _pointer(row, 1, dtype), _pointer(row, 2, dtype), _pointer(row, 3, dtype)
-        v2, u2, k_cache, v_cache = _pointer(row, 4, dtype), _pointer(row, 5, dtype), _pointer(row, 6, dtype), _pointer(row, 7, dtype)
-        next_qkv = _pointer(row, 8, dtype)
         _linear(w_qkv, v + OFFSETS[0], x, qkv, v, lse, 0, counter, target, eps, QKV, NORM, "", False, 1, 1, GRID)
         _arrive(counter, GRID)
+        proj, v1, k_cache, v_cache = _pointer(row, 1, dtype), _pointer(row, 2, dtype), _pointer(row, 6, dtype), _pointer(row, 7, dtype)
         _prefetch(proj, True, PROJ, GRID, DEPTH)
         _prefetch(v1, True, V1, GRID, DEPTH)
         target += GRID
         _attention(qkv, cos, sin, k_cache, v_cache, part, lse, place, active, length, counter, target, HEADS, KV, D, ROPE, BL, GRID)
         _arrive(counter, GRID)
+        u1 = _pointer(row, 3, dtype)
         _prefetch(u1, len(FC1) == 2, U1, GRID, DEPTH)
         target += GRID
         _linear(proj, v + OFFSETS[1], part, x, None, lse, active, counter, target, eps, PROJ, "parts", "", True, HEADS, SPLITS, GRID)
         _arrive(counter, GRID)
+        v2, u2 = _pointer(row, 4, dtype), _pointer(row, 5, dtype)
         _prefetch(v2, True, V2, GRID, DEPTH)
         _prefetch(u2, len(FC2) == 2, U2, GRID, DEPTH)
         target += GRID
         target = _map(v1, u1, v + OFFSETS[3], x, rank, hidden, v + OFFSETS[2], counter, target, eps, FC1, NORM, "" if gated else ACT, False, GRID)
+        next_qkv = _pointer(row, 8, dtype)
         _prefetch(next_qkv, layer + 1 < end, QKV, GRID, DEPTH)
         target = _map(v2, u2, v + OFFSETS[4], hidden, rank, x, None, counter, target, eps, FC2, "swiglu" if gated else "", "", True, GRID)
         w_qkv = next_qkv
@@ -371,7 +376,7 @@ def usable(model) -> bool:
     cfg = model.cfg
     linears = [linear for b in model.blocks for linear in (b.attn.qkv, b.attn.proj, b.ffn.fc1, b.ffn.fc2)]
     K = max(m[2] for linear in linears for m in matrices(chosen(linear, 1)))
-    return cfg.attn_dim // cfg.n_head in (32, 64, 128, 256) and max(K, cfg.n_embd) <= LARGEST_K
+    return cfg.attn_dim // cfg.n_head in (16, 32, 64, 128, 256) and max(K, cfg.n_embd) <= LARGEST_K
 
 
 class Step:
@@ -380,10 +385,11 @@ class Step:
     programs: how many share the work, one per multiprocessor; depth: tiles of a coming stage that are asked to L2 ahead of time.
     """
 
-    def __init__(self, model, cache, programs=0, warps=WARPS, tile_bytes=TILE_BYTES, depth=2):
+    def __init__(self, model, cache, programs=0, warps=WARPS, tile_bytes=TILE_BYTES, depth=2, **options):
         cfg, weight = model.cfg, model.head.weight
-        device, self.model, self.cache, self.warps = weight.device, model, cache, warps
-        self.programs = programs or (1 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count)
+        self.device, self.model, self.cache, self.warps = weight.device, model, cache, warps
+        self.options = options  # of the compiler
+        self.programs = programs or (1 if INTERPRET else torch.cuda.get_device_properties(self.device).multi_processor_count)
         self.grid = 1 if INTERPRET else self.programs  # the interpreter runs one program after the other: they cannot wait
         tile = tile_bytes // weight.element_size()
 
@@ -394,8 +400,7 @@ class Step:
         kinds = [(plan(fc1), plan(fc2)) for fc1, fc2 in fcs]
         starts = [i for i in range(cfg.n_layer) if i == 0 or kinds[i] != kinds[i - 1]]
         D, attn = cfg.attn_dim // cfg.n_head, model.blocks[0].attn
-        splits = max(1, min(8, self.programs // cfg.n_head))
-        splits = 1 << splits.bit_length() - 1  # a power of two
+        splits = max(1, min(8, self.programs // cfg.n_head, 512 * warps // triton.next_power_of_2(cfg.attn_dim)))  # proj holds all in registers
         self.meta = dict(
             N=cfg.n_embd, HEADS=cfg.n_head, KV=cfg.n_kv_head, D=D, ROPE=cfg.pos == "rope", NORM=cfg.norm, ACT=cfg.act, SPLITS=splits,
             BL=max(16, tile // (4 * D)), BN=triton.next_power_of_2(cfg.n_embd), QKV=plan(attn.qkv)[0], PROJ=plan(attn.proj)[0], HEAD=plan(model.head)[0],
@@ -403,9 +408,9 @@ class Step:
         self.table, self.vectors = self.addresses(fcs), self.collect(fcs)
         rank = max([1] + [m[0][1] * m[0][3] for pair in fcs for m in map(matrices, pair) if len(m) == 2])
         sizes = cfg.n_embd, attn.qkv.out_features, splits * cfg.attn_dim, splits * cfg.n_head, rank, cfg.n_hidden
-        self.buffers = [torch.empty(n, device=device) for n in sizes]
-        self.logits = torch.empty(1, cfg.vocab_size, device=device, dtype=weight.dtype)
-        self.counter = torch.zeros(1, device=device, dtype=torch.long)
+        self.buffers = [torch.empty(n, device=self.device) for n in sizes]
+        self.logits = torch.empty(1, cfg.vocab_size, device=self.device, dtype=weight.dtype)
+        self.counter = torch.zeros(1, device=self.device, dtype=torch.long)
 
     def addresses(self, fcs):
         """(n_layer + 1, 8): qkv, proj, fc1's V and U, fc2's V and U, k and v of every layer; where there is one matrix, it stands twice."""
@@ -413,17 +418,14 @@ class Step:
         for block, pair, cache in zip(self.model.blocks, fcs, self.cache.layers):
             weights = [m[i][0] for m in map(matrices, pair) for i in (0, -1)]
             rows.append([t.data_ptr() for t in (block.attn.qkv.weight, block.attn.proj.weight, *weights, *cache)])
-        return torch.tensor(rows + rows[-1:]).to(self.logits_device())
-
-    def logits_device(self):
-        return self.model.head.weight.device
+        return torch.tensor(rows + rows[-1:]).to(self.device)
 
     def collect(self, fcs):
         """All norms and biases in float32, layer by layer; what a model lacks is zero. Sets OFFSETS: qkv, proj, norm2, fc1, fc2, the layer's size."""
         N, parts = self.model.cfg.n_embd, []
 
         def add(vector, size):
-            parts.append(torch.zeros(size, device=self.logits_device()) if vector is None else vector.detach().float())
+            parts.append(torch.zeros(size, device=self.device) if vector is None else vector.detach().float())
 
         for block, (fc1, fc2) in zip(self.model.blocks, fcs):
             Q, F = block.attn.qkv.out_features, fc1.out_features
@@ -436,10 +438,10 @@ class Step:
         return torch.cat(parts)
 
     def __call__(self, tokens, cache):
+        assert cache is self.cache, "the table holds the addresses of one cache"
         model = self.model
         wpe = None if model.wpe is None else model.wpe.weight
-        eps = model.norm.eps
         _step[self.grid,](tokens, cache.position, model.wte.weight, wpe, model.head.weight, model.cos, model.sin, self.table, self.vectors, *self.buffers,
-                          self.logits, self.counter, cache.length, eps, **self.meta, num_warps=self.warps, num_stages=1,
-                          launch_cooperative_grid=not INTERPRET)  # a grid that does not fit fails instead of waiting for ever
+                          self.logits, self.counter, cache.length, model.norm.eps, **self.meta, num_warps=self.warps, num_stages=1,
+                          launch_cooperative_grid=True, **self.options)  # cooperative: a grid that does not fit fails, it does not wait for ever
         return self.logits
