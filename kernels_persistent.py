@@ -120,7 +120,7 @@ def _input(x, gain, shift, lse, active, block, eps, SPEC: tl.constexpr, IN: tl.c
         top = tl.full((BK,), -1e30, tl.float32)
         total, a = tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
         for s in tl.static_range(SPLITS):
-            seen = ok & (active > s)
+            seen = k < tl.where(active > s, K, 0)
             part = tl.load(x + s * K + k, mask=seen, other=0.0, cache_modifier=".cg")
             each = tl.load(lse + s * HEADS + k // (K // HEADS), mask=seen, other=-1e30, cache_modifier=".cg")
             new = tl.maximum(top, each)
