@@ -113,7 +113,8 @@ def _input(x, gain, shift, lse, active, block, eps, SPEC: tl.constexpr, IN: tl.c
     """The K entries that a block of w reads (BK,). Other programs wrote them, so they come from L2: L1 may hold older ones."""
     BK: tl.constexpr = SPEC[1]
     K: tl.constexpr = SPEC[3]
-    N: tl.constexpr = K * SPEC[4]
+    blocks: tl.constexpr = SPEC[4]
+    N: tl.constexpr = K * blocks
     k = tl.arange(0, BK)
     ok = k < K
     if IN == "parts":  # of attention, each with the logarithm of its softmax's denominator
@@ -133,7 +134,7 @@ def _input(x, gain, shift, lse, active, block, eps, SPEC: tl.constexpr, IN: tl.c
         a = a / (1 + tl.exp(-a)) * tl.load(x + K + k, mask=ok, other=0.0, cache_modifier=".cg")
     if IN == "layernorm" or IN == "rmsnorm":  # over all N, the blocks together
         n = tl.arange(0, SPEC[8])
-        row = a if SPEC[4] == 1 else tl.load(x + n, mask=n < N, other=0.0, cache_modifier=".cg")      # (BN,)
+        row = a if blocks == 1 else tl.load(x + n, mask=n < N, other=0.0, cache_modifier=".cg")      # (BN,)
         mean = tl.sum(row, axis=0) / N if IN == "layernorm" else 0.0
         centred = tl.where(n < N, row - mean, 0.0)
         scale = tl.rsqrt(tl.sum(centred * centred, axis=0) / N + eps)
@@ -174,11 +175,12 @@ def _vector(gain, block, SPEC: tl.constexpr):
 def _linear(w, bias, x, y, norm, lse, active, counter, target, eps, SPEC: tl.constexpr, IN: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr,
             HEADS: tl.constexpr, SPLITS: tl.constexpr, GRID: tl.constexpr):
     """y = act(w input + bias), or y += that, after the barrier `target`; norm: the gain, with the shift behind it."""
+    blocks: tl.constexpr = SPEC[4]
     per: tl.constexpr = SPEC[6]
-    tiles: tl.constexpr = per * SPEC[4]
-    N: tl.constexpr = SPEC[3] * SPEC[4]
+    tiles: tl.constexpr = per * blocks
+    N: tl.constexpr = SPEC[3] * blocks
     pid = tl.program_id(0)
-    block = tl.minimum(pid // per, SPEC[4] - 1)
+    block = tl.minimum(pid // per, blocks - 1)
     tile = _weights(w, pid, SPEC)
     gain, shift = 1.0, 0.0
     if norm is not None:
@@ -189,7 +191,7 @@ def _linear(w, bias, x, y, norm, lse, active, counter, target, eps, SPEC: tl.con
     for t in range(pid, tiles, GRID):
         if tiles > GRID:  # the next tile is on its way while this one is used
             next_tile, next_extra = _weights(w, t + GRID, SPEC), _extra(bias, y, t + GRID, SPEC, ADD)
-            if SPEC[4] > 1:
+            if blocks > 1:
                 block = t // per
                 if norm is not None:
                     gain, shift = _vector(norm, block, SPEC), _vector(norm + N, block, SPEC)
@@ -273,7 +275,8 @@ def _map(first, second, bias, x, rank, y, norm, counter, target, eps, SPECS: tl.
     """One linear of the FFN, dense or through its two factors. Returns the barrier after it."""
     A: tl.constexpr = SPECS[0]
     B: tl.constexpr = SPECS[-1]
-    if len(SPECS) == 2:
+    factors: tl.constexpr = len(SPECS)
+    if factors == 2:
         _linear(first, None, x, rank, norm, x, 0, counter, target, eps, A, IN, "", False, 1, 1, GRID)
         _arrive(counter, GRID)
         target += GRID
@@ -298,6 +301,8 @@ def _layers(w_qkv, cos, sin, table, vectors, x, qkv, part, lse, rank, hidden, pl
     U1: tl.constexpr = FC1[-1]
     V2: tl.constexpr = FC2[0]
     U2: tl.constexpr = FC2[-1]
+    factors1: tl.constexpr = len(FC1)
+    factors2: tl.constexpr = len(FC2)
     gated: tl.constexpr = ACT == "swiglu"
     for layer in range(RUNS[RUN][0], RUNS[RUN][1]):
         row, v = table + layer * 8, vectors + layer * OFFSETS[5]
@@ -310,13 +315,13 @@ def _layers(w_qkv, cos, sin, table, vectors, x, qkv, part, lse, rank, hidden, pl
         _attention(qkv, cos, sin, k_cache, v_cache, part, lse, place, active, length, counter, target, HEADS, KV, D, ROPE, BL, GRID)
         _arrive(counter, GRID)
         u1 = _pointer(row, 3, dtype)
-        _prefetch(u1, len(FC1) == 2, U1, GRID, DEPTH)
+        _prefetch(u1, factors1 == 2, U1, GRID, DEPTH)
         target += GRID
         _linear(proj, v + OFFSETS[1], part, x, None, lse, active, counter, target, eps, PROJ, "parts", "", True, HEADS, SPLITS, GRID)
         _arrive(counter, GRID)
         v2, u2 = _pointer(row, 4, dtype), _pointer(row, 5, dtype)
         _prefetch(v2, True, V2, GRID, DEPTH)
-        _prefetch(u2, len(FC2) == 2, U2, GRID, DEPTH)
+        _prefetch(u2, factors2 == 2, U2, GRID, DEPTH)
         target += GRID
         target = _map(v1, u1, v + OFFSETS[3], x, rank, hidden, v + OFFSETS[2], counter, target, eps, FC1, NORM, "" if gated else ACT, False, GRID)
         next_qkv = _pointer(row, 8, dtype)
@@ -388,7 +393,7 @@ class Step:
     def __init__(self, model, cache, programs=0, warps=WARPS, tile_bytes=TILE_BYTES, depth=2, **options):
         cfg, weight = model.cfg, model.head.weight
         self.device, self.model, self.cache, self.warps = weight.device, model, cache, warps
-        self.options = options  # of the compiler
+        self.options = {"launch_cooperative_grid": True, **options}  # a grid that does not fit fails, it does not wait for ever
         self.programs = programs or (1 if INTERPRET else torch.cuda.get_device_properties(self.device).multi_processor_count)
         self.grid = 1 if INTERPRET else self.programs  # the interpreter runs one program after the other: they cannot wait
         tile = tile_bytes // weight.element_size()
@@ -443,5 +448,5 @@ class Step:
         wpe = None if model.wpe is None else model.wpe.weight
         _step[self.grid,](tokens, cache.position, model.wte.weight, wpe, model.head.weight, model.cos, model.sin, self.table, self.vectors, *self.buffers,
                           self.logits, self.counter, cache.length, model.norm.eps, **self.meta, num_warps=self.warps, num_stages=1,
-                          launch_cooperative_grid=True, **self.options)  # cooperative: a grid that does not fit fails, it does not wait for ever
+                          **self.options)
         return self.logits

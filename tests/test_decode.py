@@ -145,16 +145,18 @@ PERSISTENT = {
 @pytest.mark.parametrize("name", PERSISTENT)
 @torch.no_grad()
 def test_persistent_step_is_the_step(name):
-    """In the interpreter one program does the work of 20, tile by tile; on CUDA all are there."""
+    """In the interpreter one program does the work of 6, tile by tile; on CUDA all are there."""
     kernels = pytest.importorskip("kernels_persistent")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = make(device, **{**PERSISTENT[name], "n_layer": 2})
+    for block in model.blocks:
+        block.attn.qkv.weight *= 8  # sharp attention, so that the parts of the cache weigh unequally
     length = model.cfg.block_size
     caches = [Cache(model.cfg, 1, length, device, torch.float32) for _ in range(2)]
     assert kernels.usable(model)
-    step = kernels.Step(model, caches[1], programs=20 if device == "cpu" else 0, tile_bytes=2**14)
+    step = kernels.Step(model, caches[1], programs=6 if device == "cpu" else 0, tile_bytes=2**15)
     tokens = torch.randint(257, (1, length), device=device)
-    for prompt in (0, 1, length - 20):
+    for prompt in (0, length - 20):
         for cache in caches:
             cache.position.zero_()
             if prompt:
