@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels_decode import _activate, chosen
+from kernels_decode import PDL, _activate, chosen
 from structured import BlockShuffle, Structured
 
 INTERPRET = triton.knobs.runtime.interpret
@@ -381,7 +381,7 @@ def usable(model) -> bool:
     cfg = model.cfg
     linears = [linear for b in model.blocks for linear in (b.attn.qkv, b.attn.proj, b.ffn.fc1, b.ffn.fc2)]
     K = max(m[2] for linear in linears for m in matrices(chosen(linear, 1)))
-    return cfg.attn_dim // cfg.n_head in (16, 32, 64, 128, 256) and max(K, cfg.n_embd) <= LARGEST_K
+    return torch.version.hip is None and cfg.attn_dim // cfg.n_head in (16, 32, 64, 128, 256) and max(K, cfg.n_embd) <= LARGEST_K
 
 
 class Step:
@@ -409,7 +409,7 @@ class Step:
         self.meta = dict(
             N=cfg.n_embd, HEADS=cfg.n_head, KV=cfg.n_kv_head, D=D, ROPE=cfg.pos == "rope", NORM=cfg.norm, ACT=cfg.act, SPLITS=splits,
             BL=max(16, tile // (4 * D)), BN=triton.next_power_of_2(cfg.n_embd), QKV=plan(attn.qkv)[0], PROJ=plan(attn.proj)[0], HEAD=plan(model.head)[0],
-            RUNS=tuple((i, j, *kinds[i]) for i, j in zip(starts, starts[1:] + [cfg.n_layer])), GRID=self.grid, DEPTH=0 if INTERPRET else depth)
+            RUNS=tuple((i, j, *kinds[i]) for i, j in zip(starts, starts[1:] + [cfg.n_layer])), GRID=self.grid, DEPTH=depth if PDL else 0)  # Hopper's copy engine
         self.table, self.vectors = self.addresses(fcs), self.collect(fcs)
         rank = max([1] + [m[0][1] * m[0][3] for pair in fcs for m in map(matrices, pair) if len(m) == 2])
         sizes = cfg.n_embd, attn.qkv.out_features, splits * cfg.attn_dim, splits * cfg.n_head, rank, cfg.n_hidden
