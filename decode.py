@@ -374,9 +374,20 @@ class Decoder:
         self.new = torch.zeros(batch, length + 1, dtype=torch.long, device=device)              # all new ones of every row
         self.turn = torch.zeros(1, dtype=torch.long, device=device)                             # how many those are
         self.captured, self.pool = {}, None
-        kernels = fused_kernels(device) if self.graphs else None
-        self.forward = functools.partial(kernels.step, model) if kernels and kernels.usable(cfg) else model.step
-        self.exact_length = isinstance(self.forward, functools.partial)  # those kernels look at what a row holds, no more
+        self.forward = self.fused_step(batch) if self.graphs else model.step
+        self.exact_length = self.forward != model.step  # the kernels look at what a row holds, no more
+
+    def fused_step(self, batch):
+        """The step in kernels: as a single one at batch 1, as one per linear above; model.step where they do not apply."""
+        kernels = fused_kernels(self.key.device)
+        if not kernels or not kernels.usable(self.model.cfg):
+            return self.model.step
+        if batch == 1:
+            import kernels_persistent
+            with self.model.choice.under("graph"):
+                if kernels_persistent.usable(self.model):
+                    return kernels_persistent.Step(self.model, self.cache)
+        return functools.partial(kernels.step, self.model)
 
     def take(self, logits):
         """Chooses every row's next token from logits (B, vocab_size) and notes it."""

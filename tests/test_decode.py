@@ -132,6 +132,60 @@ def test_fused_step_is_the_step(name, batch):
         torch.testing.assert_close(kernels.step(model, token, caches[1]), model.step(token, caches[0]), atol=1e-4, rtol=1e-4)
 
 
+KERNELS = pytest.mark.skipif(not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1", reason="needs CUDA or TRITON_INTERPRET=1")
+PERSISTENT = {
+    **MODELS,
+    "odd sizes": dict(n_embd=96, n_head=3, ffn_dim=160, ffn="lowrank", rank=20),
+    "odd shuffle": dict(n_embd=96, n_head=3, ffn_dim=192, ffn="blockshuffle", nblocks=3, norm="rmsnorm", bias=False),
+    "long": dict(n_head=2, n_kv_head=1, block_size=320),
+}
+
+
+@KERNELS
+@pytest.mark.parametrize("name", PERSISTENT)
+@torch.no_grad()
+def test_persistent_step_is_the_step(name):
+    """In the interpreter one program does the work of 6, tile by tile; on CUDA all are there."""
+    kernels = pytest.importorskip("kernels_persistent")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = make(device, **{**PERSISTENT[name], "n_layer": 2})
+    for block in model.blocks:
+        block.attn.qkv.weight *= 8  # sharp attention, so that the parts of the cache weigh unequally
+    length = model.cfg.block_size
+    caches = [Cache(model.cfg, 1, length, device, torch.float32) for _ in range(2)]
+    assert kernels.usable(model)
+    step = kernels.Step(model, caches[1], programs=6 if device == "cpu" else 0, tile_bytes=2**15)
+    tokens = torch.randint(257, (1, length), device=device)
+    for prompt in (0, length - 20):
+        for cache in caches:
+            cache.position.zero_()
+            if prompt:
+                model.step(tokens[:, :prompt], cache, torch.tensor([prompt], device=device))
+        for i in range(prompt, prompt + 2):
+            expected = model.step(tokens[:, i:i + 1], caches[0])
+            torch.testing.assert_close(step(tokens[:, i:i + 1], caches[1]), expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(caches[1].position, caches[0].position)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_persistent_step_repeats_itself(dtype):
+    """A program that reads before another has written would show sooner or later."""
+    kernels = pytest.importorskip("kernels_persistent")
+    model = make("cuda", n_embd=1024, n_head=8, ffn="lowrank", rank=256, n_layer=4, vocab_size=5000, block_size=256).to(dtype)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.03)
+    cache = Cache(model.cfg, 1, 256, "cuda", dtype)
+    step = kernels.Step(model, cache)
+    tokens = torch.randint(5000, (1, 100), device="cuda")
+    model.step(tokens, cache, torch.tensor([100], device="cuda"))
+    first = step(tokens[:, :1], cache).clone()
+    for _ in range(1000):
+        cache.position.fill_(100)
+        assert torch.equal(step(tokens[:, :1], cache), first)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Ends
 

@@ -1,0 +1,452 @@
+"""A decoding step of one sequence as one Triton kernel that stays on the GPU from the embedding to the logits.
+
+At batch 1 a step reads every weight once and computes next to nothing: what counts is that memory never idles. So one program per
+multiprocessor walks through all layers, and between two stages (qkv, attention, proj, and one for each factor of the FFN) all
+programs meet at a barrier in global memory. Weights do not depend on what others compute: a program fetches those of its next
+stage before it waits. Activations are float32 in small buffers that stay in L2.
+
+A linear's output rows are dealt out in tiles of `share` rows; a program takes tiles number pid, pid + grid, ... `deal` plans that.
+"""
+import torch
+import triton
+import triton.language as tl
+
+from kernels_decode import PDL, _activate, chosen
+from structured import BlockShuffle, Structured
+
+INTERPRET = triton.knobs.runtime.interpret
+WARPS = 8           # of a program: with 16, a thread has 128 registers, and what stays over the layers spills
+TILE_BYTES = 2**16  # of a tile of weights, which stands in registers: 64 of them per thread
+LARGEST_K = 2**14   # a tile holds whole rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The barrier: a counter that only grows, by GRID at every barrier
+
+@triton.jit
+def _arrive(counter, GRID: tl.constexpr):
+    """What this program has stored may be read by those that wait for its arrival."""
+    tl.debug_barrier()
+    if GRID > 1:  # one thread releases for all: bar.sync has ordered their stores before it
+        tl.inline_asm_elementwise("""{
+            .reg .pred p;
+            .reg .b32 t;
+            mov.u32 t, %tid.x;
+            setp.eq.u32 p, t, 0;
+            @p red.release.gpu.global.add.u64 [$1], 1;
+            mov.u32 $0, t;
+            }""", "=r,l", [counter.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _wait(counter, target, GRID: tl.constexpr):
+    """Until the counter has reached target."""
+    if GRID > 1:
+        tl.inline_asm_elementwise("""{
+            .reg .pred p;
+            .reg .b32 t;
+            .reg .b64 v;
+            mov.u32 t, %tid.x;
+            setp.ne.u32 p, t, 0;
+            @p bra DONE;
+            AGAIN:
+            ld.acquire.gpu.global.u64 v, [$1];
+            setp.lt.s64 p, v, $2;
+            @p bra AGAIN;
+            DONE:
+            mov.u32 $0, t;
+            }""", "=r,l,l", [counter.to(tl.int64), target], dtype=tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A linear. SPEC: (rows BM and columns BK of a tile in registers, rows M and columns K of a block of w, blocks, share, tiles a block, spread)
+
+@triton.jit
+def _place(t, SPEC: tl.constexpr):
+    """Tile t -> (its block, its first row there, how many rows it has)."""
+    M: tl.constexpr = SPEC[2]
+    blocks: tl.constexpr = SPEC[4]
+    share: tl.constexpr = SPEC[5]
+    per: tl.constexpr = SPEC[6]
+    first = (t % per) * share
+    return t // per, first, tl.where(t < blocks * per, tl.minimum(share, M - first), 0)
+
+
+@triton.jit
+def _weights(w, t, SPEC: tl.constexpr):
+    """The weights (BM, BK) of tile t; beyond the last tile nothing is read."""
+    BM: tl.constexpr = SPEC[0]
+    BK: tl.constexpr = SPEC[1]
+    M: tl.constexpr = SPEC[2]
+    K: tl.constexpr = SPEC[3]
+    block, first, count = _place(t, SPEC)
+    i, k = tl.arange(0, BM)[:, None], tl.arange(0, BK)[None, :]
+    start = w + (block * M + first).to(tl.int64) * K
+    return tl.load(start + i * K + k, mask=(i < count) & (k < K), other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _prefetch(w, enabled, SPEC: tl.constexpr, GRID: tl.constexpr, DEPTH: tl.constexpr):
+    """Asks for this program's first DEPTH tiles of w to come to L2."""
+    M: tl.constexpr = SPEC[2]
+    K: tl.constexpr = SPEC[3]
+    row: tl.constexpr = K * w.dtype.element_ty.primitive_bitwidth // 8
+    if row % 16 == 0:  # what the copy engine takes
+        for i in tl.static_range(DEPTH):
+            block, first, count = _place(tl.program_id(0) + i * GRID, SPEC)
+            start = (w + (block * M + first).to(tl.int64) * K).to(tl.int64)
+            size = tl.where(enabled, count * row, 0)
+            tl.inline_asm_elementwise("""{
+                .reg .pred p;
+                .reg .b32 t;
+                mov.u32 t, %tid.x;
+                setp.eq.u32 p, t, 0;
+                setp.gt.and.s32 p, $2, 0, p;
+                @p cp.async.bulk.prefetch.L2.global [$1], $2;
+                mov.u32 $0, t;
+                }""", "=r,l,r", [start, size], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _input(x, gain, shift, lse, active, block, eps, SPEC: tl.constexpr, IN: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr):
+    """The K entries that a block of w reads (BK,). Other programs wrote them, so they come from L2: L1 may hold older ones."""
+    BK: tl.constexpr = SPEC[1]
+    K: tl.constexpr = SPEC[3]
+    blocks: tl.constexpr = SPEC[4]
+    N: tl.constexpr = K * blocks
+    k = tl.arange(0, BK)
+    ok = k < K
+    if IN == "parts":  # of attention, each with the logarithm of its softmax's denominator
+        top = tl.full((BK,), -1e30, tl.float32)
+        total, a = tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
+        for s in tl.static_range(SPLITS):
+            seen = k < tl.where(active > s, K, 0)
+            part = tl.load(x + s * K + k, mask=seen, other=0.0, cache_modifier=".cg")
+            each = tl.load(lse + s * HEADS + k // (K // HEADS), mask=seen, other=-1e30, cache_modifier=".cg")
+            new = tl.maximum(top, each)
+            weight, fade = tl.exp(each - new), tl.exp(top - new)
+            total, a, top = total * fade + weight, a * fade + weight * part, new
+        a /= total
+    else:
+        a = tl.load(x + block * K + k, mask=ok, other=0.0, cache_modifier=".cg")
+    if IN == "swiglu":
+        a = a / (1 + tl.exp(-a)) * tl.load(x + K + k, mask=ok, other=0.0, cache_modifier=".cg")
+    if IN == "layernorm" or IN == "rmsnorm":  # over all N, the blocks together
+        n = tl.arange(0, SPEC[8])
+        row = a if blocks == 1 else tl.load(x + n, mask=n < N, other=0.0, cache_modifier=".cg")      # (BN,)
+        mean = tl.sum(row, axis=0) / N if IN == "layernorm" else 0.0
+        centred = tl.where(n < N, row - mean, 0.0)
+        scale = tl.rsqrt(tl.sum(centred * centred, axis=0) / N + eps)
+        a = (a - mean) * scale * gain + shift
+    return a
+
+
+@triton.jit
+def _columns(t, SPEC: tl.constexpr):
+    """(where the outputs of tile t go (BM,), which of those there are)"""
+    rows: tl.constexpr = SPEC[2] * SPEC[4]
+    spread: tl.constexpr = SPEC[7]
+    i = tl.arange(0, SPEC[0])
+    block, first, count = _place(t, SPEC)
+    j = block * SPEC[2] + first + i
+    return (j % spread) * (rows // spread) + j // spread, i < count
+
+
+@triton.jit
+def _extra(bias, y, t, SPEC: tl.constexpr, ADD: tl.constexpr):
+    """What is added to tile t's sums (BM,): the bias, and with ADD what y holds."""
+    column, ok = _columns(t, SPEC)
+    extra = tl.zeros((SPEC[0],), tl.float32)
+    if bias is not None:
+        extra += tl.load(bias + column, mask=ok, other=0.0)
+    if ADD:
+        extra += tl.load(y + column, mask=ok, other=0.0, cache_modifier=".cg")
+    return extra
+
+
+@triton.jit
+def _vector(gain, block, SPEC: tl.constexpr):
+    k = tl.arange(0, SPEC[1])
+    return tl.load(gain + block * SPEC[3] + k, mask=k < SPEC[3], other=0.0)                           # (BK,)
+
+
+@triton.jit
+def _linear(w, bias, x, y, norm, lse, active, counter, target, eps, SPEC: tl.constexpr, IN: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr,
+            HEADS: tl.constexpr, SPLITS: tl.constexpr, GRID: tl.constexpr):
+    """y = act(w input + bias), or y += that, after the barrier `target`; norm: the gain, with the shift behind it."""
+    blocks: tl.constexpr = SPEC[4]
+    per: tl.constexpr = SPEC[6]
+    tiles: tl.constexpr = per * blocks
+    N: tl.constexpr = SPEC[3] * blocks
+    pid = tl.program_id(0)
+    block = tl.minimum(pid // per, blocks - 1)
+    tile = _weights(w, pid, SPEC)
+    gain, shift = 1.0, 0.0
+    if norm is not None:
+        gain, shift = _vector(norm, block, SPEC), _vector(norm + N, block, SPEC)
+    _wait(counter, target, GRID)
+    extra = _extra(bias, y, pid, SPEC, ADD)
+    a = _input(x, gain, shift, lse, active, block, eps, SPEC, IN, HEADS, SPLITS)                      # (BK,)
+    for t in range(pid, tiles, GRID):
+        if tiles > GRID:  # the next tile is on its way while this one is used
+            next_tile, next_extra = _weights(w, t + GRID, SPEC), _extra(bias, y, t + GRID, SPEC, ADD)
+            if blocks > 1:
+                block = t // per
+                if norm is not None:
+                    gain, shift = _vector(norm, block, SPEC), _vector(norm + N, block, SPEC)
+                a = _input(x, gain, shift, lse, active, block, eps, SPEC, IN, HEADS, SPLITS)
+        out = _activate(tl.sum(tile.to(tl.float32) * a[None, :], axis=1) + extra, ACT)                # (BM,)
+        column, ok = _columns(t, SPEC)
+        tl.store(y + column, out, mask=ok)
+        if tiles > GRID:
+            tile, extra = next_tile, next_extra
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention: a program takes one query head and every `active`-th tile of BL places of the cache
+
+@triton.jit
+def _turned(vector, cos, sin, place, D: tl.constexpr, ROPE: tl.constexpr):
+    """A head's query or key (D,), turned by its position."""
+    d = tl.arange(0, D)
+    a = tl.load(vector + d, cache_modifier=".cg")
+    if ROPE:
+        other = tl.load(vector + (d + D // 2) % D, cache_modifier=".cg")
+        c, s = tl.load(cos + place * D + d), tl.load(sin + place * D + d)
+        a = a * c + tl.where(d < D // 2, -other, other) * s
+    return a
+
+
+@triton.jit
+def _places(cache, start, place, D: tl.constexpr, BL: tl.constexpr):
+    """BL places (BL, D) of one head's cache, those from `place` on zero: they were written in earlier launches."""
+    l = start + tl.arange(0, BL)[:, None]
+    return tl.load(cache + l * D + tl.arange(0, D)[None, :], mask=l < place, other=0.0)
+
+
+@triton.jit
+def _attention(qkv, cos, sin, k_cache, v_cache, part, lse, place, active, length, counter, target, HEADS: tl.constexpr, KV: tl.constexpr,
+               D: tl.constexpr, ROPE: tl.constexpr, BL: tl.constexpr, GRID: tl.constexpr):
+    dtype: tl.constexpr = k_cache.dtype.element_ty
+    d, l = tl.arange(0, D), tl.arange(0, BL)
+    for item in range(tl.program_id(0), HEADS * active, GRID):
+        head, split = item % HEADS, item // HEADS
+        kv = head // (HEADS // KV)
+        keys, values = k_cache + kv.to(tl.int64) * length * D, v_cache + kv.to(tl.int64) * length * D
+        k, v = _places(keys, split * BL, place, D, BL), _places(values, split * BL, place, D, BL)     # (BL, D)
+        _wait(counter, target, GRID)
+        q = _turned(qkv + head * D, cos, sin, place, D, ROPE) * (D ** -0.5)
+        key = _turned(qkv + (HEADS + kv) * D, cos, sin, place, D, ROPE).to(dtype)
+        value = tl.load(qkv + (HEADS + KV + kv) * D + d, cache_modifier=".cg").to(dtype)
+        if (split == 0) & (head % (HEADS // KV) == 0):
+            tl.store(keys + place * D + d, key)
+            tl.store(values + place * D + d, value)
+        # the new token begins the running softmax of split 0, so nothing just stored is read
+        own = tl.sum(q * key.to(tl.float32), axis=0)
+        top = tl.where(split == 0, own, -1e30)
+        total = tl.where(split == 0, 1.0, 0.0)
+        out = value.to(tl.float32) * total                                                            # (D,)
+        for start in range(split * BL, place, active * BL):
+            next_k = _places(keys, start + active * BL, place, D, BL)
+            next_v = _places(values, start + active * BL, place, D, BL)
+            score = tl.where(start + l < place, tl.sum(k.to(tl.float32) * q[None, :], axis=1), -float("inf"))   # (BL,)
+            new = tl.maximum(top, tl.max(score, axis=0))
+            weight, fade = tl.exp(score - new), tl.exp(top - new)
+            total = total * fade + tl.sum(weight, axis=0)
+            out = out * fade + tl.sum(weight[:, None] * v.to(tl.float32), axis=0)
+            top, k, v = new, next_k, next_v
+        tl.store(part + (split * HEADS + head) * D + d, out / total)
+        tl.store(lse + split * HEADS + head, top + tl.log(total))
+    _wait(counter, target, GRID)  # programs without a head arrive at the next barrier only after this one
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The step
+
+@triton.jit
+def _pointer(table, i, dtype: tl.constexpr):
+    return tl.multiple_of(tl.load(table + i).to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def _map(first, second, bias, x, rank, y, norm, counter, target, eps, SPECS: tl.constexpr, IN: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr,
+         GRID: tl.constexpr):
+    """One linear of the FFN, dense or through its two factors. Returns the barrier after it."""
+    A: tl.constexpr = SPECS[0]
+    B: tl.constexpr = SPECS[-1]
+    factors: tl.constexpr = len(SPECS)
+    if factors == 2:
+        _linear(first, None, x, rank, norm, x, 0, counter, target, eps, A, IN, "", False, 1, 1, GRID)
+        _arrive(counter, GRID)
+        target += GRID
+        _linear(second, bias, rank, y, None, x, 0, counter, target, eps, B, "", ACT, ADD, 1, 1, GRID)
+    else:
+        _linear(first, bias, x, y, norm, x, 0, counter, target, eps, A, IN, ACT, ADD, 1, 1, GRID)
+    _arrive(counter, GRID)
+    return target + GRID
+
+
+@triton.jit
+def _layers(w_qkv, cos, sin, table, vectors, x, qkv, part, lse, rank, hidden, place, active, counter, target, length, eps,
+            HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
+            SPLITS: tl.constexpr, BL: tl.constexpr, OFFSETS: tl.constexpr, QKV: tl.constexpr, PROJ: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr,
+            GRID: tl.constexpr, DEPTH: tl.constexpr):
+    """The layers of one run. w_qkv: the first one's weights. Returns the same of the layer that follows, and the barrier before it."""
+    dtype: tl.constexpr = w_qkv.dtype.element_ty
+    end: tl.constexpr = RUNS[-1][1]
+    FC1: tl.constexpr = RUNS[RUN][2]
+    FC2: tl.constexpr = RUNS[RUN][3]
+    V1: tl.constexpr = FC1[0]
+    U1: tl.constexpr = FC1[-1]
+    V2: tl.constexpr = FC2[0]
+    U2: tl.constexpr = FC2[-1]
+    factors1: tl.constexpr = len(FC1)
+    factors2: tl.constexpr = len(FC2)
+    gated: tl.constexpr = ACT == "swiglu"
+    for layer in range(RUNS[RUN][0], RUNS[RUN][1]):
+        row, v = table + layer * 8, vectors + layer * OFFSETS[5]
+        _linear(w_qkv, v + OFFSETS[0], x, qkv, v, lse, 0, counter, target, eps, QKV, NORM, "", False, 1, 1, GRID)
+        _arrive(counter, GRID)
+        proj, v1, k_cache, v_cache = _pointer(row, 1, dtype), _pointer(row, 2, dtype), _pointer(row, 6, dtype), _pointer(row, 7, dtype)
+        _prefetch(proj, True, PROJ, GRID, DEPTH)
+        _prefetch(v1, True, V1, GRID, DEPTH)
+        target += GRID
+        _attention(qkv, cos, sin, k_cache, v_cache, part, lse, place, active, length, counter, target, HEADS, KV, D, ROPE, BL, GRID)
+        _arrive(counter, GRID)
+        u1 = _pointer(row, 3, dtype)
+        _prefetch(u1, factors1 == 2, U1, GRID, DEPTH)
+        target += GRID
+        _linear(proj, v + OFFSETS[1], part, x, None, lse, active, counter, target, eps, PROJ, "parts", "", True, HEADS, SPLITS, GRID)
+        _arrive(counter, GRID)
+        v2, u2 = _pointer(row, 4, dtype), _pointer(row, 5, dtype)
+        _prefetch(v2, True, V2, GRID, DEPTH)
+        _prefetch(u2, factors2 == 2, U2, GRID, DEPTH)
+        target += GRID
+        target = _map(v1, u1, v + OFFSETS[3], x, rank, hidden, v + OFFSETS[2], counter, target, eps, FC1, NORM, "" if gated else ACT, False, GRID)
+        next_qkv = _pointer(row, 8, dtype)
+        _prefetch(next_qkv, layer + 1 < end, QKV, GRID, DEPTH)
+        target = _map(v2, u2, v + OFFSETS[4], hidden, rank, x, None, counter, target, eps, FC2, "swiglu" if gated else "", "", True, GRID)
+        w_qkv = next_qkv
+    return w_qkv, target
+
+
+@triton.jit
+def _step(token, position, wte, wpe, head, cos, sin, table, vectors, x, qkv, part, lse, rank, hidden, logits, counter, length, eps,
+          N: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
+          SPLITS: tl.constexpr, BL: tl.constexpr, BN: tl.constexpr, OFFSETS: tl.constexpr, QKV: tl.constexpr, PROJ: tl.constexpr, HEAD: tl.constexpr,
+          RUNS: tl.constexpr, GRID: tl.constexpr, DEPTH: tl.constexpr):
+    """Embedding, layers, head. table: the addresses of a layer's weights and cache; vectors: its norms and biases."""
+    target = tl.load(counter, volatile=True) // GRID * GRID  # nobody is past the first barrier before this program arrives
+    place = tl.load(position).to(tl.int32)
+    active = tl.maximum(tl.minimum(tl.cdiv(place, BL), SPLITS), 1)
+    n = tl.arange(0, BN)
+    row = tl.load(wte + tl.load(token) * N + n, mask=n < N, other=0.0).to(tl.float32)
+    if wpe is not None:
+        row += tl.load(wpe + place * N + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(x + n, row, mask=n < N)  # every program the same
+    w = _pointer(table, 0, wte.dtype.element_ty)
+    for run in tl.static_range(len(RUNS)):
+        w, target = _layers(w, cos, sin, table, vectors, x, qkv, part, lse, rank, hidden, place, active, counter, target, length, eps, HEADS, KV, D, ROPE,
+                            NORM, ACT, SPLITS, BL, OFFSETS, QKV, PROJ, RUNS, run, GRID, DEPTH)
+    _linear(head, None, x, logits, vectors + RUNS[-1][1] * OFFSETS[5], lse, 0, counter, target, eps, HEAD, NORM, "", False, 1, 1, GRID)
+    if tl.program_id(0) == 0:  # all have read the position before the first barrier
+        tl.store(position, tl.minimum(place + 1, length - 1).to(tl.int64))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The plan, on the host
+
+def deal(rows, K, blocks, programs, tile, spread=0):
+    """SPEC of a linear with `blocks` blocks (rows, K): about equal work for all programs, at most `tile` weights at a time."""
+    BK = triton.next_power_of_2(K)
+    slots = max(1, programs // blocks)                      # programs that share a block
+    rounds = triton.cdiv(rows, slots * max(1, tile // BK))  # tiles that each of them takes
+    share = triton.cdiv(rows, slots * rounds)
+    return (triton.next_power_of_2(share), BK, rows, K, blocks, share, triton.cdiv(rows, share), spread or rows * blocks,
+            triton.next_power_of_2(K * blocks))
+
+
+def matrices(module):
+    """[(weights, rows, K, blocks, spread)] of a linear's one or two stages; spread P: row j goes to j % P * (rows / P) + j // P."""
+    if not isinstance(module, Structured):
+        return [(module.weight, *module.weight.shape, 1, 0)]
+    (blocks, q, p), shuffle = module.V.shape if module.V.dim() == 3 else (1, *module.V.shape), isinstance(module, BlockShuffle)
+    V = module.V, q, p, blocks, blocks if shuffle else 0
+    return [V, (module.U, *module.U.shape[1:], blocks, module.U.shape[1])] if shuffle else [V, (module.U, *module.U.shape, 1, 0)]
+
+
+def usable(model) -> bool:
+    """Whether `Step` can take this model's steps at batch 1."""
+    cfg = model.cfg
+    linears = [linear for b in model.blocks for linear in (b.attn.qkv, b.attn.proj, b.ffn.fc1, b.ffn.fc2)]
+    K = max(m[2] for linear in linears for m in matrices(chosen(linear, 1)))
+    return torch.version.hip is None and cfg.attn_dim // cfg.n_head in (16, 32, 64, 128, 256) and max(K, cfg.n_embd) <= LARGEST_K
+
+
+class Step:
+    """model.step for one token of one sequence: step(tokens (1, 1), cache) -> logits (1, vocab_size), the same buffer each time.
+
+    programs: how many share the work, one per multiprocessor; depth: tiles of a coming stage that are asked to L2 ahead of time.
+    """
+
+    def __init__(self, model, cache, programs=0, warps=WARPS, tile_bytes=TILE_BYTES, depth=2, **options):
+        cfg, weight = model.cfg, model.head.weight
+        self.device, self.model, self.cache, self.warps = weight.device, model, cache, warps
+        self.options = {"launch_cooperative_grid": True, **options}  # a grid that does not fit fails, it does not wait for ever
+        self.programs = programs or (1 if INTERPRET else torch.cuda.get_device_properties(self.device).multi_processor_count)
+        self.grid = 1 if INTERPRET else self.programs  # the interpreter runs one program after the other: they cannot wait
+        tile = tile_bytes // weight.element_size()
+
+        def plan(linear):
+            return tuple(deal(*m[1:4], self.programs, tile, m[4]) for m in matrices(linear))
+
+        fcs = [(chosen(b.ffn.fc1, 1), chosen(b.ffn.fc2, 1)) for b in model.blocks]
+        kinds = [(plan(fc1), plan(fc2)) for fc1, fc2 in fcs]
+        starts = [i for i in range(cfg.n_layer) if i == 0 or kinds[i] != kinds[i - 1]]
+        D, attn = cfg.attn_dim // cfg.n_head, model.blocks[0].attn
+        splits = max(1, min(8, self.programs // cfg.n_head, 512 * warps // triton.next_power_of_2(cfg.attn_dim)))  # proj holds all in registers
+        self.meta = dict(
+            N=cfg.n_embd, HEADS=cfg.n_head, KV=cfg.n_kv_head, D=D, ROPE=cfg.pos == "rope", NORM=cfg.norm, ACT=cfg.act, SPLITS=splits,
+            BL=max(16, tile // (4 * D)), BN=triton.next_power_of_2(cfg.n_embd), QKV=plan(attn.qkv)[0], PROJ=plan(attn.proj)[0], HEAD=plan(model.head)[0],
+            RUNS=tuple((i, j, *kinds[i]) for i, j in zip(starts, starts[1:] + [cfg.n_layer])), GRID=self.grid, DEPTH=depth if PDL else 0)  # Hopper's copy engine
+        self.table, self.vectors = self.addresses(fcs), self.collect(fcs)
+        rank = max([1] + [m[0][1] * m[0][3] for pair in fcs for m in map(matrices, pair) if len(m) == 2])
+        sizes = cfg.n_embd, attn.qkv.out_features, splits * cfg.attn_dim, splits * cfg.n_head, rank, cfg.n_hidden
+        self.buffers = [torch.empty(n, device=self.device) for n in sizes]
+        self.logits = torch.empty(1, cfg.vocab_size, device=self.device, dtype=weight.dtype)
+        self.counter = torch.zeros(1, device=self.device, dtype=torch.long)
+
+    def addresses(self, fcs):
+        """(n_layer + 1, 8): qkv, proj, fc1's V and U, fc2's V and U, k and v of every layer; where there is one matrix, it stands twice."""
+        rows = []
+        for block, pair, cache in zip(self.model.blocks, fcs, self.cache.layers):
+            weights = [m[i][0] for m in map(matrices, pair) for i in (0, -1)]
+            rows.append([t.data_ptr() for t in (block.attn.qkv.weight, block.attn.proj.weight, *weights, *cache)])
+        return torch.tensor(rows + rows[-1:]).to(self.device)
+
+    def collect(self, fcs):
+        """All norms and biases in float32, layer by layer; what a model lacks is zero. Sets OFFSETS: qkv, proj, norm2, fc1, fc2, the layer's size."""
+        N, parts = self.model.cfg.n_embd, []
+
+        def add(vector, size):
+            parts.append(torch.zeros(size, device=self.device) if vector is None else vector.detach().float())
+
+        for block, (fc1, fc2) in zip(self.model.blocks, fcs):
+            Q, F = block.attn.qkv.out_features, fc1.out_features
+            for vector, size in ((block.norm1.weight, N), (getattr(block.norm1, "bias", None), N), (block.attn.qkv.bias, Q), (block.attn.proj.bias, N),
+                                 (block.norm2.weight, N), (getattr(block.norm2, "bias", None), N), (fc1.bias, F), (fc2.bias, N)):
+                add(vector, size)
+        add(self.model.norm.weight, N)
+        add(getattr(self.model.norm, "bias", None), N)
+        self.meta["OFFSETS"] = (2 * N, 2 * N + Q, 3 * N + Q, 5 * N + Q, 5 * N + Q + F, 6 * N + Q + F)
+        return torch.cat(parts)
+
+    def __call__(self, tokens, cache):
+        assert cache is self.cache, "the table holds the addresses of one cache"
+        model = self.model
+        wpe = None if model.wpe is None else model.wpe.weight
+        _step[self.grid,](tokens, cache.position, model.wte.weight, wpe, model.head.weight, model.cos, model.sin, self.table, self.vectors, *self.buffers,
+                          self.logits, self.counter, cache.length, model.norm.eps, **self.meta, num_warps=self.warps, num_stages=1,
+                          **self.options)
+        return self.logits
