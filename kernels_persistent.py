@@ -214,7 +214,7 @@ def _turned(vector, cos, sin, place, D: tl.constexpr, ROPE: tl.constexpr):
     if ROPE:
         other = tl.load(vector + (d + D // 2) % D, cache_modifier=".cg")
         c, s = tl.load(cos + place * D + d), tl.load(sin + place * D + d)
-        a = a * c + tl.where(d < D // 2, -other, other) * s
+        a = a * c + other * s  # the first half of sin is negative
     return a
 
 
