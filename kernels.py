@@ -13,7 +13,8 @@ they are passes of their own, and cost next to nothing here:
     by it and never sees the pre-activation.
 
 Plain matmuls and weight gradients are cuBLAS's. What they cannot do here, `fits` says, and the caller takes the plain path.
-Behind the FFN: rotary positions on the way into attention and out of it, and the optimiser's update of all parameters in one launch.
+Behind the FFN: rotary positions on the way into attention and out of it, residual addition with the norm that follows, and the
+optimiser's update of all parameters in one launch.
 """
 import functools
 import logging
@@ -382,6 +383,117 @@ split_rotated.register_autograd(lambda ctx, *grads: (join_rotated(*grads, *ctx.s
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# x + y and its layer or RMS norm
+
+@triton.jit
+def _add_norm(x, y, weight, bias, total, normed, eps, N: tl.constexpr, BN: tl.constexpr, RMS: tl.constexpr):
+    """One row: total = x + y, normed = norm(total)."""
+    n = tl.arange(0, BN)
+    ok, at = n < N, tl.program_id(0).to(tl.int64) * N + n
+    a = tl.load(x + at, mask=ok, other=0.0)
+    if y is not None:
+        a = (a.to(tl.float32) + tl.load(y + at, mask=ok, other=0.0).to(tl.float32)).to(x.dtype.element_ty)
+        tl.store(total + at, a, mask=ok)
+    a = a.to(tl.float32)
+    if not RMS:
+        a = tl.where(ok, a - tl.sum(a, 0) / N, 0.0)
+    out = a * tl.rsqrt(tl.sum(a * a, 0) / N + eps) * tl.load(weight + n, mask=ok, other=0.0).to(tl.float32)
+    if bias is not None:
+        out += tl.load(bias + n, mask=ok, other=0.0).to(tl.float32)
+    tl.store(normed + at, out.to(normed.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _add_norm_backward(grad_total, grad_normed, total, weight, grad, grad_weight, grad_bias, rows, eps, N: tl.constexpr, BN: tl.constexpr, RMS: tl.constexpr):
+    """Rows pid, pid + grid, ...: the gradient of x and y, and this program's share (1, N) of those of weight and bias."""
+    n = tl.arange(0, BN)
+    ok = n < N
+    w = tl.load(weight + n, mask=ok, other=0.0).to(tl.float32)
+    sum_w, sum_b = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        at = tl.full((), N, tl.int64) * row + n
+        a, g = tl.load(total + at, mask=ok, other=0.0).to(tl.float32), tl.load(grad_normed + at, mask=ok, other=0.0).to(tl.float32)
+        if not RMS:
+            a = tl.where(ok, a - tl.sum(a, 0) / N, 0.0)
+        scale = tl.rsqrt(tl.sum(a * a, 0) / N + eps)
+        a *= scale
+        sum_w += g * a
+        sum_b += g
+        g *= w
+        g = scale * (g - a * (tl.sum(g * a, 0) / N) - (0.0 if RMS else tl.sum(g, 0) / N))
+        if grad_total is not None:
+            g += tl.load(grad_total + at, mask=ok, other=0.0).to(tl.float32)
+        tl.store(grad + at, g.to(grad.dtype.element_ty), mask=ok)
+    tl.store(grad_weight + tl.program_id(0) * N + n, sum_w, mask=ok)
+    tl.store(grad_bias + tl.program_id(0) * N + n, sum_b, mask=ok)
+
+
+def _row_warps(N):
+    return min(16, max(1, triton.next_power_of_2(N) // 512))  # 16 entries to a thread
+
+
+@torch.library.custom_op("structured::add_norm", mutates_args=())
+def add_norm_op(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
+    """x, y (..., N) -> x + y and its norm; without y the first is empty."""
+    x, N = x.contiguous(), x.size(-1)
+    y = None if y is None else y.contiguous()
+    total, normed = x.new_empty(0) if y is None else torch.empty_like(x), torch.empty_like(x)
+    _add_norm[(x.numel() // N,)](x, y, weight, bias, total, normed, eps, N, triton.next_power_of_2(N), rms, num_warps=_row_warps(N))
+    return total, normed
+
+
+@add_norm_op.register_fake
+def _(x, y, weight, bias, eps, rms):
+    return x.new_empty(0 if y is None else x.shape), x.new_empty(x.shape)
+
+
+@torch.library.custom_op("structured::add_norm_backward", mutates_args=())
+def add_norm_backward_op(grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x (and y), weight, bias."""
+    N, rows = total.size(-1), total.numel() // total.size(-1)
+    grad_normed, total = grad_normed.contiguous(), total.contiguous()
+    grad_total = None if grad_total is None else grad_total.contiguous()
+    programs = min(rows, 4 * _multiprocessors(total.device))
+    shares = total.new_empty(2, programs, N, dtype=torch.float32)
+    grad = torch.empty_like(total)
+    _add_norm_backward[(programs,)](grad_total, grad_normed, total, weight, grad, shares[0], shares[1], rows, eps, N, triton.next_power_of_2(N), rms,
+                                    num_warps=_row_warps(N))
+    of_weight, of_bias = shares.sum(1).to(weight.dtype)
+    return grad, of_weight.clone(), of_bias.clone()
+
+
+@add_norm_backward_op.register_fake
+def _(grad_total, grad_normed, total, weight, eps, rms):
+    return total.new_empty(total.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+def _save_total(ctx, inputs, output):
+    x, y, weight, bias, ctx.eps, ctx.rms = inputs
+    ctx.set_materialize_grads(False)
+    ctx.added, ctx.biased = y is not None, bias is not None
+    ctx.save_for_backward(output[0] if ctx.added else x, weight)
+
+
+def _add_norm_grads(ctx, grad_total, grad_normed):
+    grad, of_weight, of_bias = add_norm_backward_op(grad_total if ctx.added else None, grad_normed, *ctx.saved_tensors, ctx.eps, ctx.rms)
+    return grad, grad if ctx.added else None, of_weight, of_bias if ctx.biased else None, None, None
+
+
+add_norm_op.register_autograd(_add_norm_grads, setup_context=_save_total)
+
+
+def norms(x, N) -> bool:
+    """Whether `add_norm` can: half precision on CUDA (or in the interpreter), rows that registers hold."""
+    return (x.is_cuda or INTERPRET) and x.dtype in (torch.bfloat16, torch.float16) and N <= 16384
+
+
+def add_norm(x, y, norm):
+    """(x + y, norm(x + y)) for an nn.LayerNorm or nn.RMSNorm; y may be None."""
+    total, normed = add_norm_op(x, y, norm.weight, getattr(norm, "bias", None), norm.eps, isinstance(norm, torch.nn.RMSNorm))
+    return x if y is None else total, normed
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # AdamW over all parameters in one launch
 
 @triton.jit
@@ -430,10 +542,11 @@ def adamw(tables, grads, corrections, scale, decay, betas, eps):
     scale, a 0-d tensor that multiplies the gradients; decay = lr x weight decay."""
     chunks, pointers, mixed, aligned, n = tables
     grads = [g.contiguous() for g in grads]
-    places = torch.tensor([g.data_ptr() for g in grads])
+    places, corrections = torch.tensor([g.data_ptr() for g in grads]), torch.tensor(corrections, dtype=torch.float32)
     aligned = aligned and bool((places % 16 == 0).all())
-    _adamw[(len(chunks),)](chunks, pointers, places.to(scale.device, non_blocking=True), torch.tensor(corrections, dtype=torch.float32).to(scale.device, non_blocking=True),
-                           scale, decay, *betas, eps, n, mixed, aligned, ADAMW_BLOCK, num_warps=8)
+    if scale.is_cuda:  # from pinned memory: a copy from any other waits for the device
+        places, corrections = (t.pin_memory().to(scale.device, non_blocking=True) for t in (places, corrections))
+    _adamw[(len(chunks),)](chunks, pointers, places, corrections, scale, decay, *betas, eps, n, mixed, aligned, ADAMW_BLOCK, num_warps=8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

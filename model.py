@@ -31,6 +31,14 @@ def make_norm(cfg):
     return nn.RMSNorm(cfg.n_embd, eps=1e-5) if cfg.norm == "rmsnorm" else nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
 
 
+def add_norm(x, branch, norm):
+    """(x + branch, its norm); branch None adds nothing."""
+    if kernels and kernels.norms(x, x.size(-1)):
+        return kernels.add_norm(x, branch, norm)
+    x = x if branch is None else x + branch
+    return x, norm(x).to(x.dtype)
+
+
 def rotary_table(block_size, head_size):
     """cos and sin (block_size, 1, head_size) for rotary positions with base 10 000, halves not interleaved.
 
@@ -117,16 +125,22 @@ class Block(nn.Module):
         self.dropout, self.recompute = cfg.dropout, cfg.recompute
         self.wide = cfg.n_hidden if cfg.recompute == "wide" else 0
 
-    def forward(self, x, cos, sin, alpha=None, cache=None):
-        """x (B, T, n_embd); alpha: weight of the guide in this layer's FFN, a 0-d tensor, or None for the factors alone."""
+    def forward(self, x, branch, cos, sin, alpha=None, cache=None):
+        """The residual stream x (B, T, n_embd) and what the block before adds to it, or None -> the same of this block.
+
+        So every addition meets the norm behind it. alpha: weight of the guide in this layer's FFN, a 0-d tensor, or None for the
+        factors alone.
+        """
+        x, h = add_norm(x, branch, self.norm1)
         if torch.compiler.is_compiling() and self.recompute != "off" and torch.is_grad_enabled():
             contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(what_to_keep, self.wide))
-            return checkpoint(self.body, x, cos, sin, alpha, use_reentrant=False, context_fn=contexts)
-        return self.body(x, cos, sin, alpha, cache)
+            return checkpoint(self.body, x, h, cos, sin, alpha, use_reentrant=False, context_fn=contexts)
+        return self.body(x, h, cos, sin, alpha, cache)
 
-    def body(self, x, cos, sin, alpha=None, cache=None):
-        x = x + F.dropout(self.attn(self.norm1(x), cos, sin, cache), self.dropout, self.training)
-        return x + F.dropout(self.ffn(self.norm2(x), alpha), self.dropout, self.training)
+    def body(self, x, h, cos, sin, alpha=None, cache=None):
+        """x and its norm h -> x + attention(h), ffn(norm of that)."""
+        x, h = add_norm(x, F.dropout(self.attn(h, cos, sin, cache), self.dropout, self.training), self.norm2)
+        return x, F.dropout(self.ffn(h, alpha), self.dropout, self.training)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -277,9 +291,10 @@ class GPT(nn.Module):
             x = x.to(torch.get_autocast_dtype(kind))  # the residual stream in the matmuls' precision
         x = F.dropout(x, self.cfg.dropout, self.training)
         cos, sin = self.cos[:T], self.sin[:T]
+        branch = None
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, alpha if layer in guided else None)
-        return self.norm(x).to(x.dtype)
+            x, branch = block(x, branch, cos, sin, alpha if layer in guided else None)
+        return add_norm(x, branch, self.norm)[1]
 
     def forward(self, tokens, targets=None, alpha=None, guided=()):
         """tokens (B, T) -> logits (B, T, vocab_size); with targets (B, T): their mean cross-entropy, negative ones left out."""
@@ -304,12 +319,13 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe(place)
         cos, sin = self.cos[place], self.sin[place]                                             # (B, T, 1, head_size)
-        mask = cache.mask()
+        mask, branch = cache.mask(), None
         for block, layer in zip(self.blocks, cache.layers):
-            x = block(x, cos, sin, cache=LayerCache(*layer, cache.position, mask))
-        x = x[:, -1] if lengths is None else x[torch.arange(B, device=x.device), lengths - 1]
+            x, branch = block(x, branch, cos, sin, cache=LayerCache(*layer, cache.position, mask))
+        last = torch.full_like(cache.position, T - 1) if lengths is None else lengths - 1
+        row = torch.arange(B, device=x.device)
         cache.advance(1 if lengths is None else lengths)
-        return self.head(self.norm(x))
+        return self.head(add_norm(x[row, last], branch[row, last], self.norm)[1])
 
     def compile_parts(self):
         """torch.compile, block by block: equal blocks share one compilation, and parameters keep their names."""

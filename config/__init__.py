@@ -83,7 +83,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"   # of the matmuls (weights stay float32); auto: bfloat16 on CUDA
     compile: bool | Literal["auto"] = "auto"                 # torch.compile; auto: on CUDA
     recompute: Literal["off", "cheap", "wide"] = "cheap"     # in backward, when compiled; cheap: all but matmuls and attention; wide: the FFN's wide matmuls too
-    kernels: bool = False                # Triton kernels for structured FFNs where they fit (Hopper, gelu or relu2); see docs/experiments.md
+    kernels: bool = True                 # Triton kernels for structured FFNs where they fit (Hopper, half precision, gelu or relu2), else plain torch
 
     @property
     def n_hidden(self) -> int:

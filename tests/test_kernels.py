@@ -141,3 +141,26 @@ def test_split_rotated_is_rotate_on_slices(n_head, n_kv_head, size):
     torch.autograd.backward(ours, grads), torch.autograd.backward(theirs, [g.double() for g in grads])
     for a, b in zip((*ours, qkv.grad), (*theirs, exact.grad)):
         assert error(a, b) < 4e-3
+
+
+@pytest.mark.parametrize("width, rms, bias, add", [(96, False, True, True), (256, True, False, True), (768, False, True, False), (64, False, False, True)])
+def test_add_norm_is_an_addition_and_a_norm(width, rms, bias, add):
+    torch.manual_seed(0)
+    norm = torch.nn.RMSNorm(width, eps=1e-5) if rms else torch.nn.LayerNorm(width, bias=bias)
+    for p in norm.parameters():
+        torch.nn.init.normal_(p, mean=0.5)
+    norm, exact = norm.to(DEVICE), copy.deepcopy(norm).to(DEVICE).double()
+    x, y = (torch.randn(3, 41, width, device=DEVICE).to(DTYPE).requires_grad_() for _ in range(2))
+    ref_x, ref_y = (t.detach().double().requires_grad_() for t in (x, y))
+    poison()
+    ours = kernels.add_norm(x, y if add else None, norm)
+    total = ref_x + ref_y if add else ref_x
+    theirs = total, exact(total)
+    grads = [torch.randn_like(x) for _ in range(2)]
+    torch.autograd.backward(ours, grads), torch.autograd.backward(theirs, [g.double() for g in grads])
+    pairs = [*zip(ours, theirs), (x.grad, ref_x.grad), *((p.grad, q.grad) for p, q in zip(norm.parameters(), exact.parameters()))]
+    for a, b in pairs + [(y.grad, ref_y.grad)] * add:
+        assert error(a, b) < 1e-2
+    (gradient,) = torch.autograd.grad(kernels.add_norm(x, y, norm)[1].float().square().sum(), y)  # the sum itself in nobody's loss
+    (expected,) = torch.autograd.grad(exact(ref_x + ref_y).square().sum(), ref_y)
+    assert error(gradient, expected) < 2e-2

@@ -425,8 +425,8 @@ def graphs_of_a_block(*argv):
     gpt = GPT(configure("--n_layer=2", "--n_embd=64", "--n_head=2", "--block_size=32", *argv))
     x = torch.randn(4, 32, 64, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        y = torch.compile(gpt.blocks[1], backend=backend, fullgraph=True)(x.to(torch.bfloat16), gpt.cos, gpt.sin)
-    y.float().sum().backward()
+        y = torch.compile(gpt.blocks[1], backend=backend, fullgraph=True)(x.to(torch.bfloat16), None, gpt.cos, gpt.sin)
+    (y[0] + y[1]).float().sum().backward()
     counts = [collections.Counter(n.target._schema.name.partition("::")[2] for n in g.nodes if hasattr(n.target, "_schema")) for g in graphs]
     kept = [a.meta["val"] for a in graphs[0].output_node().args[0][1:] if hasattr(a, "meta") and not a.name.startswith("primals")]
     return *counts, sum(t.numel() * t.element_size() for t in kept)
@@ -441,7 +441,7 @@ def test_backward_repeats_no_matmul_and_no_attention(ffn):
     assert sum(backward[name] for name in MATMULS) == 2 * sum(forward[name] for name in MATMULS) > 0
     assert not any("attention" in name and "backward" not in name for name in backward)
     _, without, off = graphs_of_a_block("--recompute=off", *ffn)
-    assert cheap < 0.85 * off and backward["native_layer_norm"] == 2 and without["native_layer_norm"] == 0
+    assert cheap < 0.9 * off and backward["native_layer_norm"] == 1 and without["native_layer_norm"] == 0
 
 
 def test_wide_repeats_the_wide_matmul_only():
