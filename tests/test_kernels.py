@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import structured
-from model import rotary_table, rotate
+import config
+from config import Config
+from model import build, rotary_table, rotate
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -164,3 +166,31 @@ def test_add_norm_is_an_addition_and_a_norm(width, rms, bias, add):
     (gradient,) = torch.autograd.grad(kernels.add_norm(x, y, norm)[1].float().square().sum(), y)  # the sum itself in nobody's loss
     (expected,) = torch.autograd.grad(exact(ref_x + ref_y).square().sum(), ref_y)
     assert error(gradient, expected) < 2e-2
+
+
+@pytest.mark.parametrize("norm, recompute", [("layernorm", "cheap"), ("rmsnorm", "off"), ("layernorm", "wide")])
+def test_a_compiled_model_with_kernels_is_the_model(norm, recompute, monkeypatch):
+    """Loss and all gradients, block by block compiled, against the plain model in float32."""
+    if INTERPRET and recompute == "wide":
+        pytest.skip("slow in the interpreter")
+    cfg = Config(n_layer=2, n_embd=128, n_head=4, n_kv_head=2, block_size=128, vocab_size=61, ffn="lowrank", rank=64, norm=norm, recompute=recompute)
+    config.check(cfg)
+    torch._dynamo.reset()
+    ours = build(cfg, torch.device(DEVICE), seed=1)
+    theirs = copy.deepcopy(ours)
+    tokens = torch.randint(61, (1, 129), device=DEVICE)
+    calls = []
+    for op in ("_row_warps", "_launch_rotate", "_launch"):  # what add_norm, split_rotated and ffn call when they run
+        monkeypatch.setattr(kernels, op, lambda *a, _real=getattr(kernels, op), _op=op, **k: calls.append(_op) or _real(*a, **k))
+    for block in ours.blocks:
+        block.compile(fullgraph=True, backend="aot_eager" if INTERPRET else "inductor")
+    with torch.autocast(DEVICE, DTYPE):
+        loss = ours(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    assert set(calls) == {"_row_warps", "_launch_rotate", "_launch"}
+    monkeypatch.setattr("model.kernels", None)
+    reference = theirs(tokens[:, :-1], tokens[:, 1:])
+    reference.backward()
+    assert loss.item() == pytest.approx(reference.item(), rel=2e-3)
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+        assert error(p.grad, q.grad.double()) < 3e-2, name
