@@ -17,12 +17,14 @@ SETTINGS = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
 
 
 class Small(nn.Module):
-    def __init__(self):
+    """Sizes that fill no whole chunk, or, even, sizes that 16 divides."""
+
+    def __init__(self, even):
         super().__init__()
         torch.manual_seed(0)
-        self.wide = nn.Parameter(torch.randn(3, 4097))
-        self.blocks = nn.Parameter(torch.randn(2, 5, 7))
-        self.bias = nn.Parameter(torch.randn(33))
+        self.wide = nn.Parameter(torch.randn(3, 4112 if even else 4097))
+        self.blocks = nn.Parameter(torch.randn(2, 8, 16) if even else torch.randn(2, 5, 7))
+        self.bias = nn.Parameter(torch.randn(48 if even else 33))
         self.sometimes = nn.Parameter(torch.randn(4, 4))
 
 
@@ -32,11 +34,11 @@ def draw_grads(params, step):
 
 
 @pytest.mark.parametrize("fused", [False, FUSED])
-@pytest.mark.parametrize("clip", [0.0, 0.5])
-def test_masters_follow_adamw_in_float64(fused, clip, monkeypatch):
+@pytest.mark.parametrize("clip, even", [(0.0, False), (0.5, False), (0.5, True)])
+def test_masters_follow_adamw_in_float64(fused, clip, even, monkeypatch):
     if not fused:
         monkeypatch.setattr("optim.kernels", None)
-    small = Small().to(DEVICE)
+    small = Small(even).to(DEVICE)
     exact = [nn.Parameter(p.detach().double().cpu()) for p in small.parameters()]
     ours, theirs = MixedAdamW(small.parameters(), **SETTINGS), torch.optim.AdamW(exact, **SETTINGS)
     for step in range(4):
