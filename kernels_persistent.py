@@ -156,8 +156,9 @@ def _columns(t, SPEC: tl.constexpr):
 @triton.jit
 def _extra(bias, y, t, SPEC: tl.constexpr, ADD: tl.constexpr):
     """What is added to tile t's sums (BM,): the bias, and with ADD what y holds."""
+    BM: tl.constexpr = SPEC[0]
     column, ok = _columns(t, SPEC)
-    extra = tl.zeros((SPEC[0],), tl.float32)
+    extra = tl.zeros((BM,), tl.float32)
     if bias is not None:
         extra += tl.load(bias + column, mask=ok, other=0.0)
     if ADD:
@@ -264,6 +265,14 @@ def _attention(qkv, cos, sin, k_cache, v_cache, part, lse, place, active, length
 # ----------------------------------------------------------------------------------------------------------------------
 # The step
 
+@triton.constexpr_function
+def _at(plan, *path):
+    """plan[i][j]...; as a subscript, a tuple with tuples or strings in it does not compile under Triton 3.6."""
+    for i in path:
+        plan = plan[i]
+    return plan
+
+
 @triton.jit
 def _pointer(table, i, dtype: tl.constexpr):
     return tl.multiple_of(tl.load(table + i).to(tl.pointer_type(dtype)), 16)
@@ -273,8 +282,8 @@ def _pointer(table, i, dtype: tl.constexpr):
 def _map(first, second, bias, x, rank, y, norm, counter, target, eps, SPECS: tl.constexpr, IN: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr,
          GRID: tl.constexpr):
     """One linear of the FFN, dense or through its two factors. Returns the barrier after it."""
-    A: tl.constexpr = SPECS[0]
-    B: tl.constexpr = SPECS[-1]
+    A: tl.constexpr = _at(SPECS, 0)
+    B: tl.constexpr = _at(SPECS, -1)
     factors: tl.constexpr = len(SPECS)
     if factors == 2:
         _linear(first, None, x, rank, norm, x, 0, counter, target, eps, A, IN, "", False, 1, 1, GRID)
@@ -294,17 +303,17 @@ def _layers(w_qkv, cos, sin, table, vectors, x, qkv, part, lse, rank, hidden, pl
             GRID: tl.constexpr, DEPTH: tl.constexpr):
     """The layers of one run. w_qkv: the first one's weights. Returns the same of the layer that follows, and the barrier before it."""
     dtype: tl.constexpr = w_qkv.dtype.element_ty
-    end: tl.constexpr = RUNS[-1][1]
-    FC1: tl.constexpr = RUNS[RUN][2]
-    FC2: tl.constexpr = RUNS[RUN][3]
-    V1: tl.constexpr = FC1[0]
-    U1: tl.constexpr = FC1[-1]
-    V2: tl.constexpr = FC2[0]
-    U2: tl.constexpr = FC2[-1]
+    end: tl.constexpr = _at(RUNS, -1, 1)
+    FC1: tl.constexpr = _at(RUNS, RUN, 2)
+    FC2: tl.constexpr = _at(RUNS, RUN, 3)
+    V1: tl.constexpr = _at(FC1, 0)
+    U1: tl.constexpr = _at(FC1, -1)
+    V2: tl.constexpr = _at(FC2, 0)
+    U2: tl.constexpr = _at(FC2, -1)
     factors1: tl.constexpr = len(FC1)
     factors2: tl.constexpr = len(FC2)
     gated: tl.constexpr = ACT == "swiglu"
-    for layer in range(RUNS[RUN][0], RUNS[RUN][1]):
+    for layer in range(_at(RUNS, RUN, 0), _at(RUNS, RUN, 1)):
         row, v = table + layer * 8, vectors + layer * OFFSETS[5]
         _linear(w_qkv, v + OFFSETS[0], x, qkv, v, lse, 0, counter, target, eps, QKV, NORM, "", False, 1, 1, GRID)
         _arrive(counter, GRID)
@@ -349,7 +358,7 @@ def _step(token, position, wte, wpe, head, cos, sin, table, vectors, x, qkv, par
     for run in tl.static_range(len(RUNS)):
         w, target = _layers(w, cos, sin, table, vectors, x, qkv, part, lse, rank, hidden, place, active, counter, target, length, eps, HEADS, KV, D, ROPE,
                             NORM, ACT, SPLITS, BL, OFFSETS, QKV, PROJ, RUNS, run, GRID, DEPTH)
-    _linear(head, None, x, logits, vectors + RUNS[-1][1] * OFFSETS[5], lse, 0, counter, target, eps, HEAD, NORM, "", False, 1, 1, GRID)
+    _linear(head, None, x, logits, vectors + _at(RUNS, -1, 1) * OFFSETS[5], lse, 0, counter, target, eps, HEAD, NORM, "", False, 1, 1, GRID)
     if tl.program_id(0) == 0:  # all have read the position before the first barrier
         tl.store(position, tl.minimum(place + 1, length - 1).to(tl.int64))
 
