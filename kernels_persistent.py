@@ -163,7 +163,7 @@ def _extra(bias, y, t, SPEC: tl.constexpr, ADD: tl.constexpr):
         extra += tl.load(bias + column, mask=ok, other=0.0)
     if ADD:
         extra += tl.load(y + column, mask=ok, other=0.0, cache_modifier=".cg")
-    return extra
+    return tl.sum(extra[None, :], axis=0)  # of one row: without it every thread loads and holds all BM under Triton 3.6, and registers spill
 
 
 @triton.jit
