@@ -589,9 +589,14 @@ def unfit(x, fc1, fc2, act):
     return None
 
 
+MIN_WORK = 0 if INTERPRET else 75e9  # multiply-adds of a forward: with less, launching the kernels takes the host longer than they run
+
+
 def fits(x, fc1, fc2, act):
-    """Whether `ffn` is the way to compute fc2(act(fc1(x))); logs once why not. For less than a tile of tokens it is not."""
+    """Whether `ffn` is the way to compute fc2(act(fc1(x))); logs once why it cannot. For less than MIN_WORK or a tile of tokens it is not."""
     if not (hasattr(fc1, "V") and hasattr(fc2, "V")) or x.numel() < 128 * x.size(-1):
+        return False
+    if x.numel() // x.size(-1) * sum(w.numel() for w in (fc1.V, fc1.U, fc2.V, fc2.U)) < MIN_WORK:
         return False
     reason = unfit(x, fc1, fc2, act)
     if reason is not None:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels_decode import PDL, _activate, chosen
+from kernels_decode import _activate, chosen
 from structured import BlockShuffle, Structured
 
 INTERPRET = triton.knobs.runtime.interpret
@@ -84,28 +84,6 @@ def _weights(w, t, SPEC: tl.constexpr):
     i, k = tl.arange(0, BM)[:, None], tl.arange(0, BK)[None, :]
     start = w + (block * M + first).to(tl.int64) * K
     return tl.load(start + i * K + k, mask=(i < count) & (k < K), other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _prefetch(w, enabled, SPEC: tl.constexpr, GRID: tl.constexpr, DEPTH: tl.constexpr):
-    """Asks for this program's first DEPTH tiles of w to come to L2."""
-    M: tl.constexpr = SPEC[2]
-    K: tl.constexpr = SPEC[3]
-    row: tl.constexpr = K * w.dtype.element_ty.primitive_bitwidth // 8
-    if row % 16 == 0:  # what the copy engine takes
-        for i in tl.static_range(DEPTH):
-            block, first, count = _place(tl.program_id(0) + i * GRID, SPEC)
-            start = (w + (block * M + first).to(tl.int64) * K).to(tl.int64)
-            size = tl.where(enabled, count * row, 0)
-            tl.inline_asm_elementwise("""{
-                .reg .pred p;
-                .reg .b32 t;
-                mov.u32 t, %tid.x;
-                setp.eq.u32 p, t, 0;
-                setp.gt.and.s32 p, $2, 0, p;
-                @p cp.async.bulk.prefetch.L2.global [$1], $2;
-                mov.u32 $0, t;
-                }""", "=r,l,r", [start, size], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -300,43 +278,29 @@ def _map(first, second, bias, x, rank, y, norm, counter, target, eps, SPECS: tl.
 def _layers(w_qkv, cos, sin, table, vectors, x, qkv, part, lse, rank, hidden, place, active, counter, target, length, eps,
             HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
             SPLITS: tl.constexpr, BL: tl.constexpr, OFFSETS: tl.constexpr, QKV: tl.constexpr, PROJ: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr,
-            GRID: tl.constexpr, DEPTH: tl.constexpr):
+            GRID: tl.constexpr):
     """The layers of one run. w_qkv: the first one's weights. Returns the same of the layer that follows, and the barrier before it."""
     dtype: tl.constexpr = w_qkv.dtype.element_ty
-    end: tl.constexpr = _at(RUNS, -1, 1)
     FC1: tl.constexpr = _at(RUNS, RUN, 2)
     FC2: tl.constexpr = _at(RUNS, RUN, 3)
-    V1: tl.constexpr = _at(FC1, 0)
-    U1: tl.constexpr = _at(FC1, -1)
-    V2: tl.constexpr = _at(FC2, 0)
-    U2: tl.constexpr = _at(FC2, -1)
-    factors1: tl.constexpr = len(FC1)
-    factors2: tl.constexpr = len(FC2)
     gated: tl.constexpr = ACT == "swiglu"
     for layer in range(_at(RUNS, RUN, 0), _at(RUNS, RUN, 1)):
         row, v = table + layer * 8, vectors + layer * OFFSETS[5]
         _linear(w_qkv, v + OFFSETS[0], x, qkv, v, lse, 0, counter, target, eps, QKV, NORM, "", False, 1, 1, GRID)
         _arrive(counter, GRID)
         proj, v1, k_cache, v_cache = _pointer(row, 1, dtype), _pointer(row, 2, dtype), _pointer(row, 6, dtype), _pointer(row, 7, dtype)
-        _prefetch(proj, True, PROJ, GRID, DEPTH)
-        _prefetch(v1, True, V1, GRID, DEPTH)
         target += GRID
         _attention(qkv, cos, sin, k_cache, v_cache, part, lse, place, active, length, counter, target, HEADS, KV, D, ROPE, BL, GRID)
         _arrive(counter, GRID)
         u1 = _pointer(row, 3, dtype)
-        _prefetch(u1, factors1 == 2, U1, GRID, DEPTH)
         target += GRID
         _linear(proj, v + OFFSETS[1], part, x, None, lse, active, counter, target, eps, PROJ, "parts", "", True, HEADS, SPLITS, GRID)
         _arrive(counter, GRID)
         v2, u2 = _pointer(row, 4, dtype), _pointer(row, 5, dtype)
-        _prefetch(v2, True, V2, GRID, DEPTH)
-        _prefetch(u2, factors2 == 2, U2, GRID, DEPTH)
         target += GRID
         target = _map(v1, u1, v + OFFSETS[3], x, rank, hidden, v + OFFSETS[2], counter, target, eps, FC1, NORM, "" if gated else ACT, False, GRID)
-        next_qkv = _pointer(row, 8, dtype)
-        _prefetch(next_qkv, layer + 1 < end, QKV, GRID, DEPTH)
         target = _map(v2, u2, v + OFFSETS[4], hidden, rank, x, None, counter, target, eps, FC2, "swiglu" if gated else "", "", True, GRID)
-        w_qkv = next_qkv
+        w_qkv = _pointer(row, 8, dtype)
     return w_qkv, target
 
 
@@ -344,7 +308,7 @@ def _layers(w_qkv, cos, sin, table, vectors, x, qkv, part, lse, rank, hidden, pl
 def _step(token, position, wte, wpe, head, cos, sin, table, vectors, x, qkv, part, lse, rank, hidden, logits, counter, length, eps,
           N: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
           SPLITS: tl.constexpr, BL: tl.constexpr, BN: tl.constexpr, OFFSETS: tl.constexpr, QKV: tl.constexpr, PROJ: tl.constexpr, HEAD: tl.constexpr,
-          RUNS: tl.constexpr, GRID: tl.constexpr, DEPTH: tl.constexpr):
+          RUNS: tl.constexpr, GRID: tl.constexpr):
     """Embedding, layers, head. table: the addresses of a layer's weights and cache; vectors: its norms and biases."""
     target = tl.load(counter, volatile=True) // GRID * GRID  # nobody is past the first barrier before this program arrives
     place = tl.load(position).to(tl.int32)
@@ -357,7 +321,7 @@ def _step(token, position, wte, wpe, head, cos, sin, table, vectors, x, qkv, par
     w = _pointer(table, 0, wte.dtype.element_ty)
     for run in tl.static_range(len(RUNS)):
         w, target = _layers(w, cos, sin, table, vectors, x, qkv, part, lse, rank, hidden, place, active, counter, target, length, eps, HEADS, KV, D, ROPE,
-                            NORM, ACT, SPLITS, BL, OFFSETS, QKV, PROJ, RUNS, run, GRID, DEPTH)
+                            NORM, ACT, SPLITS, BL, OFFSETS, QKV, PROJ, RUNS, run, GRID)
     _linear(head, None, x, logits, vectors + _at(RUNS, -1, 1) * OFFSETS[5], lse, 0, counter, target, eps, HEAD, NORM, "", False, 1, 1, GRID)
     if tl.program_id(0) == 0:  # all have read the position before the first barrier
         tl.store(position, tl.minimum(place + 1, length - 1).to(tl.int64))
@@ -396,10 +360,10 @@ def usable(model) -> bool:
 class Step:
     """model.step for one token of one sequence: step(tokens (1, 1), cache) -> logits (1, vocab_size), the same buffer each time.
 
-    programs: how many share the work, one per multiprocessor; depth: tiles of a coming stage that are asked to L2 ahead of time.
+    programs: how many share the work; 0: one per multiprocessor.
     """
 
-    def __init__(self, model, cache, programs=0, warps=WARPS, tile_bytes=TILE_BYTES, depth=2, **options):
+    def __init__(self, model, cache, programs=0, warps=WARPS, tile_bytes=TILE_BYTES, **options):
         cfg, weight = model.cfg, model.head.weight
         self.device, self.model, self.cache, self.warps = weight.device, model, cache, warps
         self.options = {"launch_cooperative_grid": True, **options}  # a grid that does not fit fails, it does not wait for ever
@@ -418,7 +382,7 @@ class Step:
         self.meta = dict(
             N=cfg.n_embd, HEADS=cfg.n_head, KV=cfg.n_kv_head, D=D, ROPE=cfg.pos == "rope", NORM=cfg.norm, ACT=cfg.act, SPLITS=splits,
             BL=max(16, tile // (4 * D)), BN=triton.next_power_of_2(cfg.n_embd), QKV=plan(attn.qkv)[0], PROJ=plan(attn.proj)[0], HEAD=plan(model.head)[0],
-            RUNS=tuple((i, j, *kinds[i]) for i, j in zip(starts, starts[1:] + [cfg.n_layer])), GRID=self.grid, DEPTH=depth if PDL else 0)  # Hopper's copy engine
+            RUNS=tuple((i, j, *kinds[i]) for i, j in zip(starts, starts[1:] + [cfg.n_layer])), GRID=self.grid)
         self.table, self.vectors = self.addresses(fcs), self.collect(fcs)
         rank = max([1] + [m[0][1] * m[0][3] for pair in fcs for m in map(matrices, pair) if len(m) == 2])
         sizes = cfg.n_embd, attn.qkv.out_features, splits * cfg.attn_dim, splits * cfg.n_head, rank, cfg.n_hidden

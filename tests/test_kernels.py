@@ -19,6 +19,7 @@ if importlib.util.find_spec("triton") is None or not (HOPPER or INTERPRET):
     pytest.skip("needs triton, with a Hopper card or TRITON_INTERPRET=1", allow_module_level=True)
 import kernels  # noqa: E402
 
+kernels.MIN_WORK = 0  # tests are small
 DEVICE, DTYPE = ("cpu", torch.float16) if INTERPRET else ("cuda", torch.bfloat16)
 LAYERS = {  # ffn, width, hidden, rank, nblocks
     "lowrank": ("lowrank", 128, 512, 64, 0),
