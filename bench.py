@@ -40,6 +40,7 @@ class Settings:
     launches: str = "eager,graph"        # decode: how a step is launched
     prompt_tokens: int = 1               # decode: length of the prompts; 1 is no prompt
     new_tokens: int = 256                # decode: tokens to generate
+    plain: bool = False                  # train: beside every case the same model in plain torch, nothing of ours but the structured linears
     max_batch: bool = False              # decode: double the batch until it brings nothing or nothing more fits
     repeats: int = 0                     # timed repetitions, of which median and interquartile range are told; 0: 20 on a GPU, 5 on the CPU
     warmup: int = 0                      # repetitions before, compilation included; 0: 5 on a GPU, 1 on the CPU
@@ -114,6 +115,7 @@ def read_settings(argv):
 if __name__ == "__main__":
     SETTINGS = config.run(read_settings)  # a wrong setting is told before torch loads
 
+import contextlib
 import gc
 import itertools
 import math
@@ -127,8 +129,10 @@ import torch.nn.functional as F
 
 import curves
 import decode
+import model as model_file
 from curves import draw, picture
 from model import FFN, build, ffn_params, flops_per_token, linear_params, peak_flops
+from optim import AdamW
 from sample import Settings as Sampling
 from structured import BlockShuffle, LowRank, linear
 from train import device_name, make_optimizer, nominal_vocabulary, pick_device, set_up, short, train_step
@@ -212,7 +216,8 @@ def copies(make, tokens, n_in, n_out, place) -> list:
 def time_passes(call, turns, place, settings):
     """Yields (pass, ms, spread, eager_ms) of one call(module, x), the copies taking turns.
 
-    Short calls on a GPU are replayed from a CUDA graph; eager_ms is the same not compiled and launched from Python.
+    On a GPU they are replayed from a CUDA graph, so that the host's pace does not count; eager_ms is a short call not compiled and
+    launched from Python.
     """
     def forward(f):
         with torch.no_grad():
@@ -226,10 +231,11 @@ def time_passes(call, turns, place, settings):
     compiled = torch.compile(call, dynamic=False) if place.compile else call
     for name, run in zip(PASSES, (forward, both)):
         turn, rounds, eager_ms = partial(run, compiled), 1, None
-        if place.device.type == "cuda" and len(turns[0][1]) <= SHORT:
-            rounds = math.ceil(32 / len(turns))  # so that starting the graph does not count
-            eager_ms = timed(partial(run, call), place.device, settings)[0] / len(turns)
-            turn = graphed(lambda: [partial(run, compiled)() for _ in range(rounds)])
+        if place.device.type == "cuda":
+            if len(turns[0][1]) <= SHORT:
+                rounds = math.ceil(32 / len(turns))  # so that starting the graph does not count
+                eager_ms = timed(partial(run, call), place.device, settings)[0] / len(turns)
+            turn = graphed(lambda: [run(compiled) for _ in range(rounds)])
         ms, spread = timed(turn, place.device, settings)
         yield name, ms / len(turns) / rounds, spread / len(turns) / rounds, eager_ms
 
@@ -431,24 +437,51 @@ def bench_train(cfg, settings):
     cfg.vocab_size = cfg.vocab_size or nominal_vocabulary(cfg.tokenizer)
     cfg.batch_size = cfg.micro_batch_size
     place = set_up(cfg)
-    columns = {"ffn": 20, "guided": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "speedup": 7, "mfu": 7, "gib": 6, "forward_ms": 10, "backward_ms": 11,
+    columns = {"ffn": 24, "guided": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "speedup": 7, "mfu": 7, "gib": 6, "forward_ms": 10, "backward_ms": 11,
                "optimizer_ms": 12}
     table = Table(columns, conditions(place, settings), settings)
     for label, case in compared(cfg, settings).items():
         for guided in (False, True) if case.guide in ("fixedstep", "fixedflop") else (False,):
             train_row(label, case, place, guided, table, settings)
+        if settings.plain:
+            train_row(f"{label}, plain", dataclasses.replace(case, kernels=False, recompute="off"), place, False, table, settings, plain=True)
     if settings.plot:
         draw_split(settings.plot, f"Training step, {cfg.n_layer} layers x {cfg.n_embd}, {cfg.micro_batch_size} x {cfg.block_size} tokens\n{table.card()}", table.rows)
 
 
-def train_row(label, cfg, place, guided, table, settings):
+def plain_torch(model, cfg, place):
+    """What a user would write without this project: fp32 weights under autocast, all logits at once, torch's AdamW, one torch.compile.
+
+    -> (a model for train_step, its optimiser). model.kernels must be None while it runs.
+    """
+    def loss(tokens, targets, alpha=None, guided=()):
+        return F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten())
+    settings = dict(lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=place.device.type in ("cpu", "cuda"))
+    return torch.compile(loss) if place.compile else loss, AdamW(model.parameters(), **settings)
+
+
+@contextlib.contextmanager
+def without_kernels(wanted):
+    """No Triton kernel of training runs inside, if that is wanted."""
+    before = model_file.kernels
+    model_file.kernels = None if wanted else before
+    yield
+    model_file.kernels = before
+
+
+def train_row(label, cfg, place, guided, table, settings, plain=False):
+    with without_kernels(plain):
+        time_steps(label, cfg, place, guided, table, settings, plain)
+
+
+def time_steps(label, cfg, place, guided, table, settings, plain):
     fresh(place.device)
     model = build(cfg, place.device, cfg.seed)
     if guided:
         for _, module in model.structured_linears():
             module.start_guide()
-    optimizer = make_optimizer(cfg, model, place)
-    if place.compile:
+    wrapped, optimizer = plain_torch(model, cfg, place) if plain else (model, make_optimizer(cfg, model, place))
+    if place.compile and not plain:
         model.compile_parts()
     batches = itertools.cycle(torch.randint(cfg.vocab_size, (8, 1, cfg.micro_batch_size, cfg.block_size + 1), device=place.device))
     alpha = torch.full((), 0.5, device=place.device)
@@ -457,14 +490,14 @@ def train_row(label, cfg, place, guided, table, settings):
     def forward():
         batch = next(batches)[0]
         with place.autocast():
-            return model(batch[:, :-1], batch[:, 1:], alpha, layers)
+            return wrapped(batch[:, :-1], batch[:, 1:], alpha, layers)
 
     def forward_backward():
         forward().backward()
         optimizer.zero_grad(set_to_none=True)
 
     def step():
-        train_step(model, optimizer, next(batches), cfg, place, 1e-4, alpha, layers)
+        train_step(wrapped, optimizer, next(batches), cfg, place, 1e-4, alpha, layers)
 
     ms, spread = timed(step, place.device, settings)
     gib = torch.cuda.max_memory_allocated() / 2**30 if place.device.type == "cuda" else None

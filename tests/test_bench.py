@@ -186,6 +186,24 @@ def test_train(rows, guide):
     assert [r["flops_per_token"] for r in found[:2]] == [6 * (blocks + 2 * 2 * 32 * 128), 6 * (blocks + 2 * 32 * 128 + 2 * 8 * (32 + 128))]
 
 
+def test_train_beside_plain_torch(rows, monkeypatch):
+    found = rows("train", *SMALL, *LOWRANK, "--plain=True")
+    assert [r["ffn"] for r in found] == ["dense", "dense, plain", "lowrank R=8", "lowrank R=8, plain"]
+    assert all(ours["flops_per_token"] == plain["flops_per_token"] for ours, plain in (found[:2], found[2:]))
+
+
+def test_plain_torch_is_the_same_model_and_runs_without_our_kernels(monkeypatch):
+    cfg = config.from_dict({**config.to_dict(Config(n_layer=2, n_embd=32, n_head=2, block_size=16, vocab_size=64)), "ffn": "lowrank", "rank": 8})
+    gpt, tokens = GPT(cfg).init_weights(), torch.randint(64, (2, 17))
+    loss, optimizer = bench.plain_torch(gpt, cfg, train.Place(0, 1, CPU, torch.float32, False))
+    torch.testing.assert_close(loss(tokens[:, :-1], tokens[:, 1:]), gpt(tokens[:, :-1], tokens[:, 1:]))
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in gpt.parameters()]
+    monkeypatch.setattr(bench.model_file, "kernels", "ours")
+    with bench.without_kernels(True):
+        assert bench.model_file.kernels is None
+    assert bench.model_file.kernels == "ours"
+
+
 def test_train_cases(rows):
     assert [r["ffn"] for r in rows("train", *SMALL)] == ["dense", "lowrank 32 %", "blockshuffle 32 %", "blockdense 32 %"]
 
