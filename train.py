@@ -625,6 +625,10 @@ def train(cfg, place, state, train_file, val_file, tokenizer):
     """The run, from its first or its checkpoint's step to model.pt."""
     plan = make_plan(cfg)
     n_windows, n_val, n_final = check_data(cfg, train_file, val_file)
+    try:
+        os.makedirs(cfg.out_dir, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"the folder {cfg.out_dir} cannot be made ({e.strerror}): choose another --out_dir.") from None
     model, optimizer, step = start_or_continue(cfg, plan, place, state, train_file.checksum)
     if place.compile:
         model.compile_parts()
@@ -717,11 +721,6 @@ def main(cfg, settings):
     place.barrier()
     train_file, val_file, tokenizer = prepare.open_data(cfg)
     match_vocabulary(cfg, train_file.vocab_size)
-    check_data(cfg, train_file, val_file)
-    try:
-        os.makedirs(cfg.out_dir, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"the folder {cfg.out_dir} cannot be made ({e.strerror}): choose another --out_dir.") from None
     train(cfg, place, state, train_file, val_file, tokenizer)
     place.leave()
 
