@@ -50,8 +50,8 @@ def rotary_table(block_size, head_size):
 
 
 def rotate(x, cos, sin):  # x (B, T, heads, head_size)
-    exchanged = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return (x * cos + exchanged * sin).to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((b, a), dim=-1) * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
