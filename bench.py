@@ -132,7 +132,6 @@ import decode
 import model as model_file
 from curves import draw, picture
 from model import FFN, build, ffn_params, flops_per_token, linear_params, peak_flops
-from optim import AdamW
 from sample import Settings as Sampling
 from structured import BlockShuffle, LowRank, linear
 from train import device_name, make_optimizer, nominal_vocabulary, pick_device, set_up, short, train_step
@@ -456,8 +455,7 @@ def plain_torch(model, cfg, place):
     """
     def loss(tokens, targets, alpha=None, guided=()):
         return F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten())
-    settings = dict(lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=place.device.type in ("cpu", "cuda"))
-    return torch.compile(loss) if place.compile else loss, AdamW(model.parameters(), **settings)
+    return torch.compile(loss) if place.compile else loss, make_optimizer(cfg, model, dataclasses.replace(place, dtype=torch.float32))
 
 
 @contextlib.contextmanager
@@ -465,8 +463,10 @@ def without_kernels(wanted):
     """No Triton kernel of training runs inside, if that is wanted."""
     before = model_file.kernels
     model_file.kernels = None if wanted else before
-    yield
-    model_file.kernels = before
+    try:
+        yield
+    finally:
+        model_file.kernels = before
 
 
 def train_row(label, cfg, place, guided, table, settings, plain=False):

@@ -458,8 +458,7 @@ def add_norm_backward_op(grad_total: Tensor | None, grad_normed: Tensor, total: 
     grad = torch.empty_like(total)
     _add_norm_backward[(programs,)](grad_total, grad_normed, total, weight, grad, shares[0], shares[1], rows, eps, N, triton.next_power_of_2(N), rms,
                                     num_warps=_row_warps(N))
-    of_weight, of_bias = shares.sum(1).to(weight.dtype)
-    return grad, of_weight.clone(), of_bias.clone()
+    return grad, shares[0].sum(0).to(weight.dtype), shares[1].sum(0).to(weight.dtype)
 
 
 @add_norm_backward_op.register_fake
@@ -482,9 +481,9 @@ def _add_norm_grads(ctx, grad_total, grad_normed):
 add_norm_op.register_autograd(_add_norm_grads, setup_context=_save_total)
 
 
-def norms(x, N) -> bool:
+def norms(x) -> bool:
     """Whether `add_norm` can: half precision on CUDA (or in the interpreter), rows that registers hold."""
-    return (x.is_cuda or INTERPRET) and x.dtype in (torch.bfloat16, torch.float16) and N <= 16384
+    return (x.is_cuda or INTERPRET) and x.dtype in (torch.bfloat16, torch.float16) and x.size(-1) <= 16384
 
 
 def add_norm(x, y, norm):
@@ -499,17 +498,18 @@ def add_norm(x, y, norm):
 @triton.jit
 def _adamw(chunks, pointers, grads, corrections, scale, decay, beta1, beta2, eps, n,
            MIXED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """One chunk of one tensor. pointers (5, n): fp32 weights, their bf16 copies, both moments, sizes; grads (n,): bf16 or fp32."""
+    """One chunk of one tensor. pointers (5, n): fp32 weights, their bf16 copies, both moments, sizes; grads (n,): bf16 or fp32, or 0."""
     tensor, start = tl.load(chunks + 2 * tl.program_id(0)), tl.load(chunks + 2 * tl.program_id(0) + 1)
     f32 = tl.pointer_type(tl.float32)
     weight, copy = tl.load(pointers + tensor).to(f32), tl.load(pointers + n + tensor).to(tl.pointer_type(tl.bfloat16))
     first, second = tl.load(pointers + 2 * n + tensor).to(f32), tl.load(pointers + 3 * n + tensor).to(f32)
-    grad = tl.load(grads + tensor).to(tl.pointer_type(tl.bfloat16) if MIXED else f32)
+    address = tl.load(grads + tensor)
+    grad = address.to(tl.pointer_type(tl.bfloat16) if MIXED else f32)
     if ALIGNED:
         weight, copy, grad = tl.multiple_of(weight, 16), tl.multiple_of(copy, 16), tl.multiple_of(grad, 16)
         first, second = tl.multiple_of(first, 16), tl.multiple_of(second, 16)
     at = start.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    size = tl.load(pointers + 4 * n + tensor)
+    size = tl.where(address == 0, 0, tl.load(pointers + 4 * n + tensor))  # without a gradient nothing is done
     ok = at < (tl.multiple_of(size, 16) if ALIGNED else size)  # a mask that cuts no 16 bytes leaves loads wide
     rate, root = tl.load(corrections + 2 * tensor), tl.load(corrections + 2 * tensor + 1)
     g = tl.load(grad + at, mask=ok).to(tl.float32) * tl.load(scale)
@@ -538,11 +538,11 @@ def adamw_tables(weights, copies, first, second):
 
 
 def adamw(tables, grads, corrections, scale, decay, betas, eps):
-    """One step of AdamW: grads, n tensors like the weights; corrections, n pairs (lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t));
+    """One step of AdamW: grads, n tensors like the weights, or None for those to leave alone; corrections, n pairs (lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t));
     scale, a 0-d tensor that multiplies the gradients; decay = lr x weight decay."""
     chunks, pointers, mixed, aligned, n = tables
-    grads = [g.contiguous() for g in grads]
-    places, corrections = torch.tensor([g.data_ptr() for g in grads]), torch.tensor(corrections, dtype=torch.float32)
+    grads = [g if g is None else g.contiguous() for g in grads]
+    places, corrections = torch.tensor([0 if g is None else g.data_ptr() for g in grads]), torch.tensor(corrections, dtype=torch.float32)
     aligned = aligned and bool((places % 16 == 0).all())
     if scale.is_cuda:  # from pinned memory: a copy from any other waits for the device
         places, corrections = (t.pin_memory().to(scale.device, non_blocking=True) for t in (places, corrections))

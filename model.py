@@ -33,7 +33,7 @@ def make_norm(cfg):
 
 def add_norm(x, branch, norm):
     """(x + branch, its norm); branch None adds nothing."""
-    if kernels and kernels.norms(x, x.size(-1)):
+    if kernels and kernels.norms(x):
         return kernels.add_norm(x, branch, norm)
     x = x if branch is None else x + branch
     return x, norm(x).to(x.dtype)

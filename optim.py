@@ -40,7 +40,7 @@ class MixedAdamW(torch.optim.Optimizer):
 
     def __init__(self, params, lr, betas, weight_decay, eps=1e-8):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps))
-        self.sums, self.tables = {}, {}
+        self.sums, self.tables = {}, {}                         # tables: of the fused update, for vectors and for matrices
         for p in self.param_groups[0]["params"]:
             state = self.state[p]
             state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
@@ -72,10 +72,11 @@ class MixedAdamW(torch.optim.Optimizer):
         scale = (max_norm / (norm + 1e-6)).clamp(max=1) if max_norm else torch.ones_like(norm)
         for p in params:
             self.state[p]["step"] += 1
-        for mixed in (False, True):
-            part = [p for p in params if ("master" in self.state[p]) is mixed]
-            if part:
-                (self.update_fused if kernels and part[0].is_cuda | kernels.INTERPRET else self.update)(part, scale, group)
+        if kernels and (norm.is_cuda or kernels.INTERPRET):
+            for mixed in (False, True):
+                self.update_fused([p for p in group["params"] if ("master" in self.state[p]) is mixed], mixed, scale, group)
+        else:
+            self.update(params, scale, group)
         return norm
 
     def corrections(self, p, group):
@@ -83,15 +84,17 @@ class MixedAdamW(torch.optim.Optimizer):
         t = self.state[p]["step"].item()
         return group["lr"] / (1 - group["betas"][0] ** t), (1 - group["betas"][1] ** t) ** -0.5
 
-    def update_fused(self, params, scale, group):
-        """All parameters in one launch."""
+    def update_fused(self, params, mixed, scale, group):
+        """All of them in one launch; those without gradient (guides that a step skips) stand in the same tables."""
+        if not any(p.grad is not None for p in params):
+            return
         key = tuple(map(id, params))
-        if key not in self.tables:  # a few sets: with and without the guides that a step may skip
+        if self.tables.get(mixed, (None,))[0] != key:  # at the start, and when the guides have left
             states = [self.state[p] for p in params]
-            working = [p.data for p in params] if "master" in states[0] else None
-            self.tables[key] = kernels.adamw_tables([self.master(p).data for p in params], working, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states])
-        kernels.adamw(self.tables[key], [p.grad for p in params], [self.corrections(p, group) for p in params], scale,
-                      group["lr"] * group["weight_decay"], group["betas"], group["eps"])
+            self.tables[mixed] = key, kernels.adamw_tables([self.master(p).data for p in params], [p.data for p in params] if mixed else None,
+                                                           [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states])
+        corrections = [(0.0, 1.0) if p.grad is None else self.corrections(p, group) for p in params]
+        kernels.adamw(self.tables[mixed][1], [p.grad for p in params], corrections, scale, group["lr"] * group["weight_decay"], group["betas"], group["eps"])
 
     def update(self, params, scale, group):
         """The same in plain torch."""
