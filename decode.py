@@ -180,6 +180,11 @@ def timed_linears(linears, x, graph) -> float:
             once()
             times.append(time.perf_counter() - began)
         return min(times) * 1e3 / len(linears)
+    return timed_on_gpu(once, graph) / len(linears)
+
+
+def timed_on_gpu(once, graph) -> float:
+    """Milliseconds of once(), launched from Python or as a graph: the median of five."""
     once()
     torch.cuda.synchronize()
     run = once
@@ -195,7 +200,7 @@ def timed_linears(linears, x, graph) -> float:
         run()
         mark.record()
     torch.cuda.synchronize()
-    return sorted(a.elapsed_time(b) for a, b in zip(marks, marks[1:]))[2] / len(linears)
+    return sorted(a.elapsed_time(b) for a, b in zip(marks, marks[1:]))[2]
 
 
 @torch.no_grad()
@@ -217,6 +222,26 @@ def measure(pairs, sizes=()) -> dict:
     return times
 
 
+@torch.no_grad()
+def measure_one(model, pairs) -> dict:
+    """{shape: [factors, merged]} for one sequence, whose step is a single kernel: that of the whole model, each linear's equal share."""
+    if not fused_kernels(model.head.weight.device):
+        return {}
+    import kernels_persistent
+    cache = Cache(model.cfg, 1, min(256, model.cfg.block_size), model.head.weight.device, model.head.weight.dtype)
+    token, times = torch.zeros(1, 1, dtype=torch.long, device=model.head.weight.device), ([], [])
+    for merged in (0, 1, 0, 1):
+        choice = Choice({"graph": {pair.shape: {"1": [1 + merged, 2 - merged]} for pair in pairs}})
+        for pair in pairs:
+            pair.choice = choice
+        with choice.under("graph"):
+            if not kernels_persistent.usable(model):
+                return {}
+            step = kernels_persistent.Step(model, cache)
+        times[merged].append(timed_on_gpu(lambda: [step(token, cache) for _ in range(10)], True) / 10 / len(pairs))
+    return {pair.shape: [min(ms) for ms in times] for pair in pairs}
+
+
 def table_key(device, dtype) -> str:
     """Card, versions and precision: what a table of times holds for."""
     parts = [torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} x{torch.get_num_threads()}", f"torch {torch.__version__}"]
@@ -226,8 +251,9 @@ def table_key(device, dtype) -> str:
     return ", ".join(parts + [str(dtype).removeprefix("torch.")])
 
 
-def choose(pairs, path=None) -> Choice:
-    """The table for these linears: from the file at path if it holds one for this card, these versions and shapes, else measured and kept there."""
+def choose(model, pairs, path=None) -> dict:
+    """Choice.times of a model's Either modules: from the file at path if it holds them for this card, these versions and shapes, else
+    measured and kept there."""
     weight = pairs[0].factors.V
     key, tables, known = table_key(weight.device, weight.dtype), {}, set()
     if path and os.path.isfile(path):
@@ -239,6 +265,8 @@ def choose(pairs, path=None) -> Choice:
             raise UserError(f"{path} is damaged: delete it, and the speeds of factors and dense equivalents are measured again.") from None
     if not {pair.shape for pair in pairs} <= known:
         new = measure(pairs)
+        for shape, ms in measure_one(model, pairs).items():
+            new["graph"][shape]["1"] = ms
         kept = tables.setdefault(key, {})
         for mode, rows in new.items():
             kept.setdefault(mode, {}).update(rows)
@@ -249,7 +277,7 @@ def choose(pairs, path=None) -> Choice:
                 os.replace(path + ".tmp", path)
             except OSError as e:
                 print(f"the table of speeds is not kept: {path}: {e.strerror}", file=sys.stderr)
-    return Choice(tables[key])
+    return tables[key]
 
 
 @torch.no_grad()
@@ -271,7 +299,9 @@ def ready(model, decode, dtype, table=None):
     model.cos, model.sin = cos, sin  # positions keep their digits
     pairs = [module for module in model.modules() if isinstance(module, Either)]
     if pairs:
-        choice.times = choose(pairs, table).times
+        choice.times = choose(model, pairs, table)
+        for pair in pairs:
+            pair.choice = choice
         drop_unused(model, choice)
     model.choice = choice
     return model

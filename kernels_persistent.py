@@ -2,8 +2,9 @@
 
 At batch 1 a step reads every weight once and computes next to nothing: what counts is that memory never idles. So one program per
 multiprocessor walks through all layers, and between two stages (qkv, attention, proj, and one for each factor of the FFN) all
-programs meet at a barrier in global memory. Weights do not depend on what others compute: a program fetches those of its next
-stage before it waits. Activations are float32 in small buffers that stay in L2.
+programs meet at a barrier in global memory. Weights do not depend on what others compute: a program asks for the first tile of its
+next matrix before it waits for the inputs of this one, so they are on their way during the whole stage. Activations are float32 in
+small buffers that stay in L2.
 
 A linear's output rows are dealt out in tiles of `share` rows; a program takes tiles number pid, pid + grid, ... `deal` plans that.
 """
@@ -75,15 +76,16 @@ def _place(t, SPEC: tl.constexpr):
 
 @triton.jit
 def _weights(w, t, SPEC: tl.constexpr):
-    """The weights (BM, BK) of tile t; beyond the last tile nothing is read."""
+    """The weights of tile t in words of 32 bits, (BM, BK) or, two to a word, (BM, BK / 2); beyond the last tile nothing is read."""
+    each: tl.constexpr = 32 // w.dtype.element_ty.primitive_bitwidth  # as single bf16s they would stand in a register each
     BM: tl.constexpr = SPEC[0]
-    BK: tl.constexpr = SPEC[1]
+    BK: tl.constexpr = SPEC[1] // each
     M: tl.constexpr = SPEC[2]
-    K: tl.constexpr = SPEC[3]
+    K: tl.constexpr = SPEC[3] // each
     block, first, count = _place(t, SPEC)
     i, k = tl.arange(0, BM)[:, None], tl.arange(0, BK)[None, :]
-    start = w + (block * M + first).to(tl.int64) * K
-    return tl.load(start + i * K + k, mask=(i < count) & (k < K), other=0.0, eviction_policy="evict_first")
+    start = w.to(tl.pointer_type(tl.int32), bitcast=True) + (block * M + first).to(tl.int64) * K
+    return tl.load(start + i * K + k, mask=(i < count) & (k < K), other=0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -145,41 +147,74 @@ def _extra(bias, y, t, SPEC: tl.constexpr, ADD: tl.constexpr):
 
 
 @triton.jit
-def _vector(gain, block, SPEC: tl.constexpr):
-    k = tl.arange(0, SPEC[1])
-    return tl.load(gain + block * SPEC[3] + k, mask=k < SPEC[3], other=0.0)                           # (BK,)
+def _block(t, SPEC: tl.constexpr):
+    return tl.minimum(t // SPEC[6], SPEC[4] - 1)
 
 
 @triton.jit
-def _linear(w, bias, x, y, norm, lse, active, counter, target, eps, SPEC: tl.constexpr, IN: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr,
-            HEADS: tl.constexpr, SPLITS: tl.constexpr, GRID: tl.constexpr):
-    """y = act(w input + bias), or y += that, after the barrier `target`; norm: the gain, with the shift behind it."""
-    blocks: tl.constexpr = SPEC[4]
-    per: tl.constexpr = SPEC[6]
-    tiles: tl.constexpr = per * blocks
-    N: tl.constexpr = SPEC[3] * blocks
-    pid = tl.program_id(0)
-    block = tl.minimum(pid // per, blocks - 1)
-    tile = _weights(w, pid, SPEC)
+def _gain_and_shift(norm, t, SPEC: tl.constexpr):
+    """Of the entries that tile t reads, (BK,) each."""
     gain, shift = 1.0, 0.0
     if norm is not None:
-        gain, shift = _vector(norm, block, SPEC), _vector(norm + N, block, SPEC)
+        k = tl.arange(0, SPEC[1])
+        at = norm + _block(t, SPEC) * SPEC[3] + k
+        gain = tl.load(at, mask=k < SPEC[3], other=0.0)
+        shift = tl.load(at + SPEC[3] * SPEC[4], mask=k < SPEC[3], other=0.0)
+    return gain, shift
+
+
+@triton.jit
+def _outputs(tile, a, extra, y, t, SPEC: tl.constexpr, ACT: tl.constexpr):
+    """Tile t's rows of y = act(w a + extra)."""
+    if tile.shape[1] == a.shape[0]:
+        products = tile.to(tl.float32, bitcast=True) * a[None, :]                                     # (BM, BK)
+    else:  # a bf16 is the upper half of a float32
+        even, odd = a.reshape(a.shape[0] // 2, 2).split()
+        products = (tile << 16).to(tl.float32, bitcast=True) * even[None, :] + (tile & -65536).to(tl.float32, bitcast=True) * odd[None, :]
+    out = _activate(tl.sum(products, axis=1) + extra, ACT)                                            # (BM,)
+    column, ok = _columns(t, SPEC)
+    tl.store(y + column, out, mask=ok)
+
+
+@triton.jit
+def _linear(tile, w, bias, x, y, norm, lse, active, counter, target, eps, after, first_after, SPEC: tl.constexpr, NEXT: tl.constexpr, IN: tl.constexpr,
+            ACT: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr, GRID: tl.constexpr):
+    """y = act(w input + bias), or y += that, after the barrier `target`; norm: the gain, with the shift behind it.
+
+    tile: this program's first tile, asked for a stage ago. Returns that of the linear that follows: tile first_after of `after`.
+    """
+    tiles: tl.constexpr = SPEC[4] * SPEC[6]
+    rounds: tl.constexpr = (tiles + GRID - 1) // GRID
+    pid = tl.program_id(0)
+    if rounds > 1:
+        coming = _weights(w, pid + GRID, SPEC)
+    else:
+        coming = _weights(after, first_after, NEXT)
+    gain, shift = _gain_and_shift(norm, pid, SPEC)
     _wait(counter, target, GRID)
     extra = _extra(bias, y, pid, SPEC, ADD)
-    a = _input(x, gain, shift, lse, active, block, eps, SPEC, IN, HEADS, SPLITS)                      # (BK,)
-    for t in range(pid, tiles, GRID):
-        if tiles > GRID:  # the next tile is on its way while this one is used
-            next_tile, next_extra = _weights(w, t + GRID, SPEC), _extra(bias, y, t + GRID, SPEC, ADD)
-            if blocks > 1:
-                block = t // per
-                if norm is not None:
-                    gain, shift = _vector(norm, block, SPEC), _vector(norm + N, block, SPEC)
-                a = _input(x, gain, shift, lse, active, block, eps, SPEC, IN, HEADS, SPLITS)
-        out = _activate(tl.sum(tile.to(tl.float32) * a[None, :], axis=1) + extra, ACT)                # (BM,)
-        column, ok = _columns(t, SPEC)
-        tl.store(y + column, out, mask=ok)
-        if tiles > GRID:
-            tile, extra = next_tile, next_extra
+    a = _input(x, gain, shift, lse, active, _block(pid, SPEC), eps, SPEC, IN, HEADS, SPLITS)          # (BK,)
+    if rounds > 2:
+        for t in range(pid, pid + (rounds - 2) * GRID, GRID):
+            _outputs(tile, a, extra, y, t, SPEC, ACT)
+            tile, coming = coming, _weights(w, t + 2 * GRID, SPEC)
+            extra = _extra(bias, y, t + GRID, SPEC, ADD)
+            if SPEC[4] > 1:
+                gain, shift = _gain_and_shift(norm, t + GRID, SPEC)
+                a = _input(x, gain, shift, lse, active, _block(t + GRID, SPEC), eps, SPEC, IN, HEADS, SPLITS)
+    last = pid + (rounds - 1) * GRID
+    if rounds > 1:
+        _outputs(tile, a, extra, y, last - GRID, SPEC, ACT)
+        tile = coming
+        following = _weights(after, first_after, NEXT)
+        extra = _extra(bias, y, last, SPEC, ADD)
+        if SPEC[4] > 1:
+            gain, shift = _gain_and_shift(norm, last, SPEC)
+            a = _input(x, gain, shift, lse, active, _block(last, SPEC), eps, SPEC, IN, HEADS, SPLITS)
+    else:
+        following = coming
+    _outputs(tile, a, extra, y, last, SPEC, ACT)
+    return following
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -257,51 +292,56 @@ def _pointer(table, i, dtype: tl.constexpr):
 
 
 @triton.jit
-def _map(first, second, bias, x, rank, y, norm, counter, target, eps, SPECS: tl.constexpr, IN: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr,
-         GRID: tl.constexpr):
-    """One linear of the FFN, dense or through its two factors. Returns the barrier after it."""
+def _map(tile, first, second, bias, x, rank, y, norm, counter, target, eps, after, first_after, SPECS: tl.constexpr, NEXT: tl.constexpr, IN: tl.constexpr,
+         ACT: tl.constexpr, ADD: tl.constexpr, GRID: tl.constexpr):
+    """One linear of the FFN, dense or through its two factors. Returns the first tile of what follows and the barrier before that."""
     A: tl.constexpr = _at(SPECS, 0)
     B: tl.constexpr = _at(SPECS, -1)
     factors: tl.constexpr = len(SPECS)
     if factors == 2:
-        _linear(first, None, x, rank, norm, x, 0, counter, target, eps, A, IN, "", False, 1, 1, GRID)
+        tile = _linear(tile, first, None, x, rank, norm, x, 0, counter, target, eps, second, tl.program_id(0), A, B, IN, "", False, 1, 1, GRID)
         _arrive(counter, GRID)
         target += GRID
-        _linear(second, bias, rank, y, None, x, 0, counter, target, eps, B, "", ACT, ADD, 1, 1, GRID)
+        tile = _linear(tile, second, bias, rank, y, None, x, 0, counter, target, eps, after, first_after, B, NEXT, "", ACT, ADD, 1, 1, GRID)
     else:
-        _linear(first, bias, x, y, norm, x, 0, counter, target, eps, A, IN, ACT, ADD, 1, 1, GRID)
+        tile = _linear(tile, first, bias, x, y, norm, x, 0, counter, target, eps, after, first_after, A, NEXT, IN, ACT, ADD, 1, 1, GRID)
     _arrive(counter, GRID)
-    return target + GRID
+    return tile, target + GRID
 
 
 @triton.jit
-def _layers(w_qkv, cos, sin, table, vectors, x, qkv, part, lse, rank, hidden, place, active, counter, target, length, eps,
+def _layers(tile, w_qkv, cos, sin, table, vectors, x, qkv, part, lse, rank, hidden, place, active, counter, target, length, eps,
             HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
             SPLITS: tl.constexpr, BL: tl.constexpr, OFFSETS: tl.constexpr, QKV: tl.constexpr, PROJ: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr,
             GRID: tl.constexpr):
-    """The layers of one run. w_qkv: the first one's weights. Returns the same of the layer that follows, and the barrier before it."""
+    """The layers of one run. w_qkv and tile: the first one's weights. Returns the same of the layer that follows, and the barrier before it."""
     dtype: tl.constexpr = w_qkv.dtype.element_ty
     FC1: tl.constexpr = _at(RUNS, RUN, 2)
     FC2: tl.constexpr = _at(RUNS, RUN, 3)
+    layers: tl.constexpr = _at(RUNS, -1, 1)
     gated: tl.constexpr = ACT == "swiglu"
+    pid = tl.program_id(0)
     for layer in range(_at(RUNS, RUN, 0), _at(RUNS, RUN, 1)):
         row, v = table + layer * 8, vectors + layer * OFFSETS[5]
-        _linear(w_qkv, v + OFFSETS[0], x, qkv, v, lse, 0, counter, target, eps, QKV, NORM, "", False, 1, 1, GRID)
-        _arrive(counter, GRID)
         proj, v1, k_cache, v_cache = _pointer(row, 1, dtype), _pointer(row, 2, dtype), _pointer(row, 6, dtype), _pointer(row, 7, dtype)
+        tile = _linear(tile, w_qkv, v + OFFSETS[0], x, qkv, v, lse, 0, counter, target, eps, proj, pid, QKV, PROJ, NORM, "", False, 1, 1, GRID)
+        _arrive(counter, GRID)
         target += GRID
         _attention(qkv, cos, sin, k_cache, v_cache, part, lse, place, active, length, counter, target, HEADS, KV, D, ROPE, BL, GRID)
         _arrive(counter, GRID)
-        u1 = _pointer(row, 3, dtype)
+        u1, v2 = _pointer(row, 3, dtype), _pointer(row, 4, dtype)
         target += GRID
-        _linear(proj, v + OFFSETS[1], part, x, None, lse, active, counter, target, eps, PROJ, "parts", "", True, HEADS, SPLITS, GRID)
+        tile = _linear(tile, proj, v + OFFSETS[1], part, x, None, lse, active, counter, target, eps, v1, pid, PROJ, _at(FC1, 0), "parts", "", True, HEADS,
+                       SPLITS, GRID)
         _arrive(counter, GRID)
-        v2, u2 = _pointer(row, 4, dtype), _pointer(row, 5, dtype)
+        u2, w_qkv = _pointer(row, 5, dtype), _pointer(row, 8, dtype)
         target += GRID
-        target = _map(v1, u1, v + OFFSETS[3], x, rank, hidden, v + OFFSETS[2], counter, target, eps, FC1, NORM, "" if gated else ACT, False, GRID)
-        target = _map(v2, u2, v + OFFSETS[4], hidden, rank, x, None, counter, target, eps, FC2, "swiglu" if gated else "", "", True, GRID)
-        w_qkv = _pointer(row, 8, dtype)
-    return w_qkv, target
+        tile, target = _map(tile, v1, u1, v + OFFSETS[3], x, rank, hidden, v + OFFSETS[2], counter, target, eps, v2, pid, FC1, _at(FC2, 0), NORM,
+                            "" if gated else ACT, False, GRID)
+        ahead = tl.where(layer + 1 < layers, pid, QKV[4] * QKV[6])  # behind the last layer no tile
+        tile, target = _map(tile, v2, u2, v + OFFSETS[4], hidden, rank, x, None, counter, target, eps, w_qkv, ahead, FC2, QKV, "swiglu" if gated else "", "",
+                            True, GRID)
+    return tile, w_qkv, target
 
 
 @triton.jit
@@ -318,11 +358,14 @@ def _step(token, position, wte, wpe, head, cos, sin, table, vectors, x, qkv, par
     if wpe is not None:
         row += tl.load(wpe + place * N + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(x + n, row, mask=n < N)  # every program the same
-    w = _pointer(table, 0, wte.dtype.element_ty)
+    w, pid = _pointer(table, 0, wte.dtype.element_ty), tl.program_id(0)
+    tile = _weights(w, pid, QKV)
     for run in tl.static_range(len(RUNS)):
-        w, target = _layers(w, cos, sin, table, vectors, x, qkv, part, lse, rank, hidden, place, active, counter, target, length, eps, HEADS, KV, D, ROPE,
-                            NORM, ACT, SPLITS, BL, OFFSETS, QKV, PROJ, RUNS, run, GRID)
-    _linear(head, None, x, logits, vectors + _at(RUNS, -1, 1) * OFFSETS[5], lse, 0, counter, target, eps, HEAD, NORM, "", False, 1, 1, GRID)
+        tile, w, target = _layers(tile, w, cos, sin, table, vectors, x, qkv, part, lse, rank, hidden, place, active, counter, target, length, eps, HEADS, KV,
+                                  D, ROPE, NORM, ACT, SPLITS, BL, OFFSETS, QKV, PROJ, RUNS, run, GRID)
+    last, beyond = _weights(head, pid, HEAD), HEAD[4] * HEAD[6]
+    _linear(last, head, None, x, logits, vectors + _at(RUNS, -1, 1) * OFFSETS[5], lse, 0, counter, target, eps, head, beyond, HEAD, HEAD, NORM, "", False,
+            1, 1, GRID)
     if tl.program_id(0) == 0:  # all have read the position before the first barrier
         tl.store(position, tl.minimum(place + 1, length - 1).to(tl.int64))
 
@@ -353,8 +396,9 @@ def usable(model) -> bool:
     """Whether `Step` can take this model's steps at batch 1."""
     cfg = model.cfg
     linears = [linear for b in model.blocks for linear in (b.attn.qkv, b.attn.proj, b.ffn.fc1, b.ffn.fc2)]
-    K = max(m[2] for linear in linears for m in matrices(chosen(linear, 1)))
-    return torch.version.hip is None and cfg.attn_dim // cfg.n_head in (16, 32, 64, 128, 256) and max(K, cfg.n_embd) <= LARGEST_K
+    Ks = [cfg.n_embd] + [m[2] for linear in linears for m in matrices(chosen(linear, 1))]
+    words = all(K * model.head.weight.element_size() % 4 == 0 for K in Ks)
+    return torch.version.hip is None and words and cfg.attn_dim // cfg.n_head in (16, 32, 64, 128, 256) and max(Ks) <= LARGEST_K
 
 
 class Step:
@@ -381,7 +425,7 @@ class Step:
         splits = max(1, min(8, self.programs // cfg.n_head, 512 * warps // triton.next_power_of_2(cfg.attn_dim)))  # proj holds all in registers
         self.meta = dict(
             N=cfg.n_embd, HEADS=cfg.n_head, KV=cfg.n_kv_head, D=D, ROPE=cfg.pos == "rope", NORM=cfg.norm, ACT=cfg.act, SPLITS=splits,
-            BL=max(16, tile // (4 * D)), BN=triton.next_power_of_2(cfg.n_embd), QKV=plan(attn.qkv)[0], PROJ=plan(attn.proj)[0], HEAD=plan(model.head)[0],
+            BL=max(16, tile // (8 * D)), BN=triton.next_power_of_2(cfg.n_embd), QKV=plan(attn.qkv)[0], PROJ=plan(attn.proj)[0], HEAD=plan(model.head)[0],
             RUNS=tuple((i, j, *kinds[i]) for i, j in zip(starts, starts[1:] + [cfg.n_layer])), GRID=self.grid)
         self.table, self.vectors = self.addresses(fcs), self.collect(fcs)
         rank = max([1] + [m[0][1] * m[0][3] for pair in fcs for m in map(matrices, pair) if len(m) == 2])

@@ -1,4 +1,5 @@
 """decode and sample: cached against full forwards, equal texts over forms and batches, draws, ends, the table of speeds, the command."""
+import copy
 import dataclasses
 import json
 import os
@@ -167,6 +168,25 @@ def test_persistent_step_is_the_step(name):
             torch.testing.assert_close(caches[1].position, caches[0].position)
 
 
+@KERNELS
+@pytest.mark.parametrize("name", ["lowrank swiglu", "blockshuffle, one key head", "odd sizes"])
+@torch.no_grad()
+def test_persistent_step_unpacks_bf16(name):
+    """Against the same weights in float32: what remains is the rounding of the cache and of the logits."""
+    kernels = pytest.importorskip("kernels_persistent")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = make(device, **{**PERSISTENT[name], "n_layer": 2})
+    for p in model.parameters():
+        p.copy_(p.bfloat16())
+    rounded = copy.deepcopy(model).to(torch.bfloat16)
+    rounded.cos, rounded.sin = model.cos, model.sin
+    caches = [Cache(model.cfg, 1, 64, device, m.head.weight.dtype) for m in (model, rounded)]
+    step = kernels.Step(rounded, caches[1], programs=6 if device == "cpu" else 0, tile_bytes=2**14)
+    for token in torch.randint(257, (8, 1, 1), device=device):
+        expected = model.step(token, caches[0])
+        torch.testing.assert_close(step(token, caches[1]).float(), expected, atol=0.01 * expected.abs().max().item(), rtol=0)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
@@ -285,6 +305,17 @@ def test_auto_keeps_its_table_and_follows_it(tmp_path, monkeypatch):
     Path(path).write_text(json.dumps(tables))
     model = ready(make(ffn="lowrank", rank=16), "auto", torch.float32, path)
     assert not any(isinstance(m, decode.Either) for m in model.modules())  # the dense equivalents were not worth their memory
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_auto_times_the_step_that_one_sequence_takes():
+    """As a graph, all linears of a model go the way in which the whole step was faster."""
+    model = ready(make("cuda", **MODELS["blockshuffle, one key head"]), "auto", torch.float32)
+    rows = model.choice.times["graph"]
+    assert len({tuple(row["1"]) for row in rows.values()}) == 1 and len({tuple(row["2"]) for row in rows.values()}) == len(rows) == 2
+    with model.choice.under("graph"):
+        assert len({model.choice.merged(shape, 1) for shape in rows}) == 1
+    assert decode.measure_one(model.cpu(), []) == {}
 
 
 def test_table_of_another_card_is_left_alone(tmp_path, monkeypatch):
