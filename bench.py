@@ -638,9 +638,11 @@ def bench_decode(cfg, settings):
         model = random_model(dataclasses.replace(cfg, ffn="dense") if kind == "dense" else cfg, device)
         decode.ready(model, "structured" if kind == "dense" else kind, dtype)
         for launch in launches[-1:] if settings.max_batch else launches:
-            fits = decode.largest_batch(cfg, decode.padded(length, cfg.block_size), device, dtype)
             if settings.max_batch:
-                most_tokens(lambda batch: decode_row(model, cfg, kind, launch, batch, ceiling, table, settings), fits, device)
+                def largest():
+                    fresh(device)
+                    return decode.largest_batch(cfg, decode.padded(length, cfg.block_size), device, dtype)
+                most_tokens(lambda batch: decode_row(model, cfg, kind, launch, batch, ceiling, table, settings), largest, device)
                 continue
             for batch in numbers(settings, "batches") or (1, 16, 256):
                 decode_row(model, cfg, kind, launch, batch, ceiling, table, settings)
@@ -654,13 +656,15 @@ def bench_decode(cfg, settings):
         draw(settings.plot, title, "tokens/s", {"": panels}, sharey=True)
 
 
-def most_tokens(rate_of, fits, device):
+def most_tokens(rate_of, largest, device):
     """Doubles the batch while that brings 1 % or more, then says what was best of what fits."""
+    fits = largest()
     batch, rates = min(256 if device.type == "cuda" else 1, fits), {}
     while batch <= fits and (len(rates) < 2 or rates[batch // 2] > 1.01 * rates[batch // 4]):
         rates[batch] = rate_of(batch)
         batch *= 2
     if batch > fits and fits not in rates:
+        fits = largest()  # what ran before may have left memory in pieces
         rates[fits] = rate_of(fits)
     best = max(rates, key=rates.get)
     print(f"most: {rates[best]:.0f} tokens/s at batch {best}; the largest batch that fits is {fits}", flush=True)

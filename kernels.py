@@ -13,8 +13,8 @@ they are passes of their own, and cost next to nothing here:
     by it and never sees the pre-activation.
 
 Plain matmuls and weight gradients are cuBLAS's. What they cannot do here, `fits` says, and the caller takes the plain path.
-Behind the FFN: rotary positions on the way into attention and out of it, residual addition with the norm that follows, and the
-optimiser's update of all parameters in one launch.
+Behind the FFN: rotary positions on the way into attention and out of it, residual addition with the norm that follows, cross-entropy
+with its gradient, and the optimiser's update of all parameters in one launch.
 """
 import functools
 import logging
@@ -344,7 +344,7 @@ def _launch_rotate(qkv, q, k, v, cos, sin, back):
 def rotates(qkv, cos) -> bool:
     """Whether `split_rotated` can: on CUDA (or in the interpreter), whole positions, halves of a head a power of two."""
     half = qkv.size(-1) // 2
-    return (qkv.is_cuda or INTERPRET) and cos.dim() == 3 and half >= 16 and half & (half - 1) == 0 and qkv.dtype in (torch.bfloat16, torch.float16)
+    return halves(qkv) and cos.dim() == 3 and half >= 16 and half & (half - 1) == 0
 
 
 @torch.library.custom_op("structured::split_rotated", mutates_args=())
@@ -404,28 +404,29 @@ def _add_norm(x, y, weight, bias, total, normed, eps, N: tl.constexpr, BN: tl.co
 
 
 @triton.jit
-def _add_norm_backward(grad_total, grad_normed, total, weight, grad, grad_weight, grad_bias, rows, eps, N: tl.constexpr, BN: tl.constexpr, RMS: tl.constexpr):
-    """Rows pid, pid + grid, ...: the gradient of x and y, and this program's share (1, N) of those of weight and bias."""
-    n = tl.arange(0, BN)
-    ok = n < N
-    w = tl.load(weight + n, mask=ok, other=0.0).to(tl.float32)
-    sum_w, sum_b = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        at = tl.full((), N, tl.int64) * row + n
+def _add_norm_backward(grad_total, grad_normed, total, weight, grad, grad_weight, grad_bias, rows, eps, N: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
+                       RMS: tl.constexpr):
+    """R rows at a time, every num_programs-th R: the gradient of x and y, and this program's share (1, N) of those of weight and bias."""
+    n, r = tl.arange(0, BN)[None, :], tl.arange(0, R)[:, None]
+    w = tl.load(weight + n, mask=n < N, other=0.0).to(tl.float32)
+    sum_w, sum_b = tl.zeros((R, BN), tl.float32), tl.zeros((R, BN), tl.float32)
+    for start in range(tl.program_id(0) * R, rows, tl.num_programs(0) * R):
+        ok, at = (start + r < rows) & (n < N), (start + r).to(tl.int64) * N + n                        # (R, BN)
         a, g = tl.load(total + at, mask=ok, other=0.0).to(tl.float32), tl.load(grad_normed + at, mask=ok, other=0.0).to(tl.float32)
         if not RMS:
-            a = tl.where(ok, a - tl.sum(a, 0) / N, 0.0)
-        scale = tl.rsqrt(tl.sum(a * a, 0) / N + eps)
+            a = tl.where(n < N, a - tl.sum(a, 1)[:, None] / N, 0.0)
+        scale = tl.rsqrt(tl.sum(a * a, 1)[:, None] / N + eps)
         a *= scale
         sum_w += g * a
         sum_b += g
         g *= w
-        g = scale * (g - a * (tl.sum(g * a, 0) / N) - (0.0 if RMS else tl.sum(g, 0) / N))
+        g = scale * (g - a * (tl.sum(g * a, 1)[:, None] / N) - (0.0 if RMS else tl.sum(g, 1)[:, None] / N))
         if grad_total is not None:
             g += tl.load(grad_total + at, mask=ok, other=0.0).to(tl.float32)
         tl.store(grad + at, g.to(grad.dtype.element_ty), mask=ok)
-    tl.store(grad_weight + tl.program_id(0) * N + n, sum_w, mask=ok)
-    tl.store(grad_bias + tl.program_id(0) * N + n, sum_b, mask=ok)
+    n = tl.arange(0, BN)
+    tl.store(grad_weight + tl.program_id(0) * N + n, tl.sum(sum_w, 0), mask=n < N)
+    tl.store(grad_bias + tl.program_id(0) * N + n, tl.sum(sum_b, 0), mask=n < N)
 
 
 def _row_warps(N):
@@ -453,11 +454,12 @@ def add_norm_backward_op(grad_total: Tensor | None, grad_normed: Tensor, total: 
     N, rows = total.size(-1), total.numel() // total.size(-1)
     grad_normed, total = grad_normed.contiguous(), total.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
-    programs = min(rows, 4 * _multiprocessors(total.device))
+    BN = triton.next_power_of_2(N)
+    R, warps = max(1, 4096 // BN), max(8, _row_warps(N))  # several rows' loads are under way together
+    programs = min(triton.cdiv(rows, R), 4 * _multiprocessors(total.device))
     shares = total.new_empty(2, programs, N, dtype=torch.float32)
     grad = torch.empty_like(total)
-    _add_norm_backward[(programs,)](grad_total, grad_normed, total, weight, grad, shares[0], shares[1], rows, eps, N, triton.next_power_of_2(N), rms,
-                                    num_warps=_row_warps(N))
+    _add_norm_backward[(programs,)](grad_total, grad_normed, total, weight, grad, shares[0], shares[1], rows, eps, N, BN, R, rms, num_warps=warps)
     return grad, shares[0].sum(0).to(weight.dtype), shares[1].sum(0).to(weight.dtype)
 
 
@@ -481,15 +483,56 @@ def _add_norm_grads(ctx, grad_total, grad_normed):
 add_norm_op.register_autograd(_add_norm_grads, setup_context=_save_total)
 
 
+def halves(x) -> bool:
+    """Half precision on CUDA (or in the interpreter): what `token_loss` wants."""
+    return (x.is_cuda or INTERPRET) and x.dtype in (torch.bfloat16, torch.float16)
+
+
 def norms(x) -> bool:
     """Whether `add_norm` can: half precision on CUDA (or in the interpreter), rows that registers hold."""
-    return (x.is_cuda or INTERPRET) and x.dtype in (torch.bfloat16, torch.float16) and x.size(-1) <= 16384
+    return halves(x) and x.size(-1) <= 16384
 
 
 def add_norm(x, y, norm):
     """(x + y, norm(x + y)) for an nn.LayerNorm or nn.RMSNorm; y may be None."""
     total, normed = add_norm_op(x, y, norm.weight, getattr(norm, "bias", None), norm.eps, isinstance(norm, torch.nn.RMSNorm))
     return x if y is None else total, normed
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cross-entropy and its gradient
+
+@triton.jit
+def _token_loss(logits, targets, scale, losses, V, BLOCK: tl.constexpr, GRADIENT: tl.constexpr):
+    """One row: its loss; with GRADIENT, scale x the gradient in the place of the logits. The second reading of a row is from L2."""
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * V
+    target = tl.load(targets + row)
+    picked = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
+    top, total = -float("inf"), 0.0
+    for start in range(0, V, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        a = tl.load(logits + n, mask=n < V, other=-float("inf")).to(tl.float32)
+        new = tl.maximum(top, tl.max(a, 0))
+        total = total * tl.exp(top - new) + tl.sum(tl.exp(a - new), 0)
+        top = new
+    logz = top + tl.log(total)
+    tl.store(losses + row, tl.where(target >= 0, logz - picked, 0.0))
+    if GRADIENT:
+        factor = tl.where(target >= 0, tl.load(scale), 0.0)
+        tl.debug_barrier()  # all have read what the loop overwrites
+        for start in range(0, V, BLOCK):
+            n = start + tl.arange(0, BLOCK)
+            a = tl.load(logits + n, mask=n < V, other=0.0).to(tl.float32)
+            grad = (tl.exp(a - logz) - tl.where(n == target, 1.0, 0.0)) * factor
+            tl.store(logits + n, grad.to(logits.dtype.element_ty), mask=n < V)
+
+
+def token_loss(logits, targets, scale, gradient=True):
+    """model.token_loss of contiguous logits (C, V), which the gradient overwrites; without `gradient` there is none."""
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    _token_loss[(len(logits),)](logits, targets, scale, losses, logits.size(1), 1024 if INTERPRET else 4096, gradient, num_warps=8)
+    return losses, logits if gradient else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -596,7 +639,8 @@ def fits(x, fc1, fc2, act):
     """Whether `ffn` is the way to compute fc2(act(fc1(x))); logs once why it cannot. For less than MIN_WORK or a tile of tokens it is not."""
     if not (hasattr(fc1, "V") and hasattr(fc2, "V")) or x.numel() < 128 * x.size(-1):
         return False
-    if x.numel() // x.size(-1) * sum(w.numel() for w in (fc1.V, fc1.U, fc2.V, fc2.U)) < MIN_WORK:
+    work = x.numel() // x.size(-1) * sum(w.numel() for w in (fc1.V, fc1.U, fc2.V, fc2.U))
+    if work * (4 if fc1.U.dim() == 3 else 1) < MIN_WORK:  # permutations in plain torch take longer than launches
         return False
     reason = unfit(x, fc1, fc2, act)
     if reason is not None:

@@ -98,16 +98,14 @@ def _input(x, gain, shift, lse, active, block, eps, SPEC: tl.constexpr, IN: tl.c
     k = tl.arange(0, BK)
     ok = k < K
     if IN == "parts":  # of attention, each with the logarithm of its softmax's denominator
-        top = tl.full((BK,), -1e30, tl.float32)
-        total, a = tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
-        for s in tl.static_range(SPLITS):
-            seen = k < tl.where(active > s, K, 0)
-            part = tl.load(x + s * K + k, mask=seen, other=0.0, cache_modifier=".cg")
-            each = tl.load(lse + s * HEADS + k // (K // HEADS), mask=seen, other=-1e30, cache_modifier=".cg")
-            new = tl.maximum(top, each)
-            weight, fade = tl.exp(each - new), tl.exp(top - new)
-            total, a, top = total * fade + weight, a * fade + weight * part, new
-        a /= total
+        D: tl.constexpr = K // HEADS
+        s, h, d = tl.arange(0, SPLITS)[:, None], tl.arange(0, BK // D)[None, :], tl.arange(0, D)[None, None, :]
+        seen = (s < active) & (h < HEADS)                                                             # (SPLITS, heads)
+        each = tl.load(lse + s * HEADS + h, mask=seen, other=-1e30, cache_modifier=".cg")
+        part = tl.load(x + (s * K + h * D)[:, :, None] + d, mask=seen[:, :, None], other=0.0, cache_modifier=".cg")
+        weight = tl.exp(each - tl.max(each, axis=0)[None, :])
+        weight /= tl.sum(weight, axis=0)[None, :]
+        a = tl.sum(part * weight[:, :, None], axis=0).reshape(BK)
     else:
         a = tl.load(x + block * K + k, mask=ok, other=0.0, cache_modifier=".cg")
     if IN == "swiglu":
@@ -218,40 +216,67 @@ def _linear(tile, w, bias, x, y, norm, lse, active, counter, target, eps, after,
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention: a program takes one query head and every `active`-th tile of BL places of the cache
+# Attention: a program takes one query head and `reach` places of the cache, BL at a time
 
 @triton.jit
-def _turned(vector, cos, sin, place, D: tl.constexpr, ROPE: tl.constexpr):
-    """A head's query or key (D,), turned by its position."""
+def _turned(vector, cos, sin, D: tl.constexpr, ROPE: tl.constexpr):
+    """A head's query or key (D,), turned by its position, whose rows of the tables these are."""
     d = tl.arange(0, D)
     a = tl.load(vector + d, cache_modifier=".cg")
     if ROPE:
         other = tl.load(vector + (d + D // 2) % D, cache_modifier=".cg")
-        c, s = tl.load(cos + place * D + d), tl.load(sin + place * D + d)
-        a = a * c + other * s  # the first half of sin is negative
+        a = a * cos + other * sin  # the first half of sin is negative
     return a
 
 
 @triton.jit
-def _places(cache, start, place, D: tl.constexpr, BL: tl.constexpr):
-    """BL places (BL, D) of one head's cache, those from `place` on zero: they were written in earlier launches."""
+def _places(cache, start, stop, D: tl.constexpr, BL: tl.constexpr):
+    """BL places of one head's cache in words of 32 bits (BL, D) or (BL, D / 2), those from `stop` on zero: they were written in earlier launches."""
+    W: tl.constexpr = D * cache.dtype.element_ty.primitive_bitwidth // 32
     l = start + tl.arange(0, BL)[:, None]
-    return tl.load(cache + l * D + tl.arange(0, D)[None, :], mask=l < place, other=0.0)
+    return tl.load(cache.to(tl.pointer_type(tl.int32), bitcast=True) + l * W + tl.arange(0, W)[None, :], mask=l < stop, other=0)
 
 
 @triton.jit
-def _attention(qkv, cos, sin, k_cache, v_cache, part, lse, place, active, length, counter, target, HEADS: tl.constexpr, KV: tl.constexpr,
+def _scores(k, q):
+    """k (BL, D) in words, q (D,) -> their products (BL,)."""
+    if k.shape[1] == q.shape[0]:
+        products = k.to(tl.float32, bitcast=True) * q[None, :]                                        # (BL, D)
+    else:  # a bf16 is the upper half of a float32
+        even, odd = q.reshape(q.shape[0] // 2, 2).split()
+        products = (k << 16).to(tl.float32, bitcast=True) * even[None, :] + (k & -65536).to(tl.float32, bitcast=True) * odd[None, :]
+    return tl.sum(products, axis=1)
+
+
+@triton.jit
+def _weighted(v, weight, D: tl.constexpr):
+    """v (BL, D) in words, weight (BL,) -> their products (D,)."""
+    if v.shape[1] == D:
+        out = tl.sum(v.to(tl.float32, bitcast=True) * weight[:, None], axis=0)
+    else:
+        even = tl.sum((v << 16).to(tl.float32, bitcast=True) * weight[:, None], axis=0)
+        odd = tl.sum((v & -65536).to(tl.float32, bitcast=True) * weight[:, None], axis=0)
+        out = tl.join(even, odd).reshape(D)
+    return out
+
+
+@triton.jit
+def _attention(qkv, cos, sin, k_cache, v_cache, part, lse, place, active, reach, length, counter, target, HEADS: tl.constexpr, KV: tl.constexpr,
                D: tl.constexpr, ROPE: tl.constexpr, BL: tl.constexpr, GRID: tl.constexpr):
     dtype: tl.constexpr = k_cache.dtype.element_ty
     d, l = tl.arange(0, D), tl.arange(0, BL)
+    c, s = 1.0, 0.0
+    if ROPE:
+        c, s = tl.load(cos + place * D + d), tl.load(sin + place * D + d)
     for item in range(tl.program_id(0), HEADS * active, GRID):
         head, split = item % HEADS, item // HEADS
         kv = head // (HEADS // KV)
         keys, values = k_cache + kv.to(tl.int64) * length * D, v_cache + kv.to(tl.int64) * length * D
-        k, v = _places(keys, split * BL, place, D, BL), _places(values, split * BL, place, D, BL)     # (BL, D)
+        first, stop = split * reach, tl.minimum(split * reach + reach, place)
+        k, v = _places(keys, first, stop, D, BL), _places(values, first, stop, D, BL)                 # (BL, D) in words
         _wait(counter, target, GRID)
-        q = _turned(qkv + head * D, cos, sin, place, D, ROPE) * (D ** -0.5)
-        key = _turned(qkv + (HEADS + kv) * D, cos, sin, place, D, ROPE).to(dtype)
+        q = _turned(qkv + head * D, c, s, D, ROPE) * (D ** -0.5)
+        key = _turned(qkv + (HEADS + kv) * D, c, s, D, ROPE).to(dtype)
         value = tl.load(qkv + (HEADS + KV + kv) * D + d, cache_modifier=".cg").to(dtype)
         if (split == 0) & (head % (HEADS // KV) == 0):
             tl.store(keys + place * D + d, key)
@@ -261,15 +286,14 @@ def _attention(qkv, cos, sin, k_cache, v_cache, part, lse, place, active, length
         top = tl.where(split == 0, own, -1e30)
         total = tl.where(split == 0, 1.0, 0.0)
         out = value.to(tl.float32) * total                                                            # (D,)
-        for start in range(split * BL, place, active * BL):
-            next_k = _places(keys, start + active * BL, place, D, BL)
-            next_v = _places(values, start + active * BL, place, D, BL)
-            score = tl.where(start + l < place, tl.sum(k.to(tl.float32) * q[None, :], axis=1), -float("inf"))   # (BL,)
+        for start in range(first, stop, BL):
+            score = tl.where(start + l < stop, _scores(k, q), -float("inf"))                          # (BL,)
             new = tl.maximum(top, tl.max(score, axis=0))
             weight, fade = tl.exp(score - new), tl.exp(top - new)
             total = total * fade + tl.sum(weight, axis=0)
-            out = out * fade + tl.sum(weight[:, None] * v.to(tl.float32), axis=0)
-            top, k, v = new, next_k, next_v
+            out = out * fade + _weighted(v, weight, D)
+            top = new
+            k, v = _places(keys, start + BL, stop, D, BL), _places(values, start + BL, stop, D, BL)
         tl.store(part + (split * HEADS + head) * D + d, out / total)
         tl.store(lse + split * HEADS + head, top + tl.log(total))
     _wait(counter, target, GRID)  # programs without a head arrive at the next barrier only after this one
@@ -310,7 +334,7 @@ def _map(tile, first, second, bias, x, rank, y, norm, counter, target, eps, afte
 
 
 @triton.jit
-def _layers(tile, w_qkv, cos, sin, table, vectors, x, qkv, part, lse, rank, hidden, place, active, counter, target, length, eps,
+def _layers(tile, w_qkv, cos, sin, table, vectors, x, qkv, part, lse, rank, hidden, place, active, reach, counter, target, length, eps,
             HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
             SPLITS: tl.constexpr, BL: tl.constexpr, OFFSETS: tl.constexpr, QKV: tl.constexpr, PROJ: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr,
             GRID: tl.constexpr):
@@ -327,7 +351,7 @@ def _layers(tile, w_qkv, cos, sin, table, vectors, x, qkv, part, lse, rank, hidd
         tile = _linear(tile, w_qkv, v + OFFSETS[0], x, qkv, v, lse, 0, counter, target, eps, proj, pid, QKV, PROJ, NORM, "", False, 1, 1, GRID)
         _arrive(counter, GRID)
         target += GRID
-        _attention(qkv, cos, sin, k_cache, v_cache, part, lse, place, active, length, counter, target, HEADS, KV, D, ROPE, BL, GRID)
+        _attention(qkv, cos, sin, k_cache, v_cache, part, lse, place, active, reach, length, counter, target, HEADS, KV, D, ROPE, BL, GRID)
         _arrive(counter, GRID)
         u1, v2 = _pointer(row, 3, dtype), _pointer(row, 4, dtype)
         target += GRID
@@ -352,7 +376,8 @@ def _step(token, position, wte, wpe, head, cos, sin, table, vectors, x, qkv, par
     """Embedding, layers, head. table: the addresses of a layer's weights and cache; vectors: its norms and biases."""
     target = tl.load(counter, volatile=True) // GRID * GRID  # nobody is past the first barrier before this program arrives
     place = tl.load(position).to(tl.int32)
-    active = tl.maximum(tl.minimum(tl.cdiv(place, BL), SPLITS), 1)
+    reach = tl.cdiv(tl.maximum(place, 1), 16 * SPLITS) * 16  # places for each of `active` programs a head
+    active = tl.cdiv(tl.maximum(place, 1), reach)
     n = tl.arange(0, BN)
     row = tl.load(wte + tl.load(token) * N + n, mask=n < N, other=0.0).to(tl.float32)
     if wpe is not None:
@@ -361,7 +386,7 @@ def _step(token, position, wte, wpe, head, cos, sin, table, vectors, x, qkv, par
     w, pid = _pointer(table, 0, wte.dtype.element_ty), tl.program_id(0)
     tile = _weights(w, pid, QKV)
     for run in tl.static_range(len(RUNS)):
-        tile, w, target = _layers(tile, w, cos, sin, table, vectors, x, qkv, part, lse, rank, hidden, place, active, counter, target, length, eps, HEADS, KV,
+        tile, w, target = _layers(tile, w, cos, sin, table, vectors, x, qkv, part, lse, rank, hidden, place, active, reach, counter, target, length, eps, HEADS, KV,
                                   D, ROPE, NORM, ACT, SPLITS, BL, OFFSETS, QKV, PROJ, RUNS, run, GRID)
     last, beyond = _weights(head, pid, HEAD), HEAD[4] * HEAD[6]
     _linear(last, head, None, x, logits, vectors + _at(RUNS, -1, 1) * OFFSETS[5], lse, 0, counter, target, eps, head, beyond, HEAD, HEAD, NORM, "", False,
@@ -422,10 +447,10 @@ class Step:
         kinds = [(plan(fc1), plan(fc2)) for fc1, fc2 in fcs]
         starts = [i for i in range(cfg.n_layer) if i == 0 or kinds[i] != kinds[i - 1]]
         D, attn = cfg.attn_dim // cfg.n_head, model.blocks[0].attn
-        splits = max(1, min(8, self.programs // cfg.n_head, 512 * warps // triton.next_power_of_2(cfg.attn_dim)))  # proj holds all in registers
+        splits = 2**min(3, max(1, self.programs // cfg.n_head).bit_length() - 1)  # programs that share a head
         self.meta = dict(
             N=cfg.n_embd, HEADS=cfg.n_head, KV=cfg.n_kv_head, D=D, ROPE=cfg.pos == "rope", NORM=cfg.norm, ACT=cfg.act, SPLITS=splits,
-            BL=max(16, tile // (8 * D)), BN=triton.next_power_of_2(cfg.n_embd), QKV=plan(attn.qkv)[0], PROJ=plan(attn.proj)[0], HEAD=plan(model.head)[0],
+            BL=max(16, tile // (2 * D)), BN=triton.next_power_of_2(cfg.n_embd), QKV=plan(attn.qkv)[0], PROJ=plan(attn.proj)[0], HEAD=plan(model.head)[0],
             RUNS=tuple((i, j, *kinds[i]) for i, j in zip(starts, starts[1:] + [cfg.n_layer])), GRID=self.grid)
         self.table, self.vectors = self.addresses(fcs), self.collect(fcs)
         rank = max([1] + [m[0][1] * m[0][3] for pair in fcs for m in map(matrices, pair) if len(m) == 2])

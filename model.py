@@ -217,7 +217,7 @@ class LMLoss(torch.autograd.Function):
     The logits of a chunk live only while the chunk is worked on: its share of both gradients is formed at once, so there is
     no (T, V) tensor and nothing is computed twice.
     """
-    CHUNK = 8192  # tokens; below, the matmuls lose speed
+    CHUNK = 16384  # tokens; below, the matmuls lose speed
 
     @staticmethod
     def forward(ctx, h, weight, targets, token_loss):
@@ -229,7 +229,11 @@ class LMLoss(torch.autograd.Function):
         grad_w = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if training else None
         for i in range(0, len(h), LMLoss.CHUNK):
             rows = slice(i, i + LMLoss.CHUNK)
-            losses, grad = token_loss(h[rows] @ w.T, targets[rows], scale)                      # (C,), (C, V)
+            logits = h[rows] @ w.T                                                              # (C, V)
+            if kernels and kernels.halves(logits):
+                losses, grad = kernels.token_loss(logits, targets[rows], scale, training)       # (C,), (C, V)
+            else:
+                losses, grad = token_loss(logits, targets[rows], scale)
             loss += losses.sum()
             if training:
                 torch.mm(grad, w, out=grad_h[rows])

@@ -169,6 +169,24 @@ def test_add_norm_is_an_addition_and_a_norm(width, rms, bias, add):
     assert error(gradient, expected) < 2e-2
 
 
+@pytest.mark.parametrize("vocab", [61, 1024, 2500])
+def test_token_loss_is_cross_entropy(vocab):
+    torch.manual_seed(0)
+    logits = (torch.randn(13, vocab, device=DEVICE) * 5).to(DTYPE)
+    targets = torch.randint(vocab, (13,), device=DEVICE)
+    targets[[0, 7]] = -1
+    exact, scale = logits.double().requires_grad_(), torch.tensor(0.3, device=DEVICE)
+    expected = torch.nn.functional.cross_entropy(exact, targets, ignore_index=-1, reduction="none")
+    (wanted,) = torch.autograd.grad(expected.sum() * 0.3, exact)
+    kept = logits.clone()
+    losses, nothing = kernels.token_loss(kept, targets, scale, gradient=False)
+    assert nothing is None and torch.equal(kept, logits)
+    again, grad = kernels.token_loss(logits, targets, scale)
+    for loss in (losses, again):
+        torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    assert error(grad, wanted) < 4e-3 and not grad[[0, 7]].any()
+
+
 @pytest.mark.parametrize("norm, recompute", [("layernorm", "cheap"), ("rmsnorm", "off"), ("layernorm", "wide")])
 def test_a_compiled_model_with_kernels_is_the_model(norm, recompute, monkeypatch):
     """Loss and all gradients, block by block compiled, against the plain model in float32."""
@@ -181,14 +199,15 @@ def test_a_compiled_model_with_kernels_is_the_model(norm, recompute, monkeypatch
     theirs = copy.deepcopy(ours)
     tokens = torch.randint(61, (1, 129), device=DEVICE)
     calls = []
-    for op in ("_row_warps", "_launch_rotate", "_launch"):  # what add_norm, split_rotated and ffn call when they run
+    used = {"_row_warps", "_launch_rotate", "_launch", "token_loss"}  # what add_norm, split_rotated, ffn and the loss call when they run
+    for op in used:
         monkeypatch.setattr(kernels, op, lambda *a, _real=getattr(kernels, op), _op=op, **k: calls.append(_op) or _real(*a, **k))
     for block in ours.blocks:
         block.compile(fullgraph=True, backend="aot_eager" if INTERPRET else "inductor")
     with torch.autocast(DEVICE, DTYPE):
         loss = ours(tokens[:, :-1], tokens[:, 1:])
     loss.backward()
-    assert set(calls) == {"_row_warps", "_launch_rotate", "_launch"}
+    assert set(calls) == used
     monkeypatch.setattr("model.kernels", None)
     reference = theirs(tokens[:, :-1], tokens[:, 1:])
     reference.backward()
