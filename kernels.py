@@ -455,8 +455,8 @@ def add_norm_backward_op(grad_total: Tensor | None, grad_normed: Tensor, total: 
     grad_normed, total = grad_normed.contiguous(), total.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     BN = triton.next_power_of_2(N)
-    R, warps = max(1, 4096 // BN), max(8, _row_warps(N))  # several rows' loads are under way together
-    programs = min(triton.cdiv(rows, R), 4 * _multiprocessors(total.device))
+    R, warps = 1, 2 if BN <= 1024 else min(16, BN // 256)
+    programs = min(rows, (8 if BN <= 1024 else 4) * _multiprocessors(total.device))
     shares = total.new_empty(2, programs, N, dtype=torch.float32)
     grad = torch.empty_like(total)
     _add_norm_backward[(programs,)](grad_total, grad_normed, total, weight, grad, shares[0], shares[1], rows, eps, N, BN, R, rms, num_warps=warps)
@@ -531,7 +531,7 @@ def _token_loss(logits, targets, scale, losses, V, BLOCK: tl.constexpr, GRADIENT
 def token_loss(logits, targets, scale, gradient=True):
     """model.token_loss of contiguous logits (C, V), which the gradient overwrites; without `gradient` there is none."""
     losses = logits.new_empty(len(logits), dtype=torch.float32)
-    _token_loss[(len(logits),)](logits, targets, scale, losses, logits.size(1), 1024 if INTERPRET else 4096, gradient, num_warps=8)
+    _token_loss[(len(logits),)](logits, targets, scale, losses, logits.size(1), 1024 if INTERPRET else 8192, gradient, num_warps=8)
     return losses, logits if gradient else None
 
 
