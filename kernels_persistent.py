@@ -98,14 +98,15 @@ def _input(x, gain, shift, lse, active, block, eps, SPEC: tl.constexpr, IN: tl.c
     k = tl.arange(0, BK)
     ok = k < K
     if IN == "parts":  # of attention, each with the logarithm of its softmax's denominator
-        D: tl.constexpr = K // HEADS
-        s, h, d = tl.arange(0, SPLITS)[:, None], tl.arange(0, BK // D)[None, :], tl.arange(0, D)[None, None, :]
-        seen = (s < active) & (h < HEADS)                                                             # (SPLITS, heads)
-        each = tl.load(lse + s * HEADS + h, mask=seen, other=-1e30, cache_modifier=".cg")
-        part = tl.load(x + (s * K + h * D)[:, :, None] + d, mask=seen[:, :, None], other=0.0, cache_modifier=".cg")
-        weight = tl.exp(each - tl.max(each, axis=0)[None, :])
-        weight /= tl.sum(weight, axis=0)[None, :]
-        a = tl.sum(part * weight[:, :, None], axis=0).reshape(BK)
+        top = tl.full((BK,), -1e30, tl.float32)
+        total, a = tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
+        for s in range(active):
+            part = tl.load(x + s * K + k, mask=ok, other=0.0, cache_modifier=".cg")
+            each = tl.load(lse + s * HEADS + k // (K // HEADS), mask=ok, other=0.0, cache_modifier=".cg")
+            new = tl.maximum(top, each)
+            weight, fade = tl.exp(each - new), tl.exp(top - new)
+            total, a, top = total * fade + weight, a * fade + weight * part, new
+        a /= total
     else:
         a = tl.load(x + block * K + k, mask=ok, other=0.0, cache_modifier=".cg")
     if IN == "swiglu":
@@ -376,7 +377,7 @@ def _step(token, position, wte, wpe, head, cos, sin, table, vectors, x, qkv, par
     """Embedding, layers, head. table: the addresses of a layer's weights and cache; vectors: its norms and biases."""
     target = tl.load(counter, volatile=True) // GRID * GRID  # nobody is past the first barrier before this program arrives
     place = tl.load(position).to(tl.int32)
-    reach = tl.cdiv(tl.maximum(place, 1), 16 * SPLITS) * 16  # places for each of `active` programs a head
+    reach = tl.cdiv(tl.maximum(place, 1), BL * SPLITS) * BL  # places for each of `active` programs a head
     active = tl.cdiv(tl.maximum(place, 1), reach)
     n = tl.arange(0, BN)
     row = tl.load(wte + tl.load(token) * N + n, mask=n < N, other=0.0).to(tl.float32)
@@ -447,7 +448,7 @@ class Step:
         kinds = [(plan(fc1), plan(fc2)) for fc1, fc2 in fcs]
         starts = [i for i in range(cfg.n_layer) if i == 0 or kinds[i] != kinds[i - 1]]
         D, attn = cfg.attn_dim // cfg.n_head, model.blocks[0].attn
-        splits = 2**min(3, max(1, self.programs // cfg.n_head).bit_length() - 1)  # programs that share a head
+        splits = max(1, min(8, self.programs // cfg.n_head))  # programs that share a head, at most
         self.meta = dict(
             N=cfg.n_embd, HEADS=cfg.n_head, KV=cfg.n_kv_head, D=D, ROPE=cfg.pos == "rope", NORM=cfg.norm, ACT=cfg.act, SPLITS=splits,
             BL=max(16, tile // (2 * D)), BN=triton.next_power_of_2(cfg.n_embd), QKV=plan(attn.qkv)[0], PROJ=plan(attn.proj)[0], HEAD=plan(model.head)[0],
