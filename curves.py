@@ -90,7 +90,9 @@ def name_runs(runs):
         more = cfg.max_tokens / min(r.cfg.max_tokens for r in peers[run.size])
         common = [f"{name}={getattr(cfg, name)}" for name in names if not name.startswith("guide_")]
         parts = [cfg.ffn if cfg.ffn == "dense" else f"{cfg.ffn} {nominal} %"] + ([cfg.guide] if cfg.guide != "off" else [])
-        parts += [f"{name}={getattr(cfg, name)}" for name in names if name.startswith("guide_") and cfg.guide != "off"] + common
+        alike = [r for r in peers[run.size] if r.cfg.guide == cfg.guide]
+        parts += [f"{name}={getattr(cfg, name)}" for name in names
+                  if name.startswith("guide_") and differs(name, alike) and getattr(cfg, name) != getattr(Config, name)] + common
         parts += [f"inner {cfg.ffn_dim / cfg.n_embd:.3g} x width"] if cfg.ffn_dim < max(r.cfg.ffn_dim for r in peers[run.size]) else []
         tokens = [f"{more:.2f} x tokens"] if more > 1.005 else []
         one_more = len({r.cfg.max_tokens for r in peers[run.size]}) == 2  # at equal FLOPs the factor depends on the size
@@ -140,16 +142,37 @@ def fit_scaling(runs) -> list:
     return fits
 
 
+def smoothed(steps, losses, parts=60):
+    """Means over about `parts` equal pieces of a run: [(step, loss)]."""
+    size = max(1, len(steps) // parts)
+    whole = len(steps) // size * size
+    return list(zip(steps[:whole].reshape(-1, size).mean(1).tolist(), losses[:whole].reshape(-1, size).mean(1).tolist()))
+
+
+def above_dense(run, runs):
+    """[(step, training loss above that of the dense run)] with a dense run of the same size, settings and seed, which saw the same batches."""
+    dense = next((r for r in runs if r is not run and r.method == run.baseline and (r.size, r.cfg.seed) == (run.size, run.cfg.seed)), None)
+    if dense is None:
+        return []
+    steps, i, j = np.intersect1d(run.train[0], dense.train[0], return_indices=True)
+    return smoothed(steps, run.train[1][i] - dense.train[1][j], 30)
+
+
 def panels(runs, fits) -> dict:
-    """What `draw` draws: losses against three costs and, with fits, final losses against FLOPs over sizes."""
+    """What `draw` draws: losses against three costs, the distance to dense and, with fits, final losses against FLOPs over sizes."""
     result = {}
     for axis in runs[0].axes:
         lines = result.setdefault(axis, (axis, {}))[1]
         for r in runs:
-            start = 0.03 * r.axes[axis][r.last - 1]  # before it every loss falls off the page
-            for name, (steps, losses) in ((r.label, r.val), (f"_{r.label}", r.train)):
-                points = [(x, y) for x, y in zip(r.axes[axis][steps - 1], losses) if x >= start]
+            spent = r.axes[axis]
+            start = 0.15 * spent[r.last - 1]  # before it every loss falls off the page
+            for name, curve in ((r.label, zip(*r.val)), (f"_{r.label}", smoothed(*r.train))):
+                points = [(float(np.interp(step, np.arange(1, len(spent) + 1), spent)), loss) for step, loss in curve]
+                points = [point for point in points if point[0] >= start]
                 lines.update({name: points} if points else {})
+    distances = {r.label: [(step * r.axes["tokens"][0], gap) for step, gap in above_dense(r, runs)] for r in runs}
+    if any(distances.values()):
+        result["training loss above dense, same batches"] = "tokens", {f"-{name}": points for name, points in distances.items() if points}, "linear"
     if fits:
         lines = result.setdefault("whole runs: final validation loss", ("training FLOPs", {}))[1]
         for fit in fits:
@@ -179,23 +202,23 @@ def picture(path, title, n_rows=1, n_columns=1, width=4.2, height=3.4, **shared)
 
 
 def draw(path, title, ylabel, panels, sharey=False, **size):
-    """panels: {row: {panel title: (xlabel, {line: [(x, y), ...]})}} -> a PNG with logarithmic axes.
+    """panels: {row: {panel title: (xlabel, {line: [(x, y), ...]})}} -> a PNG with logarithmic axes; with a third entry "linear", linear ones.
 
-    A line "_NAME" is drawn faint in NAME's colour, "*NAME" as points alone.
+    A line "_NAME" is drawn faint in NAME's colour, "-NAME" without points, "*NAME" as points alone.
     """
-    styles = {"_": {"alpha": 0.4, "linewidth": 0.9}, "*": {"marker": "o", "linestyle": "none"}, "": {"marker": "o", "markersize": 3.5}}
-    names = list(dict.fromkeys(line.lstrip("_*") for row in panels.values() for _, lines in row.values() for line in lines))
+    styles = {"_": {"alpha": 0.4, "linewidth": 0.9}, "-": {}, "*": {"marker": "o", "linestyle": "none"}, "": {"marker": "o", "markersize": 3.5}}
+    names = list(dict.fromkeys(line.lstrip("_-*") for row in panels.values() for _, lines, *_ in row.values() for line in lines))
     with picture(path, title, len(panels), max(map(len, panels.values())), sharey=sharey, **size) as axes:
         for row_axes, row in zip(axes, panels.values()):
             for ax in row_axes[len(row):]:
                 ax.remove()
-            for ax, (panel, (xlabel, lines)) in zip(row_axes, row.items()):
+            for ax, (panel, (xlabel, lines, *scale)) in zip(row_axes, row.items()):
                 for line, points in lines.items():
-                    name = line.lstrip("_*")
+                    name = line.lstrip("_-*")
                     i, paired = names.index(name), line[0] == "_" and {name, "*" + name} & lines.keys()
                     style = {"linestyle": ("-", "--", ":")[i // 10 % 3], **styles[line[:-len(name)]]}
                     ax.plot(*zip(*sorted(points)), color=f"C{i % 10}", label=None if paired else name, **style)
-                ax.set(title=panel, xlabel=xlabel, xscale="log", yscale="log")
+                ax.set(title=panel, xlabel=xlabel, xscale=scale[0] if scale else "log", yscale=scale[0] if scale else "log")
             row_axes[0].set_ylabel(ylabel)
         for ax in (ax for row_axes, row in zip(axes, panels.values()) for ax in row_axes[:len(row)]):
             number_axes(ax)
@@ -205,6 +228,8 @@ def number_axes(ax):
     """Plain numbers on logarithmic axes: x at its values where they are few and whole, y as densely as its range allows."""
     from matplotlib.ticker import LogLocator, MaxNLocator
     ax.grid(alpha=0.3)
+    if ax.get_xscale() == "linear":
+        return ax.xaxis.set_major_formatter(lambda x, _: short(x))
     ax.minorticks_off()
     xs = sorted({float(x) for line in ax.lines for x in line.get_xdata()})
     if len(xs) <= 13 and xs[-1] < 1e5 and all(x.is_integer() for x in xs):

@@ -310,7 +310,7 @@ def test_labels_are_the_differing_settings(tmp_path):
     runs = [curves.read_run(write_run(tmp_path / name, **s)) for name, s in settings.items()]
     curves.name_runs(runs)
     lr = "lr=0.0006"
-    assert [r.label for r in runs] == [f"dense {lr}", f"dense {lr} inner 2 x width", f"lowrank 32 % {lr}", f"lowrank 32 % fixedstep guide_skip=False {lr}",
+    assert [r.label for r in runs] == [f"dense {lr}", f"dense {lr} inner 2 x width", f"lowrank 32 % {lr}", f"lowrank 32 % fixedstep {lr}",
                                        f"lowrank 32 % fixedstep guide_skip=True {lr}", f"lowrank 32 % {lr} 1.50 x tokens",
                                        f"blockshuffle 63 % lr=0.0001 ({tmp_path}/g)", f"blockshuffle 63 % lr=0.0001 ({tmp_path}/h)"]
     assert [curves.gap_to_dense(r, runs) is None for r in runs] == [False] * 6 + [True] * 2  # no dense run with that lr
@@ -333,8 +333,19 @@ def test_unfinished_runs_are_drawn_as_far_as_they_go(cli, rows, tmp_path):
 def test_a_short_run_is_drawn_beside_a_long_one(tmp_path):
     runs = [curves.read_run(write_run(tmp_path / name, max_tokens=tokens)) for name, tokens in (("short", 64 * 20), ("long", 64 * 2000))]
     curves.name_runs(runs)
-    for panel, (_, lines) in curves.panels(runs, []).items():
-        assert {r.label for r in runs} <= lines.keys(), panel
+    for axis in runs[0].axes:
+        assert {r.label for r in runs} <= curves.panels(runs, [])[axis][1].keys(), axis
+
+
+def test_distance_to_dense_is_on_the_same_batches(tmp_path):
+    runs = [curves.read_run(write_run(tmp_path / name, **s)) for name, s in {"a": {}, "b": {"ffn": "lowrank", "rank": 8}, "c": {"seed": 3}}.items()]
+    curves.name_runs(runs)
+    assert curves.above_dense(runs[0], runs) == curves.above_dense(runs[2], runs) == []
+    steps, losses = runs[0].train
+    runs[1].train = steps[1::2], losses[1::2] + 0.25  # logged half as often
+    assert curves.above_dense(runs[1], runs) == [(step, near(0.25)) for step in steps[1::2]]
+    title, (_, lines, scale) = list(curves.panels(runs, []).items())[-1]
+    assert "above dense" in title and scale == "linear" and set(lines) == {f"-{runs[1].label}"}
 
 
 def test_curves_of_a_real_run(rows, finished):
