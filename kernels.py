@@ -404,29 +404,28 @@ def _add_norm(x, y, weight, bias, total, normed, eps, N: tl.constexpr, BN: tl.co
 
 
 @triton.jit
-def _add_norm_backward(grad_total, grad_normed, total, weight, grad, grad_weight, grad_bias, rows, eps, N: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
-                       RMS: tl.constexpr):
-    """R rows at a time, every num_programs-th R: the gradient of x and y, and this program's share (1, N) of those of weight and bias."""
-    n, r = tl.arange(0, BN)[None, :], tl.arange(0, R)[:, None]
-    w = tl.load(weight + n, mask=n < N, other=0.0).to(tl.float32)
-    sum_w, sum_b = tl.zeros((R, BN), tl.float32), tl.zeros((R, BN), tl.float32)
-    for start in range(tl.program_id(0) * R, rows, tl.num_programs(0) * R):
-        ok, at = (start + r < rows) & (n < N), (start + r).to(tl.int64) * N + n                        # (R, BN)
+def _add_norm_backward(grad_total, grad_normed, total, weight, grad, grad_weight, grad_bias, rows, eps, N: tl.constexpr, BN: tl.constexpr, RMS: tl.constexpr):
+    """Rows pid, pid + grid, ...: the gradient of x and y, and this program's share (1, N) of those of weight and bias."""
+    n = tl.arange(0, BN)
+    ok = n < N
+    w = tl.load(weight + n, mask=ok, other=0.0).to(tl.float32)
+    sum_w, sum_b = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        at = tl.full((), N, tl.int64) * row + n
         a, g = tl.load(total + at, mask=ok, other=0.0).to(tl.float32), tl.load(grad_normed + at, mask=ok, other=0.0).to(tl.float32)
         if not RMS:
-            a = tl.where(n < N, a - tl.sum(a, 1)[:, None] / N, 0.0)
-        scale = tl.rsqrt(tl.sum(a * a, 1)[:, None] / N + eps)
+            a = tl.where(ok, a - tl.sum(a, 0) / N, 0.0)
+        scale = tl.rsqrt(tl.sum(a * a, 0) / N + eps)
         a *= scale
         sum_w += g * a
         sum_b += g
         g *= w
-        g = scale * (g - a * (tl.sum(g * a, 1)[:, None] / N) - (0.0 if RMS else tl.sum(g, 1)[:, None] / N))
+        g = scale * (g - a * (tl.sum(g * a, 0) / N) - (0.0 if RMS else tl.sum(g, 0) / N))
         if grad_total is not None:
             g += tl.load(grad_total + at, mask=ok, other=0.0).to(tl.float32)
         tl.store(grad + at, g.to(grad.dtype.element_ty), mask=ok)
-    n = tl.arange(0, BN)
-    tl.store(grad_weight + tl.program_id(0) * N + n, tl.sum(sum_w, 0), mask=n < N)
-    tl.store(grad_bias + tl.program_id(0) * N + n, tl.sum(sum_b, 0), mask=n < N)
+    tl.store(grad_weight + tl.program_id(0) * N + n, sum_w, mask=ok)
+    tl.store(grad_bias + tl.program_id(0) * N + n, sum_b, mask=ok)
 
 
 def _row_warps(N):
@@ -455,11 +454,11 @@ def add_norm_backward_op(grad_total: Tensor | None, grad_normed: Tensor, total: 
     grad_normed, total = grad_normed.contiguous(), total.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     BN = triton.next_power_of_2(N)
-    R, warps = 1, 2 if BN <= 1024 else min(16, BN // 256)
-    programs = min(rows, (8 if BN <= 1024 else 4) * _multiprocessors(total.device))
+    warps, per_sm = (2, 8) if BN <= 1024 else (min(16, BN // 256), 4)
+    programs = min(rows, per_sm * _multiprocessors(total.device))
     shares = total.new_empty(2, programs, N, dtype=torch.float32)
     grad = torch.empty_like(total)
-    _add_norm_backward[(programs,)](grad_total, grad_normed, total, weight, grad, shares[0], shares[1], rows, eps, N, BN, R, rms, num_warps=warps)
+    _add_norm_backward[(programs,)](grad_total, grad_normed, total, weight, grad, shares[0], shares[1], rows, eps, N, BN, rms, num_warps=warps)
     return grad, shares[0].sum(0).to(weight.dtype), shares[1].sum(0).to(weight.dtype)
 
 
