@@ -242,15 +242,22 @@ def time_passes(call, turns, place, settings):
 # ----------------------------------------------------------------------------------------------------------------------
 # Reporting
 
+def clocks(device, fields) -> str:
+    """What nvidia-smi says about them, or n/a."""
+    card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # numbers count what CUDA_VISIBLE_DEVICES hides
+    try:
+        query = subprocess.run(["nvidia-smi", f"--id={card}", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True, check=True)
+        return query.stdout.strip().splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "n/a"
+
+
 def header(device) -> dict:
     """What the numbers depend on."""
     facts = {"device": device_name(device), "torch": torch.__version__}
     if device.type == "cuda":
         import triton
-        facts["triton"] = triton.__version__
-        query = subprocess.run(["nvidia-smi", f"--id={device.index or 0}", "--query-gpu=clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader"],
-                               capture_output=True, text=True)
-        facts["clocks"] = query.stdout.strip().splitlines()[0] if query.returncode == 0 and query.stdout.strip() else "n/a"
+        facts.update(triton=triton.__version__, clocks=clocks(device, "clocks.sm,clocks.max.sm,power.limit"))
     return {**facts, "commit": commit()}
 
 
@@ -437,7 +444,7 @@ def bench_train(cfg, settings):
     cfg.batch_size = cfg.micro_batch_size
     place = set_up(cfg)
     columns = {"ffn": 24, "guided": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "speedup": 7, "mfu": 7, "gib": 6, "forward_ms": 10, "backward_ms": 11,
-               "optimizer_ms": 12}
+               "optimizer_ms": 12, "clock": 9}
     table = Table(columns, conditions(place, settings), settings)
     for label, case in compared(cfg, settings).items():
         for guided in (False, True) if case.guide in ("fixedstep", "fixedflop") else (False,):
@@ -501,13 +508,16 @@ def time_steps(label, cfg, place, guided, table, settings, plain):
 
     ms, spread = timed(step, place.device, settings)
     gib = torch.cuda.max_memory_allocated() / 2**30 if place.device.type == "cuda" else None
+    for _ in range(5 if place.device.type == "cuda" else 0):
+        step()
+    clock = clocks(place.device, "clocks.sm") if place.device.type == "cuda" else None  # while those run: under load it falls
     forward_ms, both_ms = timed(forward, place.device, settings)[0], timed(forward_backward, place.device, settings)[0]
     rate = cfg.micro_batch_size * cfg.block_size / ms * 1e3
     flops = 3 * flops_per_token(cfg, "dense" if guided else None)
     dense = next((r["ms"] for r in table.rows if r["ffn"] == "dense"), ms if cfg.ffn == "dense" else None)
     table.row(benchmark="train", ffn=label, guided=guided, ms=ms, spread=spread, tokens_per_s=round(rate), speedup=ratio(dense, ms), flops_per_token=flops,
               mfu=ratio(flops * rate, peak_flops(place.device)), gib=gib, forward_ms=forward_ms, backward_ms=both_ms - forward_ms, optimizer_ms=ms - both_ms,
-              config=config.to_dict(cfg))
+              clock=clock, config=config.to_dict(cfg))
 
 
 def draw_split(path, title, rows):

@@ -142,7 +142,7 @@ def _extra(bias, y, t, SPEC: tl.constexpr, ADD: tl.constexpr):
         extra += tl.load(bias + column, mask=ok, other=0.0)
     if ADD:
         extra += tl.load(y + column, mask=ok, other=0.0, cache_modifier=".cg")
-    return tl.sum(extra[None, :], axis=0)  # of one row: without it every thread loads and holds all BM under Triton 3.6, and registers spill
+    return extra
 
 
 @triton.jit
@@ -170,7 +170,8 @@ def _outputs(tile, a, extra, y, t, SPEC: tl.constexpr, ACT: tl.constexpr):
     else:  # a bf16 is the upper half of a float32
         even, odd = a.reshape(a.shape[0] // 2, 2).split()
         products = (tile << 16).to(tl.float32, bitcast=True) * even[None, :] + (tile & -65536).to(tl.float32, bitcast=True) * odd[None, :]
-    out = _activate(tl.sum(products, axis=1) + extra, ACT)                                            # (BM,)
+    out = tl.sum(products, axis=1)                                                                    # (BM,)
+    out = _activate(tl.sum(out[None, :], axis=0) + extra, ACT)  # of one row: without it every thread activates, and holds of extra, what its warp has
     column, ok = _columns(t, SPEC)
     tl.store(y + column, out, mask=ok)
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import time
+import types
 from functools import partial
 
 import numpy as np
@@ -328,6 +329,16 @@ def test_unfinished_runs_are_drawn_as_far_as_they_go(cli, rows, tmp_path):
     assert found[done]["to_dense"] == 0
     _, stdout, _ = cli("bench.py", "curves", done, going)
     assert f"{going} stands at step 10 of 16: drawn as far as it goes" in stdout and f"{done} stands" not in stdout
+
+
+@pytest.mark.parametrize("answer, told", [("echo 1980 MHz", "1980 MHz"), ("exit 9", "n/a"), ("true", "n/a"), (None, "n/a")])
+def test_clocks_are_those_of_the_card_itself_or_not_known(tmp_path, monkeypatch, answer, told):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="123-abc"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin" if answer else str(tmp_path))
+    if answer:
+        (tmp_path / "nvidia-smi").write_text(f'#!/bin/sh\n[ "$1" = --id=GPU-123-abc ] && {answer}\n')
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    assert bench.clocks(torch.device("cuda"), "clocks.sm") == told
 
 
 def test_a_short_run_is_drawn_beside_a_long_one(tmp_path):
