@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from model import add_norm
 from structured import BlockDense, BlockShuffle, LowRank
 
 INTERPRET = triton.knobs.runtime.interpret
@@ -197,10 +198,8 @@ def chosen(module, tokens):
 
 
 def ffn(block, x):
-    """x + ffn(norm2(x)); x (tokens, n_embd)."""
+    """x + ffn(norm2(x)) on few tokens; x (tokens, n_embd)."""
     part, tokens = block.ffn, len(x)
-    if tokens > MAX_TOKENS:
-        return x + part(block.norm2(x))
     fused = part.act if part.act != "swiglu" else ""
     h = layer(chosen(part.fc1, tokens), x, block.norm2, fused)
     if part.act == "swiglu":
@@ -211,14 +210,18 @@ def ffn(block, x):
 
 def step(model, tokens, cache):
     """model.step for one token a row: tokens (B, 1) -> logits (B, vocab_size)."""
-    few = len(tokens) <= MAX_TOKENS
+    few, branch = len(tokens) <= MAX_TOKENS, None
     x = model.wte(tokens[:, 0])
     if model.wpe is not None:
         x = x + model.wpe(cache.position)
     for block, (k, v) in zip(model.blocks, cache.layers):
-        qkv = layer(block.attn.qkv, x, block.norm1) if few else block.attn.qkv(block.norm1(x))
-        y = attention(qkv, model, k, v, cache.position)
-        x = layer(block.attn.proj, y, residual=x) if few else x + block.attn.proj(y)
-        x = ffn(block, x)
+        if few:
+            y = attention(layer(block.attn.qkv, x, block.norm1), model, k, v, cache.position)
+            x = ffn(block, layer(block.attn.proj, y, residual=x))
+        else:  # as in training: every addition with the norm behind it
+            x, h = add_norm(x, branch, block.norm1)
+            y = attention(block.attn.qkv(h), model, k, v, cache.position)
+            x, h = add_norm(x, block.attn.proj(y), block.norm2)
+            branch = block.ffn(h)
     cache.advance(1)
-    return layer(model.head, x, model.norm) if few else model.head(model.norm(x))
+    return layer(model.head, x, model.norm) if few else model.head(add_norm(x, branch, model.norm)[1])

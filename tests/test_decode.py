@@ -133,6 +133,27 @@ def test_fused_step_is_the_step(name, batch):
         torch.testing.assert_close(kernels.step(model, token, caches[1]), model.step(token, caches[0]), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1", reason="needs CUDA or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("name", ["dense", "lowrank swiglu", "blockshuffle, one key head"])
+@torch.no_grad()
+def test_fused_step_in_half_precision_is_near(name):
+    kernels = pytest.importorskip("kernels_decode")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    exact = make(device, **{**MODELS[name], "n_layer": 2})
+    model = ready(copy.deepcopy(exact), "structured", torch.float16)
+    lengths, tokens = torch.arange(3, 3 + 25, 5, device=device), torch.randint(257, (5, 64), device=device)
+    fresh, old = (Cache(model.cfg, 5, 64, device, dtype) for dtype in (torch.float16, torch.float32))
+    exact.step(tokens[:, :max(lengths.tolist())], old, lengths)
+    for a, b in zip(fresh.layers, old.layers):
+        for low, full in zip(a, b):
+            low.copy_(full)
+    fresh.position.copy_(lengths)
+    for i in range(2):
+        token = tokens[torch.arange(5), lengths + i][:, None]
+        ours, theirs = kernels.step(model, token, fresh).float(), exact.step(token, old)
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm()
+
+
 KERNELS = pytest.mark.skipif(not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1", reason="needs CUDA or TRITON_INTERPRET=1")
 PERSISTENT = {
     **MODELS,
