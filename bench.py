@@ -669,12 +669,14 @@ def bench_decode(cfg, settings):
 def most_tokens(rate_of, largest, device):
     """Doubles the batch while that brings 1 % or more, then says what was best of what fits."""
     fits = largest()
+    if not fits:
+        raise UserError("not a single sequence fits beside the weights: give fewer new_tokens, or a smaller model.")
     batch, rates = min(256 if device.type == "cuda" else 1, fits), {}
     while batch <= fits and (len(rates) < 2 or rates[batch // 2] > 1.01 * rates[batch // 4]):
         rates[batch] = rate_of(batch)
         batch *= 2
     if batch > fits and fits not in rates:
-        fits = largest()  # what ran before may have left memory in pieces
+        fits = largest() or fits  # what ran before may have left memory in pieces
         rates[fits] = rate_of(fits)
     best = max(rates, key=rates.get)
     print(f"most: {rates[best]:.0f} tokens/s at batch {best}; the largest batch that fits is {fits}", flush=True)

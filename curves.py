@@ -80,6 +80,9 @@ def name_runs(runs):
     def differs(name, among):
         return len({str(getattr(r.cfg, name)) for r in among}) > 1
 
+    def guided_alike(cfg, among):
+        return [r for r in among if r.cfg.guide == cfg.guide != "off"]
+
     peers = {r.size: [p for p in runs if p.size == r.size] for r in runs}
     names = [f.name for f in dataclasses.fields(Config) if f.name not in NOT_NAMED and any(differs(f.name, group) for group in peers.values())]
     for run in runs:
@@ -90,9 +93,8 @@ def name_runs(runs):
         more = cfg.max_tokens / min(r.cfg.max_tokens for r in peers[run.size])
         common = [f"{name}={getattr(cfg, name)}" for name in names if not name.startswith("guide_")]
         parts = [cfg.ffn if cfg.ffn == "dense" else f"{cfg.ffn} {nominal} %"] + ([cfg.guide] if cfg.guide != "off" else [])
-        alike = [r for r in peers[run.size] if r.cfg.guide == cfg.guide]
-        parts += [f"{name}={getattr(cfg, name)}" for name in names
-                  if name.startswith("guide_") and differs(name, alike) and getattr(cfg, name) != getattr(Config, name)] + common
+        parts += [f"{name}={getattr(cfg, name)}" for name in names if name.startswith("guide_") and getattr(cfg, name) != getattr(Config, name)
+                  and any(differs(name, guided_alike(cfg, group)) for group in peers.values())] + common
         parts += [f"inner {cfg.ffn_dim / cfg.n_embd:.3g} x width"] if cfg.ffn_dim < max(r.cfg.ffn_dim for r in peers[run.size]) else []
         tokens = [f"{more:.2f} x tokens"] if more > 1.005 else []
         one_more = len({r.cfg.max_tokens for r in peers[run.size]}) == 2  # at equal FLOPs the factor depends on the size
@@ -145,15 +147,18 @@ def fit_scaling(runs) -> list:
 def smoothed(steps, losses, parts=60):
     """Means over about `parts` equal pieces of a run: [(step, loss)]."""
     size = max(1, len(steps) // parts)
-    whole = len(steps) // size * size
-    return list(zip(steps[:whole].reshape(-1, size).mean(1).tolist(), losses[:whole].reshape(-1, size).mean(1).tolist()))
+    first = len(steps) % size
+    return list(zip(steps[first:].reshape(-1, size).mean(1).tolist(), losses[first:].reshape(-1, size).mean(1).tolist()))
 
 
 def above_dense(run, runs):
-    """[(step, training loss above that of the dense run)] with a dense run of the same size, settings and seed, which saw the same batches."""
-    dense = next((r for r in runs if r is not run and r.method == run.baseline and (r.size, r.cfg.seed) == (run.size, run.cfg.seed)), None)
-    if dense is None:
+    """[(step, training loss above that of the dense run)] with a dense run of the same size, settings and seed, which saw the same batches; of
+    several with that whose length is nearest."""
+    alike = [r for r in runs if r.baseline == run.baseline and (r.size, r.cfg.seed) == (run.size, run.cfg.seed)]
+    dense = [r for r in alike if r.cfg.ffn == "dense" and r.cfg.ffn_dim == max(r.cfg.ffn_dim for r in alike)]
+    if not dense or run in dense:
         return []
+    dense = min(dense, key=lambda r: abs(r.steps - run.steps))
     steps, i, j = np.intersect1d(run.train[0], dense.train[0], return_indices=True)
     return smoothed(steps, run.train[1][i] - dense.train[1][j], 30)
 

@@ -228,6 +228,8 @@ def measure_one(model, pairs) -> dict:
     if not fused_kernels(model.head.weight.device):
         return {}
     import kernels_persistent
+    if not fused_kernels(model.head.weight.device).usable(model.cfg):
+        return {}
     cache = Cache(model.cfg, 1, min(256, model.cfg.block_size), model.head.weight.device, model.head.weight.dtype)
     token, times = torch.zeros(1, 1, dtype=torch.long, device=model.head.weight.device), ([], [])
     for merged in (0, 1, 0, 1):
@@ -238,6 +240,7 @@ def measure_one(model, pairs) -> dict:
             if not kernels_persistent.usable(model):
                 return {}
             step = kernels_persistent.Step(model, cache)
+        cache.position.zero_()
         times[merged].append(timed_on_gpu(lambda: [step(token, cache) for _ in range(10)], True) / 10 / len(pairs))
     return {pair.shape: [min(ms) for ms in times] for pair in pairs}
 

@@ -530,7 +530,7 @@ def _token_loss(logits, targets, scale, losses, V, BLOCK: tl.constexpr, GRADIENT
 def token_loss(logits, targets, scale, gradient=True):
     """model.token_loss of contiguous logits (C, V), which the gradient overwrites; without `gradient` there is none."""
     losses = logits.new_empty(len(logits), dtype=torch.float32)
-    _token_loss[(len(logits),)](logits, targets, scale, losses, logits.size(1), 1024 if INTERPRET else 8192, gradient, num_warps=8)
+    _token_loss[(len(logits),)](logits, targets.contiguous(), scale, losses, logits.size(1), 1024 if INTERPRET else 8192, gradient, num_warps=8)
     return losses, logits if gradient else None
 
 

@@ -110,7 +110,7 @@ def _input(x, gain, shift, lse, active, block, eps, SPEC: tl.constexpr, IN: tl.c
     else:
         a = tl.load(x + block * K + k, mask=ok, other=0.0, cache_modifier=".cg")
     if IN == "swiglu":
-        a = a / (1 + tl.exp(-a)) * tl.load(x + K + k, mask=ok, other=0.0, cache_modifier=".cg")
+        a = a / (1 + tl.exp(-a)) * tl.load(x + N + block * K + k, mask=ok, other=0.0, cache_modifier=".cg")
     if IN == "layernorm" or IN == "rmsnorm":  # over all N, the blocks together
         n = tl.arange(0, SPEC[8])
         row = a if blocks == 1 else tl.load(x + n, mask=n < N, other=0.0, cache_modifier=".cg")      # (BN,)

@@ -217,7 +217,7 @@ class LMLoss(torch.autograd.Function):
     The logits of a chunk live only while the chunk is worked on: its share of both gradients is formed at once, so there is
     no (T, V) tensor and nothing is computed twice.
     """
-    CHUNK = 16384  # tokens; below, the matmuls lose speed
+    CHUNK = 8192  # tokens, or twice as many where the gradient needs no buffer of its own; below, the matmuls lose speed
 
     @staticmethod
     def forward(ctx, h, weight, targets, token_loss):
@@ -227,10 +227,12 @@ class LMLoss(torch.autograd.Function):
         loss = torch.zeros((), device=h.device, dtype=torch.float32)
         grad_h = torch.empty_like(h) if training else None
         grad_w = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if training else None
-        for i in range(0, len(h), LMLoss.CHUNK):
-            rows = slice(i, i + LMLoss.CHUNK)
+        in_place = kernels and kernels.halves(h)
+        chunk = LMLoss.CHUNK * (2 if in_place else 1)
+        for i in range(0, len(h), chunk):
+            rows = slice(i, i + chunk)
             logits = h[rows] @ w.T                                                              # (C, V)
-            if kernels and kernels.halves(logits):
+            if in_place:
                 losses, grad = kernels.token_loss(logits, targets[rows], scale, training)       # (C,), (C, V)
             else:
                 losses, grad = token_loss(logits, targets[rows], scale)
@@ -305,7 +307,8 @@ class GPT(nn.Module):
         h = self.hidden(tokens, alpha, guided)
         if targets is None:
             return self.head(h)
-        return LMLoss.apply(h.flatten(0, 1), self.head.weight, targets.flatten(), self.token_loss)
+        weight = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()  # in a validation LMLoss forms no gradients
+        return LMLoss.apply(h.flatten(0, 1), weight, targets.flatten(), self.token_loss)
 
     def next_logits(self, tokens):
         """tokens (B, T) -> logits (B, vocab_size) of the token that follows."""

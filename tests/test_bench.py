@@ -320,6 +320,16 @@ def test_labels_are_the_differing_settings(tmp_path):
     assert alone[0].label == "dense"
 
 
+def test_what_differs_at_one_size_is_named_at_all(tmp_path):
+    low = {"ffn": "lowrank", "rank": 8, "guide": "fixedstep"}
+    settings = {"a": low, "b": {**low, "guide_skip": True}, "c": {**low, "guide_skip": True, "n_embd": 64, "rank": 16}}
+    runs = [curves.read_run(write_run(tmp_path / name, **s)) for name, s in settings.items()]
+    runs.append(dataclasses.replace(runs[0], cfg=dataclasses.replace(runs[0].cfg, ffn="dense", rank=0, guide="off", guide_skip=True)))
+    curves.name_runs(runs)
+    assert [r.method for r in runs] == ["lowrank 32 % fixedstep", *["lowrank 32 % fixedstep guide_skip=True"] * 2, "dense"]
+    assert runs[0].baseline == "dense"
+
+
 def test_unfinished_runs_are_drawn_as_far_as_they_go(cli, rows, tmp_path):
     done, going = write_run(tmp_path / "done"), write_run(tmp_path / "going", stop=10, ffn="lowrank", rank=8)
     with open(tmp_path / "going" / "metrics.jsonl", "a") as f:
@@ -355,6 +365,12 @@ def test_distance_to_dense_is_on_the_same_batches(tmp_path):
     steps, losses = runs[0].train
     runs[1].train = steps[1::2], losses[1::2] + 0.25  # logged half as often
     assert curves.above_dense(runs[1], runs) == [(step, near(0.25)) for step in steps[1::2]]
+    longer = curves.read_run(write_run(tmp_path / "longer", max_tokens=64 * 40))
+    nearer = curves.read_run(write_run(tmp_path / "nearer", max_tokens=64 * 36, ffn="lowrank", rank=8))
+    everyone = [*runs, longer, nearer]
+    curves.name_runs(everyone)
+    assert curves.above_dense(nearer, everyone)[-1] == (36, pytest.approx(nearer.train[1][35] - longer.train[1][35]))
+    curves.name_runs(runs)
     title, (_, lines, scale) = list(curves.panels(runs, []).items())[-1]
     assert "above dense" in title and scale == "linear" and set(lines) == {f"-{runs[1].label}"}
 

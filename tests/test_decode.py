@@ -160,6 +160,8 @@ PERSISTENT = {
     "odd sizes": dict(n_embd=96, n_head=3, ffn_dim=160, ffn="lowrank", rank=20),
     "odd shuffle": dict(n_embd=96, n_head=3, ffn_dim=192, ffn="blockshuffle", nblocks=3, norm="rmsnorm", bias=False),
     "long": dict(n_head=2, n_kv_head=1, block_size=320),
+    "blockshuffle swiglu": dict(act="swiglu", ffn="blockshuffle", nblocks=4),
+    "blockdense swiglu": dict(act="swiglu", ffn="blockdense", rank=32, nblocks=2),
 }
 
 
