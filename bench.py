@@ -507,10 +507,12 @@ def time_steps(label, cfg, place, guided, table, settings, plain):
         train_step(wrapped, optimizer, next(batches), cfg, place, 1e-4, alpha, layers)
 
     ms, spread = timed(step, place.device, settings)
-    gib = torch.cuda.max_memory_allocated() / 2**30 if place.device.type == "cuda" else None
-    for _ in range(5 if place.device.type == "cuda" else 0):
-        step()
-    clock = clocks(place.device, "clocks.sm") if place.device.type == "cuda" else None  # while those run: under load it falls
+    gib = clock = None
+    if place.device.type == "cuda":
+        gib = torch.cuda.max_memory_allocated() / 2**30
+        for _ in range(5):
+            step()
+        clock = clocks(place.device, "clocks.sm")  # while those run: under load it falls
     forward_ms, both_ms = timed(forward, place.device, settings)[0], timed(forward_backward, place.device, settings)[0]
     rate = cfg.micro_batch_size * cfg.block_size / ms * 1e3
     flops = 3 * flops_per_token(cfg, "dense" if guided else None)

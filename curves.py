@@ -223,7 +223,8 @@ def draw(path, title, ylabel, panels, sharey=False, **size):
                     i, paired = names.index(name), line[0] == "_" and {name, "*" + name} & lines.keys()
                     style = {"linestyle": ("-", "--", ":")[i // 10 % 3], **styles[line[:-len(name)]]}
                     ax.plot(*zip(*sorted(points)), color=f"C{i % 10}", label=None if paired else name, **style)
-                ax.set(title=panel, xlabel=xlabel, xscale=scale[0] if scale else "log", yscale=scale[0] if scale else "log")
+                kind = scale[0] if scale else "log"
+                ax.set(title=panel, xlabel=xlabel, xscale=kind, yscale=kind)
             row_axes[0].set_ylabel(ylabel)
         for ax in (ax for row_axes, row in zip(axes, panels.values()) for ax in row_axes[:len(row)]):
             number_axes(ax)

@@ -225,11 +225,10 @@ def measure(pairs, sizes=()) -> dict:
 @torch.no_grad()
 def measure_one(model, pairs) -> dict:
     """{shape: [factors, merged]} for one sequence, whose step is a single kernel: that of the whole model, each linear's equal share."""
-    if not fused_kernels(model.head.weight.device):
+    kernels = fused_kernels(model.head.weight.device)
+    if not kernels or not kernels.usable(model.cfg):
         return {}
     import kernels_persistent
-    if not fused_kernels(model.head.weight.device).usable(model.cfg):
-        return {}
     cache = Cache(model.cfg, 1, min(256, model.cfg.block_size), model.head.weight.device, model.head.weight.dtype)
     token, times = torch.zeros(1, 1, dtype=torch.long, device=model.head.weight.device), ([], [])
     for merged in (0, 1, 0, 1):

@@ -20,6 +20,7 @@ from model import Cache, build, load
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
 DEVICES = ["cpu", CUDA]
+KERNELS = pytest.mark.skipif(not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1", reason="needs CUDA or TRITON_INTERPRET=1")
 MODELS = {
     "dense": {},
     "absolute, grouped": dict(pos="absolute", n_kv_head=2, attn_dim=64),
@@ -115,7 +116,7 @@ def test_a_step_looks_at_few_places_and_at_all_that_count():
     assert len(set(seen)) <= 8
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1", reason="needs CUDA or TRITON_INTERPRET=1")
+@KERNELS
 @pytest.mark.parametrize("name", [name for name in MODELS if "absolute" not in name])
 @pytest.mark.parametrize("batch", [1, 6])
 @torch.no_grad()
@@ -133,7 +134,7 @@ def test_fused_step_is_the_step(name, batch):
         torch.testing.assert_close(kernels.step(model, token, caches[1]), model.step(token, caches[0]), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1", reason="needs CUDA or TRITON_INTERPRET=1")
+@KERNELS
 @pytest.mark.parametrize("name", ["dense", "lowrank swiglu", "blockshuffle, one key head"])
 @torch.no_grad()
 def test_fused_step_in_half_precision_is_near(name):
@@ -154,7 +155,6 @@ def test_fused_step_in_half_precision_is_near(name):
         assert (ours - theirs).norm() < 1e-2 * theirs.norm()
 
 
-KERNELS = pytest.mark.skipif(not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1", reason="needs CUDA or TRITON_INTERPRET=1")
 PERSISTENT = {
     **MODELS,
     "odd sizes": dict(n_embd=96, n_head=3, ffn_dim=160, ffn="lowrank", rank=20),
