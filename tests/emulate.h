@@ -1,0 +1,143 @@
+// What kernels_persistent.cu needs of a GPU, for a CPU: every thread of every program is a fiber, all in one thread of the host. A fiber
+// runs until it has to wait; who goes next is drawn at random. The copy engine copies when it likes.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+#include <ucontext.h>
+
+#define EMULATED
+#define DEVICE inline
+#define __device__
+#define __global__
+#define __launch_bounds__(...)
+
+struct uint3_ { unsigned x; };
+struct uint4 { unsigned x, y, z, w; };
+struct float4 { float x, y, z, w; };
+
+struct Meeting {  // of n fibers
+    int n = 0, arrived = 0;
+    unsigned generation = 0;
+};
+struct Block {
+    std::vector<char> memory;
+    Meeting all, computing;
+    std::vector<Meeting> warps;
+    std::vector<float> shuffled;  // [generation of the warp % 2][thread]
+};
+struct Copy { void* to; const void* from; int bytes; unsigned long long* barrier; };
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    uint3_ thread, block;
+    bool done = false;
+};
+
+static std::vector<Fiber> fibers;
+static std::vector<Block> blocks;
+static std::vector<Copy> copies;
+static Fiber* current;
+static ucontext_t scheduler;
+static std::mt19937 random_numbers;
+static uint3_ blockDim;
+#define threadIdx (current->thread)
+#define blockIdx (current->block)
+
+inline void yield() { swapcontext(&current->context, &scheduler); }
+inline Block& my_block() { return blocks[blockIdx.x]; }
+inline void meet(Meeting& m) {
+    unsigned generation = m.generation;
+    if (++m.arrived == m.n)
+        m.arrived = 0, m.generation++;
+    else
+        while (m.generation == generation) yield();
+}
+inline Meeting& my_warp() { return my_block().warps[threadIdx.x / 32]; }
+inline void __syncthreads() { meet(my_block().all); }
+inline void __syncwarp() { meet(my_warp()); }
+inline void sync() { meet(my_block().computing); }
+inline float shuffle(float value, int mask) {
+    float* values = my_block().shuffled.data() + my_warp().generation % 2 * blockDim.x;
+    values[threadIdx.x] = value;
+    meet(my_warp());
+    return values[threadIdx.x ^ mask];
+}
+
+// a barrier in shared memory: arrivals expected, arrivals missing, bytes missing, phase
+struct Barrier { int16_t arrivals, missing; int32_t bytes : 31; uint32_t phase : 1; };
+static_assert(sizeof(Barrier) == 8, "");
+inline Barrier& as_barrier(unsigned long long* b) { return *(Barrier*)b; }
+inline void settle(Barrier& b) {
+    if (b.missing == 0 && b.bytes == 0) b.phase ^= 1, b.missing = b.arrivals;
+}
+inline void barrier_init(unsigned long long* b, int arrivals) { as_barrier(b) = {(int16_t)arrivals, (int16_t)arrivals, 0, 0}; }
+inline void barrier_arrive(unsigned long long* b) { as_barrier(b).missing--, settle(as_barrier(b)); }
+inline void barrier_expect(unsigned long long* b, int bytes) { as_barrier(b).bytes += bytes, barrier_arrive(b); }
+inline void barrier_wait(unsigned long long* b, int phase) {
+    while (as_barrier(b).phase == (unsigned)phase) yield();
+}
+inline void copy_async(void* to, const void* from, int bytes, unsigned long long* barrier) {
+    if (bytes % 16 || (uintptr_t)to % 16 || (uintptr_t)from % 16) fprintf(stderr, "the copy engine moves 16 bytes at a time\n"), abort();
+    copies.push_back({to, from, bytes, barrier});
+}
+inline void release(unsigned long long* counter) { ++*counter; }
+inline unsigned long long acquire(const unsigned long long* counter) {
+    unsigned long long value = *counter;
+    yield();
+    return value;
+}
+inline unsigned shared_bytes() { return my_block().memory.size() - 128; }
+inline char* shared_memory() { return (char*)(((uintptr_t)my_block().memory.data() + 127) / 128 * 128); }
+
+template <class T> inline T __ldcg(const T* p) { return *p; }
+inline float __expf(float a) { return std::exp(a); }
+inline float __logf(float a) { return std::log(a); }
+inline float rsqrtf(float a) { return 1 / std::sqrt(a); }
+
+inline float __uint_as_float(unsigned bits) { float a; memcpy(&a, &bits, 4); return a; }
+inline unsigned __float_as_uint(float a) { unsigned bits; memcpy(&bits, &a, 4); return bits; }
+
+struct Arguments;
+static Arguments* arguments_of_step;
+void enter();
+
+extern "C" void launch(int grid, int threads, int shared, int computing, unsigned seed, void* arguments) {
+    arguments_of_step = (Arguments*)arguments;
+    random_numbers.seed(seed);
+    blockDim.x = threads;
+    blocks = std::vector<Block>(grid);
+    fibers = std::vector<Fiber>(grid * threads);
+    for (auto& b : blocks) {
+        b.memory = std::vector<char>(shared + 128, (char)0xff);  // NaN until something is written
+        b.all.n = threads, b.computing.n = computing;
+        b.warps.resize(threads / 32);
+        for (auto& w : b.warps) w.n = 32;
+        b.shuffled.resize(2 * threads);
+    }
+    for (int i = 0; i < grid * threads; i++) {
+        Fiber& f = fibers[i];
+        f.thread.x = i % threads, f.block.x = i / threads;
+        f.stack.reset(new char[1 << 16]);
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = f.stack.get(), f.context.uc_stack.ss_size = 1 << 16, f.context.uc_link = &scheduler;
+        makecontext(&f.context, enter, 0);
+    }
+    for (size_t left = fibers.size(); left;) {
+        if (!copies.empty() && random_numbers() % 64 == 0) {
+            std::swap(copies[random_numbers() % copies.size()], copies.back());
+            Copy c = copies.back();
+            copies.pop_back();
+            memcpy(c.to, c.from, c.bytes);
+            as_barrier(c.barrier).bytes -= c.bytes, settle(as_barrier(c.barrier));
+        }
+        current = &fibers[random_numbers() % fibers.size()];
+        if (current->done) continue;
+        swapcontext(&scheduler, &current->context);
+        left -= current->done;
+    }
+}

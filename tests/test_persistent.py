@@ -1,0 +1,141 @@
+"""kernels_persistent: one kernel is model.step. Without CUDA the kernel itself runs on the CPU (emulate.h): its threads, barriers and copies in random order."""
+import copy
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+
+import pytest
+import torch
+
+import kernels_persistent as kernels
+from conftest import ROOT
+from model import Cache
+from test_decode import MODELS, make
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = pytest.mark.skipif(not ON_GPU and not shutil.which("g++"), reason="needs CUDA or g++")
+SHAPES = {
+    **MODELS,
+    "odd sizes": dict(n_embd=96, n_head=3, ffn_dim=160, ffn="lowrank", rank=24),
+    "odd shuffle": dict(n_embd=96, n_head=3, ffn_dim=192, ffn="blockshuffle", nblocks=3, norm="rmsnorm", bias=False),
+    "long": dict(n_head=2, n_kv_head=1, block_size=640),
+    "blockshuffle swiglu": dict(act="swiglu", ffn="blockshuffle", nblocks=4),
+    "blockdense swiglu": dict(act="swiglu", ffn="blockdense", rank=32, nblocks=2),
+}
+
+
+@functools.cache
+def emulated(defines):
+    folder = tempfile.mkdtemp()
+    with open(f"{folder}/step.cpp", "w") as f:
+        f.write(f'#include "emulate.h"\n{kernels.source(defines)}\nvoid enter() {{ decode_step(*arguments_of_step); current->done = true; }}\n')
+    subprocess.run(["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{ROOT}/tests", "-o", f"{folder}/step.so", f"{folder}/step.cpp"], check=True)
+    return ctypes.CDLL(f"{folder}/step.so")
+
+
+def make_step(model, cache, programs=6, warps=2, seed=1, shared=100_000):
+    """On CUDA as it is used; on a CPU with few programs and warps, which a generator of random numbers mixes."""
+    def launch(defines, programs, threads, arguments, device):
+        emulated(defines).launch(programs, threads, shared, threads - 32, seed, ctypes.byref(arguments))
+
+    step = kernels.Step(model, cache) if ON_GPU else kernels.Step(model, cache, programs, warps, launch=launch)
+    for buffer in step.buffers:
+        buffer.fill_(torch.nan)
+    return step
+
+
+def pair(dtype, **shape):
+    """(model in float32, the same with its parameters in dtype, a cache for each)"""
+    model = make(DEVICE, **{"n_layer": 2, **shape})
+    for block in model.blocks:
+        block.attn.qkv.weight *= 8 if dtype == torch.float32 else 1  # sharp attention, so that the parts of the cache weigh unequally
+    for p in model.parameters():
+        p.copy_(p.to(dtype))
+    low = copy.deepcopy(model).to(dtype)
+    low.cos, low.sin = model.cos, model.sin
+    return model, low, *(Cache(model.cfg, 1, model.cfg.block_size, DEVICE, m.head.weight.dtype) for m in (model, low))
+
+
+def compare(dtype, prompts, shape, steps=2, **how):
+    model, low, expected, cache = pair(dtype, **shape)
+    assert kernels.fits(low.cfg, kernels.all_matrices(low), dtype.itemsize)
+    step = make_step(low, cache, **how)
+    tokens = torch.randint(257, (1, model.cfg.block_size), device=DEVICE)
+    for prompt in prompts:
+        for m, c in ((model, expected), (low, cache)):
+            c.position.zero_()
+            if prompt:
+                m.step(tokens[:, :prompt], c, torch.tensor([prompt], device=DEVICE))
+        for i in range(prompt, min(prompt + steps, tokens.size(1))):
+            reference = model.step(tokens[:, i:i + 1], expected)
+            near = (1e-4, 1e-4) if dtype == torch.float32 else (0.01 * reference.abs().max().item(), 0)
+            torch.testing.assert_close(step(tokens[:, i:i + 1], cache).float(), reference, atol=near[0], rtol=near[1])
+            torch.testing.assert_close(cache.position, expected.position)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@torch.no_grad()
+def test_is_the_step(name):
+    length = SHAPES[name].get("block_size", 64)
+    compare(torch.float32, (0, length - 20), SHAPES[name])
+
+
+@pytest.mark.parametrize("name", ["lowrank swiglu", "blockshuffle, one key head", "odd sizes", "long"])
+@torch.no_grad()
+def test_is_near_in_bf16(name):
+    compare(torch.bfloat16, (0, SHAPES[name].get("block_size", 64) - 20), SHAPES[name])
+
+
+@torch.no_grad()
+def test_a_full_cache_stays_full():
+    compare(torch.float32, (62,), MODELS["dense"], steps=2)
+
+
+@pytest.mark.skipif(ON_GPU, reason="there the card says how many programs there are")
+@pytest.mark.parametrize("programs, warps, shared", [(1, 2, 60_000), (2, 4, 100_000), (4, 8, 100_000), (150, 1, 45_000)])
+@torch.no_grad()
+def test_any_number_of_programs(programs, warps, shared):
+    """One, so few that a program sums its rows in several rounds, and so many that most have none; a ring of two or three slots."""
+    shape = dict(MODELS["blockshuffle, one key head"], nblocks=1) if programs == 1 else MODELS["blockshuffle, one key head"]
+    shape = dict(shape, nblocks=2) if programs == 2 else shape
+    compare(torch.float32, (44,), dict(shape, n_layer=1), steps=1, programs=programs, warps=warps, shared=shared)
+
+
+@pytest.mark.skipif(ON_GPU, reason="there nothing sets the order")
+@torch.no_grad()
+def test_the_order_of_threads_does_not_matter():
+    _, model, _, cache = pair(torch.float32, **MODELS["blockdense"])
+    token, seen = torch.tensor([[7]]), []
+    for seed in range(6):
+        cache.position.zero_()
+        step = make_step(model, cache, seed=seed)
+        seen.append(torch.stack([step(token, cache).clone() for _ in range(2)]))
+    assert all(torch.equal(logits, seen[0]) for logits in seen)
+
+
+@pytest.mark.parametrize("shape, dtype, fits", [
+    (dict(ffn="lowrank", rank=20), torch.bfloat16, False), (dict(ffn="lowrank", rank=20), torch.float32, True),
+    (dict(n_head=16), torch.bfloat16, False), (dict(n_head=8), torch.bfloat16, True), (dict(ffn_dim=2**14 + 8), torch.float32, False)])
+def test_what_fits(shape, dtype, fits):
+    model = make(**{"n_layer": 2, **shape}).to(dtype)
+    assert kernels.fits(model.cfg, kernels.all_matrices(model), dtype.itemsize) is fits
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_repeats_itself(dtype):
+    model = make("cuda", n_embd=1024, n_head=8, ffn="lowrank", rank=256, n_layer=4, vocab_size=5000, block_size=256).to(dtype)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.03)
+    cache = Cache(model.cfg, 1, 256, "cuda", dtype)
+    step = kernels.Step(model, cache)
+    tokens = torch.randint(5000, (1, 100), device="cuda")
+    model.step(tokens, cache, torch.tensor([100], device="cuda"))
+    first = step(tokens[:, :1], cache).clone()
+    for _ in range(1000):
+        cache.position.fill_(100)
+        assert torch.equal(step(tokens[:, :1], cache), first)
