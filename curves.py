@@ -4,7 +4,6 @@ python bench.py curves out/RUN ... shows it.
 """
 import contextlib
 import dataclasses
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ import numpy as np
 
 import config
 from config import Config, UserError
-from model import ffn_params
-from train import MAY_CHANGE, make_plan, short, step_flops
+from model import ffn_params, read_json, read_metrics, short
+from train import MAY_CHANGE, make_plan, step_flops
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,18 +45,10 @@ class Run:
 
 def read_run(path) -> Run:
     """UserError if it is not a run's folder or has no metrics yet; a last line still being written is left out."""
-    try:
-        with open(os.path.join(path, "config.json")) as f:
-            cfg = config.from_dict(json.load(f))
-        with open(os.path.join(path, "metrics.jsonl")) as f:
-            rows = [json.loads(line) for line in f if line.endswith("\n")]
-    except OSError as e:
-        raise UserError(f"{path} is not the folder of a run: {os.path.basename(e.filename)} is missing.") from None
-    except ValueError:
-        raise UserError(f"{path} is damaged: config.json or metrics.jsonl is not JSON.") from None
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from None
+    settings = os.path.join(path, "config.json")
+    cfg = config.from_dict(read_json(settings), settings)
     plan, per_step = make_plan(cfg), cfg.batch_size * cfg.block_size
+    rows = read_metrics(os.path.join(path, "metrics.jsonl"), plan.steps)
     train, val = ((np.array([r["step"] for r in rows if name in r], dtype=int), np.array([r[name] for r in rows if name in r], dtype=float))
                   for name in ("loss", "val_loss"))
     if not len(train[0]):

@@ -1,13 +1,16 @@
 """GPT and LLaMA language models from one set of switches, with dense or structured feedforward layers.
 
 Pre-norm blocks x + attention(norm(x)), x + ffn(norm(x)); see config for the switches. Here too: the loss that never holds all
-logits, parameter and FLOP counts by PAPER §4's rules, and building, saving and loading a model.
+logits, parameter and FLOP counts by the paper's rules, and building, saving and loading a model.
 """
+import contextlib
 import copy
 import functools
 import importlib.util
+import json
 import logging
 import os
+import zipfile
 from typing import NamedTuple
 
 import torch
@@ -273,7 +276,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, std=0.02):
-        """PAPER §1: matrices N(0, std^2), biases 0, norms 1, structured linears their own way."""
+        """As in the paper: matrices N(0, std^2), biases 0, norms 1, structured linears their own way."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=std)
@@ -361,11 +364,25 @@ def build(cfg, device, seed=None):
     return model
 
 
+@contextlib.contextmanager
+def in_memory(cfg, device):
+    """What did not fit, where memory does not suffice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:  # torch has RuntimeErrors of several kinds for it
+        if isinstance(e, RuntimeError) and not any(words in str(e) for words in ("out of memory", "can't allocate memory")):
+            raise
+        with torch.device("meta"):
+            params = sum(p.numel() for p in GPT(cfg).parameters())
+        raise UserError(f"the memory of {device} does not hold this model of {short(params)} parameters with micro-batches of {cfg.micro_batch_size} x "
+                        f"{cfg.block_size} tokens: lower --micro_batch_size, give --recompute=wide, or choose a smaller model.", alone=True) from None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Counting (PAPER §4): a multiply-add is 2 FLOPs; matmuls only, the LM head and full attention products included
+# Counting, as in the paper's tables: a multiply-add is 2 FLOPs; matmuls only, the LM head and full attention products included
 
 def linear_params(ffn, n, m, rank, nblocks):
-    """Matrix parameters = multiply-adds per token of one linear n -> m (PAPER §1's table)."""
+    """Matrix parameters = multiply-adds per token of one linear n -> m."""
     return {"dense": n * m, "lowrank": rank * (n + m), "blockshuffle": min(n, m) * (n + m) // max(nblocks, 1),
             "blockdense": rank * (m + n // max(nblocks, 1))}[ffn]
 
@@ -387,6 +404,14 @@ def flops_per_token(cfg, ffn=None):
     return 2 * (cfg.n_layer * (attention + products) + ffn_params(cfg, ffn) + cfg.vocab_size * cfg.n_embd)
 
 
+def short(n) -> str:
+    """1234567 -> 1.23M"""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:.3g}"
+
+
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H20": 148e12, "GH200": 989e12, "B200": 2250e12,
               "A100": 312e12, "A800": 312e12, "A40": 150e12, "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
               "RTX 6000 Ada": 364e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12}
@@ -403,32 +428,93 @@ def peak_flops(device):
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
+@contextlib.contextmanager
+def writing(path):
+    """A full disk, or a folder that is not to be written, is told in one sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        cause = e if isinstance(e, OSError) else e.__context__  # torch.save raises one of its own over the disk's
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"cannot write {path} ({cause.strerror}): make room there, or choose another folder.") from None
+
+
+@contextlib.contextmanager
+def written(path):
+    """Yields the name of a file to write, which takes the place of `path` when it is whole and is removed when it fails."""
+    try:
+        with writing(path):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            yield path + ".tmp"
+            os.replace(path + ".tmp", path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+
+
+def read_json(path, lines=False):
+    """What a file of JSON holds, or one of JSON `lines`, where a torn last one is left out."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return [json.loads(line) for line in f if line.endswith("\n")] if lines else json.load(f)
+    except OSError as e:
+        raise UserError(f"{path} {'is missing' if isinstance(e, FileNotFoundError) else f'cannot be read ({e.strerror})'}.") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged: it is not JSON.") from None
+
+
+def read_metrics(path, last):
+    """The rows of a metrics.jsonl, up to the `last` step."""
+    rows = read_json(path, lines=True)
+    for number, row in enumerate(rows, 1):
+        if not (isinstance(row, dict) and type(row.get("step")) is int and 1 <= row["step"] <= last and (row.get("tokens_per_s") if "loss" in row else True)
+                and all(isinstance(value, (int, float, type(None))) for value in row.values())):
+            raise UserError(f"{path} is damaged: line {number} is not what a run of {last} steps writes.")
+    return rows
+
+
 def save_beside(obj, path):
     """torch.save that appears whole or not at all."""
-    torch.save(obj, path + ".tmp")
-    os.replace(path + ".tmp", path)
+    with written(path) as temp, open(temp, "wb") as f:
+        torch.save(obj, f)
 
 
-def read_checkpoint(path):
-    """A file written by torch.save, on the CPU, mapped rather than read where possible; UserError if it is missing or damaged."""
+ENTRIES = {"model.pt": {"config": dict, "model": dict, "tokenizer": dict}, "ckpt.pt": {"model": dict, "step": int, "data": int, "optimizer": dict}}
+
+
+def read_checkpoint(path, name):
+    """The dict in a run's model.pt or ckpt.pt, on the CPU, mapped rather than read; UserError if it is missing, damaged or another thing."""
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist: give a run folder such as out/quickstart or a model.pt.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch does not look at the checksums
+        saved = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:
         raise UserError(f"{path} is not a checkpoint of this project or is damaged ({type(e).__name__}).") from e
+    if damaged:
+        raise UserError(f"{path} is damaged: the checksum of its part {damaged} does not fit.")
+    lacking = [entry for entry, kind in ENTRIES[name].items() if not isinstance(saved, dict) or not isinstance(saved.get(entry), kind)]
+    if lacking:
+        raise UserError(f"{path} is not the {name} of a run: it lacks {', '.join(lacking)}.")
+    return saved
+
+
+def load_weights(model, weights, path):
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, AttributeError) as e:  # the latter of names that are no text
+        raise UserError(f"the weights in {path} do not match its config: {str(e).splitlines()[:2][-1].strip()}") from None
 
 
 def load(path, device):
     """model.pt, or the run folder that holds it -> (model ready to use, config, the file's other entries)."""
     path = os.path.join(path, "model.pt") if os.path.isdir(path) else path
-    saved = read_checkpoint(path)
-    if not isinstance(saved, dict) or not {"config", "model", "tokenizer"} <= saved.keys():
-        raise UserError(f"{path} is not a finished model: it lacks config, model or tokenizer; give the model.pt of a run.")
-    cfg = config.from_dict(saved["config"])
+    saved = read_checkpoint(path, "model.pt")
+    if not isinstance(saved["tokenizer"].get("identity"), str) or not torch.is_tensor(saved["tokenizer"].get("blob")):
+        raise UserError(f"{path} is not the model.pt of a run: its tokenizer lacks identity or blob.")
+    cfg = config.from_dict(saved["config"], path)
     model = build(cfg, device)
-    try:
-        model.load_state_dict(saved.pop("model"))
-    except RuntimeError as e:
-        raise UserError(f"the weights in {path} do not match its config: {str(e).splitlines()[1].strip()}") from None
+    load_weights(model, saved.pop("model"), path)
     return model.eval(), cfg, saved

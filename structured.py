@@ -1,4 +1,4 @@
-"""Structured linears: y = W x with W never formed (PAPER §1 of "Building on Efficient Foundations", arXiv 2406.16450).
+"""Structured linears: y = W x with W never formed ("Building on Efficient Foundations", arXiv 2406.16450).
 
     LowRank       y = U (V x)                U (M, R), V (R, N)
     BlockShuffle  y = f^-1(U f(V x))         U, V block-diagonal, f a fixed permutation (the Monarch form)
@@ -87,7 +87,7 @@ class Structured(nn.Module):
             self.reset_parameters(std)
 
     def forward(self, x, alpha=None):
-        """x (..., N) -> (..., M). With alpha (a 0-d tensor) and a guide: (alpha W + (1 - alpha) D) x + bias, PAPER §2.
+        """x (..., N) -> (..., M). With alpha (a 0-d tensor), in self-guided training: (alpha W + (1 - alpha) D) x + bias.
 
         Both branches of the paper's o = alpha W x + (1 - alpha) U V x are linear in x, so one matmul with the blended matrix has
         the same output and the same gradients. The blend is in float32 at least and cast once, by the matmul.

@@ -39,7 +39,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prepare
 from config import Config, UserError
-from model import GPT, build, ffn_params, flops_per_token, load, peak_flops, read_checkpoint, save_beside
+from model import (GPT, build, ffn_params, flops_per_token, in_memory, load, load_weights, peak_flops, read_checkpoint, read_json, read_metrics,
+                   save_beside, short, writing, written)
 from optim import AdamW, MixedAdamW
 
 
@@ -56,7 +57,7 @@ class Plan:
 
 
 def make_plan(cfg) -> Plan:
-    """PAPER §2: fixedstep guides a part of the steps; fixedflop adds as many structured-only steps on the same data.
+    """The paper's self-guided training: fixedstep guides a part of the steps; fixedflop adds as many structured-only steps on the same data.
 
     `replay` is fixedflop's control: its additional steps, never a guide.
     """
@@ -64,6 +65,8 @@ def make_plan(cfg) -> Plan:
     if unique < 1:
         raise UserError(f"max_tokens={cfg.max_tokens} is less than one step of batch_size {cfg.batch_size} x block_size {cfg.block_size} "
                         f"= {cfg.batch_size * cfg.block_size} tokens.")
+    if unique > 1e8:
+        raise UserError(f"max_tokens={cfg.max_tokens:.3g} are {unique:.3g} steps, more than 1e+08: lower max_tokens, or raise batch_size.")
     ratio = cfg.guide_ratio
     if cfg.guide == "off":
         ratio = 0.0
@@ -123,7 +126,7 @@ def train_flops(cfg, plan) -> dict:
 
 
 def summary(cfg) -> dict:
-    """What --dry_run prints: sizes by building the model without memory, the rest by PAPER §4's rules."""
+    """What --dry_run prints: sizes by building the model without memory, the rest by the paper's rules."""
     plan = make_plan(cfg)
     flops = train_flops(cfg, plan)
     with torch.device("meta"):
@@ -190,6 +193,12 @@ def count_windows(token_file, block_size) -> int:
     return max(0, (token_file.count - 1) // block_size)
 
 
+def check_ids(ids, vocab_size, path):
+    """A damaged token file is told before it indexes what the model has not."""
+    if ids.max() >= vocab_size:
+        raise UserError(f"{path} holds the token id {ids.max()}, outside the vocabulary of {vocab_size}: {prepare.AGAIN}.")
+
+
 def batches(cfg, plan, tokens, n_windows, steps, place):
     """Yields for each step this rank's (n_micro, micro_batch_size, block_size + 1) tokens, read ahead by a thread.
 
@@ -199,8 +208,10 @@ def batches(cfg, plan, tokens, n_windows, steps, place):
 
     def make(step):
         windows = windows_of(cfg, step if step < plan.unique else step - plan.unique, n_windows)
-        mine = windows.reshape(-1, place.world, cfg.micro_batch_size)[:, place.rank]            # (n_micro, micro_batch)
-        batch = torch.from_numpy(read_windows(tokens, mine.ravel(), cfg.block_size)).view(*mine.shape, -1)
+        whole = read_windows(tokens, windows, cfg.block_size)                                   # of all ranks, so that all refuse the same
+        check_ids(whole, cfg.vocab_size, os.path.join(config.data_dir(cfg), "train.bin"))
+        mine = whole.reshape(-1, place.world, cfg.micro_batch_size, cfg.block_size + 1)[:, place.rank]
+        batch = torch.from_numpy(np.ascontiguousarray(mine))
         return batch.pin_memory() if place.device.type == "cuda" else batch
 
     steps = iter(steps)
@@ -237,12 +248,26 @@ class Place:
             dist.all_reduce(values)
         return values
 
-    def barrier(self):
-        self.total(torch.zeros(1, device=self.device))
+    @contextlib.contextmanager
+    def together(self):
+        """What one rank refuses in here all refuse, in its words; and none goes on before the others."""
+        refusal = ""
+        try:
+            yield
+        except UserError as e:
+            refusal = str(e)
+        if self.total(torch.tensor([float(len(refusal))], device=self.device)).item():
+            refusals = [refusal] * self.world
+            if self.world > 1:
+                dist.all_gather_object(refusals, refusal)
+            raise UserError(next(filter(None, refusals)))
 
-    def leave(self):
-        """Before the process ends."""
-        if self.world > 1:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, e, _):
+        """Out of the process group, where all ranks end; where one fails, the others may never come."""
+        if self.world > 1 and (kind in (None, SystemExit) or kind is UserError and not e.alone):
             time.sleep(0.1)  # gloo's thread needs Python's lock once more for the last all_reduce; without, one exit in ten aborts
             dist.destroy_process_group()
 
@@ -332,14 +357,16 @@ def evaluate(model, token_file, n_windows, cfg, place, alpha=None, guided=()) ->
     model.eval()
     total = torch.zeros(1, dtype=torch.float64, device=place.device)
     mine = np.arange(place.rank, n_windows, place.world)
-    for i in range(0, len(mine), cfg.micro_batch_size):
-        windows = read_windows(token_file.tokens, mine[i:i + cfg.micro_batch_size], cfg.block_size)
-        batch = torch.full((cfg.micro_batch_size, cfg.block_size + 1), -1)                      # always one shape: one compilation
-        batch[:len(windows)] = torch.from_numpy(windows)
-        batch = batch.to(place.device)
-        with place.autocast():
-            loss = model(batch[:, :-1].clamp(min=0), batch[:, 1:], alpha, guided)
-        total += loss.double() * len(windows)
+    with place.together():
+        for i in range(0, len(mine), cfg.micro_batch_size):
+            windows = read_windows(token_file.tokens, mine[i:i + cfg.micro_batch_size], cfg.block_size)
+            check_ids(windows, cfg.vocab_size, token_file.path)
+            batch = torch.full((cfg.micro_batch_size, cfg.block_size + 1), -1)                  # always one shape: one compilation
+            batch[:len(windows)] = torch.from_numpy(windows)
+            batch = batch.to(place.device)
+            with place.autocast():
+                loss = model(batch[:, :-1].clamp(min=0), batch[:, 1:], alpha, guided)
+            total += loss.double() * len(windows)
     model.train()
     return place.total(total).item() / n_windows
 
@@ -352,19 +379,15 @@ MAY_CHANGE = {"micro_batch_size", "eval_interval", "final_eval_tokens", "log_int
 
 
 def open_folder(cfg):
-    """Decides between a new run, a continuation and a finished run: returns "new", "continue" or "finished"."""
+    """Decides between a new run, a continuation and a finished run: returns "new", "continue" or "finished"; vocab_size 0 becomes the run's."""
     path = os.path.join(cfg.out_dir, "config.json")
     if not os.path.exists(path):
         return "new"
     if cfg.resume == "off":
         raise UserError(f"{cfg.out_dir} already holds a run: continue it with --resume=auto, or choose another --out_dir.")
-    try:
-        with open(path) as f:
-            old = config.from_dict(json.load(f))
-    except ValueError:
-        raise UserError(f"{path} is damaged: choose another --out_dir.") from None
-    changed = [f.name for f in dataclasses.fields(Config) if f.name not in MAY_CHANGE and getattr(old, f.name) != getattr(cfg, f.name)
-               and not (f.name == "vocab_size" and cfg.vocab_size == 0)]  # 0: the data's, not known yet
+    old = config.from_dict(read_json(path), path)
+    cfg.vocab_size = cfg.vocab_size or old.vocab_size
+    changed = [f.name for f in dataclasses.fields(Config) if f.name not in MAY_CHANGE and getattr(old, f.name) != getattr(cfg, f.name)]
     if changed:
         name = changed[0]
         raise UserError(f"{cfg.out_dir} holds a run with {name}={getattr(old, name)}, this command says {name}={getattr(cfg, name)}: "
@@ -390,9 +413,9 @@ def save_checkpoint(cfg, model, optimizer, step, data_checksum):
 
 def start_or_continue(cfg, plan, place, state, data_checksum):
     """A new model, or the checkpoint's in the phase of its step -> (model, optimizer, finished steps)."""
-    saved = None
+    saved, path = None, os.path.join(cfg.out_dir, "ckpt.pt")
     if state == "continue":
-        saved = read_checkpoint(os.path.join(cfg.out_dir, "ckpt.pt"))
+        saved = read_checkpoint(path, "ckpt.pt")
         if saved["data"] != data_checksum:
             raise UserError(f"{config.data_dir(cfg)} holds other training data than the run in {cfg.out_dir} began with: "
                             "restore it, or choose another --out_dir.")
@@ -402,7 +425,7 @@ def start_or_continue(cfg, plan, place, state, data_checksum):
         for _, module in model.structured_linears():
             module.start_guide()
     if saved:
-        model.load_state_dict(saved["model"])
+        load_weights(model, saved["model"], path)
     optimizer = make_optimizer(cfg, model, place)
     if saved:
         for name, p in model.named_parameters():
@@ -433,12 +456,8 @@ def start_wandb(cfg):
 # ----------------------------------------------------------------------------------------------------------------------
 # What the user reads
 
-def short(n) -> str:
-    """1234567 -> 1.23M"""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= size:
-            return f"{n / size:.3g}{unit}"
-    return f"{n:.3g}"
+def perplexity(loss):
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def clock(seconds) -> str:
@@ -481,12 +500,15 @@ class Log:
         self.steady_tokens, self.steady_seconds, self.steady_flops = 0, 0.0, 0.0
         self.flops = np.concatenate(([0.0], np.cumsum(step_flops(cfg, plan))))                      # until each step
         if place.master:
-            self.wandb = start_wandb(cfg) if cfg.wandb else None
+            with written(os.path.join(cfg.out_dir, "config.json")) as temp, open(temp, "w") as f:
+                self.wandb = start_wandb(cfg) if cfg.wandb else None  # before anything of the run is there
+                json.dump(config.to_dict(cfg), f, indent=1)
             self.file = open_metrics(cfg, step, plan.steps)
 
     def write(self, **values):
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        with writing(self.file.name):
+            self.file.write(json.dumps(values) + "\n")
+            self.file.flush()
         if self.wandb:
             self.wandb.log({k: v for k, v in values.items() if v is not None}, step=values["step"])
 
@@ -516,12 +538,13 @@ class Log:
     def check(self, step, name, value):
         """A run that has left the numbers ends, before a checkpoint of it takes the place of a good one."""
         if not math.isfinite(value):
-            raise UserError(f"the {name} is {value} at step {step}: lower lr or grad_clip and go on from the last checkpoint in {self.cfg.out_dir}, if there is one.")
+            raise UserError(f"the {name} is {value} at step {step}: start again with a lower lr or grad_clip, in another --out_dir.")
 
     def validation(self, step, loss):
+        self.check(step, "validation loss", loss)
         if self.place.master:
-            self.write(step=step, val_loss=loss, val_ppl=math.exp(loss))
-            self.say(f"step {step}/{self.plan.steps}  validation loss {loss:.4f}  PPL {math.exp(loss):.2f}")
+            self.write(step=step, val_loss=loss, val_ppl=perplexity(loss))
+            self.say(f"step {step}/{self.plan.steps}  validation loss {loss:.4f}  PPL {perplexity(loss):.2f}")
 
     def say(self, text):
         if self.place.master:
@@ -539,7 +562,7 @@ class Log:
         mfu = self.steady_flops / self.steady_seconds / (self.peak * self.place.world) if self.peak and self.steady_seconds else None
         memory = f"{torch.cuda.max_memory_allocated(self.place.device) / 2**30:.1f} GiB" if self.place.device.type == "cuda" else "n/a"
         phases = ", ".join(f"{name} {flops:.2e}" for name, flops in train_flops(self.cfg, self.plan).items() if flops)
-        self.say(f"done     validation loss {val_loss:.4f}, PPL {math.exp(val_loss):.2f} on {short(n_final * self.cfg.block_size)} tokens\n"
+        self.say(f"done     validation loss {val_loss:.4f}, PPL {perplexity(val_loss):.2f} on {short(n_final * self.cfg.block_size)} tokens\n"
                  f"speed    {short(rate) if rate else 'n/a'} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}, peak memory {memory}, {clock(time.time() - self.began)} in all\n"
                  f"FLOPs    {phases}\nnext     python sample.py {self.cfg.out_dir}")
 
@@ -547,14 +570,9 @@ class Log:
 def open_metrics(cfg, step, last):
     """metrics.jsonl for appending, cut back to the checkpoint's step so that no step stands twice; the validation behind the `last` step comes again."""
     path = os.path.join(cfg.out_dir, "metrics.jsonl")
-    kept = []
-    if step and os.path.exists(path):
-        with open(path) as f:
-            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step      # a torn last line goes too
-                    and not (json.loads(line)["step"] == last and "val_loss" in line)]
-    with open(path + ".tmp", "w") as f:
-        f.writelines(kept)
-    os.replace(path + ".tmp", path)
+    rows = read_metrics(path, last) if step and os.path.exists(path) else []
+    with written(path) as temp, open(temp, "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= step and not (row["step"] == last and "val_loss" in row))
     return open(path, "a")
 
 
@@ -592,15 +610,20 @@ class Stop:
         return int(before[0].item())
 
 
+def count_validation(cfg, val_file):
+    n = count_windows(val_file, cfg.block_size)
+    if n < 1:
+        raise UserError(f"the validation data's {val_file.count} tokens do not fill one window of block_size {cfg.block_size} + 1: "
+                        "give more validation text, or train with a smaller block_size.")
+    return n
+
+
 def check_data(cfg, train_file, val_file):
     """(windows of training, of a validation during the run, of the final one); too little of them is refused with the arithmetic."""
-    n_windows, n_val = count_windows(train_file, cfg.block_size), count_windows(val_file, cfg.block_size)
+    n_windows, n_val = count_windows(train_file, cfg.block_size), count_validation(cfg, val_file)
     if n_windows < cfg.batch_size:
         raise UserError(f"the training data's {train_file.count} tokens are {n_windows} windows of block_size {cfg.block_size}, less than one step of "
                         f"batch_size {cfg.batch_size}: prepare more text, or lower block_size or batch_size.")
-    if n_val < 1:
-        raise UserError(f"the validation data's {val_file.count} tokens do not fill one window of block_size {cfg.block_size} + 1: "
-                        "give more validation text, or lower block_size.")
     return n_windows, min(n_val, max(1, cfg.eval_tokens // cfg.block_size)), min(n_val, max(1, cfg.final_eval_tokens // cfg.block_size))
 
 
@@ -624,20 +647,16 @@ def match_vocabulary(cfg, data_vocab):
 def train(cfg, place, state, train_file, val_file, tokenizer):
     """The run, from its first or its checkpoint's step to model.pt."""
     plan = make_plan(cfg)
-    n_windows, n_val, n_final = check_data(cfg, train_file, val_file)
-    try:
-        os.makedirs(cfg.out_dir, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"the folder {cfg.out_dir} cannot be made ({e.strerror}): choose another --out_dir.") from None
-    model, optimizer, step = start_or_continue(cfg, plan, place, state, train_file.checksum)
+    with place.together():
+        n_windows, n_val, n_final = check_data(cfg, train_file, val_file)
+        model, optimizer, step = start_or_continue(cfg, plan, place, state, train_file.checksum)
     if place.compile:
         model.compile_parts()
     wrapped = wrap(model, cfg, plan, step, place)
+    with place.together():
+        log, stop = Log(cfg, plan, place, step), Stop()
     if place.master:
-        with open(os.path.join(cfg.out_dir, "config.json"), "w") as f:
-            json.dump(config.to_dict(cfg), f, indent=1)
         start_card(cfg, plan, place, train_file, n_windows, n_val, n_final)
-    log, stop = Log(cfg, plan, place, step), Stop()
     if step:
         log.say(f"continuing after step {step} of {plan.steps}")
     alpha = torch.ones((), device=place.device)
@@ -657,26 +676,29 @@ def train(cfg, place, state, train_file, val_file, tokenizer):
         # what it says and what it keeps
         logging = step % cfg.log_interval == 0 or step in (1, plan.steps)
         if logging:
-            log.step(step, loss, lr, norm, a)
+            with place.together():
+                log.step(step, loss, lr, norm, a)
         stopping = stop.agreed(place)
         saving = stopping or cfg.save_interval and step % cfg.save_interval == 0 or step == plan.steps
+        validating = cfg.eval_interval and step % cfg.eval_interval == 0 and step < plan.steps
         if saving:
             log.check(step, "gradient norm", norm.item())
-        with log.pause():
-            if cfg.eval_interval and step % cfg.eval_interval == 0 and step < plan.steps:
-                guides = every_guide if step < plan.guided else ()
-                log.validation(step, evaluate(model, val_file, n_val, cfg, place, alpha.fill_(alpha_at(cfg, plan, step)), guides))
-            if saving and place.master:
-                save_checkpoint(cfg, model, optimizer, step, train_file.checksum)
+        if saving or validating:
+            with log.pause(), place.together():
+                if validating:
+                    guides = every_guide if step < plan.guided else ()
+                    log.validation(step, evaluate(model, val_file, n_val, cfg, place, alpha.fill_(alpha_at(cfg, plan, step)), guides))
+                if saving and place.master:
+                    save_checkpoint(cfg, model, optimizer, step, train_file.checksum)
         if stopping and step < plan.steps:
             log.say(f"stopped after step {step} and saved; the same command with --resume=auto goes on")
-            place.leave()
             sys.exit(128 + stopping)
 
     val_loss = evaluate(model, val_file, n_final, cfg, place)
-    log.validation(step, val_loss)
-    if place.master:
-        save_model(cfg, full_weights(model, optimizer), tokenizer, step, val_loss)
+    with place.together():
+        log.validation(step, val_loss)
+        if place.master:
+            save_model(cfg, full_weights(model, optimizer), tokenizer, step, val_loss)
     log.end_card(val_loss, n_final)
 
 
@@ -689,17 +711,16 @@ def score(cfg):
         raise UserError(f"the model in {cfg.out_dir} was trained with the tokenizer {saved['tokenizer']['identity']}, "
                         f"{config.data_dir(cfg)} holds tokens of {tokenizer.identity}: prepare the text with the model's.")
     trained.micro_batch_size = cfg.micro_batch_size
-    n = count_windows(val_file, trained.block_size)
-    if n < 1:
-        check_data(trained, val_file, val_file)
-    n = min(n, max(1, cfg.final_eval_tokens // trained.block_size))
+    n = min(count_validation(trained, val_file), max(1, cfg.final_eval_tokens // trained.block_size))
     place = set_up(dataclasses.replace(trained, device=cfg.device, dtype=cfg.dtype, compile=cfg.compile, batch_size=cfg.batch_size))
-    if place.compile:
-        model.compile_parts()
-    loss = evaluate(model, val_file, n, trained, place)
-    if place.master:
-        print(f"{cfg.out_dir} on {config.data_dir(cfg)}: loss {loss:.4f}, PPL {math.exp(loss):.2f} on {short(n * trained.block_size)} tokens")
-    place.leave()
+    with place, in_memory(trained, place.device):
+        if place.compile:
+            model.compile_parts()
+        loss = evaluate(model, val_file, n, trained, place)
+        if not math.isfinite(loss):
+            raise UserError(f"the loss of the model in {cfg.out_dir} is {loss}: its training has left the numbers, train it again with a lower lr.")
+        if place.master:
+            print(f"{cfg.out_dir} on {config.data_dir(cfg)}: loss {loss:.4f}, PPL {perplexity(loss):.2f} on {short(n * trained.block_size)} tokens")
 
 
 def main(cfg, settings):
@@ -716,13 +737,15 @@ def main(cfg, settings):
         print(f"{cfg.out_dir} holds a finished run; sample from it with: python sample.py {cfg.out_dir}")
         return
     place = set_up(cfg)
-    if place.master:
-        prepare.ensure_data(cfg)
-    place.barrier()
-    train_file, val_file, tokenizer = prepare.open_data(cfg)
-    match_vocabulary(cfg, train_file.vocab_size)
-    train(cfg, place, state, train_file, val_file, tokenizer)
-    place.leave()
+    with place:
+        with place.together():
+            if place.master:
+                prepare.ensure_data(cfg)
+        with place.together():
+            train_file, val_file, tokenizer = prepare.open_data(cfg)
+            match_vocabulary(cfg, train_file.vocab_size)
+        with in_memory(cfg, place.device):
+            train(cfg, place, state, train_file, val_file, tokenizer)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,14 @@ from typing import Literal
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one sentence; scripts print it and exit with status 2."""
+    """A mistake of the user's, told in one sentence; scripts print it and exit with status 2.
+
+    Under torchrun rank 0 speaks for all, unless it is a mistake that a rank may have met `alone`.
+    """
+
+    def __init__(self, sentence, alone=False):
+        super().__init__(sentence)
+        self.alone = alone
 
 
 @dataclass
@@ -250,14 +257,18 @@ def data_dir(cfg) -> str:
     return cfg.data_dir or os.path.join("data", re.sub(r"[^A-Za-z0-9._-]+", "-", f"{cfg.dataset}-{cfg.tokenizer}").strip("-"))
 
 
-def from_dict(values) -> Config:
-    """The Config saved as config.json or inside a model.pt; a name this version does not know is refused."""
+def from_dict(values, path="") -> Config:
+    """The Config saved in a config.json or model.pt, named in errors by its path; a setting this version does not know is refused."""
     fields = {f.name: f for f in dataclasses.fields(Config)}
-    for name in values:
-        if name not in fields:
-            _unknown(name, fields, "this version")
-    cfg = Config(**{name: _typed(fields[name], value) for name, value in values.items()})
-    check(cfg)
+    try:
+        _require(isinstance(values, dict) and all(isinstance(name, str) for name in values), f"the config is not names with values but {values!r:.40}.")
+        for name in values:
+            if name not in fields:
+                _unknown(name, fields, "this version")
+        cfg = Config(**{name: _typed(fields[name], value) for name, value in values.items()})
+        check(cfg)
+    except UserError as e:
+        raise UserError(f"{path}: {e}" if path else str(e)) from None
     return cfg
 
 
@@ -302,7 +313,7 @@ def check(cfg):
 
 
 def _check_ffn(cfg):
-    """fc1 maps n_embd -> n_hidden, fc2 maps ffn_dim -> n_embd; PAPER's block sizes must come out whole for both."""
+    """fc1 maps n_embd -> n_hidden, fc2 maps ffn_dim -> n_embd; the block sizes must come out whole for both."""
     linears = (("fc1", cfg.n_embd, cfg.n_hidden), ("fc2", cfg.ffn_dim, cfg.n_embd))
     if cfg.ffn in ("lowrank", "blockdense"):
         _require(cfg.rank >= 1, f"ffn={cfg.ffn} needs a rank of at least 1, not rank={cfg.rank}: give --rank=R.")
@@ -327,7 +338,7 @@ def run(main):
     try:
         return main(sys.argv[1:])
     except UserError as e:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun, one voice
+        if os.environ.get("RANK", "0") == "0" or e.alone:
             print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

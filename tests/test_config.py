@@ -75,6 +75,11 @@ def test_data_dir_is_a_file_name(cfg, folder):
     assert config.data_dir(cfg) == folder
 
 
+def test_settings_that_are_no_names_with_values_are_refused_by_their_path():
+    for values in ([], [1], 3, None, "text", {"n_layer": []}, {"betas": {}}, {"lr": None}):
+        assert str(pytest.raises(UserError, config.from_dict, values, "out/x/config.json").value).startswith("out/x/config.json: ")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Presets
 
@@ -172,6 +177,14 @@ def test_a_misspelt_preset_key_ends_with_status_2_before_torch_loads(without_tor
     status, out, err = without_torch("train.py", preset(tmp_path, "n_layers = 3\n"))
     assert_one_sentence(status, out, err)
     assert "did you mean n_layer?" in err
+
+
+@pytest.mark.parametrize("rank, alone, told", [("0", False, "error: no.\n"), ("1", False, ""), ("1", True, "error: no.\n")])
+def test_under_torchrun_rank_0_speaks_for_all(monkeypatch, capsys, rank, alone, told):
+    def main(argv):
+        raise UserError("no.", alone)
+    monkeypatch.setenv("RANK", rank)
+    assert pytest.raises(SystemExit, config.run, main).value.code == 2 and capsys.readouterr().err == told
 
 
 def test_help_lists_every_field_with_default_and_unit(without_torch):

@@ -350,8 +350,8 @@ def test_peak_flops_of_known_cards_only(monkeypatch, card, flops):
 
 def saved(tmp_path, **changes):
     cfg = tiny(*STRUCTURES["lowrank"])
-    content = {"config": config.to_dict(cfg), "model": random_model(cfg).float().state_dict(), "tokenizer": {"identity": "byte"},
-               "step": 3}
+    content = {"config": config.to_dict(cfg), "model": random_model(cfg).float().state_dict(), "step": 3,
+               "tokenizer": {"identity": "byte", "blob": torch.zeros(1, dtype=torch.uint8)}}
     for name, value in changes.items():
         content[name] = value(content[name])
     path = str(tmp_path / "model.pt")
@@ -371,10 +371,12 @@ def test_load_gives_back_what_was_saved(tmp_path):
 
 @pytest.mark.parametrize("changes, words", [
     (dict(model=lambda m: None), "lacks"), (dict(tokenizer=lambda t: None), "lacks"),
+    (dict(model=lambda m: [1]), "lacks model"), (dict(model=lambda m: {1: 2}), "do not match"), (dict(config=lambda c: {3: 4}), "names with values"),
+    (dict(tokenizer=lambda t: {"identity": 3}), "tokenizer lacks"),
     (dict(config=lambda c: c | {"n_layers": 3}), "did you mean n_layer"), (dict(config=lambda c: c | {"n_embd": "x"}), "n_embd"),
     (dict(config=lambda c: c | {"n_layer": 2}), "do not match"), (dict(config=lambda c: c | {"rank": 9}), "do not match"),
     (dict(model=lambda m: {k: v for k, v in m.items() if k != "wte.weight"}), "wte.weight")],
-    ids=["no model", "no tokenizer", "unknown setting", "wrong type", "too many weights", "wrong shape", "weight missing"])
+    ids=["no model", "no tokenizer", "no weights", "numbered weights", "numbered settings", "another tokenizer", "unknown setting", "wrong type", "too many weights", "wrong shape", "weight missing"])
 def test_a_foreign_model_is_refused_in_a_sentence(tmp_path, changes, words):
     path, _, _ = saved(tmp_path, **changes)
     with pytest.raises(UserError) as e:
@@ -390,6 +392,10 @@ def test_a_missing_or_damaged_model_is_refused_in_a_sentence(tmp_path):
         with pytest.raises(UserError) as e:
             load(str(tmp_path / name), CPU)
         assert name in str(e.value) and "damaged" in str(e.value) and "\n" not in str(e.value)
+    at = whole.index(torch.load(path)["model"]["wte.weight"].numpy().tobytes()) + 10
+    (tmp_path / "flipped.pt").write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1:])
+    with pytest.raises(UserError, match="flipped.pt is damaged: the checksum of its part .*/data/"):
+        load(str(tmp_path / "flipped.pt"), CPU)
     torch.save([1, 2], tmp_path / "list.pt")
     for name, words in (("list.pt", "lacks"), ("nowhere", "does not exist"), ("nowhere/model.pt", "does not exist")):
         with pytest.raises(UserError) as e:

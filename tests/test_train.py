@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import config
+import curves
 import prepare
 import train
 from config import UserError
@@ -43,6 +45,17 @@ def tiny(*argv):
 
 def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def copy_data(data, folder):
+    return Path(shutil.copytree(data, folder))
+
+
+def set_token(folder, name, at, value):
+    with open(folder / name, "r+b") as f:
+        f.seek(prepare.HEADER + 2 * at)
+        f.write(value.to_bytes(2, "little"))
+    return folder
 
 
 def weights(out, name="model.pt"):
@@ -325,8 +338,11 @@ def test_folders_are_continued_refused_or_finished(cli, finished, data, tmp_path
         assert words in err and str(finished) in err
     status, out, err = again("--resume=auto", "--log_interval=3")
     assert status == 0 and "finished" in out and not err and before == (finished / "model.pt").read_bytes()
-    (tmp_path / "config.json").write_text("{")
-    assert_one_sentence(*cli("train.py", *TINY, f"--out_dir={tmp_path}", "--resume=auto"))
+    for text in ("{", "[]", "3", '{"n_layer": []}', 100_000 * "["):
+        (tmp_path / "config.json").write_text(text)
+        status, out, err = cli("train.py", *TINY, f"--out_dir={tmp_path}", "--resume=auto")
+        assert_one_sentence(status, out, err)
+        assert str(tmp_path / "config.json") in err
 
 
 def test_another_runs_data_is_refused(cli, data, tmp_path, monkeypatch):
@@ -365,6 +381,24 @@ def test_mistakes_about_data_are_told_before_the_first_step(cli, data, tmp_path,
 def test_a_loss_that_is_not_finite_stops_the_run(cli, data, tmp_path):
     status, _, err = cli("train.py", *TINY, "--lr=1e30", "--grad_clip=0", f"--data_dir={data}", f"--out_dir={tmp_path / 'run'}")
     assert status == 2 and err.count("\n") == 1 and "the loss is nan at step" in err and "lower lr" in err
+    assert "another --out_dir" in err  # going on with other settings is refused
+
+
+def test_a_final_loss_that_is_not_finite_is_no_result(cli, finished, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda *args: math.nan)
+    with pytest.raises(UserError, match="validation loss is nan at step 8"):
+        train_run(tmp_path / "run", data)
+    assert not (tmp_path / "run" / "model.pt").exists()
+    saved = torch.load(finished / "model.pt", weights_only=True)
+    saved["model"]["norm.weight"][3] = math.nan
+    torch.save(saved, tmp_path / "model.pt")
+    status, out, err = cli("train.py", *TINY, "--eval_only=True", f"--out_dir={tmp_path}", f"--data_dir={data}")
+    assert_one_sentence(status, out, err)
+    assert "is nan" in err
+
+
+def test_perplexity_has_no_largest_loss():
+    assert train.perplexity(2.0) == math.exp(2) and train.perplexity(1e4) == math.inf
 
 
 def test_cards_and_progress_of_a_log_file(cli, data, tmp_path):
@@ -386,6 +420,7 @@ def test_wandb_gets_what_the_file_gets(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         train_run(tmp_path / "other", data, "--wandb=True")
+    assert os.listdir(tmp_path / "other") == []  # the next try finds it free
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -408,7 +443,7 @@ def test_eval_only_refuses_other_tokens_no_model_and_no_window(cli, finished, da
     blob = "\n".join(bytes([i]).hex() for i in range(256)).encode()
     foreign = write_data(tmp_path / "foreign", np.zeros(100, int), np.zeros(100, int), "gpt2", blob)
     empty = write_data(tmp_path / "empty", np.zeros(100, int), np.zeros(16, int))
-    for out_dir, data_dir, words in ((finished, foreign, "tokenizer byte"), (finished, empty, "16 tokens"),
+    for out_dir, data_dir, words in ((finished, foreign, "tokenizer byte"), (finished, empty, "validation data's 16 tokens"),
                                      (tmp_path / "none", data, "does not exist"),
                                      (finished, tmp_path / "nowhere", "no data")):
         status, out, err = cli("train.py", *TINY, "--eval_only=True", f"--out_dir={out_dir}", f"--data_dir={data_dir}")
@@ -494,10 +529,34 @@ def test_after_a_crash_no_step_stands_twice(crash, torn, whole, data, tmp_path, 
 def test_a_damaged_checkpoint_is_told(cli, data, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         stopped(tmp_path / "run", data, 3, monkeypatch)
-    os.truncate(tmp_path / "run" / "ckpt.pt", 1000)
-    status, out, err = cli("train.py", *TINY, f"--out_dir={tmp_path / 'run'}", f"--data_dir={data}", "--resume=auto")
-    assert_one_sentence(status, out, err)
-    assert "ckpt.pt" in err and "damaged" in err
+    path = tmp_path / "run" / "ckpt.pt"
+    saved = torch.load(path, weights_only=True)
+    for other, words in ((None, "damaged"), ({"epoch": 3, "model": {}}, "lacks step, data, optimizer"), ([1], "lacks model, step"),
+                         (saved | {"model": weights(tmp_path / "run", "ckpt.pt") | {"more": torch.zeros(1)}}, "do not match")):
+        torch.save(other, path) if other else os.truncate(path, 1000)
+        status, out, err = cli("train.py", *TINY, f"--out_dir={tmp_path / 'run'}", f"--data_dir={data}", "--resume=auto")
+        assert_one_sentence(status, out, err)
+        assert "ckpt.pt" in err and words in err
+
+
+def test_the_runs_padded_vocabulary_is_kept(data, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit):
+        stopped(tmp_path / "run", data, 3, monkeypatch, "--vocab_size=300")
+    assert len(weights(train_run(tmp_path / "run", data, "--resume=auto"))["wte.weight"]) == 300
+
+
+@pytest.mark.parametrize("line", ["[]", "3", '{"loss": 1.0}', '{"step": "1"}', '{"step": 9}', '{"step": 1, "val_loss": []}', '{"step": 1, "loss": 1.0}',
+                                  "{", 100_000 * "["])
+def test_metrics_of_another_kind_are_told(line, data, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit):
+        stopped(tmp_path / "run", data, 3, monkeypatch)
+    path = tmp_path / "run" / "metrics.jsonl"
+    text = f"{line}\n{path.read_text()}"
+    path.write_text(text)
+    for read in (lambda: train_run(tmp_path / "run", data, "--resume=auto"), lambda: curves.read_run(str(tmp_path / "run"))):
+        with pytest.raises(UserError, match="metrics.jsonl is damaged"):
+            read()
+    assert path.read_text() == text
 
 
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(data, tmp_path, monkeypatch):
@@ -547,14 +606,23 @@ def test_after_the_switch_the_guide_is_gone_from_everything(data, tmp_path, monk
 # Two processes
 
 WORKER = """
-import json, sys
+import contextlib, io, json, os, sys
 sys.path.insert(0, {root!r})
 import config, train
 real, end = train.dist.init_process_group, train.dist.destroy_process_group
 train.dist.init_process_group = lambda *args, **kw: train.dist.is_initialized() or real(*args, **kw)  # one group for all runs
 train.dist.destroy_process_group = lambda: None
-for argv in json.load(open({runs!r})):
+good, bad = json.load(open({runs!r}))
+for argv in good:
     train.main(*config.load(argv, train.Settings))
+refusals = []
+for argv in bad:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.main(*config.load(argv, train.Settings))
+    except config.UserError as e:
+        refusals.append(str(e))
+json.dump(refusals, open({runs!r} + os.environ["RANK"], "w"))
 end()
 """
 
@@ -567,7 +635,10 @@ def two_processes(data, tmp_path_factory, whole):
         stopped(folder / "moved", data, 3, patch, *GUIDED)
     flags = {"plain": [], "guided": GUIDED, "always": RUNS["always"], "moved": [*GUIDED, "--resume=auto"]}
     runs = [[*TINY, f"--out_dir={folder / name}", f"--data_dir={data}", *argv] for name, argv in flags.items()]
-    (folder / "runs.json").write_text(json.dumps(runs))
+    damaged = [set_token(copy_data(data, folder / name), name, 155, 999) for name in ("val.bin", "train.bin")]  # in window 9, rank 1's in validation
+    bad = [[*TINY, f"--out_dir={folder / 'runs.json' / 'run'}", f"--data_dir={data}"]]  # below a file
+    bad += [[*TINY, f"--out_dir={folder / path.name}-run", f"--data_dir={path}", "--max_tokens=4096"] for path in damaged]
+    (folder / "runs.json").write_text(json.dumps([runs, bad]))
     (folder / "worker.py").write_text(WORKER.format(root=str(ROOT), runs=str(folder / "runs.json")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(folder / "worker.py")]
     torchrun = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -577,7 +648,8 @@ def two_processes(data, tmp_path_factory, whole):
         torchrun.terminate()  # it ends its workers
         out, err = torchrun.communicate()
     assert torchrun.returncode == 0, err[-3000:]
-    return {name: folder / name for name in flags} | {"stdout": out}
+    refusals = [json.loads((folder / f"runs.json{rank}").read_text()) for rank in range(2)]
+    return {name: folder / name for name in flags} | {"stdout": out, "refusals": refusals}
 
 
 def test_two_processes_equal_one(two_processes, whole, data, tmp_path):
@@ -598,6 +670,14 @@ def test_two_processes_equal_one(two_processes, whole, data, tmp_path):
 def test_one_of_two_processes_speaks(two_processes):
     out = two_processes["stdout"]
     assert out.count("2 x cpu") == out.count("done     validation loss") == 4 and out.count("continuing after step 3 of 12") == 1
+
+
+def test_what_one_of_two_processes_refuses_both_refuse(two_processes):
+    """The folder is rank 0's alone to write, the damaged window of val.bin rank 1's alone to read."""
+    one, other = two_processes["refusals"]
+    assert one == other and len(one) == 3
+    for text, words in zip(one, ("config.json (Not a directory)", "val.bin holds the token id 999", "train.bin holds the token id 999")):
+        assert words in text
 
 
 def test_unused_parameters_are_searched_for_only_with_guide_skip(monkeypatch):
@@ -729,3 +809,49 @@ def test_a_checkpoint_without_numbers_is_not_written(data, tmp_path, monkeypatch
 def test_a_folder_that_cannot_be_made_is_one_sentence(cli, data, tmp_path):
     (tmp_path / "file").write_text("")
     assert_one_sentence(*cli("train.py", *TINY, f"--data_dir={data}", f"--out_dir={tmp_path / 'file' / 'run'}"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
+def test_a_full_disk_harms_nothing(data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        stopped(out, data, 3, monkeypatch, "--resume=auto")
+    before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+    for name in ("config.json", "metrics.jsonl", "ckpt.pt"):
+        os.symlink("/dev/full", out / f"{name}.tmp")
+        with pytest.raises(UserError, match=f"cannot write .*{name} .No space left on device.: make room"):
+            train_run(out, data, "--resume=auto")
+        assert sorted(os.listdir(out)) == sorted(before)
+        assert all((out / kept).read_bytes() == before[kept] for kept in before if (name, kept) != ("ckpt.pt", "metrics.jsonl"))
+    assert metrics(train_run(out, data, "--resume=auto"))[-1]["step"] == 8
+
+
+def test_a_full_disk_under_the_metrics_is_one_sentence(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "open_metrics", lambda *args: open("/dev/full", "a"))
+    with pytest.raises(UserError, match="cannot write /dev/full .No space left"):
+        train_run(tmp_path / "run", data)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError(),
+                                   RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")], ids=lambda e: type(e).__name__)
+def test_what_does_not_fit_into_memory_is_told(error, data, tmp_path, monkeypatch):
+    def fail(*args):
+        raise error
+    monkeypatch.setattr(train, "train_step", fail)
+    with pytest.raises(UserError, match="memory of cpu .* micro-batches of 4 x 16 tokens: lower --micro_batch_size, give --recompute=wide") as e:
+        train_run(tmp_path / "run", data)
+    assert f"{train.short(train.summary(tiny())['params'])} parameters" in str(e.value)
+
+
+def test_token_ids_beyond_the_vocabulary_are_told(data, tmp_path):
+    for name, at in (("train.bin", 1000), ("val.bin", 100)):
+        folder = set_token(copy_data(data, tmp_path / name), name, at, 257)
+        with pytest.raises(UserError, match=f"{name} holds the token id 257, outside the vocabulary of 257: .* prepare it again"):
+            train_run(tmp_path / f"{name}-run", folder, "--max_tokens=4096")
+
+
+def test_more_steps_than_can_be_counted_are_refused(cli):
+    for argv in (["--dry_run=True", "--max_tokens=1e16"], ["--max_tokens=1e299"]):
+        status, out, err = cli("train.py", *TINY, *argv)
+        assert_one_sentence(status, out, err)
+        assert "steps, more than 1e+08" in err
