@@ -204,8 +204,11 @@ def load_tokenizer(name, sample=()) -> Tokenizer:
         tokens = (gpt2.decode_single_token_bytes(i) for i in range(gpt2.eot_token))
         return tokenizer_from_blob("gpt2", "\n".join(map(bytes.hex, tokens)).encode())
     if name.startswith("spm:"):
+        sample = list(sample)
+        if not any(map(str.strip, sample)):
+            raise UserError(f"there is no text to train the tokenizer {name} on: give files that hold some.")
         with _pool(1) as child:  # whose 400 MB go with it
-            blob = child.submit(_train_sentencepiece, int(name[4:]), list(sample)).result()
+            blob = child.submit(_train_sentencepiece, int(name[4:]), sample).result()
     else:
         path = _llama_model() if name == "llama" else name
         try:
@@ -355,6 +358,10 @@ def open_source(cfg, settings, meter):
         return f"stdlib: Python {sys.version.split()[0]}, {len(files)} files", [([stdlib_documents(files, meter)], share)]
     if cfg.dataset == "text":
         files, val_files = text_files(cfg.input), text_files(cfg.val_input)
+        held_out = set(map(os.path.realpath, val_files))
+        for path in files:
+            if os.path.realpath(path) in held_out:
+                raise UserError(f"{path} is among both --input and --val_input, so the model would train on what validates it: leave it out of one.")
         meter["total"] = sum(map(os.path.getsize, files + val_files))
         column = f", column {settings.column}" if ".jsonl" in "".join(files + val_files) else ""
         parts, val_parts = ([text_documents(path, settings.column, meter) for path in group] for group in (files, val_files))
@@ -449,17 +456,22 @@ def _json_lines(file, path, column):
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise UserError(f"{path} line {number} is not JSON in UTF-8 ({_reason(e)}).") from None
             yield _field(row, column, f"{path} line {number}"), True
 
 
 def _field(row, column, where):
     """The text of a row as UTF-8, null as empty; half a surrogate pair, which UTF-8 cannot hold, becomes a question mark."""
-    if not isinstance(row, dict) or not isinstance(row.get(column, 0), str | None):
-        found = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise UserError(f"{where} has no text in the column {column}, it has {found}: give --column=NAME.")
-    return (row[column] or "").encode("utf-8", errors="replace")
+    if isinstance(row, dict) and isinstance(row.get(column, 0), str | None):
+        return (row[column] or "").encode("utf-8", errors="replace")
+    if not isinstance(row, dict):
+        found = f"it has a {type(row).__name__}"
+    elif column in row:
+        found = f"there stands a value of type {type(row[column]).__name__}"
+    else:
+        found = textwrap.shorten(f"it has {', '.join(row) or 'no column'}", 200)
+    raise UserError(f"{where} has no text in the column {column}, {found}: give --column=NAME.")
 
 
 def hub_documents(name, settings, seed):
@@ -533,7 +545,7 @@ def _sample(parts, share, size=16 * MB):
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenising on all cores: the main process reads and writes, the others encode; what is under way is bounded in bytes
 
-BATCH = MB // 2
+BATCH, MOST_WORKERS = MB // 2, 512
 
 
 def _batches(streams, wanted, piece, meter):
@@ -627,6 +639,8 @@ def check(cfg, settings):
     for name in ("train_tokens", "val_tokens", "workers"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name}={getattr(settings, name)} must not be negative.")
+    if settings.workers > MOST_WORKERS:
+        raise UserError(f"workers={settings.workers} must be at most {MOST_WORKERS}: give about one for each core.")
     if cfg.dataset == "text" and not cfg.input:
         raise UserError("dataset=text needs its files: give --input=FILES (names or globs, separated by commas).")
     if cfg.dataset != "text" and (cfg.input or cfg.val_input):
