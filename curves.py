@@ -230,6 +230,43 @@ def draw(path, title, ylabel, panels, sharey=False, **size):
             number_axes(ax)
 
 
+def draw_points(path, title, xlabel, ylabel, points, **size):
+    """points: [(panel, line, x, y)] of one row of panels."""
+    panels = {}
+    for panel, line, x, y in points:
+        panels.setdefault(panel, (xlabel, {}))[1].setdefault(line, []).append((x, y))
+    draw(path, title, ylabel, {"": panels}, **size)
+
+
+def draw_speedups(path, title, rows, panel_of, line_of):
+    """Speed over dense of the structured rows against what varies; panel_of(row) -> (its row, its title)."""
+    panels = {}
+    for r in rows:
+        if r["ffn"] != "dense" and r["speedup"]:
+            across, name = panel_of(r)
+            fixed = f"{short(r['tokens'])} tokens" if r["sweep"] == "width" else f"width {r['width']}"
+            lines = panels.setdefault(across, {}).setdefault(f"{name}, {fixed}", (r["sweep"], {}))[1]
+            lines.setdefault(line_of(r), []).append((r[r["sweep"]], r["speedup"]))
+    if panels:
+        draw(path, title, "times as fast as dense", panels, sharey=True)
+    else:
+        print(f"no picture: {path} would show speed over dense, and the cases are not dense and a structure.")
+
+
+def draw_split(path, title, rows):
+    """Stacked bars of where a step's time goes."""
+    names = [r["ffn"] + ", guided" * r["guided"] for r in rows]
+    left = np.zeros(len(rows))
+    with picture(path, title, width=9) as ((ax,),):
+        for part in ("forward", "backward", "optimizer"):
+            width = np.array([r[f"{part}_ms"] for r in rows])
+            bars = ax.barh(names, width, left=left, label=part)
+            left += width
+        ax.bar_label(bars, [f"{short(r['tokens_per_s'])} tokens/s" for r in rows], padding=4)
+        ax.set(xlabel="milliseconds per step", xlim=(0, 1.25 * left.max()))
+        ax.invert_yaxis()
+
+
 def number_axes(ax):
     """Plain numbers on logarithmic axes: x at its values where they are few and whole, y as densely as its range allows."""
     from matplotlib.ticker import LogLocator, MaxNLocator

@@ -250,14 +250,6 @@ def measure_one(model, pairs) -> dict:
     return {pair.shape: [min(ms) for ms in times] for pair in pairs}
 
 
-def measure_all(model, pairs, sizes=()) -> dict:
-    """Choice.times: of every linear by itself, but as a graph for one token what decides there, measure_one's times."""
-    times = measure(pairs, sizes)
-    for shape, ms in measure_one(model, pairs).items():
-        times["graph"][shape]["1"] = ms
-    return times
-
-
 def table_key(device, dtype) -> str:
     """Card, versions and precision: what a table of times holds for."""
     parts = [torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} x{torch.get_num_threads()}", f"torch {torch.__version__}"]
@@ -291,8 +283,11 @@ def choose(model, pairs, path=None) -> dict:
         except (ValueError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{path} is damaged: delete it, and the speeds of factors and dense equivalents are measured again.") from None
     if not {pair.shape for pair in pairs} <= known:
+        new = measure(pairs)
+        for shape, ms in measure_one(model, pairs).items():
+            new["graph"][shape]["1"] = ms
         kept = tables.setdefault(key, {})
-        for mode, rows in measure_all(model, pairs).items():
+        for mode, rows in new.items():
             kept.setdefault(mode, {}).update(rows)
         if path:
             try:

@@ -504,4 +504,20 @@ def test_bench_crossover_shows_what_auto_chose(cli, tmp_path):
     for r in map(json.loads, out.read_text().splitlines()):
         chosen = r["factors_ms" if r["auto"] == "factors" else "merged_ms"]
         assert r["behind"] == pytest.approx(chosen / min(r["factors_ms"], r["merged_ms"]) - 1)
+        assert (r["launch"], r["of"]) == ("eager", "linear")
     assert (tmp_path / "c.png").exists()
+
+
+def test_bench_crossover_shows_the_times_of_the_step_that_one_sequence_takes(cli, tmp_path, monkeypatch):
+    """Where that step is one kernel, auto goes by it, though each linear by itself says otherwise."""
+    def measure(pairs, sizes=()):
+        return {mode: {pair.shape: {str(t): [1.0, 2.0] for t in sizes or decode.TOKENS} for pair in pairs} for mode in ("eager", "graph")}
+
+    monkeypatch.setattr(decode, "measure", measure)
+    monkeypatch.setattr(decode, "measure_one", lambda model, pairs: {pair.shape: [0.4, 0.3] for pair in pairs if model.blocks[1].ffn.fc1 in pairs})
+    out = tmp_path / "rows.jsonl"
+    assert cli("bench.py", "crossover", *SMALL, f"--json={out}")[0] == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    of_step = [r for r in rows if r["of"] == "step"]
+    assert len(of_step) == 2 and all((r["launch"], r["tokens"], r["factors_ms"], r["merged_ms"], r["auto"]) == ("graph", 1, 0.4, 0.3, "merged") for r in of_step)
+    assert all((r["factors_ms"], r["auto"]) == (1.0, "factors") for r in rows if r["of"] == "linear") and len(rows) > 40
