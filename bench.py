@@ -149,7 +149,7 @@ import torch.nn.functional as F
 import curves
 import decode
 import model as model_file
-from curves import draw, draw_points, draw_speedups, draw_split
+from curves import draw_points, draw_speedups, draw_split
 from model import FFN, build, ffn_params, flops_per_token, linear_params, peak_flops
 from sample import Settings as Sampling
 from structured import BlockShuffle, LowRank, linear
@@ -752,7 +752,7 @@ def bench_curves(paths, settings):
         for fit in fits:
             table.row(benchmark="scaling", **fit)
     if settings.plot:
-        draw(settings.plot, "Validation loss, training loss faint", "loss, nats per token", {"": curves.panels(runs, fits)}, width=5.2, height=4.4)
+        curves.draw_runs(settings.plot, runs, fits)
 
 
 def main(command, subject, settings):

@@ -375,6 +375,36 @@ def test_a_short_run_is_drawn_beside_a_long_one(tmp_path):
         assert {r.label for r in runs} <= curves.panels(runs, [])[axis][1].keys(), axis
 
 
+def test_pictures_show_the_second_half(tmp_path):
+    run = curves.read_run(write_run(tmp_path / "run"))
+    curves.name_runs([run])
+    for axis, (_, lines) in curves.panels([run], []).items():
+        end = run.axes[axis][-1]
+        assert [x for x, _ in lines[run.label]][-2:] == pytest.approx(run.axes[axis][[11, 15]])
+        assert all(end / 2 <= x <= end for line in lines.values() for x, _ in line)
+
+
+def test_a_method_looks_the_same_in_every_picture(tmp_path):
+    """At another width, in another order and company; and no two methods of a picture look alike."""
+    low = {"ffn": "lowrank", "rank": 8}
+    settings = {"dense": {}, "narrow": {"ffn_dim": 64}, "low": low, "low63": {"ffn": "lowrank", "rank": 16}, "step": {**low, "guide": "fixedstep"},
+                "skip": {**low, "guide": "fixedstep", "guide_skip": True}, "flop": {**low, "guide": "fixedflop"}, "replay": {**low, "guide": "replay"},
+                "more": {**low, "max_tokens": 1536}, "shuffle": {"ffn": "blockshuffle", "nblocks": 4}, "block": {"ffn": "blockdense", "rank": 12, "nblocks": 4}}
+    wide = {name: {**s, "n_embd": 64, **{k: 2 * s[k] for k in ("rank", "ffn_dim") if k in s}} for name, s in settings.items() if name not in ("narrow", "skip")}
+    pictures = []
+    for width, chosen in (("small", settings), ("wide", dict(reversed(wide.items())))):
+        runs = {name: curves.read_run(write_run(tmp_path / width / name, **s)) for name, s in chosen.items()}
+        curves.name_runs(list(runs.values()))
+        how = curves.looks(list(runs.values()))
+        assert len({str(how[run.label]) for run in runs.values()}) == len(runs)
+        pictures.append({name: how[run.method] for name, run in runs.items()})
+    assert {name: pictures[0][name] for name in wide} == pictures[1]
+    assert pictures[0]["dense"]["color"] == "black" and pictures[0]["low"]["color"] == pictures[0]["shuffle"]["color"] != pictures[0]["step"]["color"]
+    rates = [curves.read_run(write_run(tmp_path / f"lr{lr}", lr=lr)) for lr in (1e-3, 2e-3)]
+    curves.name_runs(rates)
+    assert len({how["color"] for how in curves.looks(rates).values()}) == 2
+
+
 def test_distance_to_dense_is_on_the_same_batches(tmp_path):
     runs = [curves.read_run(write_run(tmp_path / name, **s)) for name, s in {"a": {}, "b": {"ffn": "lowrank", "rank": 8}, "c": {"seed": 3}}.items()]
     curves.name_runs(runs)
