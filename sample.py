@@ -65,9 +65,9 @@ if __name__ == "__main__":
 
 import torch
 
-import prepare
 from decode import Decoder, Row, exact_matmuls, largest_batch, merge_model, padded, ready, row_key
 from model import load, save_beside
+from tokenizer import tokenizer_from_blob
 from train import pick_device, short
 
 
@@ -215,7 +215,7 @@ def fit_batch(cfg, s, n_rows, length, device, dtype) -> int:
 def main(path, s):
     device = pick_device(s.device)
     model, cfg, saved = load(path, device)
-    tokenizer = prepare.tokenizer_from_blob(saved["tokenizer"]["identity"], saved["tokenizer"]["blob"].numpy().tobytes())
+    tokenizer = tokenizer_from_blob(saved["tokenizer"]["identity"], saved["tokenizer"]["blob"].numpy().tobytes())
     records = read_prompts(s)
     prompts = [encode(record["prompt"], tokenizer, cfg, f" in line {n} of {s.prompts}" if s.prompts else "") for n, record in enumerate(records, 1)]
     if s.merge:
