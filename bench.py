@@ -15,11 +15,9 @@ Decode and crossover take the command line's structure.
 """
 import dataclasses
 import importlib.util
-import json
 import os
 import re
 import statistics
-import subprocess
 from dataclasses import dataclass
 
 import config
@@ -135,13 +133,11 @@ if __name__ == "__main__":
     SETTINGS = config.run(read_settings)  # a wrong setting is told before torch loads
 
 import contextlib
-import gc
 import itertools
 import math
 import time
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -153,68 +149,28 @@ from curves import draw_points, draw_speedups, draw_split
 from model import FFN, build, ffn_params, flops_per_token, linear_params, peak_flops
 from sample import Settings as Sampling
 from structured import BlockShuffle, LowRank, linear
-from train import device_name, make_optimizer, nominal_vocabulary, pick_device, set_up, short, train_step
+from timing import Table, clocks, commit, conditions, copy_rate, fresh, graphed, header, laps, middle, out_of_memory, ratio, timed, within_memory
+from train import make_optimizer, nominal_vocabulary, pick_device, set_up, short, train_step
 
 PASSES = {"forward": 1, "forward+backward": 3}  # and how many times the forward's FLOPs
 SHORT = 4096  # tokens, up to which launching kernels can take longer than running them
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Timing
+# What kernel and ffn share: the sweep, copies that take turns, and one row per pass
 
-def laps(run, device, settings):
-    """Milliseconds (repeats, parts) of run(mark), which calls mark() between its parts, after warm-up."""
-    on_cuda, marks = device.type == "cuda", []
-
-    def mark():
-        marks.append(torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)) if on_cuda else time.perf_counter())
-
-    for _ in range(settings.warmup or (5 if on_cuda else 1)):
-        run(mark)
-    marks.clear()
-    repeats = settings.repeats or (20 if on_cuda else 5)
-    mark()
-    for _ in range(repeats):
-        run(mark)
-        mark()
-    if on_cuda:
-        torch.cuda.synchronize()
-    times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:])] if on_cuda else np.diff(marks) * 1e3
-    return np.reshape(times, (repeats, -1))
+LONG = 30720  # tokens of a call that fills the card
+GPU_SWEEP = ((768, 1024, 1536, 2048, 3072, 4096, 5120), LONG), ((2048, 3072, 5120, 6144), (1, 4, 16, 64, 256, 1024, 4096))
+CPU_SWEEP = ((128, 256), 512), ((256,), (1, 16, 256))
 
 
-def middle(times):
-    """(median, interquartile range)"""
-    low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
-    return float(median), float(high - low)
-
-
-def timed(run, device, settings):
-    """Milliseconds of run(): (median, interquartile range) after warm-up."""
-    return middle(laps(lambda mark: run(), device, settings))
-
-
-def graphed(run):
-    """run() recorded as a CUDA graph: replayed, it has no gaps between its kernels."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def fresh(device):
-    """Forgets the last case: its compilations, its memory and its peak."""
-    torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+def sweep(settings, device) -> list:
+    """[(what varies, width, tokens)]: the command line's lists crossed, or else over widths and then over tokens."""
+    (widths, long), (token_widths, token_counts) = GPU_SWEEP if device.type == "cuda" else CPU_SWEEP
+    asked_widths, asked_tokens = numbers(settings, "widths"), numbers(settings, "tokens")
+    if asked_widths or asked_tokens:
+        return [("tokens" if len(asked_tokens) > 1 else "width", w, t) for w in asked_widths or token_widths for t in asked_tokens or [long]]
+    return [("width", w, long) for w in widths] + [("tokens", w, t) for w in token_widths for t in token_counts]
 
 
 def copies(make, tokens, n_in, n_out, place) -> list:
@@ -259,113 +215,6 @@ def time_passes(call, turns, place, settings):
             turn = graphed(lambda: [run(compiled) for _ in range(rounds)])
         ms, spread = timed(turn, place.device, settings)
         yield name, ms / len(turns) / rounds, spread / len(turns) / rounds, eager_ms
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Reporting
-
-def clocks(device, fields) -> str:
-    """What nvidia-smi says about them, or n/a."""
-    card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # numbers count what CUDA_VISIBLE_DEVICES hides
-    try:
-        query = subprocess.run(["nvidia-smi", f"--id={card}", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True, check=True)
-        return query.stdout.strip().splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return "n/a"
-
-
-def header(device) -> dict:
-    """What the numbers depend on."""
-    facts = {"device": device_name(device), "torch": torch.__version__}
-    if device.type == "cuda":
-        import triton
-        facts.update(triton=triton.__version__, clocks=clocks(device, "clocks.sm,clocks.max.sm,power.limit"))
-    return {**facts, "commit": commit()}
-
-
-def commit() -> str:
-    here = os.path.dirname(os.path.abspath(__file__))
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
-    return run.stdout.strip() or "n/a"
-
-
-def conditions(place, settings, rates=False) -> dict:
-    """The header with precision and compilation; with `rates` the card's own, measured now: of a large matmul and of a copy (read + write)."""
-    facts = {**header(place.device), "dtype": str(place.dtype)[6:], "compile": place.compile}
-    if rates:
-        n = 8192 if place.device.type == "cuda" else 1024
-        a, b = (torch.randn(n, n, device=place.device, dtype=place.dtype) for _ in range(2))
-        matmul = 2 * n**3 / timed(lambda: a @ b, place.device, settings)[0] / 1e9
-        facts.update(matmul_tflops=float(f"{matmul:.4g}"), copy_tb_per_s=float(f"{copy_rate(place.device, settings) / 1e3:.4g}"))
-    return facts
-
-
-def copy_rate(device, settings) -> float:
-    """GB/s, read and written, of a large copy."""
-    source = torch.randn(2**(28 if device.type == "cuda" else 22), device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / timed(lambda: target.copy_(source), device, settings)[0] / 1e6
-
-
-class Table:
-    """Rows on screen as they come, and as JSON lines. columns = {name: width}."""
-
-    def __init__(self, columns, facts, settings):
-        self.columns, self.facts, self.path, self.rows = columns, facts, settings.json, []
-        print("  ".join(f"{k} {v}" for k, v in facts.items()))
-        print("  ".join(name.rjust(width) for name, width in columns.items()), flush=True)
-
-    def card(self):
-        """Where and how it was measured, for a picture's title."""
-        return f"{self.facts['device']}, {self.facts['dtype']}, {'compiled' if self.facts['compile'] else 'eager'}"
-
-    def row(self, note="", **values):
-        """One with a note, which stands where numbers should, is neither drawn nor compared with."""
-        cells = ("-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in (values.get(name) for name in self.columns))
-        print("  ".join(cell.rjust(width) for cell, width in zip(cells, self.columns.values())), note, flush=True)
-        if note:
-            values["note"] = note
-        else:
-            self.rows.append(values)
-        if self.path:
-            with open(self.path, "a") as f:
-                f.write(json.dumps({**values, **self.facts}) + "\n")
-
-
-def ratio(a, b):
-    return a / b if a and b else None
-
-
-def out_of_memory(error):
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
-
-
-@contextlib.contextmanager
-def within_memory(table, **names):
-    """A case that the memory does not hold is a row that says so, and the next one runs."""
-    try:
-        yield
-    except RuntimeError as e:
-        if not out_of_memory(e):
-            raise
-        table.row("out of memory", **names)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What kernel and ffn share: the sweep, and one row per pass
-
-LONG = 30720  # tokens of a call that fills the card
-GPU_SWEEP = ((768, 1024, 1536, 2048, 3072, 4096, 5120), LONG), ((2048, 3072, 5120, 6144), (1, 4, 16, 64, 256, 1024, 4096))
-CPU_SWEEP = ((128, 256), 512), ((256,), (1, 16, 256))
-
-
-def sweep(settings, device) -> list:
-    """[(what varies, width, tokens)]: the command line's lists crossed, or else over widths and then over tokens."""
-    (widths, long), (token_widths, token_counts) = GPU_SWEEP if device.type == "cuda" else CPU_SWEEP
-    asked_widths, asked_tokens = numbers(settings, "widths"), numbers(settings, "tokens")
-    if asked_widths or asked_tokens:
-        return [("tokens" if len(asked_tokens) > 1 else "width", w, t) for w in asked_widths or token_widths for t in asked_tokens or [long]]
-    return [("width", w, long) for w in widths] + [("tokens", w, t) for w in token_widths for t in token_counts]
 
 
 COLUMNS = {"pass": 16, "ms": 8, "spread": 8, "tflops": 7, "of_matmul": 9, "speedup": 7, "floor_ms": 8, "bytes_ms": 8, "over_floor": 10, "eager_ms": 8}
