@@ -103,11 +103,11 @@ def read_settings(argv):
         if not settings.widths and any(a.endswith(".py") or a.removeprefix("--").startswith(("n_embd=", "ffn=")) for a in argv):
             settings.widths = str(subject.n_embd)
         widths, *_ = (numbers(settings, name) for name in ("widths", "tokens", "batches"))
-        for width in (widths or [subject.n_embd]) if command in ("kernel", "ffn") else [None]:
+        for width in (widths or [subject.n_embd]) if command in ("kernel", "ffn") else [None] * (command in ("train", "prefill")):
             compared(subject, settings, width)
         if command == "crossover" and (subject.ffn == "dense" or subject.n_dense_layers >= subject.n_layer):
-            raise UserError(f"crossover compares a structured FFN with its dense equivalent, but ffn={subject.ffn} in {subject.n_layer - subject.n_dense_layers} "
-                            "layers has none: give ffn=lowrank, blockshuffle or blockdense, and fewer n_dense_layers than n_layer.")
+            raise UserError(f"crossover compares structured FFNs with their dense equivalents, and ffn={subject.ffn} with n_dense_layers={subject.n_dense_layers} of "
+                            f"n_layer={subject.n_layer} has none: give ffn=lowrank, blockshuffle or blockdense, and fewer n_dense_layers than n_layer.")
     for name in ("repeats", "warmup"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name}={getattr(settings, name)} must not be negative: 0 chooses a number.")

@@ -146,7 +146,10 @@ def ratio(a, b):
 
 
 def out_of_memory(error):
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    """Also where a failed recording of a graph hides it."""
+    if error is None or isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+        return error is not None
+    return out_of_memory(error.__context__)
 
 
 @contextlib.contextmanager

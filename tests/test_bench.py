@@ -452,6 +452,21 @@ def test_one_micro_batch_is_the_batch(cli, tmp_path):
         assert f"error: {argv[0][2:]} " in result[2]
 
 
+def test_decode_asks_for_no_case_of_the_papers():
+    assert bench.read_settings(["decode", "--n_embd=90", "--n_head=3"])[1].n_embd == 90  # which has no four blocks
+
+
+def test_an_exhausted_memory_is_seen_through_what_it_causes():
+    try:
+        try:
+            out_of_memory()
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+    except RuntimeError as e:
+        assert bench.out_of_memory(e)
+    assert not bench.out_of_memory(RuntimeError("shapes"))
+
+
 def test_what_cannot_be_written_is_told_before_anything_runs(without_torch, tmp_path, monkeypatch):
     for argv, told in ((f"--plot={tmp_path}/a", "must end in .png, .pdf or .svg"), (f"--plot={tmp_path}/a.tiff", "must end in .png"), (f"--json={tmp_path}", "cannot be written"),
                        (f"--json={ROOT}/bench.py/a", "folder of"), (f"--plot={tmp_path}/no/a.png", "folder of")):
@@ -491,7 +506,7 @@ def test_a_model_beyond_memory_is_one_sentence(cli, monkeypatch, command):
 @pytest.mark.parametrize("argv, words", [
     (["kernels"], "kernels kernel ffn train prefill"), (["ffn", "--width=3"], "width widths"), (["ffn", "--widths=12,x"], "widths 12,x whole"),
     (["ffn", "--tokens=0"], "tokens 0"), (["ffn", "--tokens=100000000000000000000"], "tokens 99999999"), (["ffn", "--repeats=-1"], "repeats=-1 negative"),
-    (["train", "--warmup=-1"], "warmup=-1 negative"), (["crossover"], "crossover ffn=dense"), (["crossover", "--ffn=lowrank", "--rank=8", "--n_dense_layers=12"], "0 layers n_dense_layers"), (["prefill", "--batches=-1"], "batches -1"), (["ffn", "--cases=lowrank30"], "lowrank30 lowrank32"),
+    (["train", "--warmup=-1"], "warmup=-1 negative"), (["crossover"], "crossover ffn=dense"), (["crossover", "--ffn=lowrank", "--rank=8", "--n_dense_layers=12"], "n_dense_layers=12 n_layer=12 none"), (["prefill", "--batches=-1"], "batches -1"), (["ffn", "--cases=lowrank30"], "lowrank30 lowrank32"),
     (["train", "--cases=dense,,"], "cases"), (["ffn", "--widths=64,30"], "nblocks 30 120"), (["train", "--ffn=lowrank"], "rank"),
     (["ffn", "--json=/no/such/folder/x"], "/no/such/folder/x folder"), (["train", "--plot=/no/such/folder/x.png"], "folder"),
     (["ffn", "--repeats=many"], "repeats many"), (["curves"], "curves out/NAME"), (["curves", "--plots=x"], "plots plot")])
