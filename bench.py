@@ -9,30 +9,30 @@
     crossover  factors against dense equivalents over the number of tokens: what decode=auto chooses from, and how well
     curves     losses of training runs against tokens, FLOPs and seconds; loss against FLOPs over sizes
 
-Every comparison is timed in one run, on random data. --json=PATH appends one JSON line per row, --plot=PATH draws a PNG. Kernel to
-prefill compare the FFNs of --cases; without it dense and the one of the command line, or, if that is dense, the structures of
-PAPER §5. Decode and crossover take the command line's structure.
+Every comparison is timed in one run, on random data. --json=PATH appends one JSON line per row, --plot=PATH.png draws them. Kernel to
+prefill compare the FFNs of --cases; without it dense and the one of the command line, or, if that is dense, the paper's structures.
+Decode and crossover take the command line's structure.
 """
 import dataclasses
 import importlib.util
-import json
 import os
+import re
 import statistics
-import subprocess
 from dataclasses import dataclass
 
 import config
 from config import Config, UserError
 
 COMMANDS = ("kernel", "ffn", "train", "prefill", "decode", "crossover", "curves")
+PICTURES = (".png", ".pdf", ".svg")
 CASES = ("dense", *(ffn + share for ffn in ("lowrank", "blockshuffle", "blockdense") for share in ("63", "32")))
 
 
 @dataclass
 class Settings:
     json: str = ""                       # append one JSON line per row to this file
-    plot: str = ""                       # write a picture of the table to this PNG
-    cases: str = ""                      # FFNs to compare, as in dense,lowrank32,blockshuffle63 (PAPER §5's, at 32 or 63 %); all: all of them
+    plot: str = ""                       # write a picture of the table to this file: .png, .pdf or .svg
+    cases: str = ""                      # FFNs to compare, as in dense,lowrank32,blockshuffle63 (the paper's, at 32 or 63 %); all: all of them
     widths: str = ""                     # kernel, ffn: widths, as in 768,2048; empty: the preset's, or a sweep
     tokens: str = ""                     # kernel, ffn: tokens in a call, as in 1,64,30720; prefill: lengths of prompts; empty: a sweep
     batches: str = ""                    # prefill, decode: prompts in a call; empty: 1,16, in decode 1,16,256
@@ -50,13 +50,13 @@ def numbers(settings, name) -> list:
     """The whole numbers of a setting such as --widths=768,2048."""
     text = getattr(settings, name)
     items = text.replace(" ", "").split(",") if text else []
-    if not all(item.isdecimal() and int(item) > 0 for item in items):
-        raise UserError(f"{name}={text} does not fit: expected whole numbers from 1 up, separated by commas.")
+    if not all(re.fullmatch(r"0*[1-9]\d{0,7}", item, re.ASCII) for item in items):
+        raise UserError(f"{name}={text} does not fit: expected whole numbers from 1 to 99999999, separated by commas.")
     return [int(item) for item in items]
 
 
 def with_case(cfg, case) -> Config:
-    """cfg with the FFN that a name of CASES means at its width: ranks and blocks of PAPER §5, its ratios at other widths."""
+    """cfg with the FFN that a name of CASES means at its width: the paper's ranks and blocks, its ratios at other widths."""
     ffn, share = (case, "") if case == "dense" else (case[:-2], case[-2:])
     half = 2 if share == "32" else 1
     rank, nblocks = {"dense": (0, 0), "lowrank": (cfg.n_embd // 2 // half, 0), "blockshuffle": (0, 2 * half),
@@ -98,31 +98,46 @@ def read_settings(argv):
         if not subject:
             raise UserError("curves needs the folder of at least one run: python bench.py curves out/NAME ...")
     else:
-        subject, settings = config.load(argv[1:], Settings, usage=__doc__)
+        alike = [a.replace("micro_batch_size", "batch_size") for a in argv if re.fullmatch(r"(--)?micro_batch_size=[1-9].*", a)]
+        subject, settings = config.load([*argv[1:], *alike], Settings, usage=__doc__)  # a step here is one micro-batch
         if not settings.widths and any(a.endswith(".py") or a.removeprefix("--").startswith(("n_embd=", "ffn=")) for a in argv):
             settings.widths = str(subject.n_embd)
         widths, *_ = (numbers(settings, name) for name in ("widths", "tokens", "batches"))
-        for width in (widths or [subject.n_embd]) if command in ("kernel", "ffn") else [None]:
+        for width in (widths or [subject.n_embd]) if command in ("kernel", "ffn") else [None] * (command in ("train", "prefill")):
             compared(subject, settings, width)
+        if command == "crossover" and (subject.ffn == "dense" or subject.n_dense_layers >= subject.n_layer):
+            raise UserError(f"crossover compares structured FFNs with their dense equivalents, and ffn={subject.ffn} with n_dense_layers={subject.n_dense_layers} of "
+                            f"n_layer={subject.n_layer} has none: give ffn=lowrank, blockshuffle or blockdense, and fewer n_dense_layers than n_layer.")
+    for name in ("repeats", "warmup"):
+        if getattr(settings, name) < 0:
+            raise UserError(f"{name}={getattr(settings, name)} must not be negative: 0 chooses a number.")
+    check_output(settings)
+    return command, subject, settings
+
+
+def check_output(settings):
+    """UserError for a file that could not be written in the end."""
     for path in filter(None, (settings.json, settings.plot)):
-        if not os.path.isdir(os.path.dirname(path) or "."):
+        folder = os.path.dirname(path) or "."
+        if not os.path.isdir(folder):
             raise UserError(f"the folder of {path} does not exist: make it, or write elsewhere.")
+        if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+            raise UserError(f"{path} cannot be written: give the name of a file in a folder that can.")
+    if settings.plot and not settings.plot.endswith(PICTURES):
+        raise UserError(f"plot={settings.plot} must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}.")
     if settings.plot and not importlib.util.find_spec("matplotlib"):
         raise UserError("plot needs matplotlib: pip install matplotlib, or leave --plot out.")
-    return command, subject, settings
 
 
 if __name__ == "__main__":
     SETTINGS = config.run(read_settings)  # a wrong setting is told before torch loads
 
 import contextlib
-import gc
 import itertools
 import math
 import time
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -130,82 +145,45 @@ import torch.nn.functional as F
 import curves
 import decode
 import model as model_file
-from curves import draw, picture
+from curves import draw_points, draw_speedups, draw_split
 from model import FFN, build, ffn_params, flops_per_token, linear_params, peak_flops
 from sample import Settings as Sampling
 from structured import BlockShuffle, LowRank, linear
-from train import device_name, make_optimizer, nominal_vocabulary, pick_device, set_up, short, train_step
+from timing import Table, clocks, commit, conditions, copy_rate, fresh, graphed, header, laps, middle, out_of_memory, ratio, timed, within_memory
+from train import make_optimizer, nominal_vocabulary, pick_device, set_up, short, train_step
 
 PASSES = {"forward": 1, "forward+backward": 3}  # and how many times the forward's FLOPs
 SHORT = 4096  # tokens, up to which launching kernels can take longer than running them
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Timing
+# What kernel and ffn share: the sweep, copies that take turns, and one row per pass
 
-def timed(run, device, settings):
-    """Milliseconds of run(): (median, interquartile range) after warm-up."""
-    on_cuda = device.type == "cuda"
-    for _ in range(settings.warmup or (5 if on_cuda else 1)):
-        run()
-    repeats = settings.repeats or (20 if on_cuda else 5)
-    if on_cuda:
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-        marks[0].record()
-        for mark in marks[1:]:
-            run()
-            mark.record()
-        torch.cuda.synchronize()
-        times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
-    else:
-        marks = [time.perf_counter()]
-        for _ in range(repeats):
-            run()
-            marks.append(time.perf_counter())
-        times = np.diff(marks) * 1e3
-    low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
-    return float(median), float(high - low)
+LONG = 30720  # tokens of a call that fills the card
+GPU_SWEEP = ((768, 1024, 1536, 2048, 3072, 4096, 5120), LONG), ((2048, 3072, 5120, 6144), (1, 4, 16, 64, 256, 1024, 4096))
+CPU_SWEEP = ((128, 256), 512), ((256,), (1, 16, 256))
 
 
-def graphed(run):
-    """run() recorded as a CUDA graph: replayed, it has no gaps between its kernels."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def fresh(device):
-    """Forgets the last case: its compilations, its memory and its peak."""
-    torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-@torch.no_grad()
-def randomised(module, place):
-    """A module made on the meta device -> random weights in the matmuls' precision, as after a cast once per step."""
-    module.to_empty(device=place.device).to(place.dtype)
-    for p in module.parameters():
-        nn.init.normal_(p, std=p.shape[-1] ** -0.5)
-    return module
+def sweep(settings, device) -> list:
+    """[(what varies, width, tokens)]: the command line's lists crossed, or else over widths and then over tokens."""
+    (widths, long), (token_widths, token_counts) = GPU_SWEEP if device.type == "cuda" else CPU_SWEEP
+    asked_widths, asked_tokens = numbers(settings, "widths"), numbers(settings, "tokens")
+    if asked_widths or asked_tokens:
+        return [("tokens" if len(asked_tokens) > 1 else "width", w, t) for w in asked_widths or token_widths for t in asked_tokens or [long]]
+    return [("width", w, long) for w in widths] + [("tokens", w, t) for w in token_widths for t in token_counts]
 
 
 def copies(make, tokens, n_in, n_out, place) -> list:
-    """[(module, x, dy)] to run in turn: together over twice the L2 cache, so that none finds its data there."""
+    """[(module, x, dy)] to run in turn: together over twice the L2 cache, so that none finds its data there; weights in the matmuls' precision."""
     def one():
         with torch.device("meta"):
             module = make()
+        module.to_empty(device=place.device).to(place.dtype)
+        for p in module.parameters():
+            nn.init.normal_(p, std=p.shape[-1] ** -0.5)
         x, dy = (torch.randn(tokens, n, device=place.device, dtype=place.dtype) for n in (n_in, n_out))
-        return randomised(module, place), x.requires_grad_(), dy
+        return module, x.requires_grad_(), dy
+
     first = one()
     size = sum(t.numel() * t.element_size() for t in (*first[0].parameters(), first[1]))
     cache = torch.cuda.get_device_properties(place.device).L2_cache_size if place.device.type == "cuda" else 0
@@ -239,90 +217,6 @@ def time_passes(call, turns, place, settings):
         yield name, ms / len(turns) / rounds, spread / len(turns) / rounds, eager_ms
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reporting
-
-def clocks(device, fields) -> str:
-    """What nvidia-smi says about them, or n/a."""
-    card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # numbers count what CUDA_VISIBLE_DEVICES hides
-    try:
-        query = subprocess.run(["nvidia-smi", f"--id={card}", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True, check=True)
-        return query.stdout.strip().splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return "n/a"
-
-
-def header(device) -> dict:
-    """What the numbers depend on."""
-    facts = {"device": device_name(device), "torch": torch.__version__}
-    if device.type == "cuda":
-        import triton
-        facts.update(triton=triton.__version__, clocks=clocks(device, "clocks.sm,clocks.max.sm,power.limit"))
-    return {**facts, "commit": commit()}
-
-
-def commit() -> str:
-    here = os.path.dirname(os.path.abspath(__file__))
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
-    return run.stdout.strip() or "n/a"
-
-
-def conditions(place, settings, rates=False) -> dict:
-    """The header with precision and compilation; with `rates` the card's own, measured now: of a large matmul and of a copy (read + write)."""
-    facts = {**header(place.device), "dtype": str(place.dtype)[6:], "compile": place.compile}
-    if rates:
-        n, size = (8192, 2**29) if place.device.type == "cuda" else (1024, 2**22)
-        a, b = (torch.randn(n, n, device=place.device, dtype=place.dtype) for _ in range(2))
-        source = torch.randn(size, device=place.device, dtype=place.dtype)
-        target = torch.empty_like(source)
-        matmul = 2 * n**3 / timed(lambda: a @ b, place.device, settings)[0] / 1e9
-        copy = 2 * size * source.element_size() / timed(lambda: target.copy_(source), place.device, settings)[0] / 1e9
-        facts.update(matmul_tflops=float(f"{matmul:.4g}"), copy_tb_per_s=float(f"{copy:.4g}"))
-    return facts
-
-
-class Table:
-    """Rows on screen as they come, and as JSON lines. columns = {name: width}."""
-
-    def __init__(self, columns, facts, settings):
-        self.columns, self.facts, self.path, self.rows = columns, facts, settings.json, []
-        print("  ".join(f"{k} {v}" for k, v in facts.items()))
-        print("  ".join(name.rjust(width) for name, width in columns.items()), flush=True)
-
-    def card(self):
-        """Where and how it was measured, for a picture's title."""
-        return f"{self.facts['device']}, {self.facts['dtype']}, {'compiled' if self.facts['compile'] else 'eager'}"
-
-    def row(self, **values):
-        cells = ("-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in (values.get(name) for name in self.columns))
-        print("  ".join(cell.rjust(width) for cell, width in zip(cells, self.columns.values())), flush=True)
-        self.rows.append(values)
-        if self.path:
-            with open(self.path, "a") as f:
-                f.write(json.dumps({**values, **self.facts}) + "\n")
-
-
-def ratio(a, b):
-    return a / b if a and b else None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What kernel and ffn share: the sweep, and one row per pass
-
-LONG = 30720  # tokens of a call that fills the card
-GPU_SWEEP = ((768, 1024, 1536, 2048, 3072, 4096, 5120), LONG), ((2048, 3072, 5120, 6144), (1, 4, 16, 64, 256, 1024, 4096))
-CPU_SWEEP = ((128, 256), 512), ((256,), (1, 16, 256))
-
-
-def sweep(settings, device) -> list:
-    """[(what varies, width, tokens)]: the command line's lists crossed, or else over widths and then over tokens."""
-    (widths, long), (token_widths, token_counts) = GPU_SWEEP if device.type == "cuda" else CPU_SWEEP
-    asked_widths, asked_tokens = numbers(settings, "widths"), numbers(settings, "tokens")
-    if asked_widths or asked_tokens:
-        return [("tokens" if len(asked_tokens) > 1 else "width", w, t) for w in asked_widths or token_widths for t in asked_tokens or [long]]
-    return [("width", w, long) for w in widths] + [("tokens", w, t) for w in token_widths for t in token_counts]
-
-
 COLUMNS = {"pass": 16, "ms": 8, "spread": 8, "tflops": 7, "of_matmul": 9, "speedup": 7, "floor_ms": 8, "bytes_ms": 8, "over_floor": 10, "eager_ms": 8}
 
 
@@ -334,32 +228,18 @@ def measure(table, call, make, n_in, n_out, multiply_adds, dense_ms, place, sett
     """
     fresh(place.device)
     tokens, rates = names["tokens"], table.facts
-    turns = copies(make, tokens, n_in, n_out, place)
-    weights = sum(p.numel() for p in turns[0][0].parameters())
-    for passed, ms, spread, eager_ms in time_passes(call, turns, place, settings):
-        if names["ffn"] == "dense":
-            dense_ms[passed] = ms
-        flops = 2 * tokens * multiply_adds * PASSES[passed]
-        moved = weights + tokens * (n_in + n_out) if passed == "forward" else 3 * weights + tokens * (3 * n_in + 2 * n_out)
-        floor_ms = flops / rates["matmul_tflops"] / 1e9
-        bytes_ms = moved * place.dtype.itemsize / rates["copy_tb_per_s"] / 1e9
-        table.row(**names, **{"pass": passed}, ms=ms, spread=spread, flops=flops, tflops=flops / ms / 1e9, of_matmul=floor_ms / ms,
-                  speedup=ratio(dense_ms.get(passed), ms), floor_ms=floor_ms, bytes_ms=bytes_ms, over_floor=ms / max(floor_ms, bytes_ms), eager_ms=eager_ms)
-
-
-def draw_speedups(path, title, rows, panel_of, line_of):
-    """Speed over dense of the structured rows against what varies; panel_of(row) -> (its row, its title)."""
-    panels = {}
-    for r in rows:
-        if r["ffn"] != "dense" and r["speedup"]:
-            across, name = panel_of(r)
-            fixed = f"{short(r['tokens'])} tokens" if r["sweep"] == "width" else f"width {r['width']}"
-            lines = panels.setdefault(across, {}).setdefault(f"{name}, {fixed}", (r["sweep"], {}))[1]
-            lines.setdefault(line_of(r), []).append((r[r["sweep"]], r["speedup"]))
-    if panels:
-        draw(path, title, "times as fast as dense", panels, sharey=True)
-    else:
-        print(f"no picture: {path} would show speed over dense, and the cases are not dense and a structure.")
+    with within_memory(table, **names):
+        turns = copies(make, tokens, n_in, n_out, place)
+        weights = sum(p.numel() for p in turns[0][0].parameters())
+        for passed, ms, spread, eager_ms in time_passes(call, turns, place, settings):
+            if names["ffn"] == "dense":
+                dense_ms[passed] = ms
+            flops = 2 * tokens * multiply_adds * PASSES[passed]
+            moved = weights + tokens * (n_in + n_out) if passed == "forward" else 3 * weights + tokens * (3 * n_in + 2 * n_out)
+            floor_ms = flops / rates["matmul_tflops"] / 1e9
+            bytes_ms = moved * place.dtype.itemsize / rates["copy_tb_per_s"] / 1e9
+            table.row(**names, **{"pass": passed}, ms=ms, spread=spread, flops=flops, tflops=flops / ms / 1e9, of_matmul=floor_ms / ms,
+                      speedup=ratio(dense_ms.get(passed), ms), floor_ms=floor_ms, bytes_ms=bytes_ms, over_floor=ms / max(floor_ms, bytes_ms), eager_ms=eager_ms)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -447,11 +327,12 @@ def bench_train(cfg, settings):
                "optimizer_ms": 12, "clock": 9}
     table = Table(columns, conditions(place, settings), settings)
     for label, case in compared(cfg, settings).items():
-        for guided in (False, True) if case.guide in ("fixedstep", "fixedflop") else (False,):
-            train_row(label, case, place, guided, table, settings)
-        if settings.plain:
-            train_row(f"{label}, plain", dataclasses.replace(case, kernels=False, recompute="off"), place, False, table, settings, plain=True)
-    if settings.plot:
+        kinds = ["ours", *["guided"] * (case.guide in ("fixedstep", "fixedflop")), *["plain"] * settings.plain]
+        for kind in kinds:
+            name = label + ", plain" * (kind == "plain")
+            with without_kernels(kind == "plain"), within_memory(table, benchmark="train", ffn=name, guided=kind == "guided"):
+                train_row(name, case, kind, place, table, settings)
+    if settings.plot and table.rows:
         draw_split(settings.plot, f"Training step, {cfg.n_layer} layers x {cfg.n_embd}, {cfg.micro_batch_size} x {cfg.block_size} tokens\n{table.card()}", table.rows)
 
 
@@ -476,13 +357,11 @@ def without_kernels(wanted):
         model_file.kernels = before
 
 
-def train_row(label, cfg, place, guided, table, settings, plain=False):
-    with without_kernels(plain):
-        time_steps(label, cfg, place, guided, table, settings, plain)
-
-
-def time_steps(label, cfg, place, guided, table, settings, plain):
+def train_row(label, cfg, kind, place, table, settings):
+    """kind: ours | guided | plain. The parts of the row are those of the steps themselves, so that they add up to it."""
     fresh(place.device)
+    guided, plain = kind == "guided", kind == "plain"
+    cfg = dataclasses.replace(cfg, kernels=False, recompute="off") if plain else cfg
     model = build(cfg, place.device, cfg.seed)
     if guided:
         for _, module in model.structured_linears():
@@ -493,47 +372,36 @@ def time_steps(label, cfg, place, guided, table, settings, plain):
     batches = itertools.cycle(torch.randint(cfg.vocab_size, (8, 1, cfg.micro_batch_size, cfg.block_size + 1), device=place.device))
     alpha = torch.full((), 0.5, device=place.device)
     layers = tuple(range(cfg.n_dense_layers, cfg.n_layer)) if guided else ()
+    update = optimizer.step
 
-    def forward():
-        batch = next(batches)[0]
-        with place.autocast():
-            return wrapped(batch[:, :-1], batch[:, 1:], alpha, layers)
+    def step(mark):
+        def forward(*inputs):
+            loss = wrapped(*inputs)
+            mark()
+            return loss
 
-    def forward_backward():
-        forward().backward()
-        optimizer.zero_grad(set_to_none=True)
+        def marked_update(clip):
+            mark()
+            return update(clip)
 
-    def step():
-        train_step(wrapped, optimizer, next(batches), cfg, place, 1e-4, alpha, layers)
+        optimizer.step = marked_update
+        train_step(forward, optimizer, next(batches), cfg, place, 1e-4, alpha, layers)
 
-    ms, spread = timed(step, place.device, settings)
+    times = laps(step, place.device, settings)                                                  # (repeats, 3)
+    ms, spread = middle(times.sum(1))
+    forward_ms, backward_ms, optimizer_ms = (times.sum(0) * ms / times.sum()).tolist()          # the median step, divided as all of them are
     gib = clock = None
     if place.device.type == "cuda":
         gib = torch.cuda.max_memory_allocated() / 2**30
         for _ in range(5):
-            step()
+            step(lambda: None)
         clock = clocks(place.device, "clocks.sm")  # while those run: under load it falls
-    forward_ms, both_ms = timed(forward, place.device, settings)[0], timed(forward_backward, place.device, settings)[0]
     rate = cfg.micro_batch_size * cfg.block_size / ms * 1e3
     flops = 3 * flops_per_token(cfg, "dense" if guided else None)
     dense = next((r["ms"] for r in table.rows if r["ffn"] == "dense"), ms if cfg.ffn == "dense" else None)
     table.row(benchmark="train", ffn=label, guided=guided, ms=ms, spread=spread, tokens_per_s=round(rate), speedup=ratio(dense, ms), flops_per_token=flops,
-              mfu=ratio(flops * rate, peak_flops(place.device)), gib=gib, forward_ms=forward_ms, backward_ms=both_ms - forward_ms, optimizer_ms=ms - both_ms,
-              clock=clock, config=config.to_dict(cfg))
-
-
-def draw_split(path, title, rows):
-    """Stacked bars of where a step's time goes."""
-    names = [r["ffn"] + ", guided" * r["guided"] for r in rows]
-    left = np.zeros(len(rows))
-    with picture(path, title, width=9) as ((ax,),):
-        for part in ("forward", "backward", "optimizer"):
-            width = np.array([max(0.0, r[f"{part}_ms"]) for r in rows])
-            bars = ax.barh(names, width, left=left, label=part)
-            left += width
-        ax.bar_label(bars, [f"{short(r['tokens_per_s'])} tokens/s" for r in rows], padding=4)
-        ax.set(xlabel="milliseconds per step", xlim=(0, 1.25 * left.max()))
-        ax.invert_yaxis()
+              mfu=ratio(flops * rate, peak_flops(place.device)), gib=gib, forward_ms=forward_ms, backward_ms=backward_ms,
+              optimizer_ms=optimizer_ms, clock=clock, config=config.to_dict(cfg))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -550,20 +418,18 @@ def bench_prefill(cfg, settings):
                   conditions(place, settings), settings)
     dense_ms = {}
     for label, case in compared(cfg, settings).items():
-        model = build(case, place.device).eval()
-        for p in model.parameters():
-            p.data = torch.randn_like(p, dtype=place.dtype) * p.shape[-1] ** -0.5
-        if place.compile:
-            model.compile_parts()
-        for batch in numbers(settings, "batches") or (1, 16):
-            for length in lengths:
-                prefill_row(label, case, model, batch, length, dense_ms, place, table, settings)
-    if settings.plot:
-        panels = {}
-        for r in table.rows:
-            lines = panels.setdefault(f"batch {r['batch']}", ("tokens in the prompt", {}))[1]
-            lines.setdefault(r["ffn"], []).append((r["prompt"], r["tokens_per_s"]))
-        draw(settings.plot, f"Prefill, {cfg.n_layer} layers x {cfg.n_embd}: {table.card()}", "tokens/s", {"": panels})
+        with within_memory(table, benchmark="prefill", ffn=label):
+            model = build(case, place.device).eval()
+            for p in model.parameters():
+                p.data = torch.randn_like(p, dtype=place.dtype) * p.shape[-1] ** -0.5
+            if place.compile:
+                model.compile_parts()
+            for batch, length in itertools.product(numbers(settings, "batches") or (1, 16), lengths):
+                with within_memory(table, benchmark="prefill", ffn=label, batch=batch, prompt=length):
+                    prefill_row(label, case, model, batch, length, dense_ms, place, table, settings)
+    if settings.plot and table.rows:
+        points = [(f"batch {r['batch']}", r["ffn"], r["prompt"], r["tokens_per_s"]) for r in table.rows]
+        draw_points(settings.plot, f"Prefill, {cfg.n_layer} layers x {cfg.n_embd}: {table.card()}", "tokens in the prompt", "tokens/s", points)
 
 
 def prefill_row(label, cfg, model, batch, length, dense_ms, place, table, settings):
@@ -582,11 +448,10 @@ def prefill_row(label, cfg, model, batch, length, dense_ms, place, table, settin
 # ----------------------------------------------------------------------------------------------------------------------
 # decode: sample.py's own loop, on random weights
 
-def copy_rate(device, settings) -> float:
-    """GB/s, read and written, of a large copy."""
-    source = torch.randn(2**(28 if device.type == "cuda" else 22), device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / timed(lambda: target.copy_(source), device, settings)[0] / 1e6
+def decoding_place(cfg):
+    """Device and precision, as sample.py chooses them."""
+    device = pick_device(cfg.device)
+    return device, torch.float32 if cfg.dtype == "float32" or cfg.dtype == "auto" and device.type != "cuda" else torch.bfloat16
 
 
 @torch.no_grad()
@@ -639,8 +504,7 @@ def bench_decode(cfg, settings):
     for name, known in (("kinds", ("dense", "structured", "merged", "auto")), ("launches", ("eager", "graph"))):
         if not set(getattr(settings, name).split(",")) <= set(known):
             raise UserError(f"{name}={getattr(settings, name)} does not fit: expected some of {', '.join(known)}, separated by commas.")
-    device = pick_device(cfg.device)
-    dtype = torch.float32 if cfg.dtype == "float32" or cfg.dtype == "auto" and device.type != "cuda" else torch.bfloat16
+    device, dtype = decoding_place(cfg)
     ceiling = copy_rate(device, settings)
     columns = {"ffn": 18, "kind": 10, "launch": 6, "batch": 6, "per_user": 8, "tokens_per_s": 12, "first_ms": 8, "ms": 8, "gb_s": 7, "share": 7,
                "weights_mb": 10, "kv_mb": 8}
@@ -660,12 +524,9 @@ def bench_decode(cfg, settings):
                 decode_row(model, cfg, kind, launch, batch, ceiling, table, settings)
         del model
     if settings.plot:
-        panels = {}
-        for r in table.rows:
-            lines = panels.setdefault(r["launch"], ("batch", {}))[1]
-            lines.setdefault(r["kind"], []).append((r["batch"], r["tokens_per_s"]))
         title = f"Decoding, {cfg.n_layer} layers x {cfg.n_embd}, {ffn_name(cfg)}\n{table.facts['device']}, {table.facts['dtype']}"
-        draw(settings.plot, title, "tokens/s", {"": panels}, sharey=True)
+        points = [(r["launch"], r["kind"], r["batch"], r["tokens_per_s"]) for r in table.rows]
+        draw_points(settings.plot, title, "batch", "tokens/s", points, sharey=True)
 
 
 def most_tokens(rate_of, largest, device):
@@ -688,31 +549,34 @@ def most_tokens(rate_of, largest, device):
 # crossover: what decode=auto chooses from
 
 def bench_crossover(cfg, settings):
-    """Milliseconds of one linear; behind: how much longer auto's choice takes than the better one, both timed anew."""
-    if cfg.ffn == "dense":
-        raise UserError("crossover compares a structured FFN with its dense equivalent: give ffn=lowrank, blockshuffle or blockdense.")
-    cfg.vocab_size, device = 1024, pick_device(cfg.device)
-    dtype = torch.float32 if cfg.dtype == "float32" or cfg.dtype == "auto" and device.type != "cuda" else torch.bfloat16
-    model = random_model(cfg, device).to(dtype).requires_grad_(False)
-    pairs = [decode.Either(linear, decode.merge(linear), None) for _, linear in model.structured_linears()]
+    """Milliseconds of one linear; behind: how much longer auto's choice takes than the better one, both timed anew.
+
+    of: the linear by itself, or of the step: where a graph's step for one sequence is a single kernel, auto goes by that, and a
+    linear's time is its equal share.
+    """
+    cfg.vocab_size = 1024
+    device, dtype = decoding_place(cfg)
+    model = random_model(cfg, device)
+    pairs = decode.convert(model, "auto", dtype)
     facts, began = header(device), time.perf_counter()
-    choice = decode.Choice(decode.measure(pairs))
+    choice = decode.Choice(decode.choose(model, pairs))
     facts["measured_in"] = f"{time.perf_counter() - began:.1f} s"
     again = decode.measure(pairs, sorted({*decode.TOKENS, *(3 * t // 2 for t in decode.TOKENS[1:-1])}))
-    table = Table({"linear": 60, "launch": 6, "tokens": 6, "factors_ms": 10, "merged_ms": 10, "speedup": 8, "auto": 8, "behind": 8}, facts, settings)
+    of_step = decode.measure_one(model, pairs)
+    for shape, ms in of_step.items():
+        again["graph"][shape]["1"] = ms
+    table = Table({"linear": 60, "launch": 6, "tokens": 6, "of": 6, "factors_ms": 10, "merged_ms": 10, "speedup": 8, "auto": 8, "behind": 8}, facts, settings)
     for mode, rows in again.items():
         choice.mode = mode
         for shape, row in rows.items():
             for tokens, (factors, merged) in row.items():
                 chosen = choice.merged(shape, int(tokens))
-                table.row(linear=shape, launch=mode, tokens=int(tokens), factors_ms=factors, merged_ms=merged, speedup=merged / factors,
+                of = "step" if (mode, tokens) == ("graph", "1") and shape in of_step else "linear"
+                table.row(linear=shape, launch=mode, tokens=int(tokens), of=of, factors_ms=factors, merged_ms=merged, speedup=merged / factors,
                           auto="merged" if chosen else "factors", behind=(merged if chosen else factors) / min(factors, merged) - 1, benchmark="crossover")
     if settings.plot:
-        panels = {}
-        for r in table.rows:
-            lines = panels.setdefault(r["launch"], ("tokens", {}))[1]
-            lines.setdefault(r["linear"].split(", V")[0], []).append((r["tokens"], r["speedup"]))
-        draw(settings.plot, f"{ffn_name(cfg)}: {facts['device']}", "time of the dense equivalent / of the factors", {"": panels}, sharey=True)
+        points = [(r["launch"], r["linear"].split(", V")[0], r["tokens"], r["speedup"]) for r in table.rows]
+        draw_points(settings.plot, f"{ffn_name(cfg)}: {facts['device']}", "tokens", "time of the dense equivalent / of the factors", points, sharey=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -737,12 +601,18 @@ def bench_curves(paths, settings):
         for fit in fits:
             table.row(benchmark="scaling", **fit)
     if settings.plot:
-        draw(settings.plot, "Validation loss, training loss faint", "loss, nats per token", {"": curves.panels(runs, fits)}, width=5.2, height=4.4)
+        curves.draw_runs(settings.plot, runs, fits)
 
 
 def main(command, subject, settings):
-    {"kernel": bench_kernel, "ffn": bench_ffn, "train": bench_train, "prefill": bench_prefill, "decode": bench_decode,
-     "crossover": bench_crossover, "curves": bench_curves}[command](subject, settings)
+    benchmark = {"kernel": bench_kernel, "ffn": bench_ffn, "train": bench_train, "prefill": bench_prefill, "decode": bench_decode,
+                 "crossover": bench_crossover, "curves": bench_curves}[command]
+    try:
+        benchmark(subject, settings)
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
+        raise UserError(f"the memory does not hold what {command} needs here: give a smaller model, batch or number of tokens.") from None
 
 
 if __name__ == "__main__":

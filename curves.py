@@ -66,6 +66,12 @@ def read_run(path) -> Run:
 NOT_NAMED = MAY_CHANGE - {"dataset", "tokenizer", "data_dir"} | {"n_layer", "n_embd", "seed", "ffn", "rank", "nblocks", "ffn_dim", "max_tokens", "guide"}
 
 
+def share_of_dense(cfg) -> float:
+    """Parameters of a structured FFN / of the dense one."""
+    one = dataclasses.replace(cfg, n_layer=1, n_dense_layers=0)
+    return ffn_params(one) / ffn_params(one, "dense")
+
+
 def name_runs(runs):
     """Gives every run a method and a label, made of the settings in which runs of one size differ."""
     def differs(name, among):
@@ -78,8 +84,7 @@ def name_runs(runs):
     names = [f.name for f in dataclasses.fields(Config) if f.name not in NOT_NAMED and any(differs(f.name, group) for group in peers.values())]
     for run in runs:
         cfg = run.cfg
-        one = dataclasses.replace(cfg, n_layer=1, n_dense_layers=0)
-        percent = 100 * ffn_params(one) / ffn_params(one, "dense")
+        percent = 100 * share_of_dense(cfg)
         nominal = next((n for n in (63, 32) if abs(n - percent) < 5), round(percent))           # the paper's names of the shares
         more = cfg.max_tokens / min(r.cfg.max_tokens for r in peers[run.size])
         common = [f"{name}={getattr(cfg, name)}" for name in names if not name.startswith("guide_")]
@@ -96,6 +101,37 @@ def name_runs(runs):
         same = [r for r in runs if r.label == label]
         for run in same if len(same) > 1 else []:
             run.label += f" ({run.path})"
+
+
+# How it is drawn, in every picture alike: the FFN is the line and its points, what is done with it the colour. SPARE is for methods that differ elsewhere.
+LINES = {"dense": ("-", "o"), "lowrank": ("-", "o"), "blockshuffle": ("--", "s"), "blockdense": (":", "^")}
+COLOURS = {"dense": "black", "narrow": "gray", "off": "tab:blue", "wide": "tab:cyan", "more tokens": "tab:purple", "replay": "tab:red",
+           "fixedstep": "tab:orange", "fixedstep skip": "gold", "fixedflop": "tab:green", "fixedflop skip": "yellowgreen"}
+SPARE = ("tab:brown", "tab:pink", "navy", "olive", "crimson", "teal", "orchid", "peru")
+
+
+def looks(runs) -> dict:
+    """{method or label: how to draw it}; of one method a larger size is a thicker line."""
+    chosen, result = {}, {}
+    least = min(r.cfg.max_tokens for r in runs)
+    sizes = sorted({(r.cfg.n_embd, r.cfg.n_layer) for r in runs})
+    for run in runs:
+        cfg = run.cfg
+        if cfg.guide != "off":
+            kind = cfg.guide + " skip" * (cfg.guide_skip and cfg.guide != "replay")
+        elif cfg.max_tokens > 1.005 * least:
+            kind = "more tokens"
+        elif cfg.ffn == "dense":
+            kind = "narrow" if "inner" in run.method else "dense"
+        else:
+            kind = "wide" if share_of_dense(cfg) > 0.5 else "off"
+        line, marker = LINES[cfg.ffn]
+        if run.method not in chosen:
+            taken = {colour for colour, other in chosen.values() if other == line}
+            chosen[run.method] = next((colour for colour in (COLOURS[kind], *SPARE) if colour not in taken), COLOURS[kind]), line
+        result[run.method] = {"color": chosen[run.method][0], "linestyle": line, "marker": marker}
+        result[run.label] = {**result[run.method], "linewidth": 1.5 + sizes.index((cfg.n_embd, cfg.n_layer))}
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,7 +197,7 @@ def panels(runs, fits) -> dict:
         lines = result.setdefault(axis, (axis, {}))[1]
         for r in runs:
             spent = r.axes[axis]
-            start = 0.15 * spent[r.last - 1]  # before it every loss falls off the page
+            start = 0.5 * spent[r.last - 1]  # what came before would leave the differences at the end no room
             for name, curve in ((r.label, zip(*r.val)), (f"_{r.label}", smoothed(*r.train))):
                 points = [(float(np.interp(step, np.arange(1, len(spent) + 1), spent)), loss) for step, loss in curve]
                 points = [point for point in points if point[0] >= start]
@@ -172,9 +208,18 @@ def panels(runs, fits) -> dict:
     if fits:
         lines = result.setdefault("whole runs: final validation loss", ("training FLOPs", {}))[1]
         for fit in fits:
-            name = f"{fit['method']}: slope {fit['slope']:.4f}" + (f" ± {fit['std_error']:.4f}" if fit["std_error"] is not None else "")
-            lines[f"*{name}"], lines[f"_{name}"] = fit["points"], fit["fitted"]
+            lines[f"*{slope(fit)}"], lines[f"_{slope(fit)}"] = fit["points"], fit["fitted"]
     return result
+
+
+def slope(fit) -> str:
+    return f"{fit['method']}: slope {fit['slope']:.4f}" + (f" ± {fit['std_error']:.4f}" if fit["std_error"] is not None else "")
+
+
+def draw_runs(path, runs, fits):
+    how = looks(runs)
+    how.update({slope(fit): how[fit["method"]] for fit in fits})
+    draw(path, "Validation loss, training loss faint", "loss, nats per token", {"": panels(runs, fits)}, looks=how, width=5.6, height=5.2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -189,7 +234,10 @@ def picture(path, title, n_rows=1, n_columns=1, width=4.2, height=3.4, **shared)
     figure, axes = pyplot.subplots(n_rows, n_columns, figsize=(max(6.5, width * n_columns), height * n_rows + 1), squeeze=False, layout="constrained", **shared)
     figure.suptitle(title)
     yield axes
-    handles = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    handles = {}
+    for ax in figure.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
     columns = int(figure.get_figwidth() / (0.6 + 0.085 * max(map(len, handles))))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=max(1, min(len(handles), columns)), frameon=False)
     figure.savefig(path, dpi=120)
@@ -197,12 +245,12 @@ def picture(path, title, n_rows=1, n_columns=1, width=4.2, height=3.4, **shared)
     print(f"picture  {path}")
 
 
-def draw(path, title, ylabel, panels, sharey=False, **size):
-    """panels: {row: {panel title: (xlabel, {line: [(x, y), ...]})}} -> a PNG with logarithmic axes; with a third entry "linear", linear ones.
+def draw(path, title, ylabel, panels, sharey=False, looks={}, **size):
+    """panels: {row: {panel title: (xlabel, {line: [(x, y), ...]})}} -> a picture with logarithmic axes; with a third entry "linear", linear ones.
 
-    A line "_NAME" is drawn faint in NAME's colour, "-NAME" without points, "*NAME" as points alone.
+    A line "_NAME" is drawn faint in NAME's colour, "-NAME" without points, "*NAME" as points alone. looks: {NAME: matplotlib's keywords}.
     """
-    styles = {"_": {"alpha": 0.4, "linewidth": 0.9}, "-": {}, "*": {"marker": "o", "linestyle": "none"}, "": {"marker": "o", "markersize": 3.5}}
+    styles = {"_": {"alpha": 0.25, "linewidth": 0.8, "marker": ""}, "-": {"marker": ""}, "*": {"linestyle": "none"}, "": {"markersize": 3.5}}
     names = list(dict.fromkeys(line.lstrip("_-*") for row in panels.values() for _, lines, *_ in row.values() for line in lines))
     with picture(path, title, len(panels), max(map(len, panels.values())), sharey=sharey, **size) as axes:
         for row_axes, row in zip(axes, panels.values()):
@@ -212,13 +260,50 @@ def draw(path, title, ylabel, panels, sharey=False, **size):
                 for line, points in lines.items():
                     name = line.lstrip("_-*")
                     i, paired = names.index(name), line[0] == "_" and {name, "*" + name} & lines.keys()
-                    style = {"linestyle": ("-", "--", ":")[i // 10 % 3], **styles[line[:-len(name)]]}
-                    ax.plot(*zip(*sorted(points)), color=f"C{i % 10}", label=None if paired else name, **style)
+                    style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3], "marker": "o", **looks.get(name, {}), **styles[line[:-len(name)]]}
+                    ax.plot(*zip(*sorted(points)), label=None if paired else name, **style)
                 kind = scale[0] if scale else "log"
                 ax.set(title=panel, xlabel=xlabel, xscale=kind, yscale=kind)
             row_axes[0].set_ylabel(ylabel)
         for ax in (ax for row_axes, row in zip(axes, panels.values()) for ax in row_axes[:len(row)]):
             number_axes(ax)
+
+
+def draw_points(path, title, xlabel, ylabel, points, **size):
+    """points: [(panel, line, x, y)] of one row of panels."""
+    panels = {}
+    for panel, line, x, y in points:
+        panels.setdefault(panel, (xlabel, {}))[1].setdefault(line, []).append((x, y))
+    draw(path, title, ylabel, {"": panels}, **size)
+
+
+def draw_speedups(path, title, rows, panel_of, line_of):
+    """Speed over dense of the structured rows against what varies; panel_of(row) -> (its row, its title)."""
+    panels = {}
+    for r in rows:
+        if r["ffn"] != "dense" and r["speedup"]:
+            across, name = panel_of(r)
+            fixed = f"{short(r['tokens'])} tokens" if r["sweep"] == "width" else f"width {r['width']}"
+            lines = panels.setdefault(across, {}).setdefault(f"{name}, {fixed}", (r["sweep"], {}))[1]
+            lines.setdefault(line_of(r), []).append((r[r["sweep"]], r["speedup"]))
+    if panels:
+        draw(path, title, "times as fast as dense", panels, sharey=True)
+    else:
+        print(f"no picture: {path} would show speed over dense, and the cases are not dense and a structure.")
+
+
+def draw_split(path, title, rows):
+    """Stacked bars of where a step's time goes."""
+    names = [r["ffn"] + ", guided" * r["guided"] for r in rows]
+    left = np.zeros(len(rows))
+    with picture(path, title, width=9) as ((ax,),):
+        for part in ("forward", "backward", "optimizer"):
+            width = np.array([r[f"{part}_ms"] for r in rows])
+            bars = ax.barh(names, width, left=left, label=part)
+            left += width
+        ax.bar_label(bars, [f"{short(r['tokens_per_s'])} tokens/s" for r in rows], padding=4)
+        ax.set(xlabel="milliseconds per step", xlim=(0, 1.25 * left.max()))
+        ax.invert_yaxis()
 
 
 def number_axes(ax):
@@ -232,8 +317,9 @@ def number_axes(ax):
     if len(xs) <= 13 and xs[-1] < 1e5 and all(x.is_integer() for x in xs):
         ax.set_xticks(xs, [short(x) if x >= 10_000 else f"{x:.0f}" for x in xs], rotation=45 if len(xs) > 4 else 0)
     else:
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter(lambda x, _: short(x) if x < 1e12 else f"{x:.0e}")
+        low, high = ax.get_xlim()
+        ax.xaxis.set_major_locator(MaxNLocator(5) if high < 8 * low else LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(lambda x, _: short(x) if x < 1e12 else f"{x:.2g}")
     low, high = ax.get_ylim()
     ax.yaxis.set_major_locator(MaxNLocator(6) if high < 3 * low else LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 30 * low else (1, 2, 5)))
     ax.yaxis.set_major_formatter(lambda y, _: short(y))

@@ -1,8 +1,8 @@
 """Decoding: batches of prompts through a KV cache, one small step per token, as one CUDA graph where there is CUDA.
 
 `ready` makes a loaded model fit for it: weights cast once, and each structured linear as its factors, merged to its dense
-equivalent (PAPER §3), or both with a table, measured on this card, that says which is faster for how many tokens. `Decoder` holds
-the static buffers and the step: model, choice of the token, bookkeeping, all on the device.
+equivalent (the paper's pre-merge), or both with a table, measured on this card, that says which is faster for how many tokens.
+`Decoder` holds the static buffers and the step: model, choice of the token, bookkeeping, all on the device.
 """
 import bisect
 import functools
@@ -52,7 +52,8 @@ def pick(logits, s, draw=None):
     """logits (B, V) -> the next tokens (B,): temperature, then top-k, top-p and min-p of s, then the inverse CDF at draw (B,)."""
     if s.temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / s.temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(s.temperature, 1e-30)  # the largest stays 0, at the smallest temperature too
     if 0 < s.top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(s.top_k).values[:, -1:], -torch.inf)
     p = logits.softmax(dim=-1)
@@ -100,12 +101,12 @@ def merge(linear) -> Dense:
     return dense
 
 
-def merge_model(model):
-    """Puts dense equivalents in the place of all structured linears."""
+def merge_model(model, instead=merge):
+    """Puts dense equivalents, or what instead(linear) gives, in the place of all structured linears."""
     for block in model.blocks:
         for name, linear in list(block.ffn.named_children()):
             if isinstance(linear, Structured):
-                setattr(block.ffn, name, merge(linear))
+                setattr(block.ffn, name, instead(linear))
 
 
 @contextmanager
@@ -115,6 +116,11 @@ def exact_matmuls():
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(before)
+
+
+def modes(device) -> tuple:
+    """How a linear may be launched there."""
+    return ("eager", "graph") if device.type == "cuda" else ("eager",)
 
 
 TOKENS = [2**i for i in range(13)]  # the numbers of tokens that are timed, 1 to 4096
@@ -207,7 +213,7 @@ def timed_on_gpu(once, graph) -> float:
 def measure(pairs, sizes=()) -> dict:
     """Choice.times of a model's Either modules, as they stand on their device, for TOKENS or other `sizes`; some seconds."""
     device, dtype = pairs[0].factors.V.device, pairs[0].factors.V.dtype
-    times = {mode: {} for mode in (("eager", "graph") if device.type == "cuda" else ("eager",))}
+    times = {mode: {} for mode in modes(device)}
     for shape in sorted({pair.shape for pair in pairs}):
         group = [pair for pair in pairs if pair.shape == shape]
         for mode in times:
@@ -253,6 +259,15 @@ def table_key(device, dtype) -> str:
     return ", ".join(parts + [str(dtype).removeprefix("torch.")])
 
 
+def shapes_of(times) -> set:
+    """The shapes that Choice.times holds; what is no such table raises ValueError, TypeError or AttributeError."""
+    for rows in times.values():
+        for row in rows.values():
+            if not row or not all(int(tokens) > 0 and 0 < factors < math.inf and 0 < merged < math.inf for tokens, (factors, merged) in row.items()):
+                raise ValueError
+    return set.intersection(*map(set, times.values()))
+
+
 def choose(model, pairs, path=None) -> dict:
     """Choice.times of a model's Either modules: from the file at path if it holds them for this card, these versions and shapes, else
     measured and kept there."""
@@ -262,8 +277,10 @@ def choose(model, pairs, path=None) -> dict:
         try:
             with open(path) as f:
                 tables = json.load(f)
-            known = tables.get(key, {}).get("eager", {}).keys()
-        except (ValueError, AttributeError):
+            known = shapes_of({mode: tables[key].get(mode, {}) for mode in modes(weight.device)}) if key in tables.keys() else known
+        except OSError as e:
+            raise UserError(f"cannot read {path} ({e.strerror}): delete it, and the speeds in it are measured again.") from None
+        except (ValueError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{path} is damaged: delete it, and the speeds of factors and dense equivalents are measured again.") from None
     if not {pair.shape for pair in pairs} <= known:
         new = measure(pairs)
@@ -283,29 +300,27 @@ def choose(model, pairs, path=None) -> dict:
 
 
 @torch.no_grad()
-def ready(model, decode, dtype, table=None):
-    """Makes a model in fp32 fit for decoding, in place. decode: structured | merged | auto; table: auto's file. Returns the model."""
-    choice = Choice({})
+def convert(model, decode, dtype) -> list:
+    """Turns a model in fp32 into the given form and precision, in place; returns its Either modules, whose choice is still to come."""
     for block in model.blocks:
         block.ffn.kernels = False  # training's, for many tokens and factors alone
     with exact_matmuls():
-        if decode == "merged":
-            merge_model(model)
-        elif decode == "auto":
-            for block in model.blocks:
-                for name, linear in list(block.ffn.named_children()):
-                    if isinstance(linear, Structured):
-                        setattr(block.ffn, name, Either(linear, merge(linear).to(dtype), choice))
+        if decode != "structured":
+            merge_model(model, merge if decode == "merged" else lambda linear: Either(linear, merge(linear).to(dtype), None))
     cos, sin = model.cos, model.sin
     model.to(dtype).requires_grad_(False).eval()
     model.cos, model.sin = cos, sin  # positions keep their digits
-    pairs = [module for module in model.modules() if isinstance(module, Either)]
-    if pairs:
-        choice.times = choose(model, pairs, table)
-        for pair in pairs:
-            pair.choice = choice
-        drop_unused(model, choice)
-    model.choice = choice
+    return [module for module in model.modules() if isinstance(module, Either)]
+
+
+@torch.no_grad()
+def ready(model, decode, dtype, table=None):
+    """Makes a model in fp32 fit for decoding, in place. decode: structured | merged | auto; table: auto's file. Returns the model."""
+    pairs = convert(model, decode, dtype)
+    model.choice = choice = Choice(choose(model, pairs, table) if pairs else {})
+    for pair in pairs:
+        pair.choice = choice
+    drop_unused(model, choice)
     return model
 
 

@@ -6,8 +6,8 @@
     python prepare.py --dataset=text --input='texts/*.txt.xz' --tokenizer=spm:16384 --data_dir=data/mine
     python prepare.py config/s.py                                        # RefinedWeb in LLaMA's vocabulary
 
-Writes train.bin, val.bin and the tokenizer into data_dir, all or nothing. The chapters: token files, tokenizers, sources,
-the validation split, tokenising on all cores, the data folder.
+Writes train.bin, val.bin and the tokenizer into data_dir, all or nothing. The chapters: token files, sources, the validation
+split, tokenising on all cores, the data folder. tokenizer.py has the tokenizers.
 """
 import contextlib
 import fcntl
@@ -39,6 +39,7 @@ import numpy as np
 
 import config
 from config import UserError
+from tokenizer import load_tokenizer, package, pinned, reason, remote, short_hash, tokenizer_from_blob, train_sentencepiece
 
 MB = 1 << 20
 
@@ -173,165 +174,6 @@ class TokenFile:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tokenizers: a function text -> ids, and the bytes of every id
-
-class Tokenizer:
-    """identity pins the exact vocabulary, blob rebuilds it (tokenizer_from_blob), eos ends every document.
-
-    encode(str) -> ids without EOS; text that looks like a special token is ordinary text. decode_bytes(ids) is the exact
-    concatenation of the ids' bytes (it may end inside a UTF-8 sequence), decode(ids) the same as str; EOS is empty.
-    """
-
-    def __init__(self, identity, blob, encode, table, eos, piece=MB // 16):
-        self.identity, self.blob, self.encode, self.table, self.eos = identity, blob, encode, table, eos
-        self.vocab_size = len(table)
-        self.piece = piece  # bytes of text encoded at a time: BPE slows down and takes 100 bytes of memory a byte
-
-    def decode_bytes(self, ids) -> bytes:
-        return b"".join(self.table[i] for i in ids)
-
-    def decode(self, ids) -> str:
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-
-def load_tokenizer(name, sample=()) -> Tokenizer:
-    """gpt2 | llama | byte | a sentencepiece .model | spm:VOCAB, trained on `sample`, an iterable of str. Raises UserError."""
-    if name == "byte":
-        return tokenizer_from_blob("byte", b"")
-    if name == "gpt2":
-        tiktoken = _package("tiktoken", "tokenizer=gpt2")
-        gpt2 = _remote(lambda: tiktoken.get_encoding("gpt2"), "GPT-2's vocabulary", "--tokenizer=spm:16384, trained on the corpus")
-        tokens = (gpt2.decode_single_token_bytes(i) for i in range(gpt2.eot_token))
-        return tokenizer_from_blob("gpt2", "\n".join(map(bytes.hex, tokens)).encode())
-    if name.startswith("spm:"):
-        with _pool(1) as child:  # whose 400 MB go with it
-            blob = child.submit(_train_sentencepiece, int(name[4:]), list(sample)).result()
-    else:
-        path = _llama_model() if name == "llama" else name
-        try:
-            with open(path, "rb") as f:
-                blob = f.read()
-        except OSError as e:
-            raise UserError(f"cannot read the tokenizer {path}: {e.strerror}.") from None
-    return tokenizer_from_blob(f"{os.path.basename(name)}@{_sha(blob)}", blob)
-
-
-def tokenizer_from_blob(identity, blob) -> Tokenizer:
-    """Rebuilds a tokenizer from what a data folder or a model.pt keeps of it, without network. Raises UserError."""
-    name, _, sha = identity.partition("@")
-    if sha and sha != _sha(blob):
-        raise UserError(f"the vocabulary stored for {identity} is damaged: it hashes to {_sha(blob)}.")
-    if name == "byte":
-        return Tokenizer("byte", b"", lambda text: list(text.encode()), [bytes([i]) for i in range(256)] + [b""], 256)
-    return _gpt2(blob) if name == "gpt2" else _sentencepiece(identity, blob)
-
-
-def _sha(data):
-    return hashlib.sha256(data).hexdigest()[:12]
-
-
-GPT2_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # of the GPT-2 release
-
-
-def _gpt2(blob):
-    """blob: one token a line, in hex, in the order of rank."""
-    tiktoken = _package("tiktoken", "tokenizer=gpt2")
-    table = [bytes.fromhex(line) for line in blob.decode().split()]
-    encoding = tiktoken.Encoding("gpt2", pat_str=GPT2_WORDS, mergeable_ranks={t: i for i, t in enumerate(table)}, special_tokens={})
-    return Tokenizer("gpt2", blob, encoding.encode_ordinary, table + [b""], len(table))
-
-
-def _sentencepiece(identity, blob):
-    """A given model is taken as it is: LLaMA's puts a space before every text (in token files: before every 256 kB of a
-    longer document), which decode shows. A model trained here adds nothing and gives every byte back."""
-    sp = _package("sentencepiece", f"tokenizer={identity}").SentencePieceProcessor()
-    try:
-        sp.LoadFromSerializedProto(blob)
-    except RuntimeError:
-        raise UserError(f"{identity.partition('@')[0]} is not a sentencepiece model.") from None
-    if sp.eos_id() < 0:
-        raise UserError(f"{identity.partition('@')[0]} has no end-of-sequence piece to put behind a document.")
-    table = []
-    for i in range(sp.get_piece_size()):
-        text = "" if sp.is_control(i) else "\ufffd" if sp.is_unknown(i) else sp.id_to_piece(i)
-        table.append(bytes.fromhex(text[3:5]) if sp.is_byte(i) else text.replace("▁", " ").encode())  # a byte reads <0x0A>
-    if not identity.startswith("spm:"):
-        return Tokenizer(identity, blob, sp.encode, table, sp.eos_id(), piece=MB // 4)
-    underline = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
-
-    def encode_word(word):  # sentencepiece writes a space as ▁, so a ▁ of the text has to go as bytes
-        first, *rest = word.split("▁")
-        return sp.encode(first) + [i for part in rest for i in underline + sp.encode(part)]
-
-    remembered = functools.lru_cache(1 << 15)(encode_word)
-
-    def encode(text):  # no piece has a space behind another character, so words are independent; most were seen before
-        words = re.findall(" *[^ ]+| +", text)
-        return list(itertools.chain.from_iterable(remembered(w) if len(w) <= 32 else encode_word(w) for w in words))
-
-    return Tokenizer(identity, blob, encode, table, sp.eos_id())
-
-
-def _train_sentencepiece(vocab_size, sample):
-    """BPE with byte fallback that keeps the text as it is: no normalisation, every space and line end in some piece."""
-    trainer = _package("sentencepiece", f"tokenizer=spm:{vocab_size}").SentencePieceTrainer
-    model = io.BytesIO()
-    try:
-        trainer.train(
-            sentence_iterator=iter(sample), model_writer=model, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
-            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, split_digits=True, unk_id=0, eos_id=1, bos_id=-1, pad_id=-1, minloglevel=3)
-    except RuntimeError as e:
-        raise UserError(f"sentencepiece cannot train {vocab_size} pieces on this corpus ({str(e).split('] ')[-1].strip(' .')}): "
-                        "give another --tokenizer=spm:VOCAB, or --tokenizer=byte.") from None
-    return model.getvalue()
-
-
-def _llama_model():
-    """The path of LLaMA's 32 000 pieces: the hub client's cached copy, or a download from a public repository."""
-    hub = _package("huggingface_hub", "tokenizer=llama")
-    place = ("hf-internal-testing/llama-tokenizer", "tokenizer.model")
-
-    def download():
-        hub.get_hf_file_metadata(hub.hf_hub_url(*place), timeout=10)  # tries once, so that it fails at once
-        return hub.hf_hub_download(*place)
-
-    cached = hub.try_to_load_from_cache(*place)
-    instead = "--tokenizer=spm:32000, trained on the corpus, or the path of its tokenizer.model"
-    return cached if isinstance(cached, str) else _remote(download, "LLaMA's vocabulary", instead)
-
-
-def _package(name, user):
-    try:
-        return __import__(name)
-    except ImportError:
-        raise UserError(f"{user} needs the package {name}: pip install {name}.") from None
-
-
-def _remote(call, what, instead, seconds=40):
-    """call(), which asks the network; a failure or a silence is one sentence that names what works without."""
-    answers = []
-
-    def ask():
-        try:
-            answers.append((call(), None))
-        except Exception as e:  # whatever a client raises goes into the sentence
-            answers.append((None, _reason(e)))
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    answer, error = answers[0] if answers else (None, f"no answer in {seconds} s")
-    if error:
-        raise UserError(f"{what} cannot be fetched ({error}); without network use {instead}.")
-    return answer
-
-
-def _reason(e):
-    return textwrap.shorten(f"{type(e).__name__}: {e}", 120, placeholder=" ...")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Sources: generators of (bytes of UTF-8, last), where last ends a document; only text over 64 MB comes in several pieces
 
 LARGEST = 64 * MB
@@ -355,6 +197,10 @@ def open_source(cfg, settings, meter):
         return f"stdlib: Python {sys.version.split()[0]}, {len(files)} files", [([stdlib_documents(files, meter)], share)]
     if cfg.dataset == "text":
         files, val_files = text_files(cfg.input), text_files(cfg.val_input)
+        held_out = set(map(os.path.realpath, val_files))
+        for path in files:
+            if os.path.realpath(path) in held_out:
+                raise UserError(f"{path} is among both --input and --val_input, so the model would train on what validates it: leave it out of one.")
         meter["total"] = sum(map(os.path.getsize, files + val_files))
         column = f", column {settings.column}" if ".jsonl" in "".join(files + val_files) else ""
         parts, val_parts = ([text_documents(path, settings.column, meter) for path in group] for group in (files, val_files))
@@ -371,7 +217,7 @@ def _describe_files(files, val_files):
     """With a hash over names and sizes: the same files by another path are the same source."""
     listing = [[(os.path.basename(path), os.path.getsize(path)) for path in group] for group in (files, val_files)]
     names = textwrap.shorten(" ".join(map(os.path.basename, files + val_files)), 200, placeholder=" ...")
-    return f"text: {len(files)} + {len(val_files)} files ({names}) @{_sha(json.dumps(listing).encode())}"
+    return f"text: {len(files)} + {len(val_files)} files ({names}) @{short_hash(json.dumps(listing).encode())}"
 
 
 def stdlib_documents(files, meter):
@@ -449,36 +295,41 @@ def _json_lines(file, path, column):
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as e:
-                raise UserError(f"{path} line {number} is not JSON in UTF-8 ({_reason(e)}).") from None
+            except (ValueError, RecursionError) as e:
+                raise UserError(f"{path} line {number} is not JSON in UTF-8 ({reason(e)}).") from None
             yield _field(row, column, f"{path} line {number}"), True
 
 
 def _field(row, column, where):
     """The text of a row as UTF-8, null as empty; half a surrogate pair, which UTF-8 cannot hold, becomes a question mark."""
-    if not isinstance(row, dict) or not isinstance(row.get(column, 0), str | None):
-        found = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise UserError(f"{where} has no text in the column {column}, it has {found}: give --column=NAME.")
-    return (row[column] or "").encode("utf-8", errors="replace")
+    if isinstance(row, dict) and isinstance(row.get(column, 0), str | None):
+        return (row[column] or "").encode("utf-8", errors="replace")
+    if not isinstance(row, dict):
+        found = f"it has a {type(row).__name__}"
+    elif column in row:
+        found = f"there stands a value of type {type(row[column]).__name__}"
+    else:
+        found = textwrap.shorten(f"it has {', '.join(row) or 'no column'}", 200)
+    raise UserError(f"{where} has no text in the column {column}, {found}: give --column=NAME.")
 
 
 def hub_documents(name, settings, seed):
     """A Hugging Face dataset (or a folder of its files) as a stream whose shards are shuffled by the seed."""
-    datasets, hub = (_package(package, f"dataset={name}") for package in ("datasets", "huggingface_hub"))
+    datasets, hub = (package(needed, f"dataset={name}") for needed in ("datasets", "huggingface_hub"))
 
     def connect():
         if not os.path.isdir(name):
             hub.HfApi().dataset_info(name, timeout=10)  # tries once, so that it fails at once
         return datasets.load_dataset(name, settings.hf_config or None, split=settings.hf_split, streaming=True)
 
-    stream = _remote(connect, f"the dataset {name}", "--dataset=stdlib, or --dataset=text --input=FILES")
+    stream = remote(connect, f"the dataset {name}", "--dataset=stdlib, or --dataset=text --input=FILES")
     try:
         for row in stream.shuffle(seed=seed, buffer_size=1):  # the shards; _shuffled does the documents
             yield _field(row, settings.column, f"the dataset {name}"), True
     except UserError:
         raise
     except Exception as e:
-        raise UserError(f"the stream of {name} broke off ({_reason(e)}): nothing is kept, run the command again.") from None
+        raise UserError(f"the stream of {name} broke off ({reason(e)}): nothing is kept, run the command again.") from None
 
 
 def _shuffled(documents, seed, size=LARGEST):
@@ -533,7 +384,7 @@ def _sample(parts, share, size=16 * MB):
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenising on all cores: the main process reads and writes, the others encode; what is under way is bounded in bytes
 
-BATCH = MB // 2
+BATCH, MOST_WORKERS = MB // 2, 512
 
 
 def _batches(streams, wanted, piece, meter):
@@ -627,6 +478,8 @@ def check(cfg, settings):
     for name in ("train_tokens", "val_tokens", "workers"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name}={getattr(settings, name)} must not be negative.")
+    if settings.workers > MOST_WORKERS:
+        raise UserError(f"workers={settings.workers} must be at most {MOST_WORKERS}: give about one for each core.")
     if cfg.dataset == "text" and not cfg.input:
         raise UserError("dataset=text needs its files: give --input=FILES (names or globs, separated by commas).")
     if cfg.dataset != "text" and (cfg.input or cfg.val_input):
@@ -661,9 +514,18 @@ def prepare(cfg, settings) -> str:
     return folder
 
 
+def make_tokenizer(name, parts, share):
+    """load_tokenizer, or spm:VOCAB trained on the head of the parts."""
+    if not name.startswith("spm:"):
+        return load_tokenizer(name)
+    with _pool(1) as child:  # whose 400 MB go with it
+        blob = child.submit(train_sentencepiece, int(name[4:]), list(_sample(parts, share))).result()
+    return tokenizer_from_blob(pinned(name, blob), blob)
+
+
 def _write_folder(folder, cfg, settings):
     start, meter = time.monotonic(), Counter()
-    tokenizer = load_tokenizer(cfg.tokenizer, _sample(*open_source(cfg, settings, Counter())[1][0]))
+    tokenizer = make_tokenizer(cfg.tokenizer, *open_source(cfg, settings, Counter())[1][0])
     source, streams = open_source(cfg, settings, meter)
     budgets = (float("inf"), float("inf")) if meter["total"] else (settings.train_tokens, settings.val_tokens)
     new = functools.partial(TokenWriter, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.identity, source=source)

@@ -65,9 +65,9 @@ if __name__ == "__main__":
 
 import torch
 
-import prepare
 from decode import Decoder, Row, exact_matmuls, largest_batch, merge_model, padded, ready, row_key
 from model import load, save_beside
+from tokenizer import tokenizer_from_blob
 from train import pick_device, short
 
 
@@ -99,8 +99,9 @@ def read_prompts(s) -> list:
         if s.prompts.endswith((".jsonl", ".json")):
             try:
                 record = json.loads(line)
-            except ValueError:
-                raise UserError(f"line {number} of {s.prompts} is not JSON: write one object a line, such as {{\"prompt\": \"text\"}}.") from None
+                json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # NaN and half a surrogate pair could not be written again
+            except (ValueError, RecursionError):
+                raise UserError(f"line {number} of {s.prompts} is not JSON in UTF-8: write one object a line, such as {{\"prompt\": \"text\"}}.") from None
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise UserError(f"line {number} of {s.prompts} has no field \"prompt\" that holds text.")
         if not record["prompt"]:
@@ -191,7 +192,11 @@ def write_merged(path, model, cfg, saved, prompt):
         merge_model(model)
         after = model(tokens)
     cfg.ffn, cfg.rank, cfg.nblocks, cfg.guide = "dense", 0, 0, "off"
-    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+    try:
+        os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+        open(target + ".tmp", "wb").close()  # save_beside's, whose own complaint is not an OSError
+    except OSError as e:
+        raise UserError(f"cannot write {target} ({e.strerror}): make its folder writable, or copy the model to one that is.") from None
     save_beside({**saved, "config": config.to_dict(cfg), "model": model.state_dict()}, target)
     print(f"{target}: dense, {short(sum(p.numel() for p in model.parameters()))} parameters; largest logit difference "
           f"{(before - after).abs().max():.1e} over {tokens.size(1)} tokens (logits up to {before.abs().max():.1f})")
@@ -210,7 +215,7 @@ def fit_batch(cfg, s, n_rows, length, device, dtype) -> int:
 def main(path, s):
     device = pick_device(s.device)
     model, cfg, saved = load(path, device)
-    tokenizer = prepare.tokenizer_from_blob(saved["tokenizer"]["identity"], saved["tokenizer"]["blob"].numpy().tobytes())
+    tokenizer = tokenizer_from_blob(saved["tokenizer"]["identity"], saved["tokenizer"]["blob"].numpy().tobytes())
     records = read_prompts(s)
     prompts = [encode(record["prompt"], tokenizer, cfg, f" in line {n} of {s.prompts}" if s.prompts else "") for n, record in enumerate(records, 1)]
     if s.merge:

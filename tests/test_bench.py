@@ -1,7 +1,9 @@
 """bench and curves: numbers that agree with each other and with counts of our own, on a CPU and small; fits of known power laws; mistakes."""
 import dataclasses
+import itertools
 import json
 import math
+import os
 import shutil
 import time
 import types
@@ -15,10 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import config
 import curves
+import model
 import train
 from bench import CASES, Settings, compared, timed, with_case
 from config import Config
-from conftest import LOWRANK, assert_one_sentence
+from conftest import LOWRANK, ROOT, assert_one_sentence
 from model import FFN, GPT
 from structured import linear
 
@@ -45,7 +48,7 @@ def rows(cli, tmp_path):
 
 
 def multiply_adds(ffn, n, m, rank, blocks):
-    """PAPER §1's table, matrix by matrix."""
+    """The paper's table, matrix by matrix."""
     smaller = min(n, m)
     return {"dense": n * m, "lowrank": rank * n + m * rank, "blockdense": rank * n // max(blocks, 1) + m * rank,
             "blockshuffle": smaller * n // max(blocks, 1) + m * smaller // max(blocks, 1)}[ffn]
@@ -182,9 +185,23 @@ def test_train(rows, guide):
         assert r["speedup"] == near(found[0]["ms"] / r["ms"])
         assert r["mfu"] is None and r["gib"] is None
         assert r["flops_per_token"] == (found[0] if r["guided"] else r)["flops_per_token"]
-    # PAPER §4 by hand: qkv and proj, scores and values, the FFNs (layer 0 dense), the head; forward and backward
+    # by hand: qkv and proj, scores and values, the FFNs (layer 0 dense), the head; forward and backward
     blocks = 2 * (4 * 32 * 32 + 2 * 16 * 32) + 64 * 32
     assert [r["flops_per_token"] for r in found[:2]] == [6 * (blocks + 2 * 2 * 32 * 128), 6 * (blocks + 2 * 32 * 128 + 2 * 8 * (32 + 128))]
+
+
+def test_parts_of_a_step_are_of_the_steps_that_are_timed(rows, monkeypatch):
+    """Of a forward that takes longer each time, so that timed apart the parts would not add up."""
+    forward, calls = GPT.forward, itertools.count(1)
+
+    def slower(self, *inputs):
+        time.sleep(0.01 * next(calls))
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(GPT, "forward", slower)
+    r, = rows("train", *SMALL, "--cases=dense")
+    assert next(calls) == 1 + 1 + 2 and min(r["forward_ms"], r["backward_ms"], r["optimizer_ms"]) > 0
+    assert r["forward_ms"] + r["backward_ms"] + r["optimizer_ms"] == near(r["ms"]) and 25 < r["forward_ms"] < r["ms"]
 
 
 def test_train_beside_plain_torch(rows, monkeypatch):
@@ -358,6 +375,36 @@ def test_a_short_run_is_drawn_beside_a_long_one(tmp_path):
         assert {r.label for r in runs} <= curves.panels(runs, [])[axis][1].keys(), axis
 
 
+def test_pictures_show_the_second_half(tmp_path):
+    run = curves.read_run(write_run(tmp_path / "run"))
+    curves.name_runs([run])
+    for axis, (_, lines) in curves.panels([run], []).items():
+        end = run.axes[axis][-1]
+        assert [x for x, _ in lines[run.label]][-2:] == pytest.approx(run.axes[axis][[11, 15]])
+        assert all(end / 2 <= x <= end for line in lines.values() for x, _ in line)
+
+
+def test_a_method_looks_the_same_in_every_picture(tmp_path):
+    """At another width, in another order and company; and no two methods of a picture look alike."""
+    low = {"ffn": "lowrank", "rank": 8}
+    settings = {"dense": {}, "narrow": {"ffn_dim": 64}, "low": low, "low63": {"ffn": "lowrank", "rank": 16}, "step": {**low, "guide": "fixedstep"},
+                "skip": {**low, "guide": "fixedstep", "guide_skip": True}, "flop": {**low, "guide": "fixedflop"}, "replay": {**low, "guide": "replay"},
+                "more": {**low, "max_tokens": 1536}, "shuffle": {"ffn": "blockshuffle", "nblocks": 4}, "block": {"ffn": "blockdense", "rank": 12, "nblocks": 4}}
+    wide = {name: {**s, "n_embd": 64, **{k: 2 * s[k] for k in ("rank", "ffn_dim") if k in s}} for name, s in settings.items() if name not in ("narrow", "skip")}
+    pictures = []
+    for width, chosen in (("small", settings), ("wide", dict(reversed(wide.items())))):
+        runs = {name: curves.read_run(write_run(tmp_path / width / name, **s)) for name, s in chosen.items()}
+        curves.name_runs(list(runs.values()))
+        how = curves.looks(list(runs.values()))
+        assert len({str(how[run.label]) for run in runs.values()}) == len(runs)
+        pictures.append({name: how[run.method] for name, run in runs.items()})
+    assert {name: pictures[0][name] for name in wide} == pictures[1]
+    assert pictures[0]["dense"]["color"] == "black" and pictures[0]["low"]["color"] == pictures[0]["shuffle"]["color"] != pictures[0]["step"]["color"]
+    rates = [curves.read_run(write_run(tmp_path / f"lr{lr}", lr=lr)) for lr in (1e-3, 2e-3)]
+    curves.name_runs(rates)
+    assert len({how["color"] for how in curves.looks(rates).values()}) == 2
+
+
 def test_distance_to_dense_is_on_the_same_batches(tmp_path):
     runs = [curves.read_run(write_run(tmp_path / name, **s)) for name, s in {"a": {}, "b": {"ffn": "lowrank", "rank": 8}, "c": {"seed": 3}}.items()]
     curves.name_runs(runs)
@@ -396,9 +443,70 @@ def test_folders_that_are_no_runs_are_one_sentence(cli, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Mistakes
 
+def test_one_micro_batch_is_the_batch(cli, tmp_path):
+    found = bench.read_settings(["train", str(ROOT / "config/s.py"), "--micro_batch_size=48"])[1]
+    assert (found.batch_size, found.micro_batch_size) == (48, 48)
+    for argv in (["--micro_batch_size=0"], ["--micro_batch_size=x"]):
+        result = cli("bench.py", "train", *argv)
+        assert_one_sentence(*result)
+        assert f"error: {argv[0][2:]} " in result[2]
+
+
+def test_decode_asks_for_no_case_of_the_papers():
+    assert bench.read_settings(["decode", "--n_embd=90", "--n_head=3"])[1].n_embd == 90  # which has no four blocks
+
+
+def test_an_exhausted_memory_is_seen_through_what_it_causes():
+    try:
+        try:
+            out_of_memory()
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+    except RuntimeError as e:
+        assert bench.out_of_memory(e)
+    assert not bench.out_of_memory(RuntimeError("shapes"))
+
+
+def test_what_cannot_be_written_is_told_before_anything_runs(without_torch, tmp_path, monkeypatch):
+    for argv, told in ((f"--plot={tmp_path}/a", "must end in .png, .pdf or .svg"), (f"--plot={tmp_path}/a.tiff", "must end in .png"), (f"--json={tmp_path}", "cannot be written"),
+                       (f"--json={ROOT}/bench.py/a", "folder of"), (f"--plot={tmp_path}/no/a.png", "folder of")):
+        result = without_torch("bench.py", "ffn", argv)
+        assert_one_sentence(*result)
+        assert told in result[2]
+    assert not list(tmp_path.iterdir())
+    bench.read_settings(["ffn", f"--json={tmp_path}/a", f"--plot={tmp_path}/a.svg"])
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(config.UserError, match="a.svg cannot be written"):
+        bench.read_settings(["ffn", f"--plot={tmp_path}/a.svg"])
+
+
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 EiB")
+
+
+@pytest.mark.parametrize("command, argv, skipped", [
+    ("ffn", ["--widths=32", "--tokens=7,999", "--cases=dense,lowrank32"], [("dense", 999), ("lowrank 32 %", 999)]),
+    ("train", ["--ffn=lowrank", "--rank=9"], [("lowrank R=9", None)]), ("prefill", ["--ffn=lowrank", "--rank=9", "--batches=1", "--tokens=8"], [("lowrank R=9", None)])])
+def test_a_case_beyond_memory_is_a_row_and_the_others_run(rows, monkeypatch, command, argv, skipped):
+    randn, build = torch.randn, model.build
+    monkeypatch.setattr(torch, "randn", lambda *size, **kw: out_of_memory() if 999 in size else randn(*size, **kw))
+    monkeypatch.setattr(model, "build", lambda cfg, *a: out_of_memory() if cfg.rank == 9 else build(cfg, *a))
+    found = rows(command, *(SMALL if command != "ffn" else FAST), *argv)
+    assert [(r["ffn"], r.get("tokens")) for r in found if "note" in r] == skipped and {r.get("note", "out of memory") for r in found} == {"out of memory"}
+    assert len([r for r in found if "ms" in r]) == {"ffn": 4, "train": 1, "prefill": 1}[command]
+
+
+@pytest.mark.parametrize("command", ["decode", "crossover", "train"])
+def test_a_model_beyond_memory_is_one_sentence(cli, monkeypatch, command):
+    monkeypatch.setattr(model if command != "train" else train, "build" if command != "train" else "set_up", out_of_memory)
+    status, _, err = cli("bench.py", command, *SMALL, *LOWRANK, "--prompt_tokens=1", "--new_tokens=2")
+    assert status == 2 and err == f"error: the memory does not hold what {command} needs here: give a smaller model, batch or number of tokens.\n"
+
+
 @pytest.mark.parametrize("argv, words", [
     (["kernels"], "kernels kernel ffn train prefill"), (["ffn", "--width=3"], "width widths"), (["ffn", "--widths=12,x"], "widths 12,x whole"),
-    (["ffn", "--tokens=0"], "tokens 0"), (["prefill", "--batches=-1"], "batches -1"), (["ffn", "--cases=lowrank30"], "lowrank30 lowrank32"),
+    (["ffn", "--tokens=0"], "tokens 0"), (["ffn", "--tokens=100000000000000000000"], "tokens 99999999"), (["ffn", "--repeats=-1"], "repeats=-1 negative"),
+    (["train", "--warmup=-1"], "warmup=-1 negative"), (["crossover"], "crossover ffn=dense"), (["crossover", "--ffn=lowrank", "--rank=8", "--n_dense_layers=12"], "n_dense_layers=12 n_layer=12 none"), (["prefill", "--batches=-1"], "batches -1"), (["ffn", "--cases=lowrank30"], "lowrank30 lowrank32"),
     (["train", "--cases=dense,,"], "cases"), (["ffn", "--widths=64,30"], "nblocks 30 120"), (["train", "--ffn=lowrank"], "rank"),
     (["ffn", "--json=/no/such/folder/x"], "/no/such/folder/x folder"), (["train", "--plot=/no/such/folder/x.png"], "folder"),
     (["ffn", "--repeats=many"], "repeats many"), (["curves"], "curves out/NAME"), (["curves", "--plots=x"], "plots plot")])

@@ -3,6 +3,7 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -273,9 +274,20 @@ def test_table_of_another_card_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "TOKENS", [1])
     ready(make(ffn="blockshuffle", nblocks=2), "auto", torch.float32, str(path))
     assert len(json.loads(path.read_text())) == 2
-    path.write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        ready(make(ffn="blockshuffle", nblocks=2), "auto", torch.float32, str(path))
+
+
+def test_a_damaged_table_is_one_sentence(tmp_path, monkeypatch):
+    path = tmp_path / "decode.json"
+    monkeypatch.setattr(decode, "TOKENS", [1])
+    key = decode.table_key(torch.device("cpu"), torch.float32)
+    shape = decode.shape_of(make(ffn="blockshuffle", nblocks=2).blocks[1].ffn.fc1)
+    tables = [{key: value} for value in (3, [], {"eager": 3}, {"eager": {shape: {}}}, {"eager": {shape: {"one": [1, 2]}}}, {"eager": {shape: {"1": [1, "2"]}}},
+                                         {"eager": {shape: {"1": [1]}}}, {"eager": {shape: {"1": [0, 1]}}})]
+    for text in ("{", "[]", "[" * 100_000, *map(json.dumps, tables)):
+        path.write_text(text)
+        with pytest.raises(UserError, match="decode.json is damaged: delete it"):
+            ready(make(ffn="blockshuffle", nblocks=2), "auto", torch.float32, str(path))
+        assert path.read_text() == text
 
 
 def test_batch_beyond_memory_names_the_largest(monkeypatch):
@@ -342,6 +354,16 @@ def test_merge_writes_a_dense_model_with_the_same_text(folder, capsys):
         say(capsys, merged, merge=True)
 
 
+def test_merge_into_a_folder_that_cannot_be_written(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("decode.json"))
+    (tmp_path / "run-merged").write_text("a file where the folder would be")
+    (tmp_path / "run" / "model-merged.pt.tmp").mkdir()
+    for model, target in ((tmp_path / "run", "run-merged/model.pt"), (tmp_path / "run" / "model.pt", "run/model-merged.pt")):
+        with pytest.raises(UserError, match=f"cannot write .*{target} "):
+            say(capsys, model, merge=True)
+    assert sorted(os.listdir(tmp_path)) == ["run", "run-merged"] and sorted(os.listdir(tmp_path / "run")) == ["model-merged.pt.tmp", "model.pt"]
+
+
 def test_bad_input_is_one_sentence_each(folder, tmp_path, monkeypatch):
     def refused(match, **kw):
         with pytest.raises(UserError, match=match) as e:
@@ -362,6 +384,8 @@ def test_bad_input_is_one_sentence_each(folder, tmp_path, monkeypatch):
     refused("not UTF-8", prompt="\udcff")
     refused("line 1 of .* is not JSON", prompts=file(b"{]\n", "f.jsonl"))
     refused("no field \"prompt\"", prompts=file(b'{"text": "x"}\n', "f.jsonl"))
+    for line in (b'{"prompt": "a", "id": "\\ud800"}', b'{"prompt": "a", "id": NaN}', b'{"prompt": "a", "id": 1e999}', b"[" * 100_000, b'{"prompt": "\\udcff"}'):
+        refused("line 2 of .* is not JSON in UTF-8", prompts=file(b'{"prompt": "a"}\n' + line, "f.jsonl"))
     monkeypatch.setattr(decode, "free_bytes", lambda device: 2**28 + 2**25)
     refused("a batch of 2000 sequences .* largest that fits is", prompts=file(b"x\n"), n_samples=2000, batch_size=4000)
     for bad in (["--top_p=0"], ["--top_p=1.5"], ["--prompt="], ["--prompt=a", "--prompts=b"], ["--decode=fast"]):
@@ -406,4 +430,20 @@ def test_bench_crossover_shows_what_auto_chose(cli, tmp_path):
     for r in map(json.loads, out.read_text().splitlines()):
         chosen = r["factors_ms" if r["auto"] == "factors" else "merged_ms"]
         assert r["behind"] == pytest.approx(chosen / min(r["factors_ms"], r["merged_ms"]) - 1)
+        assert (r["launch"], r["of"]) == ("eager", "linear")
     assert (tmp_path / "c.png").exists()
+
+
+def test_bench_crossover_shows_the_times_of_the_step_that_one_sequence_takes(cli, tmp_path, monkeypatch):
+    """Where that step is one kernel, auto goes by it, though each linear by itself says otherwise."""
+    def measure(pairs, sizes=()):
+        return {mode: {pair.shape: {str(t): [1.0, 2.0] for t in sizes or decode.TOKENS} for pair in pairs} for mode in ("eager", "graph")}
+
+    monkeypatch.setattr(decode, "measure", measure)
+    monkeypatch.setattr(decode, "measure_one", lambda model, pairs: {pair.shape: [0.4, 0.3] for pair in pairs if model.blocks[1].ffn.fc1 in pairs})
+    out = tmp_path / "rows.jsonl"
+    assert cli("bench.py", "crossover", *SMALL, f"--json={out}")[0] == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    of_step = [r for r in rows if r["of"] == "step"]
+    assert len(of_step) == 2 and all((r["launch"], r["tokens"], r["factors_ms"], r["merged_ms"], r["auto"]) == ("graph", 1, 0.4, 0.3, "merged") for r in of_step)
+    assert all((r["factors_ms"], r["auto"]) == (1.0, "factors") for r in rows if r["of"] == "linear") and len(rows) > 40

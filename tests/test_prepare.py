@@ -287,7 +287,9 @@ def test_jsonl_columns(tmp_path):
     ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl line 2 is not JSON"),
     ("a.jsonl", b'{"text": "a\xff"}', "a.jsonl line 1 is not JSON in UTF-8"),
     ("a.jsonl", b'["a"]', "line 1 has no text in the column text, it has a list"),
-    ("a.jsonl", b'{"text": 5}', "line 1 has no text in the column text")])
+    ("a.jsonl", b'{"text": 5}', "line 1 has no text in the column text, there stands a value of type int"),
+    ("a.jsonl", b'{}', "line 1 has no text in the column text, it has no column"),
+    ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "a.jsonl line 1 is not JSON in UTF-8 .RecursionError")])
 def test_damaged_input_is_refused_with_its_place(tmp_path, name, data, sentence):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=sentence):
@@ -388,6 +390,20 @@ def test_validation_input(tmp_path):
         make(tmp_path, "other", input=str(a), val_input=str(empty))
     with pytest.raises(UserError, match="no text in .*empty.txt"):
         make(tmp_path, "other", input=str(empty))
+    with pytest.raises(UserError, match="there is no text to train the tokenizer spm:400 on"):
+        make(tmp_path, "other", input=str(empty), tokenizer="spm:400")
+
+
+def test_a_validation_file_among_the_training_files_is_refused(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        write_corpus(tmp_path / name, corpus(50))
+    (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
+    for val in ("b.txt", "link.txt"):
+        with pytest.raises(UserError, match="b.txt is among both --input and --val_input"):
+            make(tmp_path, input=f"{tmp_path}/a.txt,{tmp_path}/b.txt", val_input=f"{tmp_path}/{val}")
+    assert not (tmp_path / "data").exists()
+    train, val, _ = make(tmp_path, input=f"{tmp_path}/a.txt", val_input=f"{tmp_path}/b.txt")  # equal text in two files is the user's affair
+    assert train.count == val.count
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -554,6 +570,7 @@ def test_the_command_line_from_text_to_open_data(tmp_path):
     (["--tokenizer=spm4096"], "is none of gpt2, llama"),
     (["--tokenizer=nowhere.model"], "cannot read the tokenizer nowhere.model"),
     (["--workers=-1"], "workers=-1"),
+    (["--workers=100000"], "workers=100000 must be at most 512"),
     (["--colum=x"], "did you mean column"),
     (["--workers=many"], "expected a whole number"),
     (["--tokenizer=spm:50"], "cannot train 50 pieces")])

@@ -53,6 +53,13 @@ def test_temperature_0_takes_the_likeliest_and_rows_are_drawn_apart():
     assert torch.equal(logits, kept)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-300])
+@pytest.mark.parametrize("filters", [{}, dict(top_k=3), dict(top_p=0.9, min_p=0.1)])
+def test_a_tiny_temperature_takes_the_likeliest_too(temperature, filters):
+    logits = 30 * torch.randn(50, 30)
+    assert torch.equal(pick(logits, Settings(temperature=temperature, **filters), torch.rand(50)), logits.argmax(1))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # One text
 
