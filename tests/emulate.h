@@ -1,5 +1,5 @@
 // What kernels_persistent.cu needs of a GPU, for a CPU: every thread of every program is a fiber, all in one thread of the host. A fiber
-// runs until it has to wait; who goes next is drawn at random. The copy engine copies when it likes.
+// runs until it has to wait; which warp goes next is drawn at random. The copy engine copies when it likes, in any order.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -85,16 +85,18 @@ inline void copy_async(void* to, const void* from, int bytes, unsigned long long
     if (bytes % 16 || (uintptr_t)to % 16 || (uintptr_t)from % 16) fprintf(stderr, "the copy engine moves 16 bytes at a time\n"), abort();
     copies.push_back({to, from, bytes, barrier});
 }
-inline void release(unsigned long long* counter) { ++*counter; }
-inline unsigned long long acquire(const unsigned long long* counter) {
-    unsigned long long value = *counter;
-    yield();
-    return value;
+inline void pause() { yield(); }
+inline void arrive(unsigned long long* counter) { ++*counter; }
+inline unsigned long long arrivals(const unsigned long long* counter) { return *counter; }
+inline void write(unsigned long long* to, unsigned long long word) { *to = word; }
+inline unsigned long long read(const unsigned long long* from) { return *from; }
+inline void read_two(unsigned long long& first, unsigned long long& second, const unsigned long long* from) {
+    if ((uintptr_t)from % 16) fprintf(stderr, "two words lie across 16 bytes\n"), abort();
+    first = from[0], second = from[1];
 }
 inline unsigned shared_bytes() { return my_block().memory.size() - 128; }
 inline char* shared_memory() { return (char*)(((uintptr_t)my_block().memory.data() + 127) / 128 * 128); }
 
-template <class T> inline T __ldcg(const T* p) { return *p; }
 inline float __expf(float a) { return std::exp(a); }
 inline float __logf(float a) { return std::log(a); }
 inline float rsqrtf(float a) { return 1 / std::sqrt(a); }
@@ -128,16 +130,25 @@ extern "C" void launch(int grid, int threads, int shared, int computing, unsigne
         makecontext(&f.context, enter, 0);
     }
     for (size_t left = fibers.size(); left;) {
-        if (!copies.empty() && random_numbers() % 64 == 0) {
+        if (!copies.empty() && random_numbers() % 2 == 0) {
             std::swap(copies[random_numbers() % copies.size()], copies.back());
             Copy c = copies.back();
             copies.pop_back();
             memcpy(c.to, c.from, c.bytes);
             as_barrier(c.barrier).bytes -= c.bytes, settle(as_barrier(c.barrier));
         }
-        current = &fibers[random_numbers() % fibers.size()];
-        if (current->done) continue;
-        swapcontext(&scheduler, &current->context);
-        left -= current->done;
+        size_t first = random_numbers() % (fibers.size() / 32) * 32;  // of a warp, which runs until it waits for others
+        Block& block = blocks[fibers[first].block.x];
+        unsigned met, turns = 1 + random_numbers() % 32;
+        auto meetings = [&] { return block.all.generation + block.computing.generation + block.warps[first % threads / 32].generation; };
+        do {
+            met = meetings();
+            for (size_t i = first; i < first + 32; i++) {
+                current = &fibers[first + (i * 13 + turns) % 32];
+                if (current->done) continue;
+                swapcontext(&scheduler, &current->context);
+                left -= current->done;
+            }
+        } while (--turns && meetings() != met);
     }
 }
