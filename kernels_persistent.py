@@ -3,6 +3,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+import sys
 
 import torch
 
@@ -42,10 +43,18 @@ def all_matrices(model):
 
 def usable(model) -> bool:
     """Whether `Step` can take this model's steps at batch 1."""
-    cfg, size = model.cfg, model.head.weight.element_size()
-    parts = all_matrices(model)
-    return (model.head.weight.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability()[0] >= 9
-            and importlib.util.find_spec("cuda.bindings") is not None and fits(cfg, parts, size))
+    device = model.head.weight.device
+    return (device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+            and fits(model.cfg, all_matrices(model), model.head.weight.element_size()) and bindings())
+
+
+@functools.cache
+def bindings() -> bool:
+    """Whether NVIDIA's Python bindings are there; torch 2.10 and newer installs them beside CUDA."""
+    found = all(importlib.util.find_spec(name) for name in ("cuda", "cuda.bindings"))
+    if not found:
+        print("decoding at batch 1 is slower than it could be: the package cuda-bindings is not installed.", file=sys.stderr)
+    return found
 
 
 def fits(cfg, parts, size) -> bool:
@@ -113,7 +122,7 @@ def compiled(defines, device):
 
 
 class Arguments(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("token position wte wpe head cos sin table vectors x y qkv part lse rank1 rank2 hidden logits counter").split()]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("token position wte wpe head cos sin table vectors x qkv part lse rank hidden logits counter").split()]
     _fields_ += [("length", ctypes.c_longlong), ("eps", ctypes.c_float)]
 
 
@@ -140,8 +149,8 @@ class Step:
         self.table, self.vectors, norm = self.addresses(), *self.collect()
         self.defines = constants(model, self.programs, warps, slot) + f"#define HEAD_NORM {norm}\n"
         rank = max([1] + [parts[0][1] * parts[0][3] for layer in linears(model) for parts in map(matrices, layer) if len(parts) == 2])
-        sizes = cfg.n_embd, cfg.n_embd, model.blocks[0].attn.qkv.out_features, 8 * cfg.attn_dim, 8 * cfg.n_head, rank, rank, cfg.n_hidden
-        self.buffers = [torch.zeros(n, device=self.device, dtype=torch.long) for n in sizes]  # words; none has number 0
+        sizes = cfg.n_embd, model.blocks[0].attn.qkv.out_features, 8 * cfg.attn_dim, 8 * cfg.n_head, rank, cfg.n_hidden
+        self.buffers = [torch.empty(n, device=self.device) for n in sizes]
         self.logits = torch.empty(1, cfg.vocab_size, device=self.device, dtype=weight.dtype)
         self.counter = torch.zeros(1, device=self.device, dtype=torch.long)
 

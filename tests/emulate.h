@@ -85,18 +85,16 @@ inline void copy_async(void* to, const void* from, int bytes, unsigned long long
     if (bytes % 16 || (uintptr_t)to % 16 || (uintptr_t)from % 16) fprintf(stderr, "the copy engine moves 16 bytes at a time\n"), abort();
     copies.push_back({to, from, bytes, barrier});
 }
-inline void pause() { yield(); }
-inline void arrive(unsigned long long* counter) { ++*counter; }
-inline unsigned long long arrivals(const unsigned long long* counter) { return *counter; }
-inline void write(unsigned long long* to, unsigned long long word) { *to = word; }
-inline unsigned long long read(const unsigned long long* from) { return *from; }
-inline void read_two(unsigned long long& first, unsigned long long& second, const unsigned long long* from) {
-    if ((uintptr_t)from % 16) fprintf(stderr, "two words lie across 16 bytes\n"), abort();
-    first = from[0], second = from[1];
+inline void release(unsigned long long* counter) { ++*counter; }
+inline unsigned long long acquire(const unsigned long long* counter) {
+    unsigned long long value = *counter;
+    yield();
+    return value;
 }
 inline unsigned shared_bytes() { return my_block().memory.size() - 128; }
 inline char* shared_memory() { return (char*)(((uintptr_t)my_block().memory.data() + 127) / 128 * 128); }
 
+template <class T> inline T __ldcg(const T* p) { return *p; }
 inline float __expf(float a) { return std::exp(a); }
 inline float __logf(float a) { return std::log(a); }
 inline float rsqrtf(float a) { return 1 / std::sqrt(a); }

@@ -41,7 +41,10 @@ def make_step(model, cache, programs=6, warps=2, seed=1, shared=100_000):
     def launch(defines, programs, threads, arguments, device):
         emulated(defines).launch(programs, threads, shared, threads - 32, seed, ctypes.byref(arguments))
 
-    return kernels.Step(model, cache) if ON_GPU else kernels.Step(model, cache, programs, warps, launch=launch)
+    step = kernels.Step(model, cache) if ON_GPU else kernels.Step(model, cache, programs, warps, launch=launch)
+    for buffer in step.buffers:
+        buffer.fill_(torch.nan)
+    return step
 
 
 def pair(dtype, **shape):
