@@ -287,7 +287,10 @@ def draw_speedups(path, title, rows, panel_of, line_of):
             lines = panels.setdefault(across, {}).setdefault(f"{name}, {fixed}", (r["sweep"], {}))[1]
             lines.setdefault(line_of(r), []).append((r[r["sweep"]], r["speedup"]))
     if panels:
-        draw(path, title, "times as fast as dense", panels, sharey=True)
+        pairs = [(line, *line.split(" ", 1)) for row in panels.values() for _, lines in row.values() for line in lines]
+        colours, styles = (list(dict.fromkeys(pair[i] for pair in pairs)) for i in (1, 2))
+        looks = {line: {"color": f"C{colours.index(kind)}", "linestyle": ("-", "--", ":")[styles.index(size) % 3]} for line, kind, size in pairs}
+        draw(path, title, "times as fast as dense", panels, sharey=True, looks=looks)
     else:
         print(f"no picture: {path} would show speed over dense, and the cases are not dense and a structure.")
 

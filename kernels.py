@@ -631,15 +631,17 @@ def unfit(x, fc1, fc2, act):
     return None
 
 
-MIN_WORK = 0 if INTERPRET else 75e9  # multiply-adds of a forward: with less, launching the kernels takes the host longer than they run
+MIN_TOKENS = 128 if INTERPRET else 512   # with fewer, tiles of 128 tokens do not fill the card
+MIN_WORK = 0 if INTERPRET else 75e9      # multiply-adds of a forward: with less, launching the kernels takes the host longer than they run
 
 
 def fits(x, fc1, fc2, act):
-    """Whether `ffn` is the way to compute fc2(act(fc1(x))); logs once why it cannot. For less than MIN_WORK or a tile of tokens it is not."""
-    if not (hasattr(fc1, "V") and hasattr(fc2, "V")) or x.numel() < 128 * x.size(-1):
+    """Whether `ffn` is the way to compute fc2(act(fc1(x))); logs once why it cannot. For few tokens or little work it is not."""
+    tokens = x.numel() // x.size(-1)
+    if not (hasattr(fc1, "V") and hasattr(fc2, "V")) or tokens < MIN_TOKENS:
         return False
-    work = x.numel() // x.size(-1) * sum(w.numel() for w in (fc1.V, fc1.U, fc2.V, fc2.U))
-    if work * (4 if fc1.U.dim() == 3 else 1) < MIN_WORK:  # permutations in plain torch take longer than launches
+    work = tokens * sum(w.numel() for w in (fc1.V, fc1.U, fc2.V, fc2.U)) * (4 if fc1.U.dim() == 3 else 1)  # permutations in plain torch are slow
+    if work < MIN_WORK * (1 if torch.is_grad_enabled() else 3):  # no backward to launch ahead of
         return False
     reason = unfit(x, fc1, fc2, act)
     if reason is not None:
