@@ -18,7 +18,7 @@ typedef unsigned long long u64;
 constexpr int THREADS = 32 * WARPS;      // that compute
 constexpr int E = 16 / sizeof(Weight);   // weights in a piece: 16 bytes, what a thread loads at a time
 constexpr int MOST_SLOTS = 32;
-constexpr int FLIGHT = 1;                // slots asked for and not there yet, at most
+constexpr int FLIGHT = 1;                // slots asked for and not there yet: more would queue before the memory, and activations behind them
 constexpr int REACH = 64;                // places of the cache below which a head is not shared by programs
 
 

@@ -129,10 +129,11 @@ class Arguments(ctypes.Structure):
 def launch(defines, programs, threads, arguments, device):
     """A grid that is there as a whole: one that does not fit fails, it does not wait for ever."""
     from cuda.bindings import driver
-    kernel, shared = compiled(defines, device)
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-    stream = torch.cuda.current_stream(device).cuda_stream
-    checked(driver.cuLaunchCooperativeKernel(kernel, programs, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers)))
+    with torch.cuda.device(device):
+        kernel, shared = compiled(defines, device)
+        stream = torch.cuda.current_stream().cuda_stream
+        checked(driver.cuLaunchCooperativeKernel(kernel, programs, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers)))
 
 
 class Step:
