@@ -4,12 +4,8 @@
 // runs one program: one warp that fetches and WARPS that compute. All matrices are cut into shares of rows, one share a program, which
 // lie in one piece in memory. The fetching warp asks the copy engine for its program's shares, and its part of the KV cache, in the
 // order in which they will be used, as long as a ring of slots in shared memory has room: half a layer ahead. What others compute never
-// holds it up. The computing warps go from stage to stage (qkv, attention, proj, and one for each factor of the FFN). What a stage finds
-// goes to the others as words in global memory: a float32 and the number of the layer that it belongs to, stored as one. Who needs a
-// word reads it until that number is right; there are no barriers.
-//
-// No word is overwritten before all have read it: a word's next writer has, by way of the stages between, waited for all words of qkv's
-// input, so for all programs to have done the layer before.
+// holds it up. The computing warps go from stage to stage (qkv, attention, proj, and one for each factor of the FFN); in between all
+// programs meet at a barrier in global memory. Activations are float32 in small buffers that stay in L2.
 //
 // The host sets as macros: Weight (bf16 or float), GRID, WARPS, SLOT (bytes), N, HEADS, KV, D, LAYERS, SPLITS, ROPE, RMS, ACT, QKV, PROJ,
 // HEAD (matrices), LAYERS_OF (calls of `layers`, one for each run of layers of one kind).
@@ -18,7 +14,6 @@ struct bf16 { unsigned short bits; };
 enum Activation { NONE, GELU, RELU2, SWIGLU };
 enum Input { PLAIN, NORMED, PARTS, GATED };
 typedef unsigned long long u64;
-typedef u64 Word;                        // of an activation: a float, and above it the layer that it belongs to
 
 constexpr int THREADS = 32 * WARPS;      // that compute
 constexpr int E = 16 / sizeof(Weight);   // weights in a piece: 16 bytes, what a thread loads at a time
@@ -57,23 +52,14 @@ DEVICE void copy_async(void* to, const void* from, int bytes, u64* barrier) {
 DEVICE void sync() {  // of the computing warps
     asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory");
 }
-DEVICE void arrive(u64* counter) { asm volatile("red.release.gpu.global.add.u64 [%0], 1;" :: "l"(counter) : "memory"); }
-DEVICE u64 arrivals(const u64* counter) {
+DEVICE void release(u64* counter) {  // one thread releases for all: sync() has ordered their stores before it
+    asm volatile("red.release.gpu.global.add.u64 [%0], 1;" :: "l"(counter) : "memory");
+}
+DEVICE u64 acquire(const u64* counter) {
     u64 value;
     asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(counter) : "memory");
     return value;
 }
-DEVICE void count_done(u64* stages) { asm volatile("red.relaxed.gpu.global.add.u64 [%0], 1;" :: "l"(stages)); }
-DEVICE void write(Word* to, Word word) { asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(to), "l"(word)); }
-DEVICE Word read(const Word* from) {
-    Word word;
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from));
-    return word;
-}
-DEVICE void read_two(Word& first, Word& second, const Word* from) {  // of 16 aligned bytes
-    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "l"(from));
-}
-DEVICE void pause() {}
 DEVICE unsigned shared_bytes() {
     unsigned bytes;
     asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
@@ -109,17 +95,13 @@ DEVICE void narrow(float a, bf16& out) {  // to nearest, ties to even
     out.bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-DEVICE void load(float (&out)[E], const float* from) {
+DEVICE void load(float (&out)[E], const float* from) {  // what other programs wrote: from L2, since L1 may hold older values
     #pragma unroll
     for (int i = 0; i < E; i += 4) {
-        float4 four = *(const float4*)(from + i);
+        float4 four = __ldcg((const float4*)(from + i));
         out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
     }
 }
-
-DEVICE Word word(float value, unsigned number) { return (Word)number << 32 | __float_as_uint(value); }
-DEVICE float value_of(Word word) { return __uint_as_float((unsigned)word); }
-DEVICE unsigned number_of(Word word) { return word >> 32; }
 
 DEVICE float dot(const float (&a)[E], const float (&b)[E]) {
     float sum = 0;
@@ -201,7 +183,7 @@ static_assert(PLACES % TEAMS == 0 && 32 % MEMBERS == 0, "the host plans for this
 struct Shared {
     u64 full[MOST_SLOTS], empty[MOST_SLOTS];       // barriers of the ring
     u64 table[LAYERS][8];
-    float partial[2][THREADS * WARPS];             // sums of a row by warp, in turn
+    float partial[THREADS * WARPS];                  // sums of a row by warp
     float total[2][WARPS];
     float heads[WARPS][D + 2];                     // of each warp's part of the cache: output, largest score, denominator
 };
@@ -250,9 +232,9 @@ struct Arguments {
     const float *cos, *sin;
     const u64* table;
     const float* vectors;
-    Word *x, *y, *qkv, *part, *lse, *rank1, *rank2, *hidden;  // x: what a layer begins with; y: with attention added
+    float *x, *qkv, *part, *lse, *rank, *hidden;
     Weight* logits;
-    u64* counter;                                             // of programs that began, in all launches; behind it, of stages done: a hint when to look
+    u64* counter;
     long long length;
     float eps;
 };
@@ -260,16 +242,10 @@ struct Arguments {
 struct Program : Arguments {
     Shared& shared;
     Ring ring;
-    u64 launch;
     int place, reach, active;      // tokens in the cache; places for each of the `active` programs that share a head
-    unsigned number;               // of the words that this layer begins with; those that it writes have the next one
-    int turn = 0;
-    u64 target = 0;                // of stages done
+    u64 target = 0;                // the next barrier
 
     DEVICE Program(const Arguments& arguments, Shared& shared, Ring ring) : Arguments(arguments), shared(shared), ring(ring) {
-        launch = arrivals(counter) / GRID;  // all programs of this launch begin before one of the next does
-        number = launch * (LAYERS + 1) + 1;
-        target = launch * STAGES * GRID;
         place = *position;
         reach = most(REACH, (place + SPLITS - 1) / SPLITS);
         active = most(1, (place + reach - 1) / reach);
@@ -316,44 +292,18 @@ struct Program : Arguments {
         }
     }
 
-    // ---- Words
+    // ---- The barrier: a counter that only grows, by GRID every time
 
-    DEVICE void stage_done() {
+    DEVICE void arrive() {
         sync();
-        if (threadIdx.x == 0) count_done(counter + 1);
+        if (threadIdx.x == 0) release(counter);
         target += GRID;
     }
 
-    DEVICE void await() {  // until the words should be there: asking for them all the time would be in the way of those that write them
+    DEVICE void wait() {
         if (threadIdx.x == 0)
-            while (read(counter + 1) < target) pause();
+            while (acquire(counter) < target) {}
         sync();
-    }
-
-    DEVICE float receive(Word last, const Word* from, unsigned number) {  // one, read before as `last`
-        while (number_of(last) != number) pause(), last = read(from);
-        return value_of(last);
-    }
-
-    // `count` of n pieces of E words, `apart` words apart
-    template <int n> DEVICE void receive(float (&out)[n][E], const Word* from, int apart, int count, unsigned number) {
-        for (bool all = false; !all;) {
-            const Word* missing = from;
-            all = true;
-            #pragma unroll
-            for (int c = 0; c < n; c++)
-                if (c < count)
-                    #pragma unroll
-                    for (int e = 0; e < E; e += 2) {
-                        Word a, b;
-                        read_two(a, b, from + c * apart + e);
-                        out[c][e] = value_of(a), out[c][e + 1] = value_of(b);
-                        if (number_of(a) != number || number_of(b) != number) all = false, missing = from + c * apart + e;
-                    }
-            if (!all) pause();
-            if (n > 1 && !all)  // all pieces again and again would be in the way of those that write them
-                while (number_of(read(missing)) != number) pause();
-        }
     }
 
     // ---- A linear
@@ -368,95 +318,88 @@ struct Program : Arguments {
         return value;
     }
 
-    // mean and 1 / deviation of a row, of which each thread has `count` of n pieces
-    template <int n> DEVICE void statistics(const float (&row)[n][E], int count, float& mean, float& scale) {
+    // a = norm(a): a thread's entries, from k on, of x, whose mean and variance all threads find together
+    template <class M> DEVICE void normalise(float (&a)[M::each][E], const float (&gain)[M::each][E], const float (&shift)[M::each][E]) {
+        constexpr int n = (N + 4 * THREADS - 1) / (4 * THREADS);
+        float4 mine[n];
         float sum = 0, squares = 0;
         #pragma unroll
-        for (int c = 0; c < n; c++)
-            #pragma unroll
-            for (int e = 0; e < E; e++) sum += c < count ? row[c][e] : 0;
-        mean = RMS ? 0 : total(sum, 0) / N;
+        for (int i = 0; i < n; i++) {
+            int at = 4 * (i * THREADS + threadIdx.x);
+            mine[i] = at < N ? __ldcg((const float4*)(x + at)) : float4{0, 0, 0, 0};
+            sum += mine[i].x + mine[i].y + mine[i].z + mine[i].w;
+        }
+        float mean = RMS ? 0 : total(sum, 0) / N;
         #pragma unroll
-        for (int c = 0; c < n; c++)
+        for (int i = 0; i < n; i++)
+            if (4 * (i * THREADS + threadIdx.x) < N) {
+                float p = mine[i].x - mean, q = mine[i].y - mean, r = mine[i].z - mean, s = mine[i].w - mean;
+                squares += p * p + q * q + r * r + s * s;
+            }
+        float scale = rsqrtf(total(squares, 1) / N + eps);
+        #pragma unroll
+        for (int c = 0; c < M::each; c++)
             #pragma unroll
-            for (int e = 0; e < E; e++) squares += c < count ? (row[c][e] - mean) * (row[c][e] - mean) : 0;
-        scale = rsqrtf(total(squares, 1) / N + eps);
+            for (int e = 0; e < E; e++) a[c][e] = (a[c][e] - mean) * scale * gain[c][e] + shift[c][e];
     }
 
     // a = entries k to k + E of attention's output: its parts, each with the logarithm of its softmax's denominator
-    DEVICE void join(float (&a)[E], int k, unsigned number) {
-        constexpr int n = least(4, SPLITS);
-        float top = -1e30f, sum = 0;
+    DEVICE void join(float (&a)[E], int k) {
+        float each[SPLITS], parts[SPLITS][E], top = -1e30f, sum = 0;
+        #pragma unroll
+        for (int s = 0; s < SPLITS; s++)
+            if (s < active) {
+                each[s] = __ldcg(lse + s * HEADS + k / D);
+                load(parts[s], part + s * HEADS * D + k);
+            }
+        #pragma unroll
+        for (int s = 0; s < SPLITS; s++)
+            if (s < active) top = fmaxf(top, each[s]);
         #pragma unroll
         for (int e = 0; e < E; e++) a[e] = 0;
-        for (int first = 0; first < active; first += n) {
-            float parts[n][E];
-            Word each[n];
-            const Word* from = lse + first * HEADS + k / D;
-            #pragma unroll
-            for (int s = 0; s < n; s++)
-                if (first + s < active) each[s] = read(from + s * HEADS);
-            receive(parts, part + first * HEADS * D + k, HEADS * D, active - first, number);
-            #pragma unroll
-            for (int s = 0; s < n; s++)
-                if (first + s < active) {
-                    float mine = receive(each[s], from + s * HEADS, number), higher = fmaxf(top, mine);
-                    float weight = __expf(mine - higher), fade = __expf(top - higher);
-                    sum = sum * fade + weight, top = higher;
-                    #pragma unroll
-                    for (int e = 0; e < E; e++) a[e] = a[e] * fade + weight * parts[s][e];
-                }
-        }
+        #pragma unroll
+        for (int s = 0; s < SPLITS; s++)
+            if (s < active) {
+                float weight = __expf(each[s] - top);
+                sum += weight;
+                #pragma unroll
+                for (int e = 0; e < E; e++) a[e] += weight * parts[s][e];
+            }
         #pragma unroll
         for (int e = 0; e < E; e++) a[e] /= sum;
     }
 
-    // What this thread multiplies with: pieces member, member + group, ... of a block of `from`
-    template <class M, Input IN> DEVICE void input(float (&a)[M::each][E], const Word* from, unsigned number, const float* norm, int block) {
-        constexpr int apart = M::group * E;
-        int member = threadIdx.x % M::group, k = block * M::K + member * E;
-        int count = M::pieces % M::group == 0 ? M::each : (M::pieces - member + M::group - 1) / M::group;
+    // What this thread multiplies with: pieces member, member + group, ... of `from`, behind the barrier
+    template <class M, Input IN> DEVICE void input(float (&a)[M::each][E], const float* from, const float* norm, int block) {
         float gain[M::each][E], shift[M::each][E];
+        int k = block * M::K + threadIdx.x % M::group * E;
         #pragma unroll
         for (int c = 0; c < M::each; c++)
-            if (IN == NORMED && c < count) {
-                load(gain[c], norm + k + c * apart);
-                load(shift[c], norm + N + k + c * apart);
+            if (IN == NORMED && k + c * M::group * E < (block + 1) * M::K) {
+                load(gain[c], norm + k + c * M::group * E);
+                load(shift[c], norm + N + k + c * M::group * E);
             }
-        await();
-        if constexpr (IN == PARTS) {
-            #pragma unroll
-            for (int c = 0; c < M::each; c++)
-                if (c < count) join(a[c], k + c * apart, number);
-        } else
-            receive(a, from + k, apart, count, number);
-        if constexpr (IN == GATED) {
-            float value[M::each][E];
-            receive(value, from + M::K * M::blocks + k, apart, count, number);
-            #pragma unroll
-            for (int c = 0; c < M::each; c++)
+        wait();
+        #pragma unroll
+        for (int c = 0; c < M::each; c++) {
+            int at = k + c * M::group * E;
+            if (at >= (block + 1) * M::K) continue;
+            if (IN == PARTS)
+                join(a[c], at);
+            else
+                load(a[c], from + at);
+            if (IN == GATED) {
+                float value[E];
+                load(value, from + M::K * M::blocks + at);
                 #pragma unroll
-                for (int e = 0; e < E; e++) a[c][e] = a[c][e] / (1 + __expf(-a[c][e])) * value[c][e];
-        }
-        if constexpr (IN == NORMED) {
-            float mean, scale;
-            if constexpr (M::groups == 1 && M::blocks == 1)
-                statistics(a, count, mean, scale);
-            else {
-                float row[(N / E + THREADS - 1) / THREADS][E];
-                int pieces = (N / E - (int)threadIdx.x + THREADS - 1) / THREADS;
-                receive(row, from + threadIdx.x * E, THREADS * E, pieces, number);
-                statistics(row, pieces, mean, scale);
+                for (int e = 0; e < E; e++) a[c][e] = a[c][e] / (1 + __expf(-a[c][e])) * value[e];
             }
-            #pragma unroll
-            for (int c = 0; c < M::each; c++)
-                #pragma unroll
-                for (int e = 0; e < E; e++) a[c][e] = (a[c][e] - mean) * scale * gain[c][e] + shift[c][e];
         }
+        if constexpr (IN == NORMED) normalise<M>(a, gain, shift);
     }
 
     // partial[row][warp] = this warp's share of the rows in the next `batch` slots times a
-    template <class M> DEVICE void multiply(float* partial, const float (&a)[M::each][E], int done, int count) {
+    template <class M> DEVICE void multiply(const float (&a)[M::each][E], int done, int count) {
         constexpr int n = power_of_two(M::batch * M::rows), warps = M::group / 32;
         int group = threadIdx.x / M::group, member = threadIdx.x % M::group, lane = threadIdx.x % 32;
         float sums[n];
@@ -479,72 +422,68 @@ struct Program : Arguments {
             }
         float sum = sums_over_warp<n>(sums);
         int i = lane * n / 32, row = done + i / M::rows * M::slot + i % M::rows * M::groups + group;
-        if (lane % (32 / n) == 0 && i < M::batch * M::rows && group < M::groups && row < count) partial[row * warps + member / 32] = sum;
+        if (lane % (32 / n) == 0 && i < M::batch * M::rows && group < M::groups && row < count) shared.partial[row * warps + member / 32] = sum;
     }
 
-    DEVICE void put(Word* to, float value, unsigned number) { write(to, word(value, number)); }
-    DEVICE void put(Weight* to, float value, unsigned) { narrow(value, *to); }
-
-    // to = act(matrix input + bias) + old, as words of number `result`; input, of number `given`, from `from`; old of number `then`
-    template <class M, Input IN, bool ACTIVATE, class T>
-    DEVICE void linear(const Word* from, unsigned given, const float* norm, const float* bias, const Word* old, unsigned then, T* to, unsigned result) {
+    // to = act(matrix input + bias), or to += that, behind the barrier
+    template <class M, Input IN, bool ACTIVATE, bool ADD, class T> DEVICE void linear(const float* from, const float* norm, const float* bias, T* to) {
         constexpr int warps = M::group / 32;
         M my;
-        float a[M::each][E];
+        float a[M::each][E], extra = bias && threadIdx.x < my.count ? __ldcg(bias + my.place(threadIdx.x)) : 0;
+        input<M, IN>(a, from, norm, my.block);
         for (int begin = 0; begin < my.count; begin += M::round) {
-            int count = least(M::round, my.count - begin), at = my.place(begin + threadIdx.x);
-            bool mine = threadIdx.x < count;
-            float extra = bias && mine ? bias[at] : 0, *partial = shared.partial[turn ^= 1];
-            if (begin == 0) input<M, IN>(a, from, given, norm, my.block);
-            Word before = old && mine ? read(old + at) : 0;
-            for (int done = 0; done < count; done += M::batch * M::slot) multiply<M>(partial, a, done, count);
-            sync();  // two rounds from now, when all are past the next sync, `partial` is written again
-            if (mine) {
+            int count = least(M::round, my.count - begin), row = begin + threadIdx.x;
+            if (begin) {
+                sync();  // the sums before these are read
+                extra = bias && threadIdx.x < count ? __ldcg(bias + my.place(row)) : 0;
+            }
+            if constexpr (ADD)
+                if (threadIdx.x < count) extra += __ldcg(to + my.place(row));
+            for (int done = 0; done < count; done += M::batch * M::slot) multiply<M>(a, done, count);
+            sync();
+            if (threadIdx.x < count) {
                 #pragma unroll
-                for (int w = 0; w < warps; w++) extra += partial[threadIdx.x * warps + w];
-                if (ACTIVATE) extra = activate(extra);
-                if (old) extra += receive(before, old + at, then);
-                put(to + at, extra, result);
+                for (int w = 0; w < warps; w++) extra += shared.partial[threadIdx.x * warps + w];
+                narrow(ACTIVATE ? activate(extra) : extra, to[my.place(row)]);
             }
         }
-        stage_done();
     }
 
     // ---- Attention: an item is a query head and `reach` places of the cache
 
     // entries `at` to at + E of a head's query or key, turned by its position
-    DEVICE void turned(float (&out)[1][E], const Word* vector, int at) {
-        receive(out, vector + at, 0, 1, number + 1);
+    DEVICE void turned(float (&out)[E], const float* vector, int at) {
+        load(out, vector + at);
         if (ROPE) {
-            float other[1][E];
-            receive(other, vector + (at + D / 2) % D, 0, 1, number + 1);
+            float other[E];
+            load(other, vector + (at + D / 2) % D);
             #pragma unroll
             for (int e = 0; e < E; e++)  // the first half of sin is negative
-                out[0][e] = out[0][e] * cos[place * D + at + e] + other[0][e] * sin[place * D + at + e];
+                out[e] = out[e] * cos[place * D + at + e] + other[e] * sin[place * D + at + e];
         }
     }
 
     DEVICE void attention(Weight* keys, Weight* values) {
         int member = threadIdx.x % MEMBERS, team = threadIdx.x / MEMBERS, warp = threadIdx.x / 32, at = member * E;
-        await();
+        wait();
         for (int item = blockIdx.x; item < HEADS * active; item += GRID) {
             int head = item % HEADS, split = item / HEADS, kv = head / (HEADS / KV);
             int first = split * reach, stop = least(first + reach, place);
-            float q[1][E], key[1][E], value[1][E], out[E];
+            float q[E], key[E], value[E], out[E];
             turned(q, qkv + head * D, at);
             turned(key, qkv + (HEADS + kv) * D, at);
-            receive(value, qkv + (HEADS + KV + kv) * D + at, 0, 1, number + 1);
+            load(value, qkv + (HEADS + KV + kv) * D + at);
             bool own = split == 0 && team == 0;  // the new token begins the running softmax of one team, so nothing just stored is read
             long long here = ((long long)kv * length + place) * D + at;
             #pragma unroll
             for (int e = 0; e < E; e++) {
                 Weight k, v;
-                narrow(key[0][e], k), narrow(value[0][e], v);
+                narrow(key[e], k), narrow(value[e], v);
                 if (own && head % (HEADS / KV) == 0) keys[here + e] = k, values[here + e] = v;
-                q[0][e] *= rsqrtf(D), key[0][e] = wide(k);
-                out[e] = own ? wide(v) : 0;
+                q[e] *= rsqrtf(D), key[e] = wide(k), value[e] = wide(v);
+                out[e] = own ? value[e] : 0;
             }
-            float score = sum_over<MEMBERS>(dot(q[0], key[0])), top = own ? score : -1e30f, sum = own;
+            float score = sum_over<MEMBERS>(dot(q, key)), top = own ? score : -1e30f, sum = own;
             for (int start = first; start < stop; start += PLACES) {
                 const uint4* slot = ring.take();
                 #pragma unroll
@@ -554,7 +493,7 @@ struct Program : Arguments {
                     float k[E], v[E];
                     unpack(slot[l * MEMBERS + member], k);
                     unpack(slot[SLOT / 32 + l * MEMBERS + member], v);
-                    score = sum_over<MEMBERS>(dot(q[0], k));
+                    score = sum_over<MEMBERS>(dot(q, k));
                     float higher = there ? fmaxf(top, score) : top, weight = there ? __expf(score - higher) : 0, fade = __expf(top - higher);
                     sum = sum * fade + weight, top = higher;
                     #pragma unroll
@@ -569,7 +508,7 @@ struct Program : Arguments {
                 #pragma unroll
                 for (int e = 0; e < E; e++) out[e] *= fade, out[e] += shuffle(out[e], o);
             }
-            sync();  // the item before this one is done
+            if (item != blockIdx.x) sync();  // the item before this one is done
             if (threadIdx.x % 32 < MEMBERS) {
                 #pragma unroll
                 for (int e = 0; e < E; e++) shared.heads[warp][at + e] = out[e];
@@ -578,7 +517,6 @@ struct Program : Arguments {
             sync();
             finish(head, split);
         }
-        stage_done();
     }
 
     // part, lse: what the warps found
@@ -593,22 +531,23 @@ struct Program : Arguments {
                 float fade = __expf(shared.heads[w][D] - top);
                 sum += fade * shared.heads[w][D + 1], out += fade * shared.heads[w][d];
             }
-            put(part + (split * HEADS + head) * D + d, out / sum, number + 1);
-            if (d == 0) put(lse + split * HEADS + head, top + __logf(sum), number + 1);
+            part[(split * HEADS + head) * D + d] = out / sum;
+            if (d == 0) lse[split * HEADS + head] = top + __logf(sum);
         }
     }
 
     // ---- The step
 
-    template <class F, Input IN, bool ACTIVATE>
-    DEVICE void ffn_linear(const Word* from, unsigned given, const float* norm, const float* bias, Word* rank, const Word* old, Word* to) {
+    template <class F, Input IN, bool ACTIVATE, bool ADD> DEVICE void ffn_linear(const float* from, const float* norm, const float* bias, float* to) {
         typedef typename F::First First;
         typedef typename F::Last Last;
         if constexpr (F::factors) {
-            linear<First, IN, false>(from, given, norm, nullptr, nullptr, 0, rank, given);
-            linear<Last, PLAIN, ACTIVATE>(rank, given, nullptr, bias, old, given, to, given);
+            linear<First, IN, false, false>(from, norm, nullptr, rank);
+            arrive();
+            linear<Last, PLAIN, ACTIVATE, ADD>(rank, nullptr, bias, to);
         } else
-            linear<First, IN, ACTIVATE>(from, given, norm, bias, old, given, to, given);
+            linear<First, IN, ACTIVATE, ADD>(from, norm, bias, to);
+        arrive();
     }
 
     template <class Fc1, class Fc2> DEVICE void compute_layers(int begin, int end) {
@@ -616,12 +555,14 @@ struct Program : Arguments {
         for (int layer = begin; layer < end; layer++) {
             const float *norm1 = vectors + layer * size, *qkv_bias = norm1 + 2 * N, *proj_bias = qkv_bias + QKV::all, *norm2 = proj_bias + N,
                         *bias1 = norm2 + 2 * N, *bias2 = bias1 + hidden_size;
-            linear<QKV, NORMED, false>(x, number, norm1, qkv_bias, nullptr, 0, qkv, number + 1);
+            linear<QKV, NORMED, false, false>(x, norm1, qkv_bias, qkv);
+            arrive();
             attention((Weight*)shared.table[layer][6], (Weight*)shared.table[layer][7]);
-            linear<PROJ, PARTS, false>(part, number + 1, nullptr, proj_bias, x, number, y, number + 1);
-            number++;
-            ffn_linear<Fc1, NORMED, true>(y, number, norm2, bias1, rank1, nullptr, hidden);
-            ffn_linear<Fc2, ACT == SWIGLU ? GATED : PLAIN, false>(hidden, number, nullptr, bias2, rank2, y, x);
+            arrive();
+            linear<PROJ, PARTS, false, true>(nullptr, nullptr, proj_bias, x);
+            arrive();
+            ffn_linear<Fc1, NORMED, true, false>(x, norm2, bias1, hidden);
+            ffn_linear<Fc2, ACT == SWIGLU ? GATED : PLAIN, false, true>(hidden, nullptr, bias2, x);
         }
     }
 
@@ -632,30 +573,21 @@ struct Program : Arguments {
             compute_layers<Fc1, Fc2>(begin, end);
     }
 
-    DEVICE void embed() {
-        PROJ my;
-        for (int row = threadIdx.x; row < my.count; row += THREADS) {
-            int n = my.place(row);
-            put(x + n, wide(wte[*token * N + n]) + (wpe ? wide(wpe[(long long)place * N + n]) : 0), number);
-        }
-        stage_done();
-    }
-
     DEVICE void fetch_all() {
         LAYERS_OF(true)
         fetch<HEAD>((u64)head);
     }
 
     DEVICE void compute_all() {
-        if (threadIdx.x == 0) arrive(counter);
-        embed();
+        target = acquire(counter) / GRID * GRID;  // nobody is past the first barrier before this program arrives
+        for (int n = threadIdx.x; n < N; n += THREADS)  // every program the same
+            x[n] = wide(wte[*token * N + n]) + (wpe ? wide(wpe[(long long)place * N + n]) : 0);
         LAYERS_OF(false)
-        linear<HEAD, NORMED, false>(x, number, vectors + HEAD_NORM, nullptr, nullptr, 0, logits, 0);
-        if (blockIdx.x == 0 && threadIdx.x == 0) {
-            while (arrivals(counter) < (launch + 1) * GRID) pause();  // until all have read the position
-            *position = least(place + 1, length - 1);
-        }
+        linear<HEAD, NORMED, false, false>(x, vectors_of_head(), nullptr, logits);
+        if (blockIdx.x == 0 && threadIdx.x == 0) *position = least(place + 1, length - 1);  // all have read it before the first barrier
     }
+
+    DEVICE const float* vectors_of_head() const { return vectors + HEAD_NORM; }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(Arguments arguments) {

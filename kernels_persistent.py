@@ -122,7 +122,7 @@ def compiled(defines, device):
 
 
 class Arguments(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("token position wte wpe head cos sin table vectors x y qkv part lse rank1 rank2 hidden logits counter").split()]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("token position wte wpe head cos sin table vectors x qkv part lse rank hidden logits counter").split()]
     _fields_ += [("length", ctypes.c_longlong), ("eps", ctypes.c_float)]
 
 
@@ -148,12 +148,12 @@ class Step:
         self.programs = programs or torch.cuda.get_device_properties(self.device).multi_processor_count
         slot = max(slot, max(1 << (K * weight.element_size() - 1).bit_length() for _, _, K, _, _ in all_matrices(model)))
         self.table, self.vectors, norm = self.addresses(), *self.collect()
-        self.defines = constants(model, self.programs, warps, slot) + f"#define HEAD_NORM {norm}\n#define STAGES {2 + sum(1 + sum(len(matrices(m)) for m in layer) for layer in linears(model))}\n"
+        self.defines = constants(model, self.programs, warps, slot) + f"#define HEAD_NORM {norm}\n"
         rank = max([1] + [parts[0][1] * parts[0][3] for layer in linears(model) for parts in map(matrices, layer) if len(parts) == 2])
-        sizes = cfg.n_embd, cfg.n_embd, model.blocks[0].attn.qkv.out_features, 8 * cfg.attn_dim, 8 * cfg.n_head, rank, rank, cfg.n_hidden
-        self.buffers = [torch.zeros(n, device=self.device, dtype=torch.long) for n in sizes]  # words; none has number 0
+        sizes = cfg.n_embd, model.blocks[0].attn.qkv.out_features, 8 * cfg.attn_dim, 8 * cfg.n_head, rank, cfg.n_hidden
+        self.buffers = [torch.empty(n, device=self.device) for n in sizes]
         self.logits = torch.empty(1, cfg.vocab_size, device=self.device, dtype=weight.dtype)
-        self.counter = torch.zeros(2, device=self.device, dtype=torch.long)
+        self.counter = torch.zeros(1, device=self.device, dtype=torch.long)
 
     def addresses(self):
         """(n_layer, 8): qkv, proj, fc1's V and U, fc2's V and U, k and v of every layer; where there is one matrix, it stands twice."""

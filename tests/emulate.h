@@ -85,13 +85,12 @@ inline void copy_async(void* to, const void* from, int bytes, unsigned long long
     if (bytes % 16 || (uintptr_t)to % 16 || (uintptr_t)from % 16) fprintf(stderr, "the copy engine moves 16 bytes at a time\n"), abort();
     copies.push_back({to, from, bytes, barrier});
 }
-inline void pause() { yield(); }
-inline void arrive(unsigned long long* counter) { ++*counter; }
-inline unsigned long long arrivals(const unsigned long long* counter) { return *counter; }
-inline void count_done(unsigned long long* stages) { ++*stages; }
-inline void write(unsigned long long* to, unsigned long long word) { *to = word; }
-inline unsigned long long read(const unsigned long long* from) { return *from; }
-inline void read_two(unsigned long long& first, unsigned long long& second, const unsigned long long* from) { first = from[0], second = from[1]; }
+inline void release(unsigned long long* counter) { ++*counter; }
+inline unsigned long long acquire(const unsigned long long* counter) {
+    unsigned long long value = *counter;
+    yield();
+    return value;
+}
 inline unsigned shared_bytes() { return my_block().memory.size() - 128; }
 inline char* shared_memory() { return (char*)(((uintptr_t)my_block().memory.data() + 127) / 128 * 128); }
 

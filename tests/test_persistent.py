@@ -42,6 +42,8 @@ def make_step(model, cache, programs=6, warps=2, seed=1, shared=100_000):
         emulated(defines).launch(programs, threads, shared, threads - 32, seed, ctypes.byref(arguments))
 
     step = kernels.Step(model, cache) if ON_GPU else kernels.Step(model, cache, programs, warps, launch=launch)
+    for buffer in step.buffers:
+        buffer.fill_(torch.nan)
     return step
 
 
