@@ -86,6 +86,11 @@ class Either(nn.Module):
         return self.pick(x.numel() // x.size(-1))(x)
 
 
+def chosen(module, tokens):
+    """The linear that answers, where a structured one stands beside its dense equivalent."""
+    return module.pick(tokens) if isinstance(module, Either) else module
+
+
 def shape_of(linear) -> str:
     """What a timing depends on besides the card: lowrank 2048 -> 8192, V 512x2048, U 8192x512."""
     V, U = ("x".join(map(str, w.shape)) for w in (linear.V, linear.U))

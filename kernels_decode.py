@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from decode import chosen
 from model import add_norm
 from structured import BlockDense, BlockShuffle, LowRank
 
@@ -190,11 +191,6 @@ def attention(qkv, model, k_cache, v_cache, position):
 
 def usable(cfg) -> bool:
     return cfg.attn_dim // cfg.n_head in (32, 64, 128, 256) and cfg.n_head // cfg.n_kv_head <= 32
-
-
-def chosen(module, tokens):
-    """The linear that answers, where a structured one stands beside its dense equivalent."""
-    return module.pick(tokens) if hasattr(module, "pick") else module
 
 
 def ffn(block, x):

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from kernels_decode import chosen
+from decode import chosen
 from structured import BlockShuffle, Structured
 
 WARPS = 8            # that compute, beside one that fetches
