@@ -236,20 +236,20 @@ def measure(pairs, sizes=()) -> dict:
 @torch.no_grad()
 def measure_one(model, pairs) -> dict:
     """{shape: [factors, merged]} for one sequence, whose step is a single kernel: that of the whole model, each linear's equal share."""
-    kernels = fused_kernels(model.head.weight.device)
-    if not kernels or not kernels.usable(model.cfg):
+    device = model.head.weight.device
+    if device.type != "cuda":
         return {}
     import kernels_persistent
-    cache = Cache(model.cfg, 1, min(256, model.cfg.block_size), model.head.weight.device, model.head.weight.dtype)
-    token, times = torch.zeros(1, 1, dtype=torch.long, device=model.head.weight.device), ([], [])
+    cache = Cache(model.cfg, 1, min(256, model.cfg.block_size), device, model.head.weight.dtype)
+    token, times = torch.zeros(1, 1, dtype=torch.long, device=device), ([], [])
     for merged in (0, 1, 0, 1):
         choice = Choice({"graph": {pair.shape: {"1": [1 + merged, 2 - merged]} for pair in pairs}})
         for pair in pairs:
             pair.choice = choice
         with choice.under("graph"):
-            if not kernels_persistent.usable(model):
-                return {}
-            step = kernels_persistent.Step(model, cache)
+            step = kernels_persistent.step_for(model, cache)
+        if not step:
+            return {}
         cache.position.zero_()
         times[merged].append(timed_on_gpu(lambda: [step(token, cache) for _ in range(10)], True) / 10 / len(pairs))
     return {pair.shape: [min(ms) for ms in times] for pair in pairs}
@@ -431,15 +431,14 @@ class Decoder:
 
     def fused_step(self, batch):
         """The step in kernels: as a single one at batch 1, as one per linear above; model.step where they do not apply."""
-        kernels = fused_kernels(self.key.device)
-        if not kernels or not kernels.usable(self.model.cfg):
-            return self.model.step
-        if batch == 1:
+        if batch == 1 and self.key.device.type == "cuda":
             import kernels_persistent
             with self.model.choice.under("graph"):
-                if kernels_persistent.usable(self.model):
-                    return kernels_persistent.Step(self.model, self.cache)
-        return functools.partial(kernels.step, self.model)
+                step = kernels_persistent.step_for(self.model, self.cache)
+            if step:
+                return step
+        kernels = fused_kernels(self.key.device)
+        return functools.partial(kernels.step, self.model) if kernels and kernels.usable(self.model.cfg) else self.model.step
 
     def take(self, logits):
         """Chooses every row's next token from logits (B, vocab_size) and notes it."""

@@ -8,10 +8,10 @@
 // programs meet at a barrier in global memory. Activations are float32 in small buffers that stay in L2.
 //
 // The host sets as macros: Weight (bf16 or float), GRID, WARPS, SLOT (bytes), N, HEADS, KV, D, LAYERS, SPLITS, ROPE, RMS, ACT, QKV, PROJ,
-// HEAD (matrices), LAYERS_OF (calls of `layers`, one for each run of layers of one kind).
+// HEAD (matrices), HEAD_NORM (where it begins in vectors), LAYERS_OF (calls of `layers`, one for each run of layers of one kind).
 
 struct bf16 { unsigned short bits; };
-enum Activation { NONE, GELU, RELU2, SWIGLU };
+enum Activation { GELU, RELU2, SWIGLU };
 enum Input { PLAIN, NORMED, PARTS, GATED };
 typedef unsigned long long u64;
 
@@ -92,7 +92,7 @@ DEVICE float wide(float a) { return a; }
 DEVICE void narrow(float a, float& out) { out = a; }
 DEVICE void narrow(float a, bf16& out) {  // to nearest, ties to even
     unsigned bits = __float_as_uint(a);
-    out.bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    out.bits = a == a ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fff;
 }
 
 DEVICE void load(float (&out)[E], const float* from) {  // what other programs wrote: from L2, since L1 may hold older values
@@ -113,7 +113,7 @@ DEVICE float dot(const float (&a)[E], const float (&b)[E]) {
 DEVICE float activate(float a) {
     if (ACT == RELU2) return a > 0 ? a * a : 0;
     if (ACT == GELU) return a / (1 + __expf(-1.5957691216f * (a + 0.044715f * a * a * a)));  // tanh-GELU is a sigmoid(u)
-    return a;
+    return a;  // SWIGLU: where the next stage reads it
 }
 
 template <int n> DEVICE float sum_over(float value) {  // n neighbouring threads
@@ -191,7 +191,7 @@ struct Shared {
 struct Ring {
     Shared& shared;
     char* memory;
-    int slots, slot = 0, phase = 0, asked = 0, late = 0, late_phase = 0;
+    int slots, slot = 0, phase = 0, asked = 0, late = 0, late_phase = 0;  // late: the first of the last FLIGHT slots asked for
 
     DEVICE void next(int& slot, int& phase) {
         if (++slot == slots) slot = 0, phase ^= 1;
@@ -256,12 +256,11 @@ struct Program : Arguments {
     template <class M> DEVICE void fetch(u64 matrix) {
         M my;
         const char* from = (const char*)matrix + (long long)my.first * M::bytes;
-        for (int begin = 0; begin < my.count; begin += M::round)
-            for (int done = begin; done < least(begin + M::round, my.count); done += M::slot) {
-                int bytes = least(M::slot, my.count - done) * M::bytes;
-                ring.fetch(ring.room(bytes), from + (long long)done * M::bytes, bytes);
-                ring.filled();
-            }
+        for (int done = 0; done < my.count; done += M::slot) {
+            int bytes = least(M::slot, my.count - done) * M::bytes;
+            ring.fetch(ring.room(bytes), from + (long long)done * M::bytes, bytes);
+            ring.filled();
+        }
     }
 
     DEVICE void fetch_cache(u64 keys, u64 values) {
@@ -286,9 +285,9 @@ struct Program : Arguments {
             fetch_cache(row[6], row[7]);
             fetch<PROJ>(row[1]);
             fetch<typename Fc1::First>(row[2]);
-            if (Fc1::factors) fetch<typename Fc1::Last>(row[3]);
+            if constexpr (Fc1::factors) fetch<typename Fc1::Last>(row[3]);
             fetch<typename Fc2::First>(row[4]);
-            if (Fc2::factors) fetch<typename Fc2::Last>(row[5]);
+            if constexpr (Fc2::factors) fetch<typename Fc2::Last>(row[5]);
         }
     }
 
@@ -583,11 +582,9 @@ struct Program : Arguments {
         for (int n = threadIdx.x; n < N; n += THREADS)  // every program the same
             x[n] = wide(wte[*token * N + n]) + (wpe ? wide(wpe[(long long)place * N + n]) : 0);
         LAYERS_OF(false)
-        linear<HEAD, NORMED, false, false>(x, vectors_of_head(), nullptr, logits);
+        linear<HEAD, NORMED, false, false>(x, vectors + HEAD_NORM, nullptr, logits);
         if (blockIdx.x == 0 && threadIdx.x == 0) *position = least(place + 1, length - 1);  // all have read it before the first barrier
     }
-
-    DEVICE const float* vectors_of_head() const { return vectors + HEAD_NORM; }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(Arguments arguments) {

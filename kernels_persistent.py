@@ -13,6 +13,7 @@ from structured import BlockShuffle, Structured
 WARPS = 8            # that compute, beside one that fetches
 SLOT = 2**14         # bytes of a slot of the ring at least; it holds a row of every matrix
 LARGEST_SLOT = 2**16
+MOST_SPLITS = 8      # programs that share a head
 ACTIVATIONS = {"gelu": "GELU", "relu2": "RELU2", "swiglu": "SWIGLU"}
 
 
@@ -43,9 +44,18 @@ def all_matrices(model):
 
 def usable(model) -> bool:
     """Whether `Step` can take this model's steps at batch 1."""
-    device = model.head.weight.device
-    return (device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
-            and fits(model.cfg, all_matrices(model), model.head.weight.element_size()) and bindings())
+    weight = model.head.weight
+    if weight.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    card = torch.cuda.get_device_properties(weight.device)
+    return card.major >= 9 and fits(model.cfg, all_matrices(model), weight.dtype, card.multi_processor_count) and bindings()
+
+
+def fits(cfg, parts, dtype, programs) -> bool:
+    """Rows of whole 16-byte pieces, none longer than a slot; a program for each block; heads that a power of two of at most 32 threads share."""
+    size, D = dtype.itemsize, cfg.attn_dim // cfg.n_head
+    return (dtype in (torch.bfloat16, torch.float32) and D * size in (32, 64, 128, 256, 512)
+            and all(K * size % 16 == 0 and K * size <= LARGEST_SLOT and blocks <= programs for _, _, K, blocks, _ in parts))
 
 
 @functools.cache
@@ -53,14 +63,26 @@ def bindings() -> bool:
     """Whether NVIDIA's Python bindings are there; torch 2.10 and newer installs them beside CUDA."""
     found = all(importlib.util.find_spec(name) for name in ("cuda", "cuda.bindings"))
     if not found:
-        print("decoding at batch 1 is slower than it could be: the package cuda-bindings is not installed.", file=sys.stderr)
+        slower("the package cuda-bindings is not installed")
     return found
 
 
-def fits(cfg, parts, size) -> bool:
-    """Rows of whole 16-byte pieces, none longer than a slot; heads that a power of two of at most 32 threads share."""
-    D = cfg.attn_dim // cfg.n_head
-    return size in (2, 4) and D * size in (32, 64, 128, 256, 512) and all(K * size % 16 == 0 and K * size <= LARGEST_SLOT for _, _, K, _, _ in parts)
+@functools.cache
+def slower(reason):
+    print(f"decoding at batch 1 is slower than it could be: {reason}.", file=sys.stderr)
+
+
+def step_for(model, cache):
+    """A `Step`, compiled, or None: where it is not usable, or, which is said, where it cannot be compiled."""
+    if not usable(model):
+        return None
+    step = Step(model, cache)
+    try:
+        with torch.cuda.device(step.device):
+            compiled(step.defines, step.device)
+    except (ImportError, OSError, RuntimeError) as e:
+        return slower(f"its kernel does not compile here: {e}")
+    return step
 
 
 def constants(model, programs, warps, slot):
@@ -80,7 +102,7 @@ def constants(model, programs, warps, slot):
     qkv, proj = model.blocks[0].attn.qkv, model.blocks[0].attn.proj
     values = dict(
         Weight="bf16" if model.head.weight.dtype == torch.bfloat16 else "float", GRID=programs, WARPS=warps, SLOT=slot, N=cfg.n_embd, HEADS=cfg.n_head,
-        KV=cfg.n_kv_head, D=cfg.attn_dim // cfg.n_head, LAYERS=cfg.n_layer, SPLITS=max(1, min(8, programs // cfg.n_head)),
+        KV=cfg.n_kv_head, D=cfg.attn_dim // cfg.n_head, LAYERS=cfg.n_layer, SPLITS=max(1, min(MOST_SPLITS, programs // cfg.n_head)),
         ROPE=int(cfg.pos == "rope"), RMS=int(cfg.norm == "rmsnorm"), ACT=ACTIVATIONS[cfg.act], QKV=matrix(matrices(qkv)[0]),
         PROJ=matrix(matrices(proj)[0]), HEAD=matrix(matrices(model.head)[0]))
     return "".join(f"#define {name} {value}\n" for name, value in values.items()) + f"#define LAYERS_OF(fetching) {' '.join(runs)}\n"
@@ -150,7 +172,7 @@ class Step:
         self.table, self.vectors, norm = self.addresses(), *self.collect()
         self.defines = constants(model, self.programs, warps, slot) + f"#define HEAD_NORM {norm}\n"
         rank = max([1] + [parts[0][1] * parts[0][3] for layer in linears(model) for parts in map(matrices, layer) if len(parts) == 2])
-        sizes = cfg.n_embd, model.blocks[0].attn.qkv.out_features, 8 * cfg.attn_dim, 8 * cfg.n_head, rank, cfg.n_hidden
+        sizes = cfg.n_embd, model.blocks[0].attn.qkv.out_features, MOST_SPLITS * cfg.attn_dim, MOST_SPLITS * cfg.n_head, rank, cfg.n_hidden
         self.buffers = [torch.empty(n, device=self.device) for n in sizes]
         self.logits = torch.empty(1, cfg.vocab_size, device=self.device, dtype=weight.dtype)
         self.counter = torch.zeros(1, device=self.device, dtype=torch.long)

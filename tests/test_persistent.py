@@ -61,7 +61,7 @@ def pair(dtype, **shape):
 
 def compare(dtype, prompts, shape, steps=2, **how):
     model, low, expected, cache = pair(dtype, **shape)
-    assert kernels.fits(low.cfg, kernels.all_matrices(low), dtype.itemsize)
+    assert kernels.fits(low.cfg, kernels.all_matrices(low), dtype, how.get("programs", 6))
     step = make_step(low, cache, **how)
     tokens = torch.randint(257, (1, model.cfg.block_size), device=DEVICE)
     for prompt in prompts:
@@ -118,10 +118,11 @@ def test_the_order_of_threads_does_not_matter():
 
 @pytest.mark.parametrize("shape, dtype, fits", [
     (dict(ffn="lowrank", rank=20), torch.bfloat16, False), (dict(ffn="lowrank", rank=20), torch.float32, True),
-    (dict(n_head=16), torch.bfloat16, False), (dict(n_head=8), torch.bfloat16, True), (dict(ffn_dim=2**14 + 8), torch.float32, False)])
+    (dict(n_head=16), torch.bfloat16, False), (dict(n_head=8), torch.bfloat16, True), (dict(ffn_dim=2**14 + 8), torch.float32, False),
+    (dict(ffn="blockdense", rank=32, nblocks=8), torch.float32, False), (dict(n_head=8), torch.float16, False)])
 def test_what_fits(shape, dtype, fits):
     model = make(**{"n_layer": 2, **shape}).to(dtype)
-    assert kernels.fits(model.cfg, kernels.all_matrices(model), dtype.itemsize) is fits
+    assert kernels.fits(model.cfg, kernels.all_matrices(model), dtype, 6) is fits
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs CUDA")
