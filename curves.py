@@ -219,7 +219,10 @@ def slope(fit) -> str:
 def draw_runs(path, runs, fits):
     how = looks(runs)
     how.update({slope(fit): how[fit["method"]] for fit in fits})
-    draw(path, "Validation loss, training loss faint", "loss, nats per token", {"": panels(runs, fits)}, looks=how, width=5.6, height=5.2)
+    alike = [one[0] for one in (sorted({r.size for r in runs}), sorted({f"seed {r.cfg.seed}" for r in runs})) if len(one) == 1]
+    shown = list(panels(runs, fits).items())
+    rows = {i: dict(shown[i:i + 2]) for i in range(0, len(shown), 2)}
+    draw(path, ", ".join(alike) + ": " * bool(alike) + "validation loss, training loss faint", "loss, nats per token", rows, looks=how, width=6.2, height=4.8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
