@@ -26,7 +26,7 @@ STRUCTURES = {"lowrank": LOWRANK, "blockshuffle": ["--ffn=blockshuffle", "--nblo
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# PAPER §1 as index loops: the dense matrices of the three maps
+# The three maps as index loops: their dense matrices
 
 def dense_oracle(kind, V, U):
     """The (M, N) float64 matrix of a structured map, entry by entry from the paper's definitions."""

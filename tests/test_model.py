@@ -249,7 +249,7 @@ def test_the_loss_in_bf16_is_near():
 # ----------------------------------------------------------------------------------------------------------------------
 # Counting
 
-CELLS = [  # PAPER §4-6: preset and flags, parameters and FFN parameters in millions, training FLOPs; None is not printed
+CELLS = [  # the paper's tables: preset and flags, parameters and FFN parameters in millions, training FLOPs; None is not printed
     ("s", 110, 56.6, 1.70e18), ("m", 335, 201.3, 1.55e19), ("l", 729, 453.0, 7.03e19), ("xl", 1274, 805, 2.10e20),
     ("s --ffn=lowrank --rank=384", 90, None, 1.44e18), ("s --ffn=lowrank --rank=192", 74, None, 1.22e18),
     ("s --ffn=blockshuffle --nblocks=2", 90, None, 1.44e18), ("s --ffn=blockshuffle --nblocks=4", 74, None, 1.22e18),

@@ -176,7 +176,7 @@ def test_a_meta_layer_waits_for_its_weights():
 @one_each
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_merged_forward_equals_the_two_branches(kind, n, m, rest, alpha):
-    """PAPER §2: o = alpha W x + (1 - alpha) U V x, output and all gradients."""
+    """The paper's self-guided layer: o = alpha W x + (1 - alpha) U V x, output and all gradients."""
     layer = make(kind, n, m, rest)
     layer.start_guide()
     with torch.no_grad():
