@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -256,11 +257,14 @@ def measure_one(model, pairs) -> dict:
 
 
 def table_key(device, dtype) -> str:
-    """Card, versions and precision: what a table of times holds for."""
+    """Card, versions, our own kernels' too, and precision: what a table of times holds for."""
     parts = [torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} x{torch.get_num_threads()}", f"torch {torch.__version__}"]
-    if device.type == "cuda" and importlib.util.find_spec("triton"):
-        import triton
-        parts.append(f"triton {triton.__version__}")
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton"):
+            import triton
+            parts.append(f"triton {triton.__version__}")
+        sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("kernels_decode.py", "kernels_persistent.cu"))
+        parts.append(f"kernels {hashlib.sha256(sources).hexdigest()[:8]}")
     return ", ".join(parts + [str(dtype).removeprefix("torch.")])
 
 
