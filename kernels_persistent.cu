@@ -157,7 +157,7 @@ struct Matrix {
     static constexpr int slot = rows * groups;                                           // rows in a slot
     static constexpr int share = (ROWS + GRID / BLOCKS - 1) / (GRID / BLOCKS);           // rows of a program at most
     static constexpr int batch = least(32 / rows, (share + slot - 1) / slot);            // slots whose sums are found together
-    static constexpr int round = THREADS / (slot * batch) * slot * batch;       // rows between two looks at the sums
+    static constexpr int round = THREADS / (slot * batch) * slot * batch;                // rows between two looks at the sums
     static_assert(slot * bytes <= SLOT && round <= THREADS && COLS % E == 0 && BLOCKS <= GRID, "the host plans for this");
 
     int block, first, count;                                                             // of this program: first of all rows
@@ -183,7 +183,7 @@ static_assert(PLACES % TEAMS == 0 && 32 % MEMBERS == 0, "the host plans for this
 struct Shared {
     u64 full[MOST_SLOTS], empty[MOST_SLOTS];       // barriers of the ring
     u64 table[LAYERS][8];
-    float partial[THREADS * WARPS];                  // sums of a row by warp
+    float partial[THREADS * WARPS];                // sums of a row by warp
     float total[2][WARPS];
     float heads[WARPS][D + 2];                     // of each warp's part of the cache: output, largest score, denominator
 };

@@ -104,7 +104,7 @@ def constants(model, programs, warps, slot):
         Weight="bf16" if model.head.weight.dtype == torch.bfloat16 else "float", GRID=programs, WARPS=warps, SLOT=slot, N=cfg.n_embd, HEADS=cfg.n_head,
         KV=cfg.n_kv_head, D=cfg.attn_dim // cfg.n_head, LAYERS=cfg.n_layer, SPLITS=max(1, min(MOST_SPLITS, programs // cfg.n_head)),
         ROPE=int(cfg.pos == "rope"), RMS=int(cfg.norm == "rmsnorm"), ACT=ACTIVATIONS[cfg.act], QKV=matrix(matrices(qkv)[0]),
-        PROJ=matrix(matrices(proj)[0]), HEAD=matrix(matrices(model.head)[0]))
+        PROJ=matrix(matrices(proj)[0]), HEAD=matrix(matrices(model.head)[0]), HEAD_NORM=cfg.n_layer * (6 * cfg.n_embd + qkv.out_features + cfg.n_hidden))
     return "".join(f"#define {name} {value}\n" for name, value in values.items()) + f"#define LAYERS_OF(fetching) {' '.join(runs)}\n"
 
 
@@ -144,7 +144,7 @@ def compiled(defines, device):
 
 
 class Arguments(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("token position wte wpe head cos sin table vectors x qkv part lse rank hidden logits counter").split()]
+    _fields_ = [(name, ctypes.c_void_p) for name in "token position wte wpe head cos sin table vectors x qkv part lse rank hidden logits counter".split()]
     _fields_ += [("length", ctypes.c_longlong), ("eps", ctypes.c_float)]
 
 
@@ -169,8 +169,8 @@ class Step:
         self.device, self.model, self.cache, self.launch, self.threads = weight.device, model, cache, launch, 32 * (warps + 1)
         self.programs = programs or torch.cuda.get_device_properties(self.device).multi_processor_count
         slot = max(slot, max(1 << (K * weight.element_size() - 1).bit_length() for _, _, K, _, _ in all_matrices(model)))
-        self.table, self.vectors, norm = self.addresses(), *self.collect()
-        self.defines = constants(model, self.programs, warps, slot) + f"#define HEAD_NORM {norm}\n"
+        self.table, self.vectors = self.addresses(), self.collect()
+        self.defines = constants(model, self.programs, warps, slot)
         rank = max([1] + [parts[0][1] * parts[0][3] for layer in linears(model) for parts in map(matrices, layer) if len(parts) == 2])
         sizes = cfg.n_embd, model.blocks[0].attn.qkv.out_features, MOST_SPLITS * cfg.attn_dim, MOST_SPLITS * cfg.n_head, rank, cfg.n_hidden
         self.buffers = [torch.empty(n, device=self.device) for n in sizes]
@@ -186,7 +186,7 @@ class Step:
         return torch.tensor(rows).to(self.device)
 
     def collect(self):
-        """(all norms and biases in float32, layer by layer, where the last norm begins); what a model lacks is zero."""
+        """All norms and biases in float32, layer by layer, the head's norm last; what a model lacks is zero."""
         N, parts = self.model.cfg.n_embd, []
 
         def add(vector, size):
@@ -204,7 +204,7 @@ class Step:
             add(fc1.bias, fc1.out_features)
             add(fc2.bias, N)
         add_norm(self.model.norm)
-        return torch.cat(parts), sum(map(len, parts)) - 2 * N
+        return torch.cat(parts)
 
     def __call__(self, tokens, cache):
         assert cache is self.cache, "the table holds the addresses of one cache"
