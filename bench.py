@@ -146,11 +146,11 @@ import curves
 import decode
 import model as model_file
 from curves import draw_points, draw_speedups, draw_split
-from model import FFN, build, ffn_params, flops_per_token, linear_params, peak_flops
+from model import FFN, build, ffn_params, flops_per_token, linear_params, out_of_memory, peak_flops
 from sample import Settings as Sampling
 from structured import BlockShuffle, LowRank, linear
-from timing import Table, clocks, commit, conditions, copy_rate, fresh, graphed, header, laps, middle, out_of_memory, ratio, timed, within_memory
-from train import make_optimizer, nominal_vocabulary, pick_device, set_up, short, train_step
+from timing import Table, clocks, commit, conditions, copy_rate, fresh, graphed, header, laps, middle, ratio, timed, within_memory
+from train import make_optimizer, nominal_vocabulary, pick_device, set_up, train_step
 
 PASSES = {"forward": 1, "forward+backward": 3}  # and how many times the forward's FLOPs
 SHORT = 4096  # tokens, up to which launching kernels can take longer than running them

@@ -251,7 +251,7 @@ def ffn_backward_op(grad: Tensor, x: Tensor, V1: Tensor, U1: Tensor, bias: Tenso
     x, t1, t2, grad = _read_by(x, V1), _read_by(t1, U1), _read_by(t2, U2), _read_by(grad.contiguous(), U2)
     if hidden.numel() == 0:
         hidden, slope = _hidden(t1, U1, bias, V2, shuffle, act, True)
-    H, chunk = hidden.size(1), _chunk(hidden.size(1), V2, shuffle)
+    chunk = _chunk(hidden.size(1), V2, shuffle)
 
     grad_U2 = _weight_grad(grad, t2)
     grad_t2 = _read_by(matmul(grad, U2.mT), V2)

@@ -364,13 +364,19 @@ def build(cfg, device, seed=None):
     return model
 
 
+def out_of_memory(error) -> bool:
+    """torch has RuntimeErrors of several kinds for it, and a failed recording of a graph hides them behind its own."""
+    return error is not None and (isinstance(error, MemoryError) or any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+                                  or out_of_memory(error.__context__))
+
+
 @contextlib.contextmanager
 def in_memory(cfg, device):
     """What did not fit, where memory does not suffice."""
     try:
         yield
-    except (MemoryError, RuntimeError) as e:  # torch has RuntimeErrors of several kinds for it
-        if isinstance(e, RuntimeError) and not any(words in str(e) for words in ("out of memory", "can't allocate memory")):
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
             raise
         with torch.device("meta"):
             params = sum(p.numel() for p in GPT(cfg).parameters())

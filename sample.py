@@ -66,9 +66,9 @@ if __name__ == "__main__":
 import torch
 
 from decode import Decoder, Row, exact_matmuls, largest_batch, merge_model, padded, ready, row_key
-from model import load, save_beside
+from model import load, out_of_memory, save_beside, short
 from tokenizer import tokenizer_from_blob
-from train import pick_device, short
+from train import pick_device
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -192,11 +192,6 @@ def write_merged(path, model, cfg, saved, prompt):
         merge_model(model)
         after = model(tokens)
     cfg.ffn, cfg.rank, cfg.nblocks, cfg.guide = "dense", 0, 0, "off"
-    try:
-        os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-        open(target + ".tmp", "wb").close()  # save_beside's, whose own complaint is not an OSError
-    except OSError as e:
-        raise UserError(f"cannot write {target} ({e.strerror}): make its folder writable, or copy the model to one that is.") from None
     save_beside({**saved, "config": config.to_dict(cfg), "model": model.state_dict()}, target)
     print(f"{target}: dense, {short(sum(p.numel() for p in model.parameters()))} parameters; largest logit difference "
           f"{(before - after).abs().max():.1e} over {tokens.size(1)} tokens (logits up to {before.abs().max():.1f})")
@@ -233,7 +228,9 @@ def main(path, s):
             write_json(decoder, records, rows, tokenizer, s, batch_size)
         else:
             stream(decoder, records[0]["prompt"], rows, tokenizer)
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
         raise UserError(f"the memory of {device} does not hold a batch of {batch_size} sequences of {length} tokens: give a smaller --batch_size.") from None
 
 

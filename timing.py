@@ -9,6 +9,7 @@ import time
 import numpy as np
 import torch
 
+from model import out_of_memory
 from train import device_name
 
 
@@ -143,13 +144,6 @@ class Table:
 
 def ratio(a, b):
     return a / b if a and b else None
-
-
-def out_of_memory(error):
-    """Also where a failed recording of a graph hides it."""
-    if error is None or isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
-        return error is not None
-    return out_of_memory(error.__context__)
 
 
 @contextlib.contextmanager

@@ -292,7 +292,7 @@ def test_standard_error_is_the_spread_of_slopes():
 
 def test_power_laws_of_runs_are_recovered_per_method(rows, tmp_path):
     """Three sizes, two methods with their own power law, two seeds; exact for dense, a known disturbance for lowrank."""
-    paths, disturbed = [], {}
+    paths = []
     for width in (32, 64, 96):
         for seed in (1, 2):
             paths.append(write_run(tmp_path / f"dense{width}-{seed}", lambda c: 50 * c**-0.07, n_embd=width, seed=seed))
