@@ -4,16 +4,25 @@
 // runs one program: one warp that fetches and WARPS that compute. All matrices are cut into shares of rows, one share a program, which
 // lie in one piece in memory. The fetching warp asks the copy engine for its program's shares, and its part of the KV cache, in the
 // order in which they will be used, as long as a ring of slots in shared memory has room: half a layer ahead. What others compute never
-// holds it up. The computing warps go from stage to stage (qkv, attention, proj, and one for each factor of the FFN); in between all
-// programs meet at a barrier in global memory. Activations are float32 in small buffers that stay in L2.
+// holds it up. The computing warps go from stage to stage: the embedding, then qkv, attention, proj and one stage for each factor of the
+// FFN, layer by layer, then the head.
 //
-// The host sets as macros: Weight (bf16 or float), GRID, WARPS, SLOT (bytes), N, HEADS, KV, D, LAYERS, SPLITS, ROPE, RMS, ACT, QKV, PROJ,
-// HEAD (matrices), HEAD_NORM (where it begins in vectors), LAYERS_OF (calls of `layers`, one for each run of layers of one kind).
+// What a stage finds goes to the other programs as words in global memory, which stay in L2: a float32 whose last two bits are a tag,
+// the parities of launch and layer. Who needs a word reads it until it has the tag of now; before, it has that of the layer before, or of
+// the launch before. So nothing waits for stores to arrive, as a barrier would. A counter of stages done only says when it is worth
+// to look: to ask for the words themselves all the time would be in the way of those that write them.
+//
+// No word is overwritten before all have read it: its next writer has, by way of the stages between, waited for all words of qkv's input,
+// so for all programs to have done the layer before.
+//
+// The host sets as macros: Weight (bf16 or float), GRID, WARPS, SLOT (bytes), N, HEADS, KV, D, LAYERS, STAGES, SPLITS, ROPE, RMS, ACT,
+// QKV, PROJ, HEAD (matrices), HEAD_NORM (where it begins in vectors), LAYERS_OF (calls of `layers`, one for each run of layers of one kind).
 
 struct bf16 { unsigned short bits; };
 enum Activation { GELU, RELU2, SWIGLU };
 enum Input { PLAIN, NORMED, PARTS, GATED };
 typedef unsigned long long u64;
+typedef unsigned Word;                   // of an activation: a float whose last two bits are a tag, that of its layer and launch
 
 constexpr int THREADS = 32 * WARPS;      // that compute
 constexpr int E = 16 / sizeof(Weight);   // weights in a piece: 16 bytes, what a thread loads at a time
@@ -52,14 +61,29 @@ DEVICE void copy_async(void* to, const void* from, int bytes, u64* barrier) {
 DEVICE void sync() {  // of the computing warps
     asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory");
 }
-DEVICE void release(u64* counter) {  // one thread releases for all: sync() has ordered their stores before it
-    asm volatile("red.release.gpu.global.add.u64 [%0], 1;" :: "l"(counter) : "memory");
-}
-DEVICE u64 acquire(const u64* counter) {
+DEVICE void arrive(u64* counter) { asm volatile("red.release.gpu.global.add.u64 [%0], 1;" :: "l"(counter) : "memory"); }
+DEVICE u64 arrivals(const u64* counter) {
     u64 value;
     asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(counter) : "memory");
     return value;
 }
+DEVICE void count(u64* counter) { asm volatile("red.relaxed.gpu.global.add.u64 [%0], 1;" :: "l"(counter)); }
+DEVICE u64 counted(const u64* counter) {
+    u64 value;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(counter));
+    return value;
+}
+DEVICE void write(Word* to, Word word) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(to), "r"(word)); }
+DEVICE Word read(const Word* from) {
+    Word word;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(from));
+    return word;
+}
+DEVICE void read_four(Word (&words)[4], const Word* from) {  // 16 aligned bytes
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(from));
+}
+DEVICE void pause() {}
 DEVICE unsigned shared_bytes() {
     unsigned bytes;
     asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
@@ -95,13 +119,17 @@ DEVICE void narrow(float a, bf16& out) {  // to nearest, ties to even
     out.bits = a == a ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fff;
 }
 
-DEVICE void load(float (&out)[E], const float* from) {  // what other programs wrote: from L2, since L1 may hold older values
+DEVICE void load(float (&out)[E], const float* from) {
     #pragma unroll
     for (int i = 0; i < E; i += 4) {
-        float4 four = __ldcg((const float4*)(from + i));
+        float4 four = *(const float4*)(from + i);
         out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
     }
 }
+
+DEVICE Word word(float value, unsigned tag) { return (value == value ? __float_as_uint(value) + 2 & ~3u : 0x7fc00000) | tag; }
+DEVICE float value_of(Word word) { return __uint_as_float(word & ~3u); }
+DEVICE unsigned tag_of(Word word) { return word & 3; }
 
 DEVICE float dot(const float (&a)[E], const float (&b)[E]) {
     float sum = 0;
@@ -156,7 +184,7 @@ struct Matrix {
     static constexpr int rows = most(1, least(SLOT / bytes / groups, 32));               // of a slot for each group
     static constexpr int slot = rows * groups;                                           // rows in a slot
     static constexpr int share = (ROWS + GRID / BLOCKS - 1) / (GRID / BLOCKS);           // rows of a program at most
-    static constexpr int batch = least(32 / rows, (share + slot - 1) / slot);            // slots whose sums are found together
+    static constexpr int batch = most(1, least(8 / rows, (share + slot - 1) / slot));            // slots whose sums are found together
     static constexpr int round = THREADS / (slot * batch) * slot * batch;                // rows between two looks at the sums
     static_assert(slot * bytes <= SLOT && round <= THREADS && COLS % E == 0 && BLOCKS <= GRID, "the host plans for this");
 
@@ -181,11 +209,11 @@ constexpr int PLACES = SLOT / 2 / (16 * MEMBERS);  // in a slot: keys in its fir
 static_assert(PLACES % TEAMS == 0 && 32 % MEMBERS == 0, "the host plans for this");
 
 struct Shared {
-    u64 full[MOST_SLOTS], empty[MOST_SLOTS];       // barriers of the ring
+    u64 full[MOST_SLOTS], empty[MOST_SLOTS];        // barriers of the ring
     u64 table[LAYERS][8];
-    float partial[THREADS * WARPS];                // sums of a row by warp
+    alignas(16) float partial[2][THREADS * WARPS];  // sums of a row by warp, in turn
     float total[2][WARPS];
-    float heads[WARPS][D + 2];                     // of each warp's part of the cache: output, largest score, denominator
+    float heads[WARPS][D + 2];                      // of each warp's part of the cache: output, largest score, denominator
 };
 
 struct Ring {
@@ -232,9 +260,9 @@ struct Arguments {
     const float *cos, *sin;
     const u64* table;
     const float* vectors;
-    float *x, *qkv, *part, *lse, *rank, *hidden;
+    Word *x, *y, *qkv, *part, *lse, *rank1, *rank2, *hidden;  // x: what a layer begins with; y: with attention added
     Weight* logits;
-    u64* counter;
+    u64* counter;                                              // of programs that began, in all launches; behind it, of stages that programs did
     long long length;
     float eps;
 };
@@ -242,10 +270,16 @@ struct Arguments {
 struct Program : Arguments {
     Shared& shared;
     Ring ring;
+    u64 launch;
     int place, reach, active;      // tokens in the cache; places for each of the `active` programs that share a head
-    u64 target = 0;                // the next barrier
+    unsigned tag;                  // of this layer's words
+    int turn = 0;
+    u64 target = 0;                // of stages done
 
     DEVICE Program(const Arguments& arguments, Shared& shared, Ring ring) : Arguments(arguments), shared(shared), ring(ring) {
+        launch = arrivals(counter) / GRID;  // all programs of this launch begin before one of the next does
+        tag = tag_of_layer(0);
+        target = launch * STAGES * GRID;
         place = *position;
         reach = most(REACH, (place + SPLITS - 1) / SPLITS);
         active = most(1, (place + reach - 1) / reach);
@@ -256,6 +290,7 @@ struct Program : Arguments {
     template <class M> DEVICE void fetch(u64 matrix) {
         M my;
         const char* from = (const char*)matrix + (long long)my.first * M::bytes;
+        #pragma unroll 1
         for (int done = 0; done < my.count; done += M::slot) {
             int bytes = least(M::slot, my.count - done) * M::bytes;
             ring.fetch(ring.room(bytes), from + (long long)done * M::bytes, bytes);
@@ -265,9 +300,11 @@ struct Program : Arguments {
 
     DEVICE void fetch_cache(u64 keys, u64 values) {
         constexpr int bytes = D * sizeof(Weight);
+        #pragma unroll 1
         for (int item = blockIdx.x; item < HEADS * active; item += GRID) {
             int first = item / HEADS * reach, stop = least(first + reach, place);
             long long start = item % HEADS / (HEADS / KV) * length;
+            #pragma unroll 1
             for (; first < stop; first += PLACES) {
                 int size = least(PLACES, stop - first) * bytes;
                 char* to = ring.room(2 * size);
@@ -279,6 +316,7 @@ struct Program : Arguments {
     }
 
     template <class Fc1, class Fc2> DEVICE void fetch_layers(int begin, int end) {
+        #pragma unroll 1
         for (int layer = begin; layer < end; layer++) {
             const u64* row = shared.table[layer];
             fetch<QKV>(row[0]);
@@ -291,18 +329,48 @@ struct Program : Arguments {
         }
     }
 
-    // ---- The barrier: a counter that only grows, by GRID every time
+    // ---- Words
 
-    DEVICE void arrive() {
+    DEVICE unsigned tag_of_layer(int layer) { return launch % 2 * 2 + layer % 2; }
+
+    DEVICE void stage_done() {
         sync();
-        if (threadIdx.x == 0) release(counter);
+        if (threadIdx.x == 0) count(counter + 1);
         target += GRID;
     }
 
-    DEVICE void wait() {
+    DEVICE void await() {  // until the words should be there: to ask for them all the time would be in the way of those that write them
         if (threadIdx.x == 0)
-            while (acquire(counter) < target) {}
+            while (counted(counter + 1) < target) pause();
         sync();
+    }
+
+    DEVICE float receive(Word last, const Word* from) {  // one, read before as `last`
+        while (tag_of(last) != tag) pause(), last = read(from);
+        return value_of(last);
+    }
+
+    // n pieces of E words, all asked for at once: piece c, if needed(c), from where(c)
+    template <int n, class Needed, class Where> DEVICE void receive(float (&out)[n][E], Needed needed, Where where) {
+        for (bool all = false; !all;) {
+            all = true;
+            #pragma unroll
+            for (int c = 0; c < n; c++)
+                if (needed(c)) {
+                    const Word* from = where(c);
+                    #pragma unroll
+                    for (int e = 0; e < E; e += 4) {
+                        Word words[4];
+                        read_four(words, from + e);
+                        #pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            out[c][e + i] = value_of(words[i]);
+                            all &= tag_of(words[i]) == tag;
+                        }
+                    }
+                }
+            if (!all) pause();
+        }
     }
 
     // ---- A linear
@@ -317,88 +385,96 @@ struct Program : Arguments {
         return value;
     }
 
-    // a = norm(a): a thread's entries, from k on, of x, whose mean and variance all threads find together
-    template <class M> DEVICE void normalise(float (&a)[M::each][E], const float (&gain)[M::each][E], const float (&shift)[M::each][E]) {
-        constexpr int n = (N + 4 * THREADS - 1) / (4 * THREADS);
-        float4 mine[n];
+    // mean and 1 / deviation of a row, of which each thread has `count` of n pieces
+    template <int n> DEVICE void statistics(const float (*row)[E], int count, float& mean, float& scale) {
         float sum = 0, squares = 0;
         #pragma unroll
-        for (int i = 0; i < n; i++) {
-            int at = 4 * (i * THREADS + threadIdx.x);
-            mine[i] = at < N ? __ldcg((const float4*)(x + at)) : float4{0, 0, 0, 0};
-            sum += mine[i].x + mine[i].y + mine[i].z + mine[i].w;
-        }
-        float mean = RMS ? 0 : total(sum, 0) / N;
-        #pragma unroll
-        for (int i = 0; i < n; i++)
-            if (4 * (i * THREADS + threadIdx.x) < N) {
-                float p = mine[i].x - mean, q = mine[i].y - mean, r = mine[i].z - mean, s = mine[i].w - mean;
-                squares += p * p + q * q + r * r + s * s;
-            }
-        float scale = rsqrtf(total(squares, 1) / N + eps);
-        #pragma unroll
-        for (int c = 0; c < M::each; c++)
+        for (int c = 0; c < n; c++)
             #pragma unroll
-            for (int e = 0; e < E; e++) a[c][e] = (a[c][e] - mean) * scale * gain[c][e] + shift[c][e];
+            for (int e = 0; e < E; e++) sum += c < count ? row[c][e] : 0;
+        mean = RMS ? 0 : total(sum, 0) / N;
+        #pragma unroll
+        for (int c = 0; c < n; c++)
+            #pragma unroll
+            for (int e = 0; e < E; e++) squares += c < count ? (row[c][e] - mean) * (row[c][e] - mean) : 0;
+        scale = rsqrtf(total(squares, 1) / N + eps);
     }
 
     // a = entries k to k + E of attention's output: its parts, each with the logarithm of its softmax's denominator
     DEVICE void join(float (&a)[E], int k) {
-        float each[SPLITS], parts[SPLITS][E], top = -1e30f, sum = 0;
-        #pragma unroll
-        for (int s = 0; s < SPLITS; s++)
-            if (s < active) {
-                each[s] = __ldcg(lse + s * HEADS + k / D);
-                load(parts[s], part + s * HEADS * D + k);
-            }
-        #pragma unroll
-        for (int s = 0; s < SPLITS; s++)
-            if (s < active) top = fmaxf(top, each[s]);
+        constexpr int n = least(4, SPLITS);  // at a time: more would not fit into registers
+        float top = -1e30f, sum = 0;
         #pragma unroll
         for (int e = 0; e < E; e++) a[e] = 0;
-        #pragma unroll
-        for (int s = 0; s < SPLITS; s++)
-            if (s < active) {
+        #pragma unroll 1
+        for (int first = 0; first < active; first += n) {
+            float parts[n][E], each[n], before = top;
+            Word words[n];
+            const Word *from = part + first * HEADS * D + k, *logarithm = lse + first * HEADS + k / D;
+            #pragma unroll
+            for (int s = 0; s < n; s++) words[s] = read(logarithm + s * HEADS);
+            receive(parts, [](int) { return true; }, [&](int s) { return from + s * HEADS * D; });
+            #pragma unroll
+            for (int s = 0; s < n; s++) {
+                each[s] = receive(words[s], logarithm + s * HEADS);
+                top = fmaxf(top, each[s]);
+            }
+            float fade = __expf(before - top);
+            sum *= fade;
+            #pragma unroll
+            for (int e = 0; e < E; e++) a[e] *= fade;
+            #pragma unroll
+            for (int s = 0; s < n; s++) {
                 float weight = __expf(each[s] - top);
                 sum += weight;
                 #pragma unroll
                 for (int e = 0; e < E; e++) a[e] += weight * parts[s][e];
             }
+        }
         #pragma unroll
         for (int e = 0; e < E; e++) a[e] /= sum;
     }
 
-    // What this thread multiplies with: pieces member, member + group, ... of `from`, behind the barrier
-    template <class M, Input IN> DEVICE void input(float (&a)[M::each][E], const float* from, const float* norm, int block) {
-        float gain[M::each][E], shift[M::each][E];
-        int k = block * M::K + threadIdx.x % M::group * E;
+    // What this thread multiplies with: pieces member, member + group, ... of a block of `from`
+    template <class M, Input IN> DEVICE void input(float (&a)[M::each][E], const Word* from, const float* norm, int block) {
+        constexpr bool whole = M::groups == 1 && M::blocks == 1;                       // all threads together have the row
+        constexpr int apart = M::group * E, row = IN == NORMED && !whole ? (N / E + THREADS - 1) / THREADS : 0, more = IN == GATED ? M::each : row;
+        int member = threadIdx.x % M::group, k = block * M::K + member * E;
+        int count = M::pieces % M::group == 0 ? M::each : (M::pieces - member + M::group - 1) / M::group;
+        int rest = N / E % THREADS == 0 ? row : (N / E - (int)threadIdx.x + THREADS - 1) / THREADS;
+        float in[M::each + more][E], gain[M::each][E], shift[M::each][E];
         #pragma unroll
         for (int c = 0; c < M::each; c++)
-            if (IN == NORMED && k + c * M::group * E < (block + 1) * M::K) {
-                load(gain[c], norm + k + c * M::group * E);
-                load(shift[c], norm + N + k + c * M::group * E);
+            if (IN == NORMED && c < count) {
+                load(gain[c], norm + k + c * apart);
+                load(shift[c], norm + N + k + c * apart);
             }
-        wait();
+        await();
+        if constexpr (IN == PARTS) {
+            #pragma unroll
+            for (int c = 0; c < M::each; c++)
+                if (c < count) join(in[c], k + c * apart);
+        } else
+            receive(in, [&](int c) { return c < M::each ? c < count : IN == GATED ? c - M::each < count : c - M::each < rest; },
+                [&](int c) {
+                    int i = c - M::each;
+                    return from + (c < M::each ? k + c * apart : IN == GATED ? M::K * M::blocks + k + i * apart : (i * THREADS + threadIdx.x) * E);
+                });
+        float mean = 0, scale = 1;
+        if constexpr (IN == NORMED && whole) statistics<M::each>(in, count, mean, scale);
+        if constexpr (IN == NORMED && !whole) statistics<row>(in + M::each, rest, mean, scale);
         #pragma unroll
-        for (int c = 0; c < M::each; c++) {
-            int at = k + c * M::group * E;
-            if (at >= (block + 1) * M::K) continue;
-            if (IN == PARTS)
-                join(a[c], at);
-            else
-                load(a[c], from + at);
-            if (IN == GATED) {
-                float value[E];
-                load(value, from + M::K * M::blocks + at);
-                #pragma unroll
-                for (int e = 0; e < E; e++) a[c][e] = a[c][e] / (1 + __expf(-a[c][e])) * value[e];
+        for (int c = 0; c < M::each; c++)
+            #pragma unroll
+            for (int e = 0; e < E; e++) {
+                a[c][e] = in[c][e];
+                if constexpr (IN == NORMED) a[c][e] = (a[c][e] - mean) * scale * gain[c][e] + shift[c][e];
+                if constexpr (IN == GATED) a[c][e] = a[c][e] / (1 + __expf(-a[c][e])) * in[M::each + c][e];
             }
-        }
-        if constexpr (IN == NORMED) normalise<M>(a, gain, shift);
     }
 
     // partial[row][warp] = this warp's share of the rows in the next `batch` slots times a
-    template <class M> DEVICE void multiply(const float (&a)[M::each][E], int done, int count) {
+    template <class M> DEVICE void multiply(float* partial, const float (&a)[M::each][E], int done, int count) {
         constexpr int n = power_of_two(M::batch * M::rows), warps = M::group / 32;
         int group = threadIdx.x / M::group, member = threadIdx.x % M::group, lane = threadIdx.x % 32;
         float sums[n];
@@ -421,68 +497,72 @@ struct Program : Arguments {
             }
         float sum = sums_over_warp<n>(sums);
         int i = lane * n / 32, row = done + i / M::rows * M::slot + i % M::rows * M::groups + group;
-        if (lane % (32 / n) == 0 && i < M::batch * M::rows && group < M::groups && row < count) shared.partial[row * warps + member / 32] = sum;
+        if (lane % (32 / n) == 0 && i < M::batch * M::rows && group < M::groups && row < count) partial[row * warps + member / 32] = sum;
     }
 
-    // to = act(matrix input + bias), or to += that, behind the barrier
-    template <class M, Input IN, bool ACTIVATE, bool ADD, class T> DEVICE void linear(const float* from, const float* norm, const float* bias, T* to) {
+    DEVICE void put(Word* to, float value, unsigned tag) { write(to, word(value, tag)); }
+    DEVICE void put(Weight* to, float value, unsigned) { narrow(value, *to); }
+
+    // to = act(matrix input + bias) + old, tagged `result`
+    template <class M, Input IN, bool ACTIVATE, class T>
+    DEVICE void linear(const Word* from, const float* norm, const float* bias, const Word* old, T* to, unsigned result) {
         constexpr int warps = M::group / 32;
         M my;
-        float a[M::each][E], extra = bias && threadIdx.x < my.count ? __ldcg(bias + my.place(threadIdx.x)) : 0;
-        input<M, IN>(a, from, norm, my.block);
+        float a[M::each][E];
+        #pragma unroll 1
         for (int begin = 0; begin < my.count; begin += M::round) {
-            int count = least(M::round, my.count - begin), row = begin + threadIdx.x;
-            if (begin) {
-                sync();  // the sums before these are read
-                extra = bias && threadIdx.x < count ? __ldcg(bias + my.place(row)) : 0;
-            }
-            if constexpr (ADD)
-                if (threadIdx.x < count) extra += __ldcg(to + my.place(row));
-            for (int done = 0; done < count; done += M::batch * M::slot) multiply<M>(a, done, count);
-            sync();
-            if (threadIdx.x < count) {
+            int count = least(M::round, my.count - begin), at = my.place(begin + threadIdx.x);
+            bool mine = threadIdx.x < count;
+            float extra = bias && mine ? bias[at] : 0, *partial = shared.partial[turn ^= 1];
+            if (begin == 0) input<M, IN>(a, from, norm, my.block);
+            Word before = old && mine ? read(old + at) : 0;
+            #pragma unroll 1
+            for (int done = 0; done < count; done += M::batch * M::slot) multiply<M>(partial, a, done, count);
+            sync();  // two rounds from now, when all are past the next sync, `partial` is written again
+            if (mine) {
                 #pragma unroll
-                for (int w = 0; w < warps; w++) extra += shared.partial[threadIdx.x * warps + w];
-                narrow(ACTIVATE ? activate(extra) : extra, to[my.place(row)]);
+                for (int w = 0; w < warps; w++) extra += partial[threadIdx.x * warps + w];
+                if (ACTIVATE) extra = activate(extra);
+                if (old) extra += receive(before, old + at);
+                put(to + at, extra, result);
             }
         }
+        stage_done();
     }
 
     // ---- Attention: an item is a query head and `reach` places of the cache
 
-    // entries `at` to at + E of a head's query or key, turned by its position
-    DEVICE void turned(float (&out)[E], const float* vector, int at) {
-        load(out, vector + at);
-        if (ROPE) {
-            float other[E];
-            load(other, vector + (at + D / 2) % D);
-            #pragma unroll
-            for (int e = 0; e < E; e++)  // the first half of sin is negative
-                out[e] = out[e] * cos[place * D + at + e] + other[e] * sin[place * D + at + e];
-        }
-    }
-
     DEVICE void attention(Weight* keys, Weight* values) {
         int member = threadIdx.x % MEMBERS, team = threadIdx.x / MEMBERS, warp = threadIdx.x / 32, at = member * E;
-        wait();
-        for (int item = blockIdx.x; item < HEADS * active; item += GRID) {
+        float turn_by[2][E];
+        if (ROPE) load(turn_by[0], cos + place * D + at), load(turn_by[1], sin + place * D + at);
+        await();
+        #pragma unroll 1
+        for (int item = blockIdx.x; item < HEADS * SPLITS; item += GRID) {
             int head = item % HEADS, split = item / HEADS, kv = head / (HEADS / KV);
+            if (split >= active) {
+                unused(head, split);
+                continue;
+            }
             int first = split * reach, stop = least(first + reach, place);
-            float q[E], key[E], value[E], out[E];
-            turned(q, qkv + head * D, at);
-            turned(key, qkv + (HEADS + kv) * D, at);
-            load(value, qkv + (HEADS + KV + kv) * D + at);
             bool own = split == 0 && team == 0;  // the new token begins the running softmax of one team, so nothing just stored is read
+            float in[5][E], out[E];              // query, key, value; the other half of query and key
+            receive(in, [&](int c) { return c < 3 || ROPE; },
+                [&](int c) { return qkv + (c % 3 == 0 ? head : c % 3 == 1 ? HEADS + kv : HEADS + KV + kv) * D + (c > 2 ? (at + D / 2) % D : at); });
+            float (&q)[E] = in[0], (&key)[E] = in[1];
             long long here = ((long long)kv * length + place) * D + at;
             #pragma unroll
             for (int e = 0; e < E; e++) {
+                if (ROPE)  // the first half of sin is negative
+                    q[e] = q[e] * turn_by[0][e] + in[3][e] * turn_by[1][e], key[e] = key[e] * turn_by[0][e] + in[4][e] * turn_by[1][e];
                 Weight k, v;
-                narrow(key[e], k), narrow(value[e], v);
+                narrow(key[e], k), narrow(in[2][e], v);
                 if (own && head % (HEADS / KV) == 0) keys[here + e] = k, values[here + e] = v;
-                q[e] *= rsqrtf(D), key[e] = wide(k), value[e] = wide(v);
-                out[e] = own ? value[e] : 0;
+                q[e] *= rsqrtf(D), key[e] = wide(k);
+                out[e] = own ? wide(v) : 0;
             }
             float score = sum_over<MEMBERS>(dot(q, key)), top = own ? score : -1e30f, sum = own;
+            #pragma unroll 1
             for (int start = first; start < stop; start += PLACES) {
                 const uint4* slot = ring.take();
                 #pragma unroll
@@ -516,6 +596,7 @@ struct Program : Arguments {
             sync();
             finish(head, split);
         }
+        stage_done();
     }
 
     // part, lse: what the warps found
@@ -523,6 +604,7 @@ struct Program : Arguments {
         float top = -1e30f;
         #pragma unroll
         for (int w = 0; w < WARPS; w++) top = fmaxf(top, shared.heads[w][D]);
+        #pragma unroll 1
         for (int d = threadIdx.x; d < D; d += THREADS) {
             float sum = 0, out = 0;
             #pragma unroll
@@ -530,38 +612,42 @@ struct Program : Arguments {
                 float fade = __expf(shared.heads[w][D] - top);
                 sum += fade * shared.heads[w][D + 1], out += fade * shared.heads[w][d];
             }
-            part[(split * HEADS + head) * D + d] = out / sum;
-            if (d == 0) lse[split * HEADS + head] = top + __logf(sum);
+            put(part + (split * HEADS + head) * D + d, out / sum, tag);
+            if (d == 0) put(lse + split * HEADS + head, top + __logf(sum), tag);
         }
+    }
+
+    DEVICE void unused(int head, int split) {  // a part of no weight: some of these are read, and tags must not grow old
+        #pragma unroll 1
+        for (int d = threadIdx.x; d < D; d += THREADS) put(part + (split * HEADS + head) * D + d, 0, tag);
+        if (threadIdx.x == 0) put(lse + split * HEADS + head, -1e30f, tag);
     }
 
     // ---- The step
 
-    template <class F, Input IN, bool ACTIVATE, bool ADD> DEVICE void ffn_linear(const float* from, const float* norm, const float* bias, float* to) {
+    template <class F, Input IN, bool ACTIVATE>
+    DEVICE void ffn_linear(const Word* from, const float* norm, const float* bias, Word* rank, const Word* old, Word* to, unsigned result) {
         typedef typename F::First First;
         typedef typename F::Last Last;
         if constexpr (F::factors) {
-            linear<First, IN, false, false>(from, norm, nullptr, rank);
-            arrive();
-            linear<Last, PLAIN, ACTIVATE, ADD>(rank, nullptr, bias, to);
+            linear<First, IN, false>(from, norm, nullptr, nullptr, rank, tag);
+            linear<Last, PLAIN, ACTIVATE>(rank, nullptr, bias, old, to, result);
         } else
-            linear<First, IN, ACTIVATE, ADD>(from, norm, bias, to);
-        arrive();
+            linear<First, IN, ACTIVATE>(from, norm, bias, old, to, result);
     }
 
     template <class Fc1, class Fc2> DEVICE void compute_layers(int begin, int end) {
         constexpr int hidden_size = Fc1::Last::all, size = 6 * N + QKV::all + hidden_size;
+        #pragma unroll 1
         for (int layer = begin; layer < end; layer++) {
             const float *norm1 = vectors + layer * size, *qkv_bias = norm1 + 2 * N, *proj_bias = qkv_bias + QKV::all, *norm2 = proj_bias + N,
                         *bias1 = norm2 + 2 * N, *bias2 = bias1 + hidden_size;
-            linear<QKV, NORMED, false, false>(x, norm1, qkv_bias, qkv);
-            arrive();
+            linear<QKV, NORMED, false>(x, norm1, qkv_bias, nullptr, qkv, tag);
             attention((Weight*)shared.table[layer][6], (Weight*)shared.table[layer][7]);
-            arrive();
-            linear<PROJ, PARTS, false, true>(nullptr, nullptr, proj_bias, x);
-            arrive();
-            ffn_linear<Fc1, NORMED, true, false>(x, norm2, bias1, hidden);
-            ffn_linear<Fc2, ACT == SWIGLU ? GATED : PLAIN, false, true>(hidden, nullptr, bias2, x);
+            linear<PROJ, PARTS, false>(nullptr, nullptr, proj_bias, x, y, tag);
+            ffn_linear<Fc1, NORMED, true>(y, norm2, bias1, rank1, nullptr, hidden, tag);
+            ffn_linear<Fc2, ACT == SWIGLU ? GATED : PLAIN, false>(hidden, nullptr, bias2, rank2, y, x, tag_of_layer(layer + 1));
+            tag = tag_of_layer(layer + 1);
         }
     }
 
@@ -572,18 +658,30 @@ struct Program : Arguments {
             compute_layers<Fc1, Fc2>(begin, end);
     }
 
+    DEVICE void embed() {
+        PROJ my;
+        #pragma unroll 1
+        for (int row = threadIdx.x; row < my.count; row += THREADS) {
+            int n = my.place(row);
+            put(x + n, wide(wte[*token * N + n]) + (wpe ? wide(wpe[(long long)place * N + n]) : 0), tag);
+        }
+        stage_done();
+    }
+
     DEVICE void fetch_all() {
         LAYERS_OF(true)
         fetch<HEAD>((u64)head);
     }
 
     DEVICE void compute_all() {
-        target = acquire(counter) / GRID * GRID;  // nobody is past the first barrier before this program arrives
-        for (int n = threadIdx.x; n < N; n += THREADS)  // every program the same
-            x[n] = wide(wte[*token * N + n]) + (wpe ? wide(wpe[(long long)place * N + n]) : 0);
+        if (threadIdx.x == 0) arrive(counter);  // having read how many did before, and the position
+        embed();
         LAYERS_OF(false)
-        linear<HEAD, NORMED, false, false>(x, vectors + HEAD_NORM, nullptr, logits);
-        if (blockIdx.x == 0 && threadIdx.x == 0) *position = least(place + 1, length - 1);  // all have read it before the first barrier
+        linear<HEAD, NORMED, false>(x, vectors + HEAD_NORM, nullptr, nullptr, logits, 0);
+        if (blockIdx.x == 0 && threadIdx.x == 0) {
+            while (arrivals(counter) < (launch + 1) * GRID) pause();  // until all have read the position
+            *position = least(place + 1, length - 1);
+        }
     }
 };
 

@@ -13,7 +13,7 @@ from structured import BlockShuffle, Structured
 WARPS = 8            # that compute, beside one that fetches
 SLOT = 2**14         # bytes of a slot of the ring at least; it holds a row of every matrix
 LARGEST_SLOT = 2**16
-MOST_SPLITS = 8      # programs that share a head
+MOST_SPLITS = 8      # programs that share a head, a power of two
 ACTIVATIONS = {"gelu": "GELU", "relu2": "RELU2", "swiglu": "SWIGLU"}
 
 
@@ -102,9 +102,10 @@ def constants(model, programs, warps, slot):
     qkv, proj = model.blocks[0].attn.qkv, model.blocks[0].attn.proj
     values = dict(
         Weight="bf16" if model.head.weight.dtype == torch.bfloat16 else "float", GRID=programs, WARPS=warps, SLOT=slot, N=cfg.n_embd, HEADS=cfg.n_head,
-        KV=cfg.n_kv_head, D=cfg.attn_dim // cfg.n_head, LAYERS=cfg.n_layer, SPLITS=max(1, min(MOST_SPLITS, programs // cfg.n_head)),
+        KV=cfg.n_kv_head, D=cfg.attn_dim // cfg.n_head, LAYERS=cfg.n_layer, SPLITS=min(MOST_SPLITS, 1 << max(programs // cfg.n_head, 1).bit_length() - 1),
         ROPE=int(cfg.pos == "rope"), RMS=int(cfg.norm == "rmsnorm"), ACT=ACTIVATIONS[cfg.act], QKV=matrix(matrices(qkv)[0]),
-        PROJ=matrix(matrices(proj)[0]), HEAD=matrix(matrices(model.head)[0]), HEAD_NORM=cfg.n_layer * (6 * cfg.n_embd + qkv.out_features + cfg.n_hidden))
+        PROJ=matrix(matrices(proj)[0]), HEAD=matrix(matrices(model.head)[0]), STAGES=2 + sum(1 + sum(len(matrices(m)) for m in layer) for layer in linears(model)),
+        HEAD_NORM=cfg.n_layer * (6 * cfg.n_embd + qkv.out_features + cfg.n_hidden))
     return "".join(f"#define {name} {value}\n" for name, value in values.items()) + f"#define LAYERS_OF(fetching) {' '.join(runs)}\n"
 
 
@@ -144,7 +145,7 @@ def compiled(defines, device):
 
 
 class Arguments(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in "token position wte wpe head cos sin table vectors x qkv part lse rank hidden logits counter".split()]
+    _fields_ = [(name, ctypes.c_void_p) for name in "token position wte wpe head cos sin table vectors x y qkv part lse rank1 rank2 hidden logits counter".split()]
     _fields_ += [("length", ctypes.c_longlong), ("eps", ctypes.c_float)]
 
 
@@ -172,10 +173,10 @@ class Step:
         self.table, self.vectors = self.addresses(), self.collect()
         self.defines = constants(model, self.programs, warps, slot)
         rank = max([1] + [parts[0][1] * parts[0][3] for layer in linears(model) for parts in map(matrices, layer) if len(parts) == 2])
-        sizes = cfg.n_embd, model.blocks[0].attn.qkv.out_features, MOST_SPLITS * cfg.attn_dim, MOST_SPLITS * cfg.n_head, rank, cfg.n_hidden
-        self.buffers = [torch.empty(n, device=self.device) for n in sizes]
+        sizes = cfg.n_embd, cfg.n_embd, model.blocks[0].attn.qkv.out_features, MOST_SPLITS * cfg.attn_dim, MOST_SPLITS * cfg.n_head, rank, rank, cfg.n_hidden
+        self.buffers = [torch.full((n,), -1, device=self.device, dtype=torch.int32) for n in sizes]  # words with a tag that the first launch does not wait for
         self.logits = torch.empty(1, cfg.vocab_size, device=self.device, dtype=weight.dtype)
-        self.counter = torch.zeros(1, device=self.device, dtype=torch.long)
+        self.counter = torch.zeros(2, device=self.device, dtype=torch.long)
 
     def addresses(self):
         """(n_layer, 8): qkv, proj, fc1's V and U, fc2's V and U, k and v of every layer; where there is one matrix, it stands twice."""

@@ -85,12 +85,14 @@ inline void copy_async(void* to, const void* from, int bytes, unsigned long long
     if (bytes % 16 || (uintptr_t)to % 16 || (uintptr_t)from % 16) fprintf(stderr, "the copy engine moves 16 bytes at a time\n"), abort();
     copies.push_back({to, from, bytes, barrier});
 }
-inline void release(unsigned long long* counter) { ++*counter; }
-inline unsigned long long acquire(const unsigned long long* counter) {
-    unsigned long long value = *counter;
-    yield();
-    return value;
-}
+inline void pause() { yield(); }
+inline void arrive(unsigned long long* counter) { ++*counter; }
+inline unsigned long long arrivals(const unsigned long long* counter) { return *counter; }
+inline void count(unsigned long long* counter) { ++*counter; }
+inline unsigned long long counted(const unsigned long long* counter) { return random_numbers() % 8 ? *counter : ~0ull; }  // a hint may be wrong
+inline void write(unsigned* to, unsigned word) { *to = word; }
+inline unsigned read(const unsigned* from) { return *from; }
+inline void read_four(unsigned (&words)[4], const unsigned* from) { memcpy(words, from, 16); }
 inline unsigned shared_bytes() { return my_block().memory.size() - 128; }
 inline char* shared_memory() { return (char*)(((uintptr_t)my_block().memory.data() + 127) / 128 * 128); }
 

@@ -41,10 +41,7 @@ def make_step(model, cache, programs=6, warps=2, seed=1, shared=100_000):
     def launch(defines, programs, threads, arguments, device):
         emulated(defines).launch(programs, threads, shared, threads - 32, seed, ctypes.byref(arguments))
 
-    step = kernels.Step(model, cache) if ON_GPU else kernels.Step(model, cache, programs, warps, launch=launch)
-    for buffer in step.buffers:
-        buffer.fill_(torch.nan)
-    return step
+    return kernels.Step(model, cache) if ON_GPU else kernels.Step(model, cache, programs, warps, launch=launch)
 
 
 def pair(dtype, **shape):
@@ -87,6 +84,13 @@ def test_is_the_step(name):
 @torch.no_grad()
 def test_is_near_in_bf16(name):
     compare(torch.bfloat16, (0, SHAPES[name].get("block_size", 64) - 20), SHAPES[name])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@torch.no_grad()
+def test_programs_come_and_go(steps):
+    """One program a head or several, in turn: whatever lay about from launches before, none takes it for new."""
+    compare(torch.float32, (300, 0, 130, 70, 500, 3, 200), dict(SHAPES["long"], n_layer=1), steps, programs=8)
 
 
 @torch.no_grad()
