@@ -561,7 +561,7 @@ def bench_crossover(cfg, settings):
     facts, began = header(device), time.perf_counter()
     choice = decode.Choice(decode.choose(model, pairs))
     facts["measured_in"] = f"{time.perf_counter() - began:.1f} s"
-    again = decode.measure(pairs, sorted({*decode.TOKENS, *(3 * t // 2 for t in decode.TOKENS[1:-1])}))
+    again = decode.measure(pairs, sorted({*decode.TOKENS, *((a + b) // 2 for a, b in itertools.pairwise(decode.TOKENS))}))
     of_step = decode.measure_one(model, pairs)
     for shape, ms in of_step.items():
         again["graph"][shape]["1"] = ms

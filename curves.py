@@ -241,8 +241,9 @@ def picture(path, title, n_rows=1, n_columns=1, width=4.2, height=3.4, **shared)
     for ax in figure.axes:
         for handle, label in zip(*ax.get_legend_handles_labels()):
             handles.setdefault(label, handle)
-    columns = int(figure.get_figwidth() / (0.6 + 0.085 * max(map(len, handles))))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=max(1, min(len(handles), columns)), frameon=False)
+    if handles:
+        columns = int(figure.get_figwidth() / (0.6 + 0.085 * max(map(len, handles))))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=max(1, min(len(handles), columns)), frameon=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     print(f"picture  {path}")
@@ -289,13 +290,30 @@ def draw_speedups(path, title, rows, panel_of, line_of):
             fixed = f"{short(r['tokens'])} tokens" if r["sweep"] == "width" else f"width {r['width']}"
             lines = panels.setdefault(across, {}).setdefault(f"{name}, {fixed}", (r["sweep"], {}))[1]
             lines.setdefault(line_of(r), []).append((r[r["sweep"]], r["speedup"]))
-    if panels:
+    if panels and all(len(points) == 1 for row in panels.values() for _, lines in row.values() for points in lines.values()):
+        draw_bars(path, title, "times as fast as dense", panels)
+    elif panels:
         pairs = [(line, *line.split(" ", 1)) for row in panels.values() for _, lines in row.values() for line in lines]
         colours, styles = (list(dict.fromkeys(pair[i] for pair in pairs)) for i in (1, 2))
         looks = {line: {"color": f"C{colours.index(kind)}", "linestyle": ("-", "--", ":")[styles.index(size) % 3]} for line, kind, size in pairs}
         draw(path, title, "times as fast as dense", panels, sharey=True, looks=looks)
     else:
         print(f"no picture: {path} would show speed over dense, and the cases are not dense and a structure.")
+
+
+def draw_bars(path, title, xlabel, panels):
+    """panels as draw_speedups has them, with a single size each."""
+    with picture(path, title, len(panels), max(map(len, panels.values())), height=2.6, sharex=True) as axes:
+        for row_axes, row in zip(axes, panels.values()):
+            for ax in row_axes[len(row):]:
+                ax.remove()
+            for ax, (panel, (varies, lines)) in zip(row_axes, row.items()):
+                values = [points[0][1] for points in lines.values()]
+                ax.bar_label(ax.barh(list(lines), values, color="C0"), [f"{v:.2f}" for v in values], padding=3)
+                ax.set(title=panel, xlabel=f"{xlabel}, {varies} {next(iter(lines.values()))[0][0]}")
+                ax.axvline(1, color="black", linewidth=0.8)
+                ax.margins(x=0.15)
+                ax.invert_yaxis()
 
 
 def draw_split(path, title, rows):

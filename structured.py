@@ -40,6 +40,7 @@ def _block_linear_save(ctx, inputs, output):
 
 def _block_linear_backward(ctx, grad):  # grad (T, B, q)
     x, weight = ctx.saved_tensors
+    grad = grad.contiguous()  # once: behind a permutation each bmm would copy it
     grad_x = block_linear(grad, weight.transpose(1, 2)) if ctx.needs_input_grad[0] else None                  # (T, B, p)
     grad_w = torch.bmm(grad.permute(1, 2, 0), x.transpose(0, 1)) if ctx.needs_input_grad[1] else None         # (B, q, p)
     return grad_x, grad_w
