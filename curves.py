@@ -148,8 +148,9 @@ def least_squares(x, y):
 
 
 def gap_to_dense(run, runs):
-    """Final loss above that of the dense runs of the same size and settings (their mean), None without one or unfinished."""
-    dense = [r.final for r in runs if r.method == run.baseline and r.size == run.size and r.final is not None]
+    """Final loss above that of dense runs of the same size and settings: those of the same seed, or else the mean of all; None without one or unfinished."""
+    alike = [r for r in runs if r.method == run.baseline and r.size == run.size and r.final is not None]
+    dense = [r.final for r in alike if r.cfg.seed == run.cfg.seed] or [r.final for r in alike]
     return run.final - sum(dense) / len(dense) if dense and run.final is not None else None
 
 

@@ -315,6 +315,15 @@ def test_power_laws_of_runs_are_recovered_per_method(rows, tmp_path):
         assert r["flops"] == near(sum(train.train_flops(cfg, train.make_plan(cfg)).values())) and r["tokens"] == 1024
 
 
+def test_the_gap_is_to_dense_with_the_same_seed(tmp_path):
+    scale = {"dense": (50, 51, None), "lowrank": (60, 63, 66)}  # of seeds 1, 2, 3
+    runs = [curves.read_run(write_run(tmp_path / f"{ffn}{seed}", lambda c: factor * c**-0.07, seed=seed, ffn=ffn, rank=8 * (ffn == "lowrank")))
+            for ffn, factors in scale.items() for seed, factor in enumerate(factors, 1) if factor]
+    curves.name_runs(runs)
+    dense = [r.final for r in runs[:2]]
+    assert [curves.gap_to_dense(r, runs) for r in runs] == near([0, 0, *(r.final - d for r, d in zip(runs[2:], [*dense, sum(dense) / 2]))])
+
+
 def test_seconds_are_tokens_over_the_logged_rates(tmp_path):
     run = curves.read_run(write_run(tmp_path / "run"))
     assert run.axes["seconds"] == pytest.approx(np.cumsum([64 / 2000, 64 / 1000] * 8))
