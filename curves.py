@@ -230,14 +230,18 @@ def draw_runs(path, runs, fits):
 # Pictures
 
 @contextlib.contextmanager
-def picture(path, title, n_rows=1, n_columns=1, width=4.2, height=3.4, **shared):
-    """Yields axes [row][column] to draw on, then writes the PNG with one legend for all panels below them."""
+def picture(path, title, panels, width=4.2, height=3.4, **shared):
+    """panels: {row: {panel title: what it shows}}. Yields [(axes, title, what it shows)], then writes the picture with one legend below them."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    n_rows, n_columns = len(panels), max(map(len, panels.values()))
     figure, axes = pyplot.subplots(n_rows, n_columns, figsize=(max(6.5, width * n_columns), height * n_rows + 1), squeeze=False, layout="constrained", **shared)
     figure.suptitle(title)
-    yield axes
+    for row_axes, row in zip(axes, panels.values()):
+        for ax in row_axes[len(row):]:
+            ax.remove()
+    yield [(ax, *panel) for row_axes, row in zip(axes, panels.values()) for ax, panel in zip(row_axes, row.items())]
     handles = {}
     for ax in figure.axes:
         for handle, label in zip(*ax.get_legend_handles_labels()):
@@ -257,20 +261,16 @@ def draw(path, title, ylabel, panels, sharey=False, looks={}, **size):
     """
     styles = {"_": {"alpha": 0.25, "linewidth": 0.8, "marker": ""}, "-": {"marker": ""}, "*": {"linestyle": "none"}, "": {"markersize": 3.5}}
     names = list(dict.fromkeys(line.lstrip("_-*") for row in panels.values() for _, lines, *_ in row.values() for line in lines))
-    with picture(path, title, len(panels), max(map(len, panels.values())), sharey=sharey, **size) as axes:
-        for row_axes, row in zip(axes, panels.values()):
-            for ax in row_axes[len(row):]:
-                ax.remove()
-            for ax, (panel, (xlabel, lines, *scale)) in zip(row_axes, row.items()):
-                for line, points in lines.items():
-                    name = line.lstrip("_-*")
-                    i, paired = names.index(name), line[0] == "_" and {name, "*" + name} & lines.keys()
-                    style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3], "marker": "o", **looks.get(name, {}), **styles[line[:-len(name)]]}
-                    ax.plot(*zip(*sorted(points)), label=None if paired else name, **style)
-                kind = scale[0] if scale else "log"
-                ax.set(title=panel, xlabel=xlabel, xscale=kind, yscale=kind)
-            row_axes[0].set_ylabel(ylabel)
-        for ax in (ax for row_axes, row in zip(axes, panels.values()) for ax in row_axes[:len(row)]):
+    with picture(path, title, panels, sharey=sharey, **size) as axes:
+        for ax, panel, (xlabel, lines, *scale) in axes:
+            for line, points in lines.items():
+                name = line.lstrip("_-*")
+                i, paired = names.index(name), line[0] == "_" and {name, "*" + name} & lines.keys()
+                style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3], "marker": "o", **looks.get(name, {}), **styles[line[:-len(name)]]}
+                ax.plot(*zip(*sorted(points)), label=None if paired else name, **style)
+            kind = scale[0] if scale else "log"
+            ax.set(title=panel, xlabel=xlabel, xscale=kind, yscale=kind, ylabel=ylabel if ax.get_subplotspec().is_first_col() else "")
+        for ax, *_ in axes:
             number_axes(ax)
 
 
@@ -304,24 +304,21 @@ def draw_speedups(path, title, rows, panel_of, line_of):
 
 def draw_bars(path, title, xlabel, panels):
     """panels as draw_speedups has them, with a single size each."""
-    with picture(path, title, len(panels), max(map(len, panels.values())), height=2.6, sharex=True) as axes:
-        for row_axes, row in zip(axes, panels.values()):
-            for ax in row_axes[len(row):]:
-                ax.remove()
-            for ax, (panel, (varies, lines)) in zip(row_axes, row.items()):
-                values = [points[0][1] for points in lines.values()]
-                ax.bar_label(ax.barh(list(lines), values, color="C0"), [f"{v:.2f}" for v in values], padding=3)
-                ax.set(title=panel, xlabel=f"{xlabel}, {varies} {next(iter(lines.values()))[0][0]}")
-                ax.axvline(1, color="black", linewidth=0.8)
-                ax.margins(x=0.15)
-                ax.invert_yaxis()
+    with picture(path, title, panels, height=2.6, sharex=True) as axes:
+        for ax, panel, (varies, lines) in axes:
+            sizes, values = zip(*(points[0] for points in lines.values()))
+            ax.bar_label(ax.barh(list(lines), values, color="C0"), [f"{v:.2f}" for v in values], padding=3)
+            ax.set(title=panel, xlabel=f"{xlabel}, {varies} {sizes[0]}")
+            ax.axvline(1, color="black", linewidth=0.8)
+            ax.margins(x=0.15)
+            ax.invert_yaxis()
 
 
 def draw_split(path, title, rows):
     """Stacked bars of where a step's time goes."""
     names = [r["ffn"] + ", guided" * r["guided"] for r in rows]
     left = np.zeros(len(rows))
-    with picture(path, title, width=9) as ((ax,),):
+    with picture(path, title, {"": {"": rows}}, width=9) as ((ax, *_),):
         for part in ("forward", "backward", "optimizer"):
             width = np.array([r[f"{part}_ms"] for r in rows])
             bars = ax.barh(names, width, left=left, label=part)

@@ -83,7 +83,7 @@ DEVICE void read_four(Word (&words)[4], const Word* from) {  // 16 aligned bytes
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(from));
 }
-DEVICE void pause() {}
+DEVICE void pause() {}  // where the CPU's threads take turns
 DEVICE unsigned shared_bytes() {
     unsigned bytes;
     asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
@@ -402,7 +402,7 @@ struct Program : Arguments {
 
     // a = entries k to k + E of attention's output: its parts, each with the logarithm of its softmax's denominator
     DEVICE void join(float (&a)[E], int k) {
-        constexpr int n = least(4, SPLITS);  // at a time: more would not fit into registers
+        constexpr int n = least(4, SPLITS);  // at a time; 8 were slower
         float top = -1e30f, sum = 0;
         #pragma unroll
         for (int e = 0; e < E; e++) a[e] = 0;
