@@ -551,7 +551,7 @@ def most_tokens(rate_of, largest, device):
 def bench_crossover(cfg, settings):
     """Milliseconds of one linear; behind: how much longer auto's choice takes than the better one, both timed anew.
 
-    of: the linear by itself, or of the step: where a graph's step for one sequence is a single kernel, auto goes by that, and a
+    of: the linear by itself, or of the step: where a graph's step for few sequences is a single kernel, auto goes by that, and a
     linear's time is its equal share.
     """
     cfg.vocab_size = 1024
@@ -562,16 +562,17 @@ def bench_crossover(cfg, settings):
     choice = decode.Choice(decode.choose(model, pairs))
     facts["measured_in"] = f"{time.perf_counter() - began:.1f} s"
     again = decode.measure(pairs, sorted({*decode.TOKENS, *((a + b) // 2 for a, b in itertools.pairwise(decode.TOKENS))}))
-    of_step = decode.measure_one(model, pairs)
-    for shape, ms in of_step.items():
-        again["graph"][shape]["1"] = ms
+    of_step = decode.measure_few(model, pairs, range(1, max(decode.FEW) + 1))
+    for tokens, rows in of_step.items():
+        for shape, ms in rows.items():
+            again["graph"][shape][tokens] = ms
     table = Table({"linear": 60, "launch": 6, "tokens": 6, "of": 6, "factors_ms": 10, "merged_ms": 10, "speedup": 8, "auto": 8, "behind": 8}, facts, settings)
     for mode, rows in again.items():
         choice.mode = mode
         for shape, row in rows.items():
             for tokens, (factors, merged) in row.items():
                 chosen = choice.merged(shape, int(tokens))
-                of = "step" if (mode, tokens) == ("graph", "1") and shape in of_step else "linear"
+                of = "step" if mode == "graph" and tokens in of_step else "linear"
                 table.row(linear=shape, launch=mode, tokens=int(tokens), of=of, factors_ms=factors, merged_ms=merged, speedup=merged / factors,
                           auto="merged" if chosen else "factors", behind=(merged if chosen else factors) / min(factors, merged) - 1, benchmark="crossover")
     if settings.plot:

@@ -129,7 +129,8 @@ def modes(device) -> tuple:
     return ("eager", "graph") if device.type == "cuda" else ("eager",)
 
 
-TOKENS = [1, 2, 4, 8, 16, 32, 64, *(n << i for i in range(6) for n in (96, 128))]  # that are timed: a matmul's time may jump between them
+FEW = 1, 2, 4  # sequences whose step may be a single kernel
+TOKENS = [*FEW, 5, 8, 16, 32, 64, *(n << i for i in range(6) for n in (96, 128))]  # that are timed: a matmul's time may jump between them
 
 
 class Choice:
@@ -234,26 +235,52 @@ def measure(pairs, sizes=()) -> dict:
     return times
 
 
+def fused_step(model, cache):
+    """The step in kernels: a single one for few sequences, one per linear above; model.step where they do not apply."""
+    if cache.position.is_cuda and len(cache.position) <= max(FEW):
+        import kernels_persistent
+        step = kernels_persistent.step_for(model, cache)
+        if step:
+            return step
+    kernels = fused_kernels(cache.position.device)
+    return functools.partial(kernels.step, model) if kernels and kernels.usable(model.cfg) else model.step
+
+
+def let_all(pairs, merged):
+    """All factors answer from now on, or all dense equivalents, as in a graph."""
+    choice = Choice({"graph": {pair.shape: {"1": [1 + merged, 2 - merged]} for pair in pairs}})
+    choice.mode = "graph"
+    for pair in pairs:
+        pair.choice = choice
+
+
 @torch.no_grad()
-def measure_one(model, pairs) -> dict:
-    """{shape: [factors, merged]} for one sequence, whose step is a single kernel: that of the whole model, each linear's equal share."""
-    device = model.head.weight.device
+def measure_few(model, pairs, sizes=FEW) -> dict:
+    """{batch: {shape: [factors, merged]}} where the step is a single kernel: milliseconds of the whole step, each linear's equal share."""
+    device, few = model.head.weight.device, {}
     if device.type != "cuda":
-        return {}
-    import kernels_persistent
-    cache = Cache(model.cfg, 1, min(256, model.cfg.block_size), device, model.head.weight.dtype)
-    token, times = torch.zeros(1, 1, dtype=torch.long, device=device), ([], [])
-    for merged in (0, 1, 0, 1):
-        choice = Choice({"graph": {pair.shape: {"1": [1 + merged, 2 - merged]} for pair in pairs}})
-        for pair in pairs:
-            pair.choice = choice
-        with choice.under("graph"):
-            step = kernels_persistent.step_for(model, cache)
-        if not step:
-            return {}
-        cache.position.zero_()
-        times[merged].append(timed_on_gpu(lambda: [step(token, cache) for _ in range(10)], True) / 10 / len(pairs))
-    return {pair.shape: [min(ms) for ms in times] for pair in pairs}
+        return few
+    import kernels_persistent as single
+    caches = {batch: Cache(model.cfg, batch, min(256, model.cfg.block_size), device, model.head.weight.dtype) for batch in sizes}
+
+    def steps(make):
+        made = {}
+        for merged in (0, 1):
+            let_all(pairs, merged)
+            made |= {(batch, merged): make(model, cache) for batch, cache in caches.items()}
+        return made
+
+    single.compile_ahead(steps(single.planned).values())
+    found = steps(fused_step)
+    for batch, cache in caches.items():
+        if any(isinstance(found[batch, merged], single.Step) for merged in (0, 1)):
+            token, times = torch.zeros(batch, 1, dtype=torch.long, device=device), ([], [])
+            for merged in (0, 1, 0, 1):
+                let_all(pairs, merged)
+                cache.position.zero_()
+                times[merged].append(timed_on_gpu(lambda: [found[batch, merged](token, cache) for _ in range(10)], True) / 10 / len(pairs))
+            few[str(batch)] = {pair.shape: [min(ms) for ms in times] for pair in pairs}
+    return few
 
 
 def table_key(device, dtype) -> str:
@@ -293,8 +320,9 @@ def choose(model, pairs, path=None) -> dict:
             raise UserError(f"{path} is damaged: delete it, and the speeds of factors and dense equivalents are measured again.") from None
     if not {pair.shape for pair in pairs} <= known:
         new = measure(pairs)
-        for shape, ms in measure_one(model, pairs).items():
-            new["graph"][shape]["1"] = ms
+        for batch, rows in measure_few(model, pairs).items():
+            for shape, ms in rows.items():
+                new["graph"][shape][batch] = ms
         kept = tables.setdefault(key, {})
         for mode, rows in new.items():
             kept.setdefault(mode, {}).update(rows)
@@ -430,19 +458,9 @@ class Decoder:
         self.new = torch.zeros(batch, length + 1, dtype=torch.long, device=device)              # all new ones of every row
         self.turn = torch.zeros(1, dtype=torch.long, device=device)                             # how many those are
         self.captured, self.pool = {}, None
-        self.forward = self.fused_step(batch) if self.graphs else model.step
+        with model.choice.under("graph"):
+            self.forward = fused_step(model, self.cache) if self.graphs else model.step
         self.exact_length = self.forward != model.step  # the kernels look at what a row holds, no more
-
-    def fused_step(self, batch):
-        """The step in kernels: as a single one at batch 1, as one per linear above; model.step where they do not apply."""
-        if batch == 1 and self.key.device.type == "cuda":
-            import kernels_persistent
-            with self.model.choice.under("graph"):
-                step = kernels_persistent.step_for(self.model, self.cache)
-            if step:
-                return step
-        kernels = fused_kernels(self.key.device)
-        return functools.partial(kernels.step, self.model) if kernels and kernels.usable(self.model.cfg) else self.model.step
 
     def take(self, logits):
         """Chooses every row's next token from logits (B, vocab_size) and notes it."""

@@ -1,6 +1,6 @@
-// A decoding step of one sequence as one kernel that stays on the GPU from the embedding to the logits.
+// A decoding step of a few sequences as one kernel that stays on the GPU from the embedding to the logits.
 //
-// At batch 1 a step reads every weight once and computes next to nothing: what counts is that memory never idles. Each multiprocessor
+// At such batches a step reads every weight once and computes next to nothing: what counts is that memory never idles. Each multiprocessor
 // runs one program: one warp that fetches and WARPS that compute. All matrices are cut into shares of rows, one share a program, which
 // lie in one piece in memory. The fetching warp asks the copy engine for its program's shares, and its part of the KV cache, in the
 // order in which they will be used, as long as a ring of slots in shared memory has room: half a layer ahead. What others compute never
@@ -15,7 +15,7 @@
 // No word is overwritten before all have read it: its next writer has, by way of the stages between, waited for all words of qkv's input,
 // so for all programs to have done the layer before.
 //
-// The host sets as macros: Weight (bf16 or float), GRID, WARPS, SLOT (bytes), N, HEADS, KV, D, LAYERS, STAGES, SPLITS, ROPE, RMS, ACT,
+// The host sets as macros: BATCH (sequences), Weight (bf16 or float), GRID, WARPS, SLOT (bytes), N, HEADS, KV, D, LAYERS, STAGES, SPLITS, ROPE, RMS, ACT,
 // QKV, PROJ, HEAD (matrices), HEAD_NORM (where it begins in vectors), LAYERS_OF (calls of `layers`, one for each run of layers of one kind).
 
 struct bf16 { unsigned short bits; };
@@ -27,8 +27,9 @@ typedef unsigned Word;                   // of an activation: a float whose last
 constexpr int THREADS = 32 * WARPS;      // that compute
 constexpr int E = 16 / sizeof(Weight);   // weights in a piece: 16 bytes, what a thread loads at a time
 constexpr int MOST_SLOTS = 32;
-constexpr int FLIGHT = 1;                // slots asked for and not there yet: more would queue before the memory, and activations behind them
-constexpr int REACH = 64;                // places of the cache below which a head is not shared by programs
+constexpr int ENOUGH = 5;                // slots filled or on their way; beyond them one at a time is asked for, since more would queue before
+constexpr int HURRY = 3;                 // the memory, and activations behind them; below, so many at a time
+constexpr int REACH = 128;               // places of the cache below which a head is not shared by programs
 
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -84,6 +85,8 @@ DEVICE void read_four(Word (&words)[4], const Word* from) {  // 16 aligned bytes
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(from));
 }
 DEVICE void pause() {}  // where the CPU's threads take turns
+DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }  // four warps at a time
+DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }
 DEVICE unsigned shared_bytes() {
     unsigned bytes;
     asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
@@ -172,6 +175,8 @@ DEVICE constexpr int least(int a, int b) { return a < b ? a : b; }
 DEVICE constexpr int most(int a, int b) { return a > b ? a : b; }
 DEVICE constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
+constexpr int SUMS = 32 / power_of_two(BATCH);     // rows whose sums a warp finds at once, for all sequences
+
 // BLOCKS blocks of ROWS x COLS, one below the other; block b maps entries b COLS to (b + 1) COLS. Row j's output goes to place
 // j % SPREAD * (all rows / SPREAD) + j / SPREAD. A program has some neighbouring rows of one block, whose columns its threads share.
 template <int ROWS, int COLS, int BLOCKS = 1, int SPREAD = ROWS * BLOCKS>
@@ -181,12 +186,12 @@ struct Matrix {
     static constexpr int group = least((pieces + 31) / 32 * 32, THREADS);                // threads that share a row, whole warps
     static constexpr int groups = THREADS / group;
     static constexpr int each = (pieces + group - 1) / group;                            // pieces of a row for each thread
-    static constexpr int rows = most(1, least(SLOT / bytes / groups, 32));               // of a slot for each group
+    static constexpr int rows = most(1, least(SLOT / bytes / groups, SUMS));             // of a slot for each group
     static constexpr int slot = rows * groups;                                           // rows in a slot
     static constexpr int share = (ROWS + GRID / BLOCKS - 1) / (GRID / BLOCKS);           // rows of a program at most
-    static constexpr int batch = most(1, least(8 / rows, (share + slot - 1) / slot));            // slots whose sums are found together
-    static constexpr int round = THREADS / (slot * batch) * slot * batch;                // rows between two looks at the sums
-    static_assert(slot * bytes <= SLOT && round <= THREADS && COLS % E == 0 && BLOCKS <= GRID, "the host plans for this");
+    static constexpr int several = most(1, least(least(SUMS, 8) / rows, (share + slot - 1) / slot));  // slots whose sums are found together
+    static constexpr int round = THREADS / BATCH / (slot * several) * slot * several;    // rows between two looks at the sums
+    static_assert(slot * bytes <= SLOT && round > 0 && COLS % E == 0 && BLOCKS <= GRID, "the host plans for this");
 
     int block, first, count;                                                             // of this program: first of all rows
     DEVICE Matrix() {
@@ -208,18 +213,32 @@ constexpr int TEAMS = THREADS / MEMBERS;
 constexpr int PLACES = SLOT / 2 / (16 * MEMBERS);  // in a slot: keys in its first half, values in its second
 static_assert(PLACES % TEAMS == 0 && 32 % MEMBERS == 0, "the host plans for this");
 
+// A part of attention: a query head of a sequence and some places of its cache.
+constexpr int ITEMS = SPLITS * BATCH * HEADS;
+DEVICE int reach(int place) { return most(REACH, (place + SPLITS - 1) / SPLITS); }
+struct Item {
+    int head, kv, b, place, first, stop;
+    DEVICE Item(int item, const int* places) {
+        head = item % HEADS, kv = head / (HEADS / KV), b = item / HEADS % BATCH, place = places[b];
+        first = item / (HEADS * BATCH) * reach(place), stop = least(first + reach(place), place);
+    }
+    DEVICE long long cache() const { return b * KV + kv; }  // row of the cache
+};
+
 struct Shared {
     u64 full[MOST_SLOTS], empty[MOST_SLOTS];        // barriers of the ring
     u64 table[LAYERS][8];
     alignas(16) float partial[2][THREADS * WARPS];  // sums of a row by warp, in turn
-    float total[2][WARPS];
+    float total[2][BATCH][WARPS];
     float heads[WARPS][D + 2];                      // of each warp's part of the cache: output, largest score, denominator
+    int taken;                                      // slots
+    int place[BATCH];                               // tokens in the cache
 };
 
 struct Ring {
     Shared& shared;
     char* memory;
-    int slots, slot = 0, phase = 0, asked = 0, late = 0, late_phase = 0;  // late: the first of the last FLIGHT slots asked for
+    int slots, slot = 0, phase = 0, asked = 0, coming = 0, late = 0, late_phase = 0;  // late: the first of the slots that are still coming
 
     DEVICE void next(int& slot, int& phase) {
         if (++slot == slots) slot = 0, phase ^= 1;
@@ -227,10 +246,12 @@ struct Ring {
     // the fetching thread
     DEVICE char* room(int bytes) {
         barrier_wait(shared.empty + slot, phase ^ 1);
-        if (++asked > least(FLIGHT, slots)) {
+        int limit = asked++ - *(volatile int*)&shared.taken < ENOUGH ? least(HURRY, slots) : 1;
+        for (; coming >= limit; coming--) {
             barrier_wait(shared.full + late, late_phase);
             next(late, late_phase);
         }
+        coming++;
         barrier_expect(shared.full + slot, bytes);
         return memory + slot * SLOT;
     }
@@ -239,6 +260,7 @@ struct Ring {
     // the computing threads
     DEVICE const uint4* take() {
         barrier_wait(shared.full + slot, phase);
+        if (threadIdx.x == 0) *(volatile int*)&shared.taken += 1;
         return (const uint4*)(memory + slot * SLOT);
     }
     DEVICE void give_back() {
@@ -271,7 +293,6 @@ struct Program : Arguments {
     Shared& shared;
     Ring ring;
     u64 launch;
-    int place, reach, active;      // tokens in the cache; places for each of the `active` programs that share a head
     unsigned tag;                  // of this layer's words
     int turn = 0;
     u64 target = 0;                // of stages done
@@ -280,10 +301,8 @@ struct Program : Arguments {
         launch = arrivals(counter) / GRID;  // all programs of this launch begin before one of the next does
         tag = tag_of_layer(0);
         target = launch * STAGES * GRID;
-        place = *position;
-        reach = most(REACH, (place + SPLITS - 1) / SPLITS);
-        active = most(1, (place + reach - 1) / reach);
     }
+
 
     // ---- The fetching thread
 
@@ -301,9 +320,10 @@ struct Program : Arguments {
     DEVICE void fetch_cache(u64 keys, u64 values) {
         constexpr int bytes = D * sizeof(Weight);
         #pragma unroll 1
-        for (int item = blockIdx.x; item < HEADS * active; item += GRID) {
-            int first = item / HEADS * reach, stop = least(first + reach, place);
-            long long start = item % HEADS / (HEADS / KV) * length;
+        for (int item = blockIdx.x; item < ITEMS; item += GRID) {
+            Item my(item, shared.place);
+            int first = my.first, stop = my.stop;
+            long long start = my.cache() * length;
             #pragma unroll 1
             for (; first < stop; first += PLACES) {
                 int size = least(PLACES, stop - first) * bytes;
@@ -375,74 +395,103 @@ struct Program : Arguments {
 
     // ---- A linear
 
-    DEVICE float total(float value, int which) {  // over all threads
-        value = sum_over<32>(value);
-        if (threadIdx.x % 32 == 0) shared.total[which][threadIdx.x / 32] = value;
+    DEVICE void total(float (&values)[BATCH], int which) {  // over all threads
+        #pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            float sum = sum_over<32>(values[b]);
+            if (threadIdx.x % 32 == 0) shared.total[which][b][threadIdx.x / 32] = sum;
+        }
         sync();
-        value = 0;
         #pragma unroll
-        for (int i = 0; i < WARPS; i++) value += shared.total[which][i];
-        return value;
+        for (int b = 0; b < BATCH; b++) {
+            values[b] = 0;
+            #pragma unroll
+            for (int i = 0; i < WARPS; i++) values[b] += shared.total[which][b][i];
+        }
     }
 
-    // mean and 1 / deviation of a row, of which each thread has `count` of n pieces
-    template <int n> DEVICE void statistics(const float (*row)[E], int count, float& mean, float& scale) {
-        float sum = 0, squares = 0;
+    // mean and 1 / deviation of every sequence's row, of which each thread has `count` of n pieces
+    template <int n> DEVICE void statistics(const float (*rows)[E], int count, float (&mean)[BATCH], float (&scale)[BATCH]) {
         #pragma unroll
-        for (int c = 0; c < n; c++)
+        for (int b = 0; b < BATCH; b++) {
+            mean[b] = 0;
             #pragma unroll
-            for (int e = 0; e < E; e++) sum += c < count ? row[c][e] : 0;
-        mean = RMS ? 0 : total(sum, 0) / N;
-        #pragma unroll
-        for (int c = 0; c < n; c++)
-            #pragma unroll
-            for (int e = 0; e < E; e++) squares += c < count ? (row[c][e] - mean) * (row[c][e] - mean) : 0;
-        scale = rsqrtf(total(squares, 1) / N + eps);
-    }
-
-    // a = entries k to k + E of attention's output: its parts, each with the logarithm of its softmax's denominator
-    DEVICE void join(float (&a)[E], int k) {
-        constexpr int n = least(4, SPLITS);  // at a time; 8 were slower
-        float top = -1e30f, sum = 0;
-        #pragma unroll
-        for (int e = 0; e < E; e++) a[e] = 0;
-        #pragma unroll 1
-        for (int first = 0; first < active; first += n) {
-            float parts[n][E], each[n], before = top;
-            Word words[n];
-            const Word *from = part + first * HEADS * D + k, *logarithm = lse + first * HEADS + k / D;
-            #pragma unroll
-            for (int s = 0; s < n; s++) words[s] = read(logarithm + s * HEADS);
-            receive(parts, [](int) { return true; }, [&](int s) { return from + s * HEADS * D; });
-            #pragma unroll
-            for (int s = 0; s < n; s++) {
-                each[s] = receive(words[s], logarithm + s * HEADS);
-                top = fmaxf(top, each[s]);
-            }
-            float fade = __expf(before - top);
-            sum *= fade;
-            #pragma unroll
-            for (int e = 0; e < E; e++) a[e] *= fade;
-            #pragma unroll
-            for (int s = 0; s < n; s++) {
-                float weight = __expf(each[s] - top);
-                sum += weight;
+            for (int c = 0; c < n; c++)
                 #pragma unroll
-                for (int e = 0; e < E; e++) a[e] += weight * parts[s][e];
-            }
+                for (int e = 0; e < E; e++) mean[b] += c < count && !RMS ? rows[b * n + c][e] : 0;
+        }
+        if (!RMS) total(mean, 0);
+        #pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            mean[b] /= N, scale[b] = 0;
+            #pragma unroll
+            for (int c = 0; c < n; c++)
+                #pragma unroll
+                for (int e = 0; e < E; e++) scale[b] += c < count ? (rows[b * n + c][e] - mean[b]) * (rows[b * n + c][e] - mean[b]) : 0;
+        }
+        total(scale, 1);
+        #pragma unroll
+        for (int b = 0; b < BATCH; b++) scale[b] = rsqrtf(scale[b] / N + eps);
+    }
+
+    // a = attention's output, pieces k, k + apart, ... of every sequence: its parts, n at a time, each with the logarithm of its softmax's denominator
+    template <class M, int n> DEVICE void join(float (&a)[BATCH * M::each][E], int parts, int k, int apart, int count) {
+        constexpr int pieces = BATCH * M::each;
+        float top[pieces], sum[pieces];
+        #pragma unroll
+        for (int p = 0; p < pieces; p++) {
+            top[p] = -1e30f, sum[p] = 0;
+            #pragma unroll
+            for (int e = 0; e < E; e++) a[p][e] = 0;
+        }
+        #pragma unroll 1
+        for (int first = 0; first < parts; first += n) {
+            float in[pieces * n][E], each[n];
+            Word words[pieces * n];
+            auto needed = [&](int i) { return i / n % M::each < count; };
+            auto at = [&](int i) { return (first + i % n) * BATCH + i / n / M::each; };  // part and sequence
+            auto entry = [&](int i) { return k + i / n % M::each * apart; };
+            #pragma unroll
+            for (int i = 0; i < pieces * n; i++)
+                if (needed(i)) words[i] = read(lse + at(i) * HEADS + entry(i) / D);
+            receive(in, needed, [&](int i) { return part + at(i) * HEADS * D + entry(i); });
+            #pragma unroll
+            for (int p = 0; p < pieces; p++)
+                if (needed(p * n)) {
+                    float before = top[p];
+                    #pragma unroll
+                    for (int s = 0; s < n; s++) {
+                        each[s] = receive(words[p * n + s], lse + at(p * n + s) * HEADS + entry(p * n) / D);
+                        top[p] = fmaxf(top[p], each[s]);
+                    }
+                    float fade = __expf(before - top[p]);
+                    sum[p] *= fade;
+                    #pragma unroll
+                    for (int e = 0; e < E; e++) a[p][e] *= fade;
+                    #pragma unroll
+                    for (int s = 0; s < n; s++) {
+                        float weight = __expf(each[s] - top[p]);
+                        sum[p] += weight;
+                        #pragma unroll
+                        for (int e = 0; e < E; e++) a[p][e] += weight * in[p * n + s][e];
+                    }
+                }
         }
         #pragma unroll
-        for (int e = 0; e < E; e++) a[e] /= sum;
+        for (int p = 0; p < pieces; p++)
+            #pragma unroll
+            for (int e = 0; e < E; e++) a[p][e] /= sum[p];
     }
 
-    // What this thread multiplies with: pieces member, member + group, ... of a block of `from`
-    template <class M, Input IN> DEVICE void input(float (&a)[M::each][E], const Word* from, const float* norm, int block) {
+    // What this thread multiplies with: pieces member, member + group, ... of a block of every sequence's row of `from`
+    template <class M, Input IN> DEVICE void input(float (&a)[BATCH * M::each][E], const Word* from, const float* norm, int block) {
         constexpr bool whole = M::groups == 1 && M::blocks == 1;                       // all threads together have the row
-        constexpr int apart = M::group * E, row = IN == NORMED && !whole ? (N / E + THREADS - 1) / THREADS : 0, more = IN == GATED ? M::each : row;
+        constexpr int apart = M::group * E, pieces = BATCH * M::each, size = M::K * M::blocks;
+        constexpr int row = IN == NORMED && !whole ? (N / E + THREADS - 1) / THREADS : 0, more = IN == GATED ? M::each : row;
         int member = threadIdx.x % M::group, k = block * M::K + member * E;
         int count = M::pieces % M::group == 0 ? M::each : (M::pieces - member + M::group - 1) / M::group;
         int rest = N / E % THREADS == 0 ? row : (N / E - (int)threadIdx.x + THREADS - 1) / THREADS;
-        float in[M::each + more][E], gain[M::each][E], shift[M::each][E];
+        float in[pieces + BATCH * more][E], gain[M::each][E], shift[M::each][E], mean[BATCH], scale[BATCH];
         #pragma unroll
         for (int c = 0; c < M::each; c++)
             if (IN == NORMED && c < count) {
@@ -451,37 +500,44 @@ struct Program : Arguments {
             }
         await();
         if constexpr (IN == PARTS) {
+            constexpr int n = least(SPLITS, most(1, 2 / pieces));  // at a time; more were slower
+            int parts = 1;
             #pragma unroll
-            for (int c = 0; c < M::each; c++)
-                if (c < count) join(in[c], k + c * apart);
-        } else
-            receive(in, [&](int c) { return c < M::each ? c < count : IN == GATED ? c - M::each < count : c - M::each < rest; },
-                [&](int c) {
-                    int i = c - M::each;
-                    return from + (c < M::each ? k + c * apart : IN == GATED ? M::K * M::blocks + k + i * apart : (i * THREADS + threadIdx.x) * E);
-                });
-        float mean = 0, scale = 1;
+            for (int b = 0; b < BATCH; b++) parts = most(parts, (shared.place[b] + reach(shared.place[b]) - 1) / reach(shared.place[b]));
+            if (parts == 1)
+                join<M, 1>(a, parts, k, apart, count);
+            else
+                join<M, n>(a, parts, k, apart, count);
+            return;
+        }
+        receive(in, [&](int i) { return i < pieces ? i % M::each < count : IN == GATED ? i % M::each < count : (i - pieces) % most(1, row) < rest; },
+            [&](int i) {
+                int j = i - pieces;
+                if (i < pieces) return from + i / M::each * (IN == GATED ? 2 : 1) * size + k + i % M::each * apart;
+                if (IN == GATED) return from + (j / M::each * 2 + 1) * size + k + j % M::each * apart;
+                return from + j / most(1, row) * size + (j % most(1, row) * THREADS + threadIdx.x) * E;
+            });
         if constexpr (IN == NORMED && whole) statistics<M::each>(in, count, mean, scale);
-        if constexpr (IN == NORMED && !whole) statistics<row>(in + M::each, rest, mean, scale);
+        if constexpr (IN == NORMED && !whole) statistics<row>(in + pieces, rest, mean, scale);
         #pragma unroll
-        for (int c = 0; c < M::each; c++)
+        for (int i = 0; i < pieces; i++)
             #pragma unroll
             for (int e = 0; e < E; e++) {
-                a[c][e] = in[c][e];
-                if constexpr (IN == NORMED) a[c][e] = (a[c][e] - mean) * scale * gain[c][e] + shift[c][e];
-                if constexpr (IN == GATED) a[c][e] = a[c][e] / (1 + __expf(-a[c][e])) * in[M::each + c][e];
+                a[i][e] = in[i][e];
+                if constexpr (IN == NORMED) a[i][e] = (a[i][e] - mean[i / M::each]) * scale[i / M::each] * gain[i % M::each][e] + shift[i % M::each][e];
+                if constexpr (IN == GATED) a[i][e] = a[i][e] / (1 + __expf(-a[i][e])) * in[pieces + i][e];
             }
     }
 
-    // partial[row][warp] = this warp's share of the rows in the next `batch` slots times a
-    template <class M> DEVICE void multiply(float* partial, const float (&a)[M::each][E], int done, int count) {
-        constexpr int n = power_of_two(M::batch * M::rows), warps = M::group / 32;
+    // partial[row][sequence][warp] = this warp's share of the rows in the next `several` slots times a
+    template <class M> DEVICE void multiply(float* partial, const float (&a)[BATCH * M::each][E], int done, int count) {
+        constexpr int n = power_of_two(M::several * M::rows), all = n * power_of_two(BATCH), warps = M::group / 32;
         int group = threadIdx.x / M::group, member = threadIdx.x % M::group, lane = threadIdx.x % 32;
-        float sums[n];
+        float sums[all];
         #pragma unroll
-        for (int i = 0; i < n; i++) sums[i] = 0;
+        for (int i = 0; i < all; i++) sums[i] = 0;
         #pragma unroll
-        for (int s = 0; s < M::batch; s++)
+        for (int s = 0; s < M::several; s++)
             if (done + s * M::slot < count) {
                 const uint4* slot = ring.take() + group * M::pieces + member;
                 #pragma unroll
@@ -491,37 +547,40 @@ struct Program : Arguments {
                         if (group < M::groups && (M::pieces % M::group == 0 || c * M::group + member < M::pieces)) {
                             float w[E];
                             unpack(slot[r * M::groups * M::pieces + c * M::group], w);
-                            sums[s * M::rows + r] += dot(w, a[c]);
+                            #pragma unroll
+                            for (int b = 0; b < BATCH; b++) sums[b * n + s * M::rows + r] += dot(w, a[b * M::each + c]);
                         }
                 ring.give_back();
             }
-        float sum = sums_over_warp<n>(sums);
-        int i = lane * n / 32, row = done + i / M::rows * M::slot + i % M::rows * M::groups + group;
-        if (lane % (32 / n) == 0 && i < M::batch * M::rows && group < M::groups && row < count) partial[row * warps + member / 32] = sum;
+        float sum = sums_over_warp<all>(sums);
+        int b = lane * all / 32 / n, i = lane * all / 32 % n, row = done + i / M::rows * M::slot + i % M::rows * M::groups + group;
+        if (lane % (32 / all) == 0 && b < BATCH && i < M::several * M::rows && group < M::groups && row < count)
+            partial[(row * BATCH + b) * warps + member / 32] = sum;
     }
 
     DEVICE void put(Word* to, float value, unsigned tag) { write(to, word(value, tag)); }
     DEVICE void put(Weight* to, float value, unsigned) { narrow(value, *to); }
 
-    // to = act(matrix input + bias) + old, tagged `result`
+    // to = act(matrix input + bias) + old for every sequence, tagged `result`
     template <class M, Input IN, bool ACTIVATE, class T>
     DEVICE void linear(const Word* from, const float* norm, const float* bias, const Word* old, T* to, unsigned result) {
         constexpr int warps = M::group / 32;
         M my;
-        float a[M::each][E];
+        float a[BATCH * M::each][E];
+        int b = threadIdx.x / M::round, row = threadIdx.x % M::round;  // whose output this thread tells
         #pragma unroll 1
         for (int begin = 0; begin < my.count; begin += M::round) {
-            int count = least(M::round, my.count - begin), at = my.place(begin + threadIdx.x);
-            bool mine = threadIdx.x < count;
-            float extra = bias && mine ? bias[at] : 0, *partial = shared.partial[turn ^= 1];
+            int count = least(M::round, my.count - begin), place = my.place(begin + row), at = b * M::all + place;
+            bool mine = b < BATCH && row < count;
+            float extra = bias && mine ? bias[place] : 0, *partial = shared.partial[turn ^= 1];
             if (begin == 0) input<M, IN>(a, from, norm, my.block);
             Word before = old && mine ? read(old + at) : 0;
             #pragma unroll 1
-            for (int done = 0; done < count; done += M::batch * M::slot) multiply<M>(partial, a, done, count);
+            for (int done = 0; done < count; done += M::several * M::slot) multiply<M>(partial, a, done, count);
             sync();  // two rounds from now, when all are past the next sync, `partial` is written again
             if (mine) {
                 #pragma unroll
-                for (int w = 0; w < warps; w++) extra += partial[threadIdx.x * warps + w];
+                for (int w = 0; w < warps; w++) extra += partial[(row * BATCH + b) * warps + w];
                 if (ACTIVATE) extra = activate(extra);
                 if (old) extra += receive(before, old + at);
                 put(to + at, extra, result);
@@ -530,45 +589,47 @@ struct Program : Arguments {
         stage_done();
     }
 
-    // ---- Attention: an item is a query head and `reach` places of the cache
+    // ---- Attention
 
     DEVICE void attention(Weight* keys, Weight* values) {
         int member = threadIdx.x % MEMBERS, team = threadIdx.x / MEMBERS, warp = threadIdx.x / 32, at = member * E;
-        float turn_by[2][E];
-        if (ROPE) load(turn_by[0], cos + place * D + at), load(turn_by[1], sin + place * D + at);
         await();
         #pragma unroll 1
-        for (int item = blockIdx.x; item < HEADS * SPLITS; item += GRID) {
-            int head = item % HEADS, split = item / HEADS, kv = head / (HEADS / KV);
-            if (split >= active) {
-                unused(head, split);
+        for (int item = blockIdx.x; item < ITEMS; item += GRID) {
+            Item my(item, shared.place);
+            if (my.first > 0 && my.first >= my.place) {
+                unused(item);
                 continue;
             }
-            int first = split * reach, stop = least(first + reach, place);
-            bool own = split == 0 && team == 0;  // the new token begins the running softmax of one team, so nothing just stored is read
+            float turn_by[2][E];
+            if (ROPE) load(turn_by[0], cos + my.place * D + at), load(turn_by[1], sin + my.place * D + at);
+            bool own = my.first == 0 && team == 0;  // the new token begins the running softmax of one team, so nothing just stored is read
             float in[5][E], out[E];              // query, key, value; the other half of query and key
             receive(in, [&](int c) { return c < 3 || ROPE; },
-                [&](int c) { return qkv + (c % 3 == 0 ? head : c % 3 == 1 ? HEADS + kv : HEADS + KV + kv) * D + (c > 2 ? (at + D / 2) % D : at); });
+                [&](int c) {
+                    int which = c % 3 == 0 ? my.head : c % 3 == 1 ? HEADS + my.kv : HEADS + KV + my.kv;
+                    return qkv + my.b * QKV::all + which * D + (c > 2 ? (at + D / 2) % D : at);
+                });
             float (&q)[E] = in[0], (&key)[E] = in[1];
-            long long here = ((long long)kv * length + place) * D + at;
+            long long here = (my.cache() * length + my.place) * D + at;
             #pragma unroll
             for (int e = 0; e < E; e++) {
                 if (ROPE)  // the first half of sin is negative
                     q[e] = q[e] * turn_by[0][e] + in[3][e] * turn_by[1][e], key[e] = key[e] * turn_by[0][e] + in[4][e] * turn_by[1][e];
                 Weight k, v;
                 narrow(key[e], k), narrow(in[2][e], v);
-                if (own && head % (HEADS / KV) == 0) keys[here + e] = k, values[here + e] = v;
+                if (own && my.head % (HEADS / KV) == 0) keys[here + e] = k, values[here + e] = v;
                 q[e] *= rsqrtf(D), key[e] = wide(k);
                 out[e] = own ? wide(v) : 0;
             }
             float score = sum_over<MEMBERS>(dot(q, key)), top = own ? score : -1e30f, sum = own;
             #pragma unroll 1
-            for (int start = first; start < stop; start += PLACES) {
+            for (int start = my.first; start < my.stop; start += PLACES) {
                 const uint4* slot = ring.take();
                 #pragma unroll
                 for (int j = 0; j < PLACES / TEAMS; j++) {
                     int l = j * TEAMS + team;
-                    bool there = start + l < stop;
+                    bool there = start + l < my.stop;
                     float k[E], v[E];
                     unpack(slot[l * MEMBERS + member], k);
                     unpack(slot[SLOT / 32 + l * MEMBERS + member], v);
@@ -594,13 +655,13 @@ struct Program : Arguments {
                 shared.heads[warp][D] = top, shared.heads[warp][D + 1] = sum;
             }
             sync();
-            finish(head, split);
+            finish(item);
         }
         stage_done();
     }
 
     // part, lse: what the warps found
-    DEVICE void finish(int head, int split) {
+    DEVICE void finish(int item) {
         float top = -1e30f;
         #pragma unroll
         for (int w = 0; w < WARPS; w++) top = fmaxf(top, shared.heads[w][D]);
@@ -612,15 +673,15 @@ struct Program : Arguments {
                 float fade = __expf(shared.heads[w][D] - top);
                 sum += fade * shared.heads[w][D + 1], out += fade * shared.heads[w][d];
             }
-            put(part + (split * HEADS + head) * D + d, out / sum, tag);
-            if (d == 0) put(lse + split * HEADS + head, top + __logf(sum), tag);
+            put(part + item * D + d, out / sum, tag);
+            if (d == 0) put(lse + item, top + __logf(sum), tag);
         }
     }
 
-    DEVICE void unused(int head, int split) {  // a part of no weight: some of these are read, and tags must not grow old
+    DEVICE void unused(int item) {  // a part of no weight: some of these are read, and tags must not grow old
         #pragma unroll 1
-        for (int d = threadIdx.x; d < D; d += THREADS) put(part + (split * HEADS + head) * D + d, 0, tag);
-        if (threadIdx.x == 0) put(lse + split * HEADS + head, -1e30f, tag);
+        for (int d = threadIdx.x; d < D; d += THREADS) put(part + item * D + d, 0, tag);
+        if (threadIdx.x == 0) put(lse + item, -1e30f, tag);
     }
 
     // ---- The step
@@ -661,9 +722,9 @@ struct Program : Arguments {
     DEVICE void embed() {
         PROJ my;
         #pragma unroll 1
-        for (int row = threadIdx.x; row < my.count; row += THREADS) {
-            int n = my.place(row);
-            put(x + n, wide(wte[*token * N + n]) + (wpe ? wide(wpe[(long long)place * N + n]) : 0), tag);
+        for (int i = threadIdx.x; i < my.count * BATCH; i += THREADS) {
+            int b = i % BATCH, n = my.place(i / BATCH);
+            put(x + b * N + n, wide(wte[token[b] * N + n]) + (wpe ? wide(wpe[(long long)shared.place[b] * N + n]) : 0), tag);
         }
         stage_done();
     }
@@ -678,14 +739,14 @@ struct Program : Arguments {
         embed();
         LAYERS_OF(false)
         linear<HEAD, NORMED, false>(x, vectors + HEAD_NORM, nullptr, nullptr, logits, 0);
-        if (blockIdx.x == 0 && threadIdx.x == 0) {
-            while (arrivals(counter) < (launch + 1) * GRID) pause();  // until all have read the position
-            *position = least(place + 1, length - 1);
+        if (blockIdx.x == 0 && threadIdx.x < BATCH) {
+            while (arrivals(counter) < (launch + 1) * GRID) pause();  // until all have read the positions
+            position[threadIdx.x] = least(shared.place[threadIdx.x] + 1, length - 1);
         }
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(Arguments arguments) {
+extern "C" __global__ void __launch_bounds__(THREADS + 128, 1) decode_step(Arguments arguments) {
     Shared& shared = *(Shared*)shared_memory();
     constexpr int before = (sizeof(Shared) + 127) / 128 * 128;
     int slots = least(MOST_SLOTS, (shared_bytes() - before) / SLOT);
@@ -693,11 +754,16 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(Argume
         barrier_init(shared.full + threadIdx.x, 1);
         barrier_init(shared.empty + threadIdx.x, WARPS);
     }
+    if (threadIdx.x == 0) shared.taken = 0;
+    if (threadIdx.x < BATCH) shared.place[threadIdx.x] = arguments.position[threadIdx.x];
     for (int i = threadIdx.x; i < LAYERS * 8; i += blockDim.x) shared.table[i / 8][i % 8] = arguments.table[i];
     Program program(arguments, shared, Ring{shared, shared_memory() + before, slots});
     __syncthreads();
-    if (threadIdx.x < THREADS)
+    if (threadIdx.x < THREADS) {
+        more_registers();
         program.compute_all();
-    else if (threadIdx.x == THREADS)
-        program.fetch_all();
+    } else {
+        fewer_registers();
+        if (threadIdx.x == THREADS) program.fetch_all();
+    }
 }

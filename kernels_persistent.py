@@ -1,19 +1,23 @@
-"""The host's side of kernels_persistent.cu, a decoding step of one sequence as one kernel: what each program does, compilation, launch."""
+"""The host's side of kernels_persistent.cu, a decoding step of a few sequences as one kernel: what each program does, compilation, launch."""
 import ctypes
 import functools
 import importlib.util
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from decode import chosen
 from structured import BlockShuffle, Structured
 
-WARPS = 8            # that compute, beside one that fetches
+WARPS = 8            # that compute
+FETCHERS = 4         # warps beside them, whose first thread fetches: registers are handed over by four warps at a time
 SLOT = 2**14         # bytes of a slot of the ring at least; it holds a row of every matrix
 LARGEST_SLOT = 2**16
 MOST_SPLITS = 8      # programs that share a head, a power of two
+MOST_BATCH = 4       # sequences
+MOST_INPUTS = 2**15  # of a matrix, for all sequences: more would not fit into the registers
 ACTIVATIONS = {"gelu": "GELU", "relu2": "RELU2", "swiglu": "SWIGLU"}
 
 
@@ -33,29 +37,31 @@ def matrices(linear):
     return [(V, q, p, blocks, blocks * q), (U, *U.shape, 1, len(U))]
 
 
-def linears(model):
-    """[(qkv, proj, fc1, fc2)] of the layers, as they answer for one token."""
-    return [(b.attn.qkv, b.attn.proj, chosen(b.ffn.fc1, 1), chosen(b.ffn.fc2, 1)) for b in model.blocks]
+def linears(model, batch):
+    """[(qkv, proj, fc1, fc2)] of the layers, as they answer for `batch` tokens."""
+    return [(b.attn.qkv, b.attn.proj, chosen(b.ffn.fc1, batch), chosen(b.ffn.fc2, batch)) for b in model.blocks]
 
 
-def all_matrices(model):
-    return [m for layer in linears(model) for linear in layer for m in matrices(linear)] + matrices(model.head)
+def all_matrices(model, batch=1):
+    return [m for layer in linears(model, batch) for linear in layer for m in matrices(linear)] + matrices(model.head)
 
 
-def usable(model) -> bool:
-    """Whether `Step` can take this model's steps at batch 1."""
+def usable(model, batch) -> bool:
+    """Whether `Step` can take this model's steps for `batch` sequences."""
     weight = model.head.weight
     if weight.device.type != "cuda" or torch.version.hip is not None:
         return False
     card = torch.cuda.get_device_properties(weight.device)
-    return card.major >= 9 and fits(model.cfg, all_matrices(model), weight.dtype, card.multi_processor_count) and bindings()
+    return card.major >= 9 and fits(model.cfg, all_matrices(model, batch), weight.dtype, card.multi_processor_count, batch) and bindings()
 
 
-def fits(cfg, parts, dtype, programs) -> bool:
-    """Rows of whole 16-byte pieces, none longer than a slot; a program for each block; heads that a power of two of at most 32 threads share."""
+def fits(cfg, parts, dtype, programs, batch=1) -> bool:
+    """Rows of whole 16-byte pieces, none longer than a slot; a program for each block; heads that a power of two of at most 32 threads share;
+    of several sequences no more input than registers hold."""
     size, D = dtype.itemsize, cfg.attn_dim // cfg.n_head
     return (dtype in (torch.bfloat16, torch.float32) and D * size in (32, 64, 128, 256, 512)
-            and all(K * size % 16 == 0 and K * size <= LARGEST_SLOT and blocks <= programs for _, _, K, blocks, _ in parts))
+            and all(K * size % 16 == 0 and K * size <= LARGEST_SLOT and blocks <= programs for _, _, K, blocks, _ in parts)
+            and (batch == 1 or batch <= MOST_BATCH and batch * max(K for _, _, K, _, _ in parts) <= MOST_INPUTS))
 
 
 @functools.cache
@@ -69,23 +75,27 @@ def bindings() -> bool:
 
 @functools.cache
 def slower(reason):
-    print(f"decoding at batch 1 is slower than it could be: {reason}.", file=sys.stderr)
+    print(f"decoding of a few sequences is slower than it could be: {reason}.", file=sys.stderr)
+
+
+def planned(model, cache):
+    """A `Step` for the sequences of a cache, not yet compiled, or None where it is not usable."""
+    return Step(model, cache) if usable(model, len(cache.position)) else None
 
 
 def step_for(model, cache):
-    """A `Step`, compiled, or None: where it is not usable, or, which is said, where it cannot be compiled."""
-    if not usable(model):
-        return None
-    step = Step(model, cache)
+    """A compiled `Step` for the sequences of a cache, or None: where it is not usable, or, which is said, where it cannot be compiled."""
+    step = planned(model, cache)
     try:
-        with torch.cuda.device(step.device):
-            compiled(step.defines, step.device)
+        if step:
+            with torch.cuda.device(step.device):
+                compiled(step.defines, step.device)
     except (ImportError, OSError, RuntimeError) as e:
         return slower(f"its kernel does not compile here: {e}")
     return step
 
 
-def constants(model, programs, warps, slot):
+def constants(model, batch, programs, warps, slot):
     """The macros of kernels_persistent.cu."""
     cfg = model.cfg
 
@@ -96,15 +106,15 @@ def constants(model, programs, warps, slot):
         parts = [matrix(m) for m in matrices(module)]
         return f"{'Dense' if len(parts) == 1 else 'Factors'}<{', '.join(parts)}>"
 
-    kinds = [f"{linear(fc1)}, {linear(fc2)}" for _, _, fc1, fc2 in linears(model)]
+    kinds = [f"{linear(fc1)}, {linear(fc2)}" for _, _, fc1, fc2 in linears(model, batch)]
     starts = [i for i in range(cfg.n_layer) if i == 0 or kinds[i] != kinds[i - 1]]
     runs = [f"layers<{kinds[i]}>(fetching, {i}, {j});" for i, j in zip(starts, starts[1:] + [cfg.n_layer])]
     qkv, proj = model.blocks[0].attn.qkv, model.blocks[0].attn.proj
     values = dict(
-        Weight="bf16" if model.head.weight.dtype == torch.bfloat16 else "float", GRID=programs, WARPS=warps, SLOT=slot, N=cfg.n_embd, HEADS=cfg.n_head,
-        KV=cfg.n_kv_head, D=cfg.attn_dim // cfg.n_head, LAYERS=cfg.n_layer, SPLITS=min(MOST_SPLITS, 1 << max(programs // cfg.n_head, 1).bit_length() - 1),
+        BATCH=batch, Weight="bf16" if model.head.weight.dtype == torch.bfloat16 else "float", GRID=programs, WARPS=warps, SLOT=slot, N=cfg.n_embd, HEADS=cfg.n_head,
+        KV=cfg.n_kv_head, D=cfg.attn_dim // cfg.n_head, LAYERS=cfg.n_layer, SPLITS=min(MOST_SPLITS, 1 << max(programs // (batch * cfg.n_head), 1).bit_length() - 1),
         ROPE=int(cfg.pos == "rope"), RMS=int(cfg.norm == "rmsnorm"), ACT=ACTIVATIONS[cfg.act], QKV=matrix(matrices(qkv)[0]),
-        PROJ=matrix(matrices(proj)[0]), HEAD=matrix(matrices(model.head)[0]), STAGES=2 + sum(1 + sum(len(matrices(m)) for m in layer) for layer in linears(model)),
+        PROJ=matrix(matrices(proj)[0]), HEAD=matrix(matrices(model.head)[0]), STAGES=2 + sum(1 + sum(len(matrices(m)) for m in layer) for layer in linears(model, batch)),
         HEAD_NORM=cfg.n_layer * (6 * cfg.n_embd + qkv.out_features + cfg.n_hidden))
     return "".join(f"#define {name} {value}\n" for name, value in values.items()) + f"#define LAYERS_OF(fetching) {' '.join(runs)}\n"
 
@@ -126,19 +136,33 @@ def checked(result):
 
 
 @functools.cache
-def compiled(defines, device):
-    """(the kernel, the bytes of shared memory that it may have)"""
-    from cuda.bindings import driver, nvrtc
+def binary(defines, capability) -> bytes:
+    """The kernel for cards of a capability such as (9, 0)."""
+    from cuda.bindings import nvrtc
     program = checked(nvrtc.nvrtcCreateProgram(source(defines).encode(), b"kernels_persistent.cu", 0, None, None))
-    major, minor = torch.cuda.get_device_capability(device)
-    options = [b"--std=c++17", f"--gpu-architecture=sm_{major}{minor}".encode()]
+    options = [b"--std=c++17", "--gpu-architecture=sm_{}{}a".format(*capability).encode()]
     if int(nvrtc.nvrtcCompileProgram(program, len(options), options)[0]):
         log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))
         checked(nvrtc.nvrtcGetProgramLog(program, log))
         raise RuntimeError(log.decode())
-    binary = bytearray(checked(nvrtc.nvrtcGetCUBINSize(program)))
-    checked(nvrtc.nvrtcGetCUBIN(program, binary))
-    kernel = checked(driver.cuModuleGetFunction(checked(driver.cuModuleLoadData(bytes(binary))), b"decode_step"))
+    code = bytearray(checked(nvrtc.nvrtcGetCUBINSize(program)))
+    checked(nvrtc.nvrtcGetCUBIN(program, code))
+    return bytes(code)
+
+
+def compile_ahead(steps):
+    """Compiles the kernels of planned steps side by side; what fails is told by step_for."""
+    with ThreadPoolExecutor() as pool:
+        for step in filter(None, steps):
+            pool.submit(binary, step.defines, torch.cuda.get_device_capability(step.device))
+
+
+@functools.cache
+def compiled(defines, device):
+    """(the kernel, the bytes of shared memory that it may have)"""
+    from cuda.bindings import driver
+    module = checked(driver.cuModuleLoadData(binary(defines, torch.cuda.get_device_capability(device))))
+    kernel = checked(driver.cuModuleGetFunction(module, b"decode_step"))
     shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     checked(driver.cuFuncSetAttribute(kernel, driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
     return kernel, shared
@@ -160,28 +184,29 @@ def launch(defines, programs, threads, arguments, device):
 
 
 class Step:
-    """model.step for one token of one sequence: step(tokens (1, 1), cache) -> logits (1, vocab_size), the same buffer each time.
+    """model.step for one token of a few sequences: step(tokens (B, 1), cache) -> logits (B, vocab_size), the same buffer each time.
 
     programs: how many share the work; 0: one per multiprocessor.
     """
 
     def __init__(self, model, cache, programs=0, warps=WARPS, slot=SLOT, launch=launch):
         cfg, weight = model.cfg, model.head.weight
-        self.device, self.model, self.cache, self.launch, self.threads = weight.device, model, cache, launch, 32 * (warps + 1)
+        self.device, self.model, self.cache, self.launch, self.threads = weight.device, model, cache, launch, 32 * (warps + FETCHERS)
         self.programs = programs or torch.cuda.get_device_properties(self.device).multi_processor_count
-        slot = max(slot, max(1 << (K * weight.element_size() - 1).bit_length() for _, _, K, _, _ in all_matrices(model)))
+        self.batch = batch = len(cache.position)
+        slot = max(slot, max(1 << (K * weight.element_size() - 1).bit_length() for _, _, K, _, _ in all_matrices(model, batch)))
         self.table, self.vectors = self.addresses(), self.collect()
-        self.defines = constants(model, self.programs, warps, slot)
-        rank = max([1] + [parts[0][1] * parts[0][3] for layer in linears(model) for parts in map(matrices, layer) if len(parts) == 2])
+        self.defines = constants(model, batch, self.programs, warps, slot)
+        rank = max([1] + [parts[0][1] * parts[0][3] for layer in linears(model, batch) for parts in map(matrices, layer) if len(parts) == 2])
         sizes = cfg.n_embd, cfg.n_embd, model.blocks[0].attn.qkv.out_features, MOST_SPLITS * cfg.attn_dim, MOST_SPLITS * cfg.n_head, rank, rank, cfg.n_hidden
-        self.buffers = [torch.full((n,), -1, device=self.device, dtype=torch.int32) for n in sizes]  # words with a tag that the first launch does not wait for
-        self.logits = torch.empty(1, cfg.vocab_size, device=self.device, dtype=weight.dtype)
+        self.buffers = [torch.full((batch * n,), -1, device=self.device, dtype=torch.int32) for n in sizes]  # words with a tag that the first launch does not wait for
+        self.logits = torch.empty(batch, cfg.vocab_size, device=self.device, dtype=weight.dtype)
         self.counter = torch.zeros(2, device=self.device, dtype=torch.long)
 
     def addresses(self):
         """(n_layer, 8): qkv, proj, fc1's V and U, fc2's V and U, k and v of every layer; where there is one matrix, it stands twice."""
         rows = []
-        for (qkv, proj, *fcs), cache in zip(linears(self.model), self.cache.layers):
+        for (qkv, proj, *fcs), cache in zip(linears(self.model, self.batch), self.cache.layers):
             weights = [m[i][0] for m in map(matrices, fcs) for i in (0, -1)]
             rows.append([t.data_ptr() for t in (qkv.weight, proj.weight, *weights, *cache)])
         return torch.tensor(rows).to(self.device)
@@ -197,7 +222,7 @@ class Step:
             add(norm.weight, N)
             add(getattr(norm, "bias", None), N)
 
-        for block, (qkv, proj, fc1, fc2) in zip(self.model.blocks, linears(self.model)):
+        for block, (qkv, proj, fc1, fc2) in zip(self.model.blocks, linears(self.model, self.batch)):
             add_norm(block.norm1)
             add(qkv.bias, qkv.out_features)
             add(proj.bias, N)
@@ -208,7 +233,7 @@ class Step:
         return torch.cat(parts)
 
     def __call__(self, tokens, cache):
-        assert cache is self.cache, "the table holds the addresses of one cache"
+        assert cache is self.cache and tokens.is_contiguous(), "the table holds the addresses of one cache"
         model = self.model
         tensors = (tokens, cache.position, model.wte.weight, None if model.wpe is None else model.wpe.weight, model.head.weight, model.cos, model.sin,
                    self.table, self.vectors, *self.buffers, self.logits, self.counter)

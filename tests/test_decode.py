@@ -258,14 +258,16 @@ def test_auto_keeps_its_table_and_follows_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_auto_times_the_step_that_one_sequence_takes():
+def test_auto_times_the_step_that_few_sequences_take():
     """As a graph, all linears of a model go the way in which the whole step was faster."""
     model = ready(make("cuda", **MODELS["blockshuffle, one key head"]), "auto", torch.float32)
     rows = model.choice.times["graph"]
-    assert len({tuple(row["1"]) for row in rows.values()}) == 1 and len({tuple(row["2"]) for row in rows.values()}) == len(rows) == 2
+    for few in map(str, decode.FEW):
+        assert len({tuple(row[few]) for row in rows.values()}) == 1
+    assert len({tuple(row["5"]) for row in rows.values()}) == len(rows) == 2
     with model.choice.under("graph"):
-        assert len({model.choice.merged(shape, 1) for shape in rows}) == 1
-    assert decode.measure_one(model.cpu(), []) == {}
+        assert all(len({model.choice.merged(shape, tokens) for shape in rows}) == 1 for tokens in (1, 2, 3, 4))
+    assert decode.measure_few(model.cpu(), []) == {}
 
 
 def test_table_of_another_card_is_left_alone(tmp_path, monkeypatch):
@@ -434,16 +436,17 @@ def test_bench_crossover_shows_what_auto_chose(cli, tmp_path):
     assert (tmp_path / "c.png").exists()
 
 
-def test_bench_crossover_shows_the_times_of_the_step_that_one_sequence_takes(cli, tmp_path, monkeypatch):
+def test_bench_crossover_shows_the_times_of_the_step_that_few_sequences_take(cli, tmp_path, monkeypatch):
     """Where that step is one kernel, auto goes by it, though each linear by itself says otherwise."""
     def measure(pairs, sizes=()):
         return {mode: {pair.shape: {str(t): [1.0, 2.0] for t in sizes or decode.TOKENS} for pair in pairs} for mode in ("eager", "graph")}
 
     monkeypatch.setattr(decode, "measure", measure)
-    monkeypatch.setattr(decode, "measure_one", lambda model, pairs: {pair.shape: [0.4, 0.3] for pair in pairs if model.blocks[1].ffn.fc1 in pairs})
+    monkeypatch.setattr(decode, "measure_few", lambda model, pairs, sizes=decode.FEW: {few: {pair.shape: [0.4, 0.3] for pair in pairs if model.blocks[1].ffn.fc1 in pairs} for few in "14"})
     out = tmp_path / "rows.jsonl"
     assert cli("bench.py", "crossover", *SMALL, f"--json={out}")[0] == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     of_step = [r for r in rows if r["of"] == "step"]
-    assert len(of_step) == 2 and all((r["launch"], r["tokens"], r["factors_ms"], r["merged_ms"], r["auto"]) == ("graph", 1, 0.4, 0.3, "merged") for r in of_step)
+    assert [r["tokens"] for r in of_step] == [1, 4, 1, 4]
+    assert all((r["launch"], r["factors_ms"], r["merged_ms"], r["auto"]) == ("graph", 0.4, 0.3, "merged") for r in of_step)
     assert all((r["factors_ms"], r["auto"]) == (1.0, "factors") for r in rows if r["of"] == "linear") and len(rows) > 40

@@ -39,12 +39,12 @@ def emulated(defines):
 def make_step(model, cache, programs=6, warps=2, seed=1, shared=100_000):
     """On CUDA as it is used; on a CPU with few programs and warps, which a generator of random numbers mixes."""
     def launch(defines, programs, threads, arguments, device):
-        emulated(defines).launch(programs, threads, shared, threads - 32, seed, ctypes.byref(arguments))
+        emulated(defines).launch(programs, threads, shared, threads - 32 * kernels.FETCHERS, seed, ctypes.byref(arguments))
 
     return kernels.Step(model, cache) if ON_GPU else kernels.Step(model, cache, programs, warps, launch=launch)
 
 
-def pair(dtype, **shape):
+def pair(dtype, batch=1, **shape):
     """(model in float32, the same with its parameters in dtype, a cache for each)"""
     model = make(DEVICE, **{"n_layer": 2, **shape})
     for block in model.blocks:
@@ -53,23 +53,25 @@ def pair(dtype, **shape):
         p.copy_(p.to(dtype))
     low = copy.deepcopy(model).to(dtype)
     low.cos, low.sin = model.cos, model.sin
-    return model, low, *(Cache(model.cfg, 1, model.cfg.block_size, DEVICE, m.head.weight.dtype) for m in (model, low))
+    return model, low, *(Cache(model.cfg, batch, model.cfg.block_size, DEVICE, m.head.weight.dtype) for m in (model, low))
 
 
-def compare(dtype, prompts, shape, steps=2, **how):
-    model, low, expected, cache = pair(dtype, **shape)
-    assert kernels.fits(low.cfg, kernels.all_matrices(low), dtype, how.get("programs", 6))
+def compare(dtype, prompts, shape, steps=2, batch=1, **how):
+    """Rows of different lengths, the first the longest, each a prompt or nothing at all."""
+    model, low, expected, cache = pair(dtype, batch, **shape)
+    assert kernels.fits(low.cfg, kernels.all_matrices(low, batch), dtype, how.get("programs", 6), batch)
     step = make_step(low, cache, **how)
-    tokens = torch.randint(257, (1, model.cfg.block_size), device=DEVICE)
+    tokens = torch.randint(257, (batch, model.cfg.block_size), device=DEVICE)
     for prompt in prompts:
+        lengths = (prompt - 37 * torch.arange(batch, device=DEVICE)).clamp(min=min(prompt, 1))
         for m, c in ((model, expected), (low, cache)):
             c.position.zero_()
             if prompt:
-                m.step(tokens[:, :prompt], c, torch.tensor([prompt], device=DEVICE))
+                m.step(tokens[:, :prompt], c, lengths)
         for i in range(prompt, min(prompt + steps, tokens.size(1))):
             reference = model.step(tokens[:, i:i + 1], expected)
             near = (1e-4, 1e-4) if dtype == torch.float32 else (0.01 * reference.abs().max().item(), 0)
-            torch.testing.assert_close(step(tokens[:, i:i + 1], cache).float(), reference, atol=near[0], rtol=near[1])
+            torch.testing.assert_close(step(tokens[:, i:i + 1].contiguous(), cache).float(), reference, atol=near[0], rtol=near[1])
             torch.testing.assert_close(cache.position, expected.position)
 
 
@@ -84,6 +86,12 @@ def test_is_the_step(name):
 @torch.no_grad()
 def test_is_near_in_bf16(name):
     compare(torch.bfloat16, (0, SHAPES[name].get("block_size", 64) - 20), SHAPES[name])
+
+
+@pytest.mark.parametrize("name, batch", [("lowrank swiglu", 2), ("blockshuffle, one key head", 3), ("odd sizes", 4), ("odd shuffle", 4), ("long", 2), ("dense", 3), ("blockdense swiglu", 4)])
+@torch.no_grad()
+def test_several_sequences(name, batch):
+    compare(torch.float32, (0, SHAPES[name].get("block_size", 64) - 20), SHAPES[name], batch=batch)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
