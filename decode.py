@@ -4,7 +4,6 @@
 equivalent (the paper's pre-merge), or both with a table, measured on this card, that says which is faster for how many tokens.
 `Decoder` holds the static buffers and the step: model, choice of the token, bookkeeping, all on the device.
 """
-import bisect
 import functools
 import hashlib
 import importlib.util
@@ -130,14 +129,14 @@ def modes(device) -> tuple:
 
 
 FEW = 1, 2, 4  # sequences whose step may be a single kernel
-TOKENS = [*FEW, 5, 8, 16, 32, 64, *(n << i for i in range(6) for n in (96, 128))]  # that are timed: a matmul's time may jump between them
+TOKENS = [*FEW, 8, 16, 32, 64, *(n << i for i in range(6) for n in (96, 128))]  # that are timed: a matmul's time may jump between them
 
 
 class Choice:
     """For each kind of linear the milliseconds of factors and merged over the number of tokens, launched one by one or as a graph.
 
-    times {"graph" | "eager": {shape: {tokens: [factors, merged]}}}. Between measured numbers both times are interpolated, on
-    logarithmic axes; outside, the nearest one decides.
+    times {"graph" | "eager": {shape: {tokens: [factors, merged]}}}. The next larger number of tokens decides for those between, as
+    matmuls pad to tiles; the largest for all beyond.
     """
 
     def __init__(self, times):
@@ -146,18 +145,10 @@ class Choice:
     def merged(self, shape, tokens) -> bool:
         key = self.mode, shape, tokens
         if key not in self.known:
-            factors, merged = self.at(*key)
+            row = {int(size): ms for size, ms in self.times[self.mode][shape].items()}
+            factors, merged = row[min((size for size in row if size >= tokens), default=max(row))]
             self.known[key] = merged < factors
         return self.known[key]
-
-    def at(self, mode, shape, tokens):
-        """(ms of the factors, ms of the dense equivalent)"""
-        row = sorted((int(t), ms) for t, ms in self.times[mode][shape].items())
-        i = bisect.bisect_left(row, (tokens,))
-        (t0, low), (t1, high) = row[max(i - 1, 0)], row[min(i, len(row) - 1)]
-        share = 0 if t0 == t1 else (math.log(tokens) - math.log(t0)) / (math.log(t1) - math.log(t0))
-        share = min(max(share, 0.0), 1.0)
-        return tuple(math.exp((1 - share) * math.log(a) + share * math.log(b)) for a, b in zip(low, high))
 
     @contextmanager
     def under(self, mode):

@@ -485,7 +485,7 @@ struct Program : Arguments {
 
     // What this thread multiplies with: pieces member, member + group, ... of a block of every sequence's row of `from`
     template <class M, Input IN> DEVICE void input(float (&a)[BATCH * M::each][E], const Word* from, const float* norm, int block) {
-        constexpr bool whole = M::groups == 1 && M::blocks == 1;                       // all threads together have the row
+        constexpr bool whole = M::groups == 1 && M::blocks == 1;                       // the threads of the group together have the row
         constexpr int apart = M::group * E, pieces = BATCH * M::each, size = M::K * M::blocks;
         constexpr int row = IN == NORMED && !whole ? (N / E + THREADS - 1) / THREADS : 0, more = IN == GATED ? M::each : row;
         int member = threadIdx.x % M::group, k = block * M::K + member * E;
@@ -517,7 +517,7 @@ struct Program : Arguments {
                 if (IN == GATED) return from + (j / M::each * 2 + 1) * size + k + j % M::each * apart;
                 return from + j / most(1, row) * size + (j % most(1, row) * THREADS + threadIdx.x) * E;
             });
-        if constexpr (IN == NORMED && whole) statistics<M::each>(in, count, mean, scale);
+        if constexpr (IN == NORMED && whole) statistics<M::each>(in, threadIdx.x < M::group ? count : 0, mean, scale);
         if constexpr (IN == NORMED && !whole) statistics<row>(in + pieces, rest, mean, scale);
         #pragma unroll
         for (int i = 0; i < pieces; i++)

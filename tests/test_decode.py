@@ -238,12 +238,12 @@ def test_auto_keeps_its_table_and_follows_it(tmp_path, monkeypatch):
     assert torch.__version__ in key and "float32" in key and len(modes["eager"]) == 2
 
     for shape in modes["eager"]:
-        modes["eager"][shape] = {"1": [2.0, 1.0], "16": [1.0, 2.0]}
+        modes["eager"][shape] = {"1": [2.0, 1.0], "4": [2.0, 1.0], "16": [1.0, 2.0]}
     Path(path).write_text(json.dumps(tables))
     monkeypatch.setattr(decode, "measure", lambda pairs: pytest.fail("measured again"))
     model = ready(make(ffn="lowrank", rank=16), "auto", torch.float32, path)
     pair = model.blocks[1].ffn.fc1
-    assert [model.choice.merged(pair.shape, t) for t in (1, 3, 5, 16, 4096)] == [True, True, False, False, False]
+    assert [model.choice.merged(pair.shape, t) for t in (1, 3, 4, 5, 16, 4096)] == [True, True, True, False, False, False]
     x = torch.randn(1, 128)
     torch.testing.assert_close(pair(x), pair.factors(x), atol=1e-4, rtol=1e-4)
     few, many = decode.step_weights(model, 1, "eager"), decode.step_weights(model, 16, "eager")
@@ -264,7 +264,7 @@ def test_auto_times_the_step_that_few_sequences_take():
     rows = model.choice.times["graph"]
     for few in map(str, decode.FEW):
         assert len({tuple(row[few]) for row in rows.values()}) == 1
-    assert len({tuple(row["5"]) for row in rows.values()}) == len(rows) == 2
+    assert len({tuple(row["8"]) for row in rows.values()}) == len(rows) == 2
     with model.choice.under("graph"):
         assert all(len({model.choice.merged(shape, tokens) for shape in rows}) == 1 for tokens in (1, 2, 3, 4))
     assert decode.measure_few(model.cpu(), []) == {}
@@ -442,11 +442,11 @@ def test_bench_crossover_shows_the_times_of_the_step_that_few_sequences_take(cli
         return {mode: {pair.shape: {str(t): [1.0, 2.0] for t in sizes or decode.TOKENS} for pair in pairs} for mode in ("eager", "graph")}
 
     monkeypatch.setattr(decode, "measure", measure)
-    monkeypatch.setattr(decode, "measure_few", lambda model, pairs, sizes=decode.FEW: {few: {pair.shape: [0.4, 0.3] for pair in pairs if model.blocks[1].ffn.fc1 in pairs} for few in "14"})
+    monkeypatch.setattr(decode, "measure_few", lambda model, pairs, sizes=decode.FEW: {str(few): {pair.shape: [0.4, 0.3] for pair in pairs if model.blocks[1].ffn.fc1 in pairs} for few in sizes})
     out = tmp_path / "rows.jsonl"
     assert cli("bench.py", "crossover", *SMALL, f"--json={out}")[0] == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     of_step = [r for r in rows if r["of"] == "step"]
-    assert [r["tokens"] for r in of_step] == [1, 4, 1, 4]
+    assert [r["tokens"] for r in of_step] == 2 * [1, 2, 3, 4]
     assert all((r["launch"], r["factors_ms"], r["merged_ms"], r["auto"]) == ("graph", 0.4, 0.3, "merged") for r in of_step)
     assert all((r["factors_ms"], r["auto"]) == (1.0, "factors") for r in rows if r["of"] == "linear") and len(rows) > 40

@@ -116,6 +116,13 @@ def test_any_number_of_programs(programs, warps, shared):
     compare(torch.float32, (44,), dict(shape, n_layer=1), steps=1, programs=programs, warps=warps, shared=shared)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_threads_to_spare(batch):
+    """Fewer pieces in a row than threads, and more than half as many: none counts twice in a norm."""
+    compare(torch.float32, (0, 44), dict(n_embd=576 if ON_GPU else 288, n_head=9), batch=batch, warps=4)
+
+
 @pytest.mark.skipif(ON_GPU, reason="there nothing sets the order")
 @torch.no_grad()
 def test_the_order_of_threads_does_not_matter():
