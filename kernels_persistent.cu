@@ -131,6 +131,10 @@ DEVICE void load(float (&out)[E], const float* from) {
 }
 
 DEVICE Word word(float value, unsigned tag) { return (value == value ? __float_as_uint(value) + 2 & ~3u : 0x7fc00000) | tag; }
+// A row of words lies in memory in the order of threads' requests, 16 bytes each, with pieces as neighbours: first halves of 32 pieces, then the second ones.
+constexpr int SPAN = 32 * E;
+DEVICE constexpr int row_of(int n) { return (n + SPAN - 1) / SPAN * SPAN; }  // words of a row with n entries
+DEVICE int place_of(int n) { return n / SPAN * SPAN + n % E / 4 * 128 + n % SPAN / E * 4 + n % 4; }
 DEVICE float value_of(Word word) { return __uint_as_float(word & ~3u); }
 DEVICE unsigned tag_of(Word word) { return word & 3; }
 
@@ -175,7 +179,7 @@ DEVICE constexpr int least(int a, int b) { return a < b ? a : b; }
 DEVICE constexpr int most(int a, int b) { return a > b ? a : b; }
 DEVICE constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
-constexpr int SUMS = 32 / power_of_two(BATCH);     // rows whose sums a warp finds at once, for all sequences
+constexpr int SUMS = BATCH == 1 ? 32 : 4;          // rows whose sums a warp finds at once at most: more code runs slower, since it is fetched in every layer
 
 // BLOCKS blocks of ROWS x COLS, one below the other; block b maps entries b COLS to (b + 1) COLS. Row j's output goes to place
 // j % SPREAD * (all rows / SPREAD) + j / SPREAD. A program has some neighbouring rows of one block, whose columns its threads share.
@@ -370,7 +374,7 @@ struct Program : Arguments {
         return value_of(last);
     }
 
-    // n pieces of E words, all asked for at once: piece c, if needed(c), from where(c)
+    // n pieces of E words, all asked for at once: piece c, if needed(c), that begins at where(c)
     template <int n, class Needed, class Where> DEVICE void receive(float (&out)[n][E], Needed needed, Where where) {
         for (bool all = false; !all;) {
             all = true;
@@ -381,7 +385,7 @@ struct Program : Arguments {
                     #pragma unroll
                     for (int e = 0; e < E; e += 4) {
                         Word words[4];
-                        read_four(words, from + e);
+                        read_four(words, from + e / 4 * 128);
                         #pragma unroll
                         for (int i = 0; i < 4; i++) {
                             out[c][e + i] = value_of(words[i]);
@@ -396,11 +400,13 @@ struct Program : Arguments {
     // ---- A linear
 
     DEVICE void total(float (&values)[BATCH], int which) {  // over all threads
+        constexpr int n = power_of_two(BATCH);
+        float sums[n];
         #pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            float sum = sum_over<32>(values[b]);
-            if (threadIdx.x % 32 == 0) shared.total[which][b][threadIdx.x / 32] = sum;
-        }
+        for (int b = 0; b < n; b++) sums[b] = b < BATCH ? values[b] : 0;
+        float sum = sums_over_warp<n>(sums);
+        int lane = threadIdx.x % 32, b = lane * n / 32;
+        if (lane % (32 / n) == 0 && b < BATCH) shared.total[which][b][threadIdx.x / 32] = sum;
         sync();
         #pragma unroll
         for (int b = 0; b < BATCH; b++) {
@@ -454,7 +460,7 @@ struct Program : Arguments {
             #pragma unroll
             for (int i = 0; i < pieces * n; i++)
                 if (needed(i)) words[i] = read(lse + at(i) * HEADS + entry(i) / D);
-            receive(in, needed, [&](int i) { return part + at(i) * HEADS * D + entry(i); });
+            receive(in, needed, [&](int i) { return part + at(i) * row_of(HEADS * D) + place_of(k) + i / n % M::each * apart; });
             #pragma unroll
             for (int p = 0; p < pieces; p++)
                 if (needed(p * n)) {
@@ -486,7 +492,7 @@ struct Program : Arguments {
     // What this thread multiplies with: pieces member, member + group, ... of a block of every sequence's row of `from`
     template <class M, Input IN> DEVICE void input(float (&a)[BATCH * M::each][E], const Word* from, const float* norm, int block) {
         constexpr bool whole = M::groups == 1 && M::blocks == 1;                       // the threads of the group together have the row
-        constexpr int apart = M::group * E, pieces = BATCH * M::each, size = M::K * M::blocks;
+        constexpr int apart = M::group * E, pieces = BATCH * M::each, size = M::K * M::blocks, stride = row_of(size * (IN == GATED ? 2 : 1));
         constexpr int row = IN == NORMED && !whole ? (N / E + THREADS - 1) / THREADS : 0, more = IN == GATED ? M::each : row;
         int member = threadIdx.x % M::group, k = block * M::K + member * E;
         int count = M::pieces % M::group == 0 ? M::each : (M::pieces - member + M::group - 1) / M::group;
@@ -513,9 +519,9 @@ struct Program : Arguments {
         receive(in, [&](int i) { return i < pieces ? i % M::each < count : IN == GATED ? i % M::each < count : (i - pieces) % most(1, row) < rest; },
             [&](int i) {
                 int j = i - pieces;
-                if (i < pieces) return from + i / M::each * (IN == GATED ? 2 : 1) * size + k + i % M::each * apart;
-                if (IN == GATED) return from + (j / M::each * 2 + 1) * size + k + j % M::each * apart;
-                return from + j / most(1, row) * size + (j % most(1, row) * THREADS + threadIdx.x) * E;
+                if (i < pieces) return from + i / M::each * stride + place_of(k) + i % M::each * apart;  // of whole spans
+                if (IN == GATED) return from + j / M::each * stride + place_of(size + k) + j % M::each * apart;
+                return from + j / most(1, row) * stride + place_of(threadIdx.x * E) + j % most(1, row) * THREADS * E;
             });
         if constexpr (IN == NORMED && whole) statistics<M::each>(in, threadIdx.x < M::group ? count : 0, mean, scale);
         if constexpr (IN == NORMED && !whole) statistics<row>(in + pieces, rest, mean, scale);
@@ -560,6 +566,8 @@ struct Program : Arguments {
 
     DEVICE void put(Word* to, float value, unsigned tag) { write(to, word(value, tag)); }
     DEVICE void put(Weight* to, float value, unsigned) { narrow(value, *to); }
+    DEVICE int place_in(const Word*, int b, int n, int size) { return b * row_of(size) + place_of(n); }
+    DEVICE int place_in(const Weight*, int b, int n, int size) { return b * size + n; }
 
     // to = act(matrix input + bias) + old for every sequence, tagged `result`
     template <class M, Input IN, bool ACTIVATE, class T>
@@ -570,7 +578,7 @@ struct Program : Arguments {
         int b = threadIdx.x / M::round, row = threadIdx.x % M::round;  // whose output this thread tells
         #pragma unroll 1
         for (int begin = 0; begin < my.count; begin += M::round) {
-            int count = least(M::round, my.count - begin), place = my.place(begin + row), at = b * M::all + place;
+            int count = least(M::round, my.count - begin), place = my.place(begin + row), at = place_in(to, b, place, M::all);
             bool mine = b < BATCH && row < count;
             float extra = bias && mine ? bias[place] : 0, *partial = shared.partial[turn ^= 1];
             if (begin == 0) input<M, IN>(a, from, norm, my.block);
@@ -608,7 +616,7 @@ struct Program : Arguments {
             receive(in, [&](int c) { return c < 3 || ROPE; },
                 [&](int c) {
                     int which = c % 3 == 0 ? my.head : c % 3 == 1 ? HEADS + my.kv : HEADS + KV + my.kv;
-                    return qkv + my.b * QKV::all + which * D + (c > 2 ? (at + D / 2) % D : at);
+                    return qkv + my.b * row_of(QKV::all) + place_of(which * D + (c > 2 ? (at + D / 2) % D : at));
                 });
             float (&q)[E] = in[0], (&key)[E] = in[1];
             long long here = (my.cache() * length + my.place) * D + at;
@@ -660,6 +668,8 @@ struct Program : Arguments {
         stage_done();
     }
 
+    DEVICE Word* part_of(int item, int d) { return part + item / HEADS * row_of(HEADS * D) + place_of(item % HEADS * D + d); }
+
     // part, lse: what the warps found
     DEVICE void finish(int item) {
         float top = -1e30f;
@@ -673,14 +683,14 @@ struct Program : Arguments {
                 float fade = __expf(shared.heads[w][D] - top);
                 sum += fade * shared.heads[w][D + 1], out += fade * shared.heads[w][d];
             }
-            put(part + item * D + d, out / sum, tag);
+            put(part_of(item, d), out / sum, tag);
             if (d == 0) put(lse + item, top + __logf(sum), tag);
         }
     }
 
     DEVICE void unused(int item) {  // a part of no weight: some of these are read, and tags must not grow old
         #pragma unroll 1
-        for (int d = threadIdx.x; d < D; d += THREADS) put(part + item * D + d, 0, tag);
+        for (int d = threadIdx.x; d < D; d += THREADS) put(part_of(item, d), 0, tag);
         if (threadIdx.x == 0) put(lse + item, -1e30f, tag);
     }
 
@@ -724,7 +734,7 @@ struct Program : Arguments {
         #pragma unroll 1
         for (int i = threadIdx.x; i < my.count * BATCH; i += THREADS) {
             int b = i % BATCH, n = my.place(i / BATCH);
-            put(x + b * N + n, wide(wte[token[b] * N + n]) + (wpe ? wide(wpe[(long long)shared.place[b] * N + n]) : 0), tag);
+            put(x + place_in(x, b, n, N), wide(wte[token[b] * N + n]) + (wpe ? wide(wpe[(long long)shared.place[b] * N + n]) : 0), tag);
         }
         stage_done();
     }

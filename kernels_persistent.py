@@ -198,7 +198,13 @@ class Step:
         self.table, self.vectors = self.addresses(), self.collect()
         self.defines = constants(model, batch, self.programs, warps, slot)
         rank = max([1] + [parts[0][1] * parts[0][3] for layer in linears(model, batch) for parts in map(matrices, layer) if len(parts) == 2])
-        sizes = cfg.n_embd, cfg.n_embd, model.blocks[0].attn.qkv.out_features, MOST_SPLITS * cfg.attn_dim, MOST_SPLITS * cfg.n_head, rank, rank, cfg.n_hidden
+
+        def row_of(n):  # words
+            span = 512 // weight.element_size()
+            return -(-n // span) * span
+
+        sizes = (*map(row_of, (cfg.n_embd, cfg.n_embd, model.blocks[0].attn.qkv.out_features)), MOST_SPLITS * row_of(cfg.attn_dim), MOST_SPLITS * cfg.n_head,
+                 *map(row_of, (rank, rank, cfg.n_hidden)))
         self.buffers = [torch.full((batch * n,), -1, device=self.device, dtype=torch.int32) for n in sizes]  # words with a tag that the first launch does not wait for
         self.logits = torch.empty(batch, cfg.vocab_size, device=self.device, dtype=weight.dtype)
         self.counter = torch.zeros(2, device=self.device, dtype=torch.long)
