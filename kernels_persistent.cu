@@ -85,8 +85,13 @@ DEVICE void read_four(Word (&words)[4], const Word* from) {  // 16 aligned bytes
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(from));
 }
 DEVICE void pause() {}  // where the CPU's threads take turns
+#if __CUDA_ARCH__ == 900  // others may begin with fewer than 168, and then there are not enough to hand over
 DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }  // four warps at a time
 DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }
+#else
+DEVICE void more_registers() {}
+DEVICE void fewer_registers() {}
+#endif
 DEVICE unsigned shared_bytes() {
     unsigned bytes;
     asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));

@@ -140,7 +140,8 @@ def binary(defines, capability) -> bytes:
     """The kernel for cards of a capability such as (9, 0)."""
     from cuda.bindings import nvrtc
     program = checked(nvrtc.nvrtcCreateProgram(source(defines).encode(), b"kernels_persistent.cu", 0, None, None))
-    options = [b"--std=c++17", "--gpu-architecture=sm_{}{}a".format(*capability).encode()]
+    architecture = "sm_{}{}".format(*capability) + ("a" if capability == (9, 0) else "")  # with setmaxnreg
+    options = [b"--std=c++17", f"--gpu-architecture={architecture}".encode()]
     if int(nvrtc.nvrtcCompileProgram(program, len(options), options)[0]):
         log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))
         checked(nvrtc.nvrtcGetProgramLog(program, log))
