@@ -13,7 +13,8 @@
 // to look: to ask for the words themselves all the time would be in the way of those that write them.
 //
 // No word is overwritten before all have read it: its next writer has, by way of the stages between, waited for all words of qkv's input,
-// so for all programs to have done the layer before.
+// so for all programs to have done the layer before. In models so small that a program has no rows of qkv, what holds it is attention's
+// look at the counter, which every program takes: there the counter is more than a hint.
 //
 // The host sets as macros: BATCH (sequences), Weight (bf16 or float), GRID, WARPS, SLOT (bytes), N, HEADS, KV, D, LAYERS, STAGES, SPLITS, ROPE, RMS, ACT,
 // QKV, PROJ, HEAD (matrices), HEAD_NORM (where it begins in vectors), LAYERS_OF (calls of `layers`, one for each run of layers of one kind).
