@@ -136,11 +136,12 @@ DEVICE void load(float (&out)[E], const float* from) {
     }
 }
 
-DEVICE Word word(float value, unsigned tag) { return (value == value ? __float_as_uint(value) + 2 & ~3u : 0x7fc00000) | tag; }
 // A row of words lies in memory in the order of threads' requests, 16 bytes each, with pieces as neighbours: first halves of 32 pieces, then the second ones.
 constexpr int SPAN = 32 * E;
 DEVICE constexpr int row_of(int n) { return (n + SPAN - 1) / SPAN * SPAN; }  // words of a row with n entries
 DEVICE int place_of(int n) { return n / SPAN * SPAN + n % E / 4 * 128 + n % SPAN / E * 4 + n % 4; }
+
+DEVICE Word word(float value, unsigned tag) { return (value == value ? __float_as_uint(value) + 2 & ~3u : 0x7fc00000) | tag; }
 DEVICE float value_of(Word word) { return __uint_as_float(word & ~3u); }
 DEVICE unsigned tag_of(Word word) { return word & 3; }
 
@@ -312,7 +313,6 @@ struct Program : Arguments {
         tag = tag_of_layer(0);
         target = launch * STAGES * GRID;
     }
-
 
     // ---- The fetching thread
 
@@ -522,7 +522,7 @@ struct Program : Arguments {
                 join<M, n>(a, parts, k, apart, count);
             return;
         }
-        receive(in, [&](int i) { return i < pieces ? i % M::each < count : IN == GATED ? i % M::each < count : (i - pieces) % most(1, row) < rest; },
+        receive(in, [&](int i) { return i < pieces || IN == GATED ? i % M::each < count : (i - pieces) % most(1, row) < rest; },
             [&](int i) {
                 int j = i - pieces;
                 if (i < pieces) return from + i / M::each * stride + place_of(k) + i % M::each * apart;  // of whole spans

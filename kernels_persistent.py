@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from decode import chosen
+from decode import FEW, chosen
 from structured import BlockShuffle, Structured
 
 WARPS = 8            # that compute
@@ -16,7 +16,6 @@ FETCHERS = 4         # warps beside them, whose first thread fetches: registers 
 SLOT = 2**14         # bytes of a slot of the ring at least; it holds a row of every matrix
 LARGEST_SLOT = 2**16
 MOST_SPLITS = 8      # programs that share a head, a power of two
-MOST_BATCH = 4       # sequences
 MOST_INPUTS = 2**15  # of a matrix, for all sequences: more would not fit into the registers
 ACTIVATIONS = {"gelu": "GELU", "relu2": "RELU2", "swiglu": "SWIGLU"}
 
@@ -61,7 +60,7 @@ def fits(cfg, parts, dtype, programs, batch=1) -> bool:
     size, D = dtype.itemsize, cfg.attn_dim // cfg.n_head
     return (dtype in (torch.bfloat16, torch.float32) and D * size in (32, 64, 128, 256, 512)
             and all(K * size % 16 == 0 and K * size <= LARGEST_SLOT and blocks <= programs for _, _, K, blocks, _ in parts)
-            and (batch == 1 or batch <= MOST_BATCH and batch * max(K for _, _, K, _, _ in parts) <= MOST_INPUTS))
+            and (batch == 1 or batch <= max(FEW) and batch * max(K for _, _, K, _, _ in parts) <= MOST_INPUTS))
 
 
 @functools.cache
@@ -240,7 +239,8 @@ class Step:
         return torch.cat(parts)
 
     def __call__(self, tokens, cache):
-        assert cache is self.cache and tokens.is_contiguous(), "the table holds the addresses of one cache"
+        assert cache is self.cache, "the table holds the addresses of one cache"
+        assert tokens.is_contiguous(), "the kernel reads one token behind the other"
         model = self.model
         tensors = (tokens, cache.position, model.wte.weight, None if model.wpe is None else model.wpe.weight, model.head.weight, model.cos, model.sin,
                    self.table, self.vectors, *self.buffers, self.logits, self.counter)
