@@ -17,7 +17,7 @@
 // look at the counter, which every program takes: there the counter is more than a hint.
 //
 // The host sets as macros: BATCH (sequences), Weight (bf16 or float), GRID, WARPS, SLOT (bytes), N, HEADS, KV, D, LAYERS, STAGES, SPLITS, ROPE, RMS, ACT,
-// QKV, PROJ, HEAD (matrices), HEAD_NORM (where it begins in vectors), LAYERS_OF (calls of `layers`, one for each run of layers of one kind).
+// QKV, PROJ, HEAD (matrices), LAYERS_OF (calls of `layers`, one for each run of layers of one kind).
 
 struct bf16 { unsigned short bits; };
 enum Activation { GELU, RELU2, SWIGLU };
@@ -30,6 +30,9 @@ constexpr int E = 16 / sizeof(Weight);   // weights in a piece: 16 bytes, what a
 constexpr int MOST_SLOTS = 32;
 constexpr int ENOUGH = 5;                // slots filled or on their way; beyond them one at a time is asked for, since more would queue before
 constexpr int HURRY = 3;                 // the memory, and activations behind them; below, so many at a time
+constexpr int COPIES = 8;                // of what all programs read at one place
+constexpr int COUNTERS = 1;
+constexpr int SLACK = 0;
 constexpr int REACH = 128;               // places of the cache below which a head is not shared by programs
 
 
@@ -222,6 +225,7 @@ template <class A, class B> struct Factors { typedef A First; typedef B Last; st
 constexpr int MEMBERS = D / E;                     // threads that share a place of the cache, a team
 constexpr int TEAMS = THREADS / MEMBERS;
 constexpr int PLACES = SLOT / 2 / (16 * MEMBERS);  // in a slot: keys in its first half, values in its second
+constexpr int GANGS = least(4, WARPS);
 static_assert(PLACES % TEAMS == 0 && 32 % MEMBERS == 0, "the host plans for this");
 
 // A part of attention: a query head of a sequence and some places of its cache.
@@ -238,9 +242,9 @@ struct Item {
 
 struct Shared {
     u64 full[MOST_SLOTS], empty[MOST_SLOTS];        // barriers of the ring
-    u64 table[LAYERS][8];
+    u64 table[LAYERS][9];
     alignas(16) float partial[2][THREADS * WARPS];  // sums of a row by warp, in turn
-    float total[2][BATCH][WARPS];
+    float moments[WARPS][2 * power_of_two(BATCH)];  // of each warp's part of the rows to be normed: sum, sum of squares
     float heads[WARPS][D + 2];                      // of each warp's part of the cache: output, largest score, denominator
     int taken;                                      // slots
     int place[BATCH];                               // tokens in the cache
@@ -283,8 +287,9 @@ struct Ring {
 
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A program. table[layer]: addresses of qkv, proj, fc1's V and U, fc2's V and U (where there is one matrix, it stands twice), keys and values.
-// vectors: norms and biases, layer by layer: norm1, qkv, proj, norm2, fc1, fc2; a norm is its gain and its shift.
+// A program. table[layer]: addresses of qkv, proj, fc1's V and U, fc2's V and U (where there is one matrix, it stands twice), keys, values and
+// the layer's vectors: those of norm1 and qkv, of proj, of norm2 and fc1, of fc2; of a linear its bias; of a norm and the first matrix behind it
+// the gain, the matrix times the gain, and the matrix times the shift plus its bias.
 
 struct Arguments {
     const long long* token;
@@ -292,7 +297,7 @@ struct Arguments {
     const Weight *wte, *wpe, *head;
     const float *cos, *sin;
     const u64* table;
-    const float* vectors;
+    const float* head_norm;
     Word *x, *y, *qkv, *part, *lse, *rank1, *rank2, *hidden;  // x: what a layer begins with; y: with attention added
     Weight* logits;
     u64* counter;                                              // of programs that began, in all launches; behind it, of stages that programs did
@@ -311,7 +316,7 @@ struct Program : Arguments {
     DEVICE Program(const Arguments& arguments, Shared& shared, Ring ring) : Arguments(arguments), shared(shared), ring(ring) {
         launch = arrivals(counter) / GRID;  // all programs of this launch begin before one of the next does
         tag = tag_of_layer(0);
-        target = launch * STAGES * GRID;
+        target = launch * STAGES;
     }
 
     // ---- The fetching thread
@@ -365,13 +370,13 @@ struct Program : Arguments {
 
     DEVICE void stage_done() {
         sync();
-        if (threadIdx.x == 0) count(counter + 1);
-        target += GRID;
+        if (threadIdx.x == 0) count(counter + 16 * (1 + blockIdx.x % COUNTERS));
+        target++;
     }
 
     DEVICE void await() {  // until the words should be there: to ask for them all the time would be in the way of those that write them
-        if (threadIdx.x == 0)
-            while (counted(counter + 1) < target) pause();
+        if (threadIdx.x < COUNTERS)
+            while (counted(counter + 16 * (1 + threadIdx.x)) + SLACK < target * ((GRID + COUNTERS - 1 - threadIdx.x) / COUNTERS)) pause();
         sync();
     }
 
@@ -405,45 +410,33 @@ struct Program : Arguments {
 
     // ---- A linear
 
-    DEVICE void total(float (&values)[BATCH], int which) {  // over all threads
-        constexpr int n = power_of_two(BATCH);
-        float sums[n];
+    // Each warp's share of the sums over every sequence's row and over its squares; a thread has `count` of n pieces
+    template <int n> DEVICE void add_up(const float (*rows)[E], int count) {
+        constexpr int all = 2 * power_of_two(BATCH);
+        float sums[all];
         #pragma unroll
-        for (int b = 0; b < n; b++) sums[b] = b < BATCH ? values[b] : 0;
-        float sum = sums_over_warp<n>(sums);
-        int lane = threadIdx.x % 32, b = lane * n / 32;
-        if (lane % (32 / n) == 0 && b < BATCH) shared.total[which][b][threadIdx.x / 32] = sum;
-        sync();
+        for (int i = 0; i < all; i++) sums[i] = 0;
         #pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            values[b] = 0;
+        for (int b = 0; b < BATCH; b++)
             #pragma unroll
-            for (int i = 0; i < WARPS; i++) values[b] += shared.total[which][b][i];
-        }
+            for (int c = 0; c < n; c++)
+                if (c < count) {
+                    #pragma unroll
+                    for (int e = 0; e < E; e++) sums[2 * b] += rows[b * n + c][e];
+                    sums[2 * b + 1] += dot(rows[b * n + c], rows[b * n + c]);
+                }
+        float sum = sums_over_warp<all>(sums);
+        int lane = threadIdx.x % 32;
+        if (lane % (32 / all) == 0) shared.moments[threadIdx.x / 32][lane * all / 32] = sum;
     }
 
-    // mean and 1 / deviation of every sequence's row, of which each thread has `count` of n pieces
-    template <int n> DEVICE void statistics(const float (*rows)[E], int count, float (&mean)[BATCH], float (&scale)[BATCH]) {
+    // W norm(x) from W (gain x) = sum and W gain, after the sync that follows add_up; W shift is in the bias
+    DEVICE float normed(float sum, float of_gain, int b) {
+        float mean = 0, square = 0;
         #pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            mean[b] = 0;
-            #pragma unroll
-            for (int c = 0; c < n; c++)
-                #pragma unroll
-                for (int e = 0; e < E; e++) mean[b] += c < count && !RMS ? rows[b * n + c][e] : 0;
-        }
-        if (!RMS) total(mean, 0);
-        #pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            mean[b] /= N, scale[b] = 0;
-            #pragma unroll
-            for (int c = 0; c < n; c++)
-                #pragma unroll
-                for (int e = 0; e < E; e++) scale[b] += c < count ? (rows[b * n + c][e] - mean[b]) * (rows[b * n + c][e] - mean[b]) : 0;
-        }
-        total(scale, 1);
-        #pragma unroll
-        for (int b = 0; b < BATCH; b++) scale[b] = rsqrtf(scale[b] / N + eps);
+        for (int w = 0; w < WARPS; w++) mean += shared.moments[w][2 * b], square += shared.moments[w][2 * b + 1];
+        mean = RMS ? 0 : mean / N;
+        return (sum - mean * of_gain) * rsqrtf(fmaxf(square / N - mean * mean, 0) + eps);
     }
 
     // a = attention's output, pieces k, k + apart, ... of every sequence: its parts, n at a time, each with the logarithm of its softmax's denominator
@@ -465,7 +458,7 @@ struct Program : Arguments {
             auto entry = [&](int i) { return k + i / n % M::each * apart; };
             #pragma unroll
             for (int i = 0; i < pieces * n; i++)
-                if (needed(i)) words[i] = read(lse + at(i) * HEADS + entry(i) / D);
+                if (needed(i)) words[i] = read(lse_copy(blockIdx.x) + at(i) * HEADS + entry(i) / D);
             receive(in, needed, [&](int i) { return part + at(i) * row_of(HEADS * D) + place_of(k) + i / n % M::each * apart; });
             #pragma unroll
             for (int p = 0; p < pieces; p++)
@@ -473,7 +466,7 @@ struct Program : Arguments {
                     float before = top[p];
                     #pragma unroll
                     for (int s = 0; s < n; s++) {
-                        each[s] = receive(words[p * n + s], lse + at(p * n + s) * HEADS + entry(p * n) / D);
+                        each[s] = receive(words[p * n + s], lse_copy(blockIdx.x) + at(p * n + s) * HEADS + entry(p * n) / D);
                         top[p] = fmaxf(top[p], each[s]);
                     }
                     float fade = __expf(before - top[p]);
@@ -496,31 +489,26 @@ struct Program : Arguments {
     }
 
     // What this thread multiplies with: pieces member, member + group, ... of a block of every sequence's row of `from`
-    template <class M, Input IN> DEVICE void input(float (&a)[BATCH * M::each][E], const Word* from, const float* norm, int block) {
+    template <class M, Input IN> DEVICE void input(float (&a)[BATCH * M::each][E], const Word* from, const float* gains, int block) {
         constexpr bool whole = M::groups == 1 && M::blocks == 1;                       // the threads of the group together have the row
         constexpr int apart = M::group * E, pieces = BATCH * M::each, size = M::K * M::blocks, stride = row_of(size * (IN == GATED ? 2 : 1));
         constexpr int row = IN == NORMED && !whole ? (N / E + THREADS - 1) / THREADS : 0, more = IN == GATED ? M::each : row;
         int member = threadIdx.x % M::group, k = block * M::K + member * E;
         int count = M::pieces % M::group == 0 ? M::each : (M::pieces - member + M::group - 1) / M::group;
         int rest = N / E % THREADS == 0 ? row : (N / E - (int)threadIdx.x + THREADS - 1) / THREADS;
-        float in[pieces + BATCH * more][E], gain[M::each][E], shift[M::each][E], mean[BATCH], scale[BATCH];
+        float in[pieces + BATCH * more][E], gain[M::each][E];
         #pragma unroll
         for (int c = 0; c < M::each; c++)
-            if (IN == NORMED && c < count) {
-                load(gain[c], norm + k + c * apart);
-                load(shift[c], norm + N + k + c * apart);
-            }
+            if (IN == NORMED && c < count) load(gain[c], gains + k + c * apart);
         await();
         if constexpr (IN == PARTS) {
             constexpr int n = least(SPLITS, most(1, 2 / pieces));  // at a time; more were slower
             int parts = 1;
             #pragma unroll
             for (int b = 0; b < BATCH; b++) parts = most(parts, (shared.place[b] + reach(shared.place[b]) - 1) / reach(shared.place[b]));
-            if (parts == 1)
-                join<M, 1>(a, parts, k, apart, count);
-            else
-                join<M, n>(a, parts, k, apart, count);
-            return;
+            if (parts > 1) return join<M, n>(a, parts, k, apart, count);
+            return receive(a, [&](int i) { return i % M::each < count; },
+                [&](int i) { return part + i / M::each * row_of(HEADS * D) + place_of(k) + i % M::each * apart; });
         }
         receive(in, [&](int i) { return i < pieces || IN == GATED ? i % M::each < count : (i - pieces) % most(1, row) < rest; },
             [&](int i) {
@@ -529,14 +517,14 @@ struct Program : Arguments {
                 if (IN == GATED) return from + j / M::each * stride + place_of(size + k) + j % M::each * apart;
                 return from + j / most(1, row) * stride + place_of(threadIdx.x * E) + j % most(1, row) * THREADS * E;
             });
-        if constexpr (IN == NORMED && whole) statistics<M::each>(in, threadIdx.x < M::group ? count : 0, mean, scale);
-        if constexpr (IN == NORMED && !whole) statistics<row>(in + pieces, rest, mean, scale);
+        if constexpr (IN == NORMED && whole) add_up<M::each>(in, threadIdx.x < M::group ? count : 0);
+        if constexpr (IN == NORMED && !whole) add_up<row>(in + pieces, rest);
         #pragma unroll
         for (int i = 0; i < pieces; i++)
             #pragma unroll
             for (int e = 0; e < E; e++) {
                 a[i][e] = in[i][e];
-                if constexpr (IN == NORMED) a[i][e] = (a[i][e] - mean[i / M::each]) * scale[i / M::each] * gain[i % M::each][e] + shift[i % M::each][e];
+                if constexpr (IN == NORMED) a[i][e] *= gain[i % M::each][e];
                 if constexpr (IN == GATED) a[i][e] = a[i][e] / (1 + __expf(-a[i][e])) * in[pieces + i][e];
             }
     }
@@ -575,7 +563,7 @@ struct Program : Arguments {
     DEVICE int place_in(const Word*, int b, int n, int size) { return b * row_of(size) + place_of(n); }
     DEVICE int place_in(const Weight*, int b, int n, int size) { return b * size + n; }
 
-    // to = act(matrix input + bias) + old for every sequence, tagged `result`
+    // to = act(matrix input + bias) + old for every sequence, tagged `result`. norm: where the input is normed, its gain and the matrix times it
     template <class M, Input IN, bool ACTIVATE, class T>
     DEVICE void linear(const Word* from, const float* norm, const float* bias, const Word* old, T* to, unsigned result) {
         constexpr int warps = M::group / 32;
@@ -586,7 +574,7 @@ struct Program : Arguments {
         for (int begin = 0; begin < my.count; begin += M::round) {
             int count = least(M::round, my.count - begin), place = my.place(begin + row), at = place_in(to, b, place, M::all);
             bool mine = b < BATCH && row < count;
-            float extra = bias && mine ? bias[place] : 0, *partial = shared.partial[turn ^= 1];
+            float sum = 0, extra = bias && mine ? bias[place] : 0, of_gain = IN == NORMED && mine ? norm[N + place] : 0, *partial = shared.partial[turn ^= 1];
             if (begin == 0) input<M, IN>(a, from, norm, my.block);
             Word before = old && mine ? read(old + at) : 0;
             #pragma unroll 1
@@ -594,16 +582,44 @@ struct Program : Arguments {
             sync();  // two rounds from now, when all are past the next sync, `partial` is written again
             if (mine) {
                 #pragma unroll
-                for (int w = 0; w < warps; w++) extra += partial[(row * BATCH + b) * warps + w];
-                if (ACTIVATE) extra = activate(extra);
-                if (old) extra += receive(before, old + at);
-                put(to + at, extra, result);
+                for (int w = 0; w < warps; w++) sum += partial[(row * BATCH + b) * warps + w];
+                if (IN == NORMED) sum = normed(sum, of_gain, b);
+                sum += extra;
+                if (ACTIVATE) sum = activate(sum);
+                if (old) sum += receive(before, old + at);
+                put(to + at, sum, result);
             }
         }
         stage_done();
     }
 
     // ---- Attention
+
+    // a team's running softmax over its part of a slot, which holds `size` places
+    DEVICE void look(const uint4* slot, int size, const float (&q)[E], float (&out)[E], float& top, float& sum) {
+        constexpr int teams = TEAMS / GANGS, n = PLACES / teams;
+        int team = threadIdx.x / 32 / GANGS * (32 / MEMBERS) + threadIdx.x % 32 / MEMBERS, member = threadIdx.x % MEMBERS;
+        float scores[n], before = top, k[E], v[E];
+        #pragma unroll
+        for (int j = 0; j < n; j++) {
+            unpack(slot[(j * teams + team) * MEMBERS + member], k);
+            scores[j] = sum_over<MEMBERS>(dot(q, k));
+            if (j * teams + team < size) top = fmaxf(top, scores[j]);
+        }
+        float fade = __expf(before - top);
+        sum *= fade;
+        #pragma unroll
+        for (int e = 0; e < E; e++) out[e] *= fade;
+        #pragma unroll
+        for (int j = 0; j < n; j++)
+            if (j * teams + team < size) {
+                float weight = __expf(scores[j] - top);
+                unpack(slot[SLOT / 32 + (j * teams + team) * MEMBERS + member], v);
+                sum += weight;
+                #pragma unroll
+                for (int e = 0; e < E; e++) out[e] += weight * v[e];
+            }
+    }
 
     DEVICE void attention(Weight* keys, Weight* values) {
         int member = threadIdx.x % MEMBERS, team = threadIdx.x / MEMBERS, warp = threadIdx.x / 32, at = member * E;
@@ -638,21 +654,9 @@ struct Program : Arguments {
             }
             float score = sum_over<MEMBERS>(dot(q, key)), top = own ? score : -1e30f, sum = own;
             #pragma unroll 1
-            for (int start = my.first; start < my.stop; start += PLACES) {
+            for (int start = my.first, turn = warp; start < my.stop; start += PLACES, turn++) {
                 const uint4* slot = ring.take();
-                #pragma unroll
-                for (int j = 0; j < PLACES / TEAMS; j++) {
-                    int l = j * TEAMS + team;
-                    bool there = start + l < my.stop;
-                    float k[E], v[E];
-                    unpack(slot[l * MEMBERS + member], k);
-                    unpack(slot[SLOT / 32 + l * MEMBERS + member], v);
-                    score = sum_over<MEMBERS>(dot(q, k));
-                    float higher = there ? fmaxf(top, score) : top, weight = there ? __expf(score - higher) : 0, fade = __expf(top - higher);
-                    sum = sum * fade + weight, top = higher;
-                    #pragma unroll
-                    for (int e = 0; e < E; e++) out[e] = out[e] * fade + (there ? weight * v[e] : 0);
-                }
+                if (turn % GANGS == 0) look(slot, my.stop - start, q, out, top, sum);
                 ring.give_back();
             }
             #pragma unroll
@@ -674,6 +678,7 @@ struct Program : Arguments {
         stage_done();
     }
 
+    DEVICE Word* lse_copy(int i) { return lse + i % COPIES * ITEMS; }
     DEVICE Word* part_of(int item, int d) { return part + item / HEADS * row_of(HEADS * D) + place_of(item % HEADS * D + d); }
 
     // part, lse: what the warps found
@@ -690,35 +695,36 @@ struct Program : Arguments {
                 sum += fade * shared.heads[w][D + 1], out += fade * shared.heads[w][d];
             }
             put(part_of(item, d), out / sum, tag);
-            if (d == 0) put(lse + item, top + __logf(sum), tag);
+            if (d < COPIES) put(lse_copy(d) + item, top + __logf(sum), tag);
         }
     }
 
     DEVICE void unused(int item) {  // a part of no weight: some of these are read, and tags must not grow old
         #pragma unroll 1
         for (int d = threadIdx.x; d < D; d += THREADS) put(part_of(item, d), 0, tag);
-        if (threadIdx.x == 0) put(lse + item, -1e30f, tag);
+        if (threadIdx.x < COPIES) put(lse_copy(threadIdx.x) + item, -1e30f, tag);
     }
 
     // ---- The step
 
+    // bias: of the first matrix where its input is normed, of the last one behind it
     template <class F, Input IN, bool ACTIVATE>
     DEVICE void ffn_linear(const Word* from, const float* norm, const float* bias, Word* rank, const Word* old, Word* to, unsigned result) {
         typedef typename F::First First;
         typedef typename F::Last Last;
         if constexpr (F::factors) {
-            linear<First, IN, false>(from, norm, nullptr, nullptr, rank, tag);
-            linear<Last, PLAIN, ACTIVATE>(rank, nullptr, bias, old, to, result);
+            linear<First, IN, false>(from, norm, IN == NORMED ? bias : nullptr, nullptr, rank, tag);
+            linear<Last, PLAIN, ACTIVATE>(rank, nullptr, IN == NORMED ? bias + First::all : bias, old, to, result);
         } else
             linear<First, IN, ACTIVATE>(from, norm, bias, old, to, result);
     }
 
     template <class Fc1, class Fc2> DEVICE void compute_layers(int begin, int end) {
-        constexpr int hidden_size = Fc1::Last::all, size = 6 * N + QKV::all + hidden_size;
+        typedef typename Fc1::First First;
         #pragma unroll 1
         for (int layer = begin; layer < end; layer++) {
-            const float *norm1 = vectors + layer * size, *qkv_bias = norm1 + 2 * N, *proj_bias = qkv_bias + QKV::all, *norm2 = proj_bias + N,
-                        *bias1 = norm2 + 2 * N, *bias2 = bias1 + hidden_size;
+            const float *norm1 = (const float*)shared.table[layer][8], *qkv_bias = norm1 + N + QKV::all, *proj_bias = qkv_bias + QKV::all, *norm2 = proj_bias + N,
+                        *bias1 = norm2 + N + First::all, *bias2 = bias1 + First::all + (Fc1::factors ? Fc1::Last::all : 0);
             linear<QKV, NORMED, false>(x, norm1, qkv_bias, nullptr, qkv, tag);
             attention((Weight*)shared.table[layer][6], (Weight*)shared.table[layer][7]);
             linear<PROJ, PARTS, false>(nullptr, nullptr, proj_bias, x, y, tag);
@@ -754,7 +760,7 @@ struct Program : Arguments {
         if (threadIdx.x == 0) arrive(counter);  // having read how many did before, and the position
         embed();
         LAYERS_OF(false)
-        linear<HEAD, NORMED, false>(x, vectors + HEAD_NORM, nullptr, nullptr, logits, 0);
+        linear<HEAD, NORMED, false>(x, head_norm, head_norm + N + HEAD::all, nullptr, logits, 0);
         if (blockIdx.x == 0 && threadIdx.x < BATCH) {
             while (arrivals(counter) < (launch + 1) * GRID) pause();  // until all have read the positions
             position[threadIdx.x] = least(shared.place[threadIdx.x] + 1, length - 1);
@@ -772,7 +778,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1) decode_step(Argum
     }
     if (threadIdx.x == 0) shared.taken = 0;
     if (threadIdx.x < BATCH) shared.place[threadIdx.x] = arguments.position[threadIdx.x];
-    for (int i = threadIdx.x; i < LAYERS * 8; i += blockDim.x) shared.table[i / 8][i % 8] = arguments.table[i];
+    for (int i = threadIdx.x; i < LAYERS * 9; i += blockDim.x) shared.table[i / 9][i % 9] = arguments.table[i];
     Program program(arguments, shared, Ring{shared, shared_memory() + before, slots});
     __syncthreads();
     if (threadIdx.x < THREADS) {

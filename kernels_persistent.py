@@ -113,8 +113,7 @@ def constants(model, batch, programs, warps, slot):
         BATCH=batch, Weight="bf16" if model.head.weight.dtype == torch.bfloat16 else "float", GRID=programs, WARPS=warps, SLOT=slot, N=cfg.n_embd, HEADS=cfg.n_head,
         KV=cfg.n_kv_head, D=cfg.attn_dim // cfg.n_head, LAYERS=cfg.n_layer, SPLITS=min(MOST_SPLITS, 1 << max(programs // (batch * cfg.n_head), 1).bit_length() - 1),
         ROPE=int(cfg.pos == "rope"), RMS=int(cfg.norm == "rmsnorm"), ACT=ACTIVATIONS[cfg.act], QKV=matrix(matrices(qkv)[0]),
-        PROJ=matrix(matrices(proj)[0]), HEAD=matrix(matrices(model.head)[0]), STAGES=2 + sum(1 + sum(len(matrices(m)) for m in layer) for layer in linears(model, batch)),
-        HEAD_NORM=cfg.n_layer * (6 * cfg.n_embd + qkv.out_features + cfg.n_hidden))
+        PROJ=matrix(matrices(proj)[0]), HEAD=matrix(matrices(model.head)[0]), STAGES=2 + sum(1 + sum(len(matrices(m)) for m in layer) for layer in linears(model, batch)))
     return "".join(f"#define {name} {value}\n" for name, value in values.items()) + f"#define LAYERS_OF(fetching) {' '.join(runs)}\n"
 
 
@@ -169,7 +168,7 @@ def compiled(defines, device):
 
 
 class Arguments(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in "token position wte wpe head cos sin table vectors x y qkv part lse rank1 rank2 hidden logits counter".split()]
+    _fields_ = [(name, ctypes.c_void_p) for name in "token position wte wpe head cos sin table head_norm x y qkv part lse rank1 rank2 hidden logits counter".split()]
     _fields_ += [("length", ctypes.c_longlong), ("eps", ctypes.c_float)]
 
 
@@ -195,7 +194,8 @@ class Step:
         self.programs = programs or torch.cuda.get_device_properties(self.device).multi_processor_count
         self.batch = batch = len(cache.position)
         slot = max(slot, max(1 << (K * weight.element_size() - 1).bit_length() for _, _, K, _, _ in all_matrices(model, batch)))
-        self.table, self.vectors = self.addresses(), self.collect()
+        self.layer_vectors, self.head_vectors = self.vectors()
+        self.table = self.addresses()
         self.defines = constants(model, batch, self.programs, warps, slot)
         rank = max([1] + [parts[0][1] * parts[0][3] for layer in linears(model, batch) for parts in map(matrices, layer) if len(parts) == 2])
 
@@ -203,47 +203,45 @@ class Step:
             span = 512 // weight.element_size()
             return -(-n // span) * span
 
-        sizes = (*map(row_of, (cfg.n_embd, cfg.n_embd, model.blocks[0].attn.qkv.out_features)), MOST_SPLITS * row_of(cfg.attn_dim), MOST_SPLITS * cfg.n_head,
+        sizes = (*map(row_of, (cfg.n_embd, cfg.n_embd, model.blocks[0].attn.qkv.out_features)), MOST_SPLITS * row_of(cfg.attn_dim), 8 * MOST_SPLITS * cfg.n_head,
                  *map(row_of, (rank, rank, cfg.n_hidden)))
         self.buffers = [torch.full((batch * n,), -1, device=self.device, dtype=torch.int32) for n in sizes]  # words with a tag that the first launch does not wait for
         self.logits = torch.empty(batch, cfg.vocab_size, device=self.device, dtype=weight.dtype)
-        self.counter = torch.zeros(2, device=self.device, dtype=torch.long)
+        self.counter = torch.zeros(16 * 17, device=self.device, dtype=torch.long)
+
+    def vectors(self):
+        """([of each layer], of the head): norms and biases in float32, as kernels_persistent.cu wants them; what a model lacks is zero."""
+        def bias(linear):
+            return torch.zeros(linear.out_features, device=self.device) if linear.bias is None else linear.bias.float()
+
+        def normed(norm, linear):
+            parts = matrices(linear)
+            W, rows, K, blocks, spread = parts[0]
+            vectors = torch.stack([v.double() for v in (norm.weight, getattr(norm, "bias", None)) if v is not None])  # (1 or 2, N)
+            vectors = vectors.view(-1, blocks, K).permute(1, 2, 0)                              # (blocks, K, 1 or 2)
+            products = torch.cat([w.double() @ vectors for w in W.view(blocks, rows, K).split(1024, dim=1)], dim=1)  # in parts for want of memory
+            of_gain, *of_shift = products.reshape(-1, spread, products.size(-1)).transpose(0, 1).flatten(0, 1).float().unbind(1)  # by place
+            own = bias(linear) if len(parts) == 1 else torch.zeros_like(of_gain)
+            return [norm.weight.float(), of_gain, sum(of_shift, own)] + [bias(linear)] * (len(parts) - 1)
+
+        layers = [[*normed(block.norm1, qkv), bias(proj), *normed(block.norm2, fc1), bias(fc2)]
+                  for block, (qkv, proj, fc1, fc2) in zip(self.model.blocks, linears(self.model, self.batch))]
+        return [torch.cat(parts) for parts in layers], torch.cat(normed(self.model.norm, self.model.head))
 
     def addresses(self):
-        """(n_layer, 8): qkv, proj, fc1's V and U, fc2's V and U, k and v of every layer; where there is one matrix, it stands twice."""
+        """(n_layer, 9): qkv, proj, fc1's V and U, fc2's V and U, k, v and vectors of every layer; where there is one matrix, it stands twice."""
         rows = []
-        for (qkv, proj, *fcs), cache in zip(linears(self.model, self.batch), self.cache.layers):
+        for (qkv, proj, *fcs), cache, vectors in zip(linears(self.model, self.batch), self.cache.layers, self.layer_vectors):
             weights = [m[i][0] for m in map(matrices, fcs) for i in (0, -1)]
-            rows.append([t.data_ptr() for t in (qkv.weight, proj.weight, *weights, *cache)])
+            rows.append([t.data_ptr() for t in (qkv.weight, proj.weight, *weights, *cache, vectors)])
         return torch.tensor(rows).to(self.device)
-
-    def collect(self):
-        """All norms and biases in float32, layer by layer, the head's norm last; what a model lacks is zero."""
-        N, parts = self.model.cfg.n_embd, []
-
-        def add(vector, size):
-            parts.append(torch.zeros(size, device=self.device) if vector is None else vector.detach().float())
-
-        def add_norm(norm):
-            add(norm.weight, N)
-            add(getattr(norm, "bias", None), N)
-
-        for block, (qkv, proj, fc1, fc2) in zip(self.model.blocks, linears(self.model, self.batch)):
-            add_norm(block.norm1)
-            add(qkv.bias, qkv.out_features)
-            add(proj.bias, N)
-            add_norm(block.norm2)
-            add(fc1.bias, fc1.out_features)
-            add(fc2.bias, N)
-        add_norm(self.model.norm)
-        return torch.cat(parts)
 
     def __call__(self, tokens, cache):
         assert cache is self.cache, "the table holds the addresses of one cache"
         assert tokens.is_contiguous(), "the kernel reads one token behind the other"
         model = self.model
         tensors = (tokens, cache.position, model.wte.weight, None if model.wpe is None else model.wpe.weight, model.head.weight, model.cos, model.sin,
-                   self.table, self.vectors, *self.buffers, self.logits, self.counter)
+                   self.table, self.head_vectors, *self.buffers, self.logits, self.counter)
         arguments = Arguments(*(None if t is None else t.data_ptr() for t in tensors), cache.length, model.norm.eps)
         self.launch(self.defines, self.programs, self.threads, arguments, self.device)
         return self.logits
