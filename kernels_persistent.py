@@ -88,13 +88,13 @@ def step_for(model, cache):
     try:
         if step:
             with torch.cuda.device(step.device):
-                compiled(step.defines, step.device)
+                compiled(step.defines, step.shared, step.device)
     except (ImportError, OSError, RuntimeError) as e:
         return slower(f"its kernel does not compile here: {e}")
     return step
 
 
-def constants(model, batch, programs, warps, slot):
+def constants(model, batch, programs, warps, slot, shared):
     """The macros of kernels_persistent.cu."""
     cfg = model.cfg
 
@@ -110,7 +110,8 @@ def constants(model, batch, programs, warps, slot):
     runs = [f"layers<{kinds[i]}>(fetching, {i}, {j});" for i, j in zip(starts, starts[1:] + [cfg.n_layer])]
     qkv, proj = model.blocks[0].attn.qkv, model.blocks[0].attn.proj
     values = dict(
-        BATCH=batch, Weight="bf16" if model.head.weight.dtype == torch.bfloat16 else "float", GRID=programs, WARPS=warps, SLOT=slot, N=cfg.n_embd, HEADS=cfg.n_head,
+        BATCH=batch, Weight="bf16" if model.head.weight.dtype == torch.bfloat16 else "float", GRID=programs, WARPS=warps, SLOT=slot, SHARED=shared,
+        INPUT=max(K for _, _, K, _, _ in all_matrices(model, batch)), N=cfg.n_embd, HEADS=cfg.n_head,
         KV=cfg.n_kv_head, D=cfg.attn_dim // cfg.n_head, LAYERS=cfg.n_layer, SPLITS=min(MOST_SPLITS, 1 << max(programs // (batch * cfg.n_head), 1).bit_length() - 1),
         ROPE=int(cfg.pos == "rope"), RMS=int(cfg.norm == "rmsnorm"), ACT=ACTIVATIONS[cfg.act], QKV=matrix(matrices(qkv)[0]),
         PROJ=matrix(matrices(proj)[0]), HEAD=matrix(matrices(model.head)[0]), STAGES=2 + sum(1 + sum(len(matrices(m)) for m in layer) for layer in linears(model, batch)))
@@ -157,14 +158,13 @@ def compile_ahead(steps):
 
 
 @functools.cache
-def compiled(defines, device):
-    """(the kernel, the bytes of shared memory that it may have)"""
+def compiled(defines, shared, device):
+    """The kernel, with `shared` bytes of shared memory."""
     from cuda.bindings import driver
     module = checked(driver.cuModuleLoadData(binary(defines, torch.cuda.get_device_capability(device))))
     kernel = checked(driver.cuModuleGetFunction(module, b"decode_step"))
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     checked(driver.cuFuncSetAttribute(kernel, driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
-    return kernel, shared
+    return kernel
 
 
 class Arguments(ctypes.Structure):
@@ -172,12 +172,12 @@ class Arguments(ctypes.Structure):
     _fields_ += [("length", ctypes.c_longlong), ("eps", ctypes.c_float)]
 
 
-def launch(defines, programs, threads, arguments, device):
+def launch(defines, programs, threads, shared, arguments, device):
     """A grid that is there as a whole: one that does not fit fails, it does not wait for ever."""
     from cuda.bindings import driver
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
     with torch.cuda.device(device):
-        kernel, shared = compiled(defines, device)
+        kernel = compiled(defines, shared, device)
         stream = torch.cuda.current_stream().cuda_stream
         checked(driver.cuLaunchCooperativeKernel(kernel, programs, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers)))
 
@@ -188,7 +188,7 @@ class Step:
     programs: how many share the work; 0: one per multiprocessor.
     """
 
-    def __init__(self, model, cache, programs=0, warps=WARPS, slot=SLOT, launch=launch):
+    def __init__(self, model, cache, programs=0, warps=WARPS, slot=SLOT, shared=0, launch=launch):
         cfg, weight = model.cfg, model.head.weight
         self.device, self.model, self.cache, self.launch, self.threads = weight.device, model, cache, launch, 32 * (warps + FETCHERS)
         self.programs = programs or torch.cuda.get_device_properties(self.device).multi_processor_count
@@ -196,7 +196,8 @@ class Step:
         slot = max(slot, max(1 << (K * weight.element_size() - 1).bit_length() for _, _, K, _, _ in all_matrices(model, batch)))
         self.layer_vectors, self.head_vectors = self.vectors()
         self.table = self.addresses()
-        self.defines = constants(model, batch, self.programs, warps, slot)
+        self.shared = shared or torch.cuda.get_device_properties(self.device).shared_memory_per_block_optin
+        self.defines = constants(model, batch, self.programs, warps, slot, self.shared)
         rank = max([1] + [parts[0][1] * parts[0][3] for layer in linears(model, batch) for parts in map(matrices, layer) if len(parts) == 2])
 
         def row_of(n):  # words
@@ -243,5 +244,5 @@ class Step:
         tensors = (tokens, cache.position, model.wte.weight, None if model.wpe is None else model.wpe.weight, model.head.weight, model.cos, model.sin,
                    self.table, self.head_vectors, *self.buffers, self.logits, self.counter)
         arguments = Arguments(*(None if t is None else t.data_ptr() for t in tensors), cache.length, model.norm.eps)
-        self.launch(self.defines, self.programs, self.threads, arguments, self.device)
+        self.launch(self.defines, self.programs, self.threads, self.shared, arguments, self.device)
         return self.logits

@@ -36,12 +36,12 @@ def emulated(defines):
     return ctypes.CDLL(f"{folder}/step.so")
 
 
-def make_step(model, cache, programs=6, warps=2, seed=1, shared=100_000):
+def make_step(model, cache, programs=6, warps=2, seed=1, shared=120_000):
     """On CUDA as it is used; on a CPU with few programs and warps, which a generator of random numbers mixes."""
-    def launch(defines, programs, threads, arguments, device):
+    def launch(defines, programs, threads, shared, arguments, device):
         emulated(defines).launch(programs, threads, shared, threads - 32 * kernels.FETCHERS, seed, ctypes.byref(arguments))
 
-    return kernels.Step(model, cache) if ON_GPU else kernels.Step(model, cache, programs, warps, launch=launch)
+    return kernels.Step(model, cache) if ON_GPU else kernels.Step(model, cache, programs, warps, shared=shared, launch=launch)
 
 
 def pair(dtype, batch=1, **shape):
