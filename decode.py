@@ -447,18 +447,22 @@ class Decoder:
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)                     # the newest of every row
         self.key = torch.zeros(batch, dtype=torch.long, device=device)
         self.new = torch.zeros(batch, length + 1, dtype=torch.long, device=device)              # all new ones of every row
-        self.turn = torch.zeros(1, dtype=torch.long, device=device)                             # how many those are
+        self.turn = torch.zeros(batch, 1, dtype=torch.long, device=device)                      # how many those are
         self.captured, self.pool = {}, None
         with model.choice.under("graph"):
             self.forward = fused_step(model, self.cache) if self.graphs else model.step
         self.exact_length = self.forward != model.step  # the kernels look at what a row holds, no more
+        kernels = fused_kernels(device) if self.graphs else None
+        self.choose = kernels.choose if kernels and kernels.can_choose(s) else None
 
     def take(self, logits):
         """Chooses every row's next token from logits (B, vocab_size) and notes it."""
         logits = logits[:, :self.n_tokens]
+        if self.choose:
+            return self.choose(logits, self.s, self.key, self.cache.position, self.token, self.new, self.turn)
         draw = None if self.s.temperature == 0 else uniform(self.key, self.cache.position)
         self.token.copy_(pick(logits, self.s, draw)[:, None])
-        self.new.index_copy_(1, self.turn, self.token)
+        self.new.scatter_(1, self.turn, self.token)
         self.turn += 1
 
     def step(self):

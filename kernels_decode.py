@@ -4,12 +4,15 @@
 and the blocks and shuffles of structured factors as addresses. `attention` turns the fresh q, k, v of every row by its position,
 stores k and v in the cache and attends to the row's own tokens, no more. `step` is model.GPT.step made of them.
 """
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+import decode
 from decode import chosen
 from model import add_norm
 from structured import BlockDense, BlockShuffle, LowRank
@@ -184,6 +187,63 @@ def attention(qkv, model, k_cache, v_cache, position):
                       HEADS=heads, KV=kv, D=D, ROPE=model.cfg.pos == "rope", G=G, BL=64 if qkv.element_size() == 2 else 32, PDL=PDL,
                       num_warps=4, num_stages=3 if qkv.element_size() == 2 else 2, **({"launch_pdl": True} if PDL else {}))
     return y
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The choice of a token
+
+GOLDEN, MIX1, MIX2 = map(tl.constexpr, (decode.GOLDEN, decode.MIX1, decode.MIX2))
+
+
+@triton.jit
+def _choose(logits, key, position, token, new, turn, logits_row, new_row, V, temperature, least, SAMPLE: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per row: decode.take. least: what (logit - largest) / temperature must be at least, the logarithm of min_p."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * logits_row
+    n = tl.arange(0, BLOCK)
+    tops = tl.full((BLOCK,), -float("inf"), tl.float32)
+    where = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, V, BLOCK):
+        x = tl.load(logits + start + n, mask=start + n < V, other=-float("inf")).to(tl.float32)
+        where = tl.where(x > tops, start + n, where)
+        tops = tl.maximum(tops, x)
+    top = tl.max(tops, axis=0)
+    chosen = tl.min(tl.where(tops == top, where, V - 1), axis=0)
+    if SAMPLE:
+        x = tl.load(key + row) + tl.load(position + row) * GOLDEN
+        x = (x ^ (x >> 30 & 2**34 - 1)) * MIX1
+        x = (x ^ (x >> 27 & 2**37 - 1)) * MIX2
+        draw = (x >> 40 & 2**24 - 1).to(tl.float32) * 2.0**-24
+        total = 0.0
+        for start in range(0, V, BLOCK):
+            x = (tl.load(logits + start + n, mask=start + n < V, other=-float("inf")).to(tl.float32) - top) / temperature
+            total += tl.sum(tl.where(x >= least, tl.exp(x), 0.0), axis=0)
+        below, last, reached = 0, chosen, 0.0
+        for start in range(0, V, BLOCK):
+            x = (tl.load(logits + start + n, mask=start + n < V, other=-float("inf")).to(tl.float32) - top) / temperature
+            p = tl.where(x >= least, tl.exp(x), 0.0)
+            cdf = reached + tl.cumsum(p, axis=0)
+            below += tl.sum((cdf <= draw * total).to(tl.int32), axis=0)
+            last = tl.maximum(last, tl.max(tl.where(p > 0, start + n, 0), axis=0))
+            reached = tl.max(cdf, axis=0)
+        chosen = tl.minimum(below, last)  # the first token whose CDF lies above
+    at = tl.load(turn + row)
+    tl.store(token + row, chosen.to(tl.int64))
+    tl.store(new + row * new_row + at, chosen.to(tl.int64))
+    tl.store(turn + row, at + 1)
+
+
+def can_choose(s) -> bool:
+    """Whether `choose` knows the settings s: it does not sort."""
+    return s.temperature == 0 or s.top_k == 0 and s.top_p == 1
+
+
+def choose(logits, s, key, position, token, new, turn):
+    """decode.pick as one kernel: logits (B, V), key and position (B,) -> token (B, 1), also noted in column turn (B, 1) of new (B, length), which grows by one."""
+    V = logits.size(1)
+    least = math.log(s.min_p) if s.min_p else -math.inf
+    _choose[len(logits),](logits, key, position, token, new, turn, logits.stride(0), new.stride(0), V, max(s.temperature, 1e-30), least,
+                          SAMPLE=s.temperature > 0, BLOCK=min(8192, triton.next_power_of_2(V)), num_warps=16)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -200,7 +200,7 @@ DEVICE constexpr int least(int a, int b) { return a < b ? a : b; }
 DEVICE constexpr int most(int a, int b) { return a > b ? a : b; }
 DEVICE constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
-constexpr bool TENSOR = sizeof(Weight) == 2;       // bf16: tensor cores multiply with inputs that all warps share, each with its part of the columns
+constexpr bool TENSOR = sizeof(Weight) == 2 && BATCH >= 2;       // bf16: tensor cores multiply with inputs that all warps share, each with its part of the columns
 constexpr int SPLIT = BATCH > 4 ? 1 : 2;           // an input becomes one bf16, or two: what the first leaves out is the second
 constexpr int UNIT = 4;                            // pieces that a tensor core's two products take from a row
 
@@ -238,7 +238,9 @@ struct Matrix {
     static constexpr int share = (ROWS + GRID / BLOCKS - 1) / (GRID / BLOCKS);           // rows of a program at most
     static constexpr int most_several = !TENSOR ? least(SUMS, 8) / rows : least(least(slot < 16 ? 16 : 64, THREADS / BATCH) / slot, least(4, SLOTS / 2));
     static constexpr int several = most(1, least(most_several, (share + slot - 1) / slot));  // slots whose sums are found together
-    static constexpr int round = THREADS / BATCH / (slot * several) * slot * several;    // rows between two looks at the sums
+    static constexpr int chunks = TENSOR ? 1 : most(1, least(least(4, SLOTS / 2), least(THREADS / BATCH, share) / slot) / several);  // of several slots, taken at once
+    static constexpr int tile = slot * several * chunks;                                 // rows in them
+    static constexpr int round = THREADS / BATCH / tile * tile;                          // rows between two looks at the sums
     static_assert(slot * bytes <= SLOT && round > 0 && COLS % E == 0 && BLOCKS <= GRID, "the host plans for this");
 
     int block, first, count;                                                             // of this program: first of all rows
@@ -583,19 +585,22 @@ struct Program : Arguments {
         if (TENSOR) sync();
     }
 
-    // partial[warp][row][sequence] = this warp's share of the rows in the next `several` slots times the input
+    // partial[warp][row][sequence] = this warp's share of the rows in the next slots times the input
     template <class M> DEVICE void multiply(float* partial, const float (&a)[M::inputs][E], int done, int count) {
         if constexpr (TENSOR) return multiply_in_tensor_cores<M>(partial, done, count);
         constexpr int n = power_of_two(M::several * M::rows), all = n * power_of_two(BATCH);
         int group = threadIdx.x / M::group, member = threadIdx.x % M::group, lane = threadIdx.x % 32;
-        float sums[all];
+        int slots = least(M::several * M::chunks, (count - done + M::slot - 1) / M::slot);
+        ring.take(slots);
         #pragma unroll
-        for (int i = 0; i < all; i++) sums[i] = 0;
-        #pragma unroll
-        for (int s = 0; s < M::several; s++)
-            if (done + s * M::slot < count) {
-                ring.take(1);
-                const uint4* slot = ring.last(1) + group * M::pieces + member;
+        for (int first = 0; first < M::several * M::chunks; first += M::several) {
+            if (first >= slots) break;
+            float sums[all];
+            #pragma unroll
+            for (int i = 0; i < all; i++) sums[i] = 0;
+            #pragma unroll
+            for (int s = 0; s < M::several; s++) {
+                const uint4* slot = ring.last(most(1, slots - first - s)) + group * M::pieces + member;  // one that is not there gives sums that nobody wants
                 #pragma unroll
                 for (int r = 0; r < M::rows; r++)
                     #pragma unroll
@@ -606,12 +611,13 @@ struct Program : Arguments {
                             #pragma unroll
                             for (int b = 0; b < BATCH; b++) sums[b * n + s * M::rows + r] += dot(w, a[b * M::each + c]);
                         }
-                ring.give_back(1);
             }
-        float sum = sums_over_warp<all>(sums);
-        int b = lane * all / 32 / n, i = lane * all / 32 % n, row = done + i / M::rows * M::slot + i % M::rows * M::groups + group;
-        if (lane % (32 / all) == 0 && b < BATCH && i < M::several * M::rows && group < M::groups && row < count)
-            partial[member / 32 * THREADS + row * BATCH + b] = sum;
+            float sum = sums_over_warp<all>(sums);
+            int b = lane * all / 32 / n, i = lane * all / 32 % n, row = done + first * M::slot + i / M::rows * M::slot + i % M::rows * M::groups + group;
+            if (lane % (32 / all) == 0 && b < BATCH && i < M::several * M::rows && group < M::groups && row < count)
+                partial[member / 32 * THREADS + row * BATCH + b] = sum;
+        }
+        ring.give_back(slots);
     }
 
     template <class M> DEVICE void multiply_in_tensor_cores(float* partial, int done, int count) {
@@ -679,7 +685,7 @@ struct Program : Arguments {
             if (begin == 0) input<M, IN>(a, from, norm, my.block);
             Word before = old && mine ? read(old + at) : 0;
             #pragma unroll 1
-            for (int done = 0; done < count; done += M::several * M::slot) multiply<M>(partial, a, done, count);
+            for (int done = 0; done < count; done += M::tile) multiply<M>(partial, a, done, count);
             sync();  // two rounds from now, when all are past the next sync, `partial` is written again
             if (mine) {
                 #pragma unroll

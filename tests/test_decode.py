@@ -156,6 +156,34 @@ def test_fused_step_in_half_precision_is_near(name):
         assert (ours - theirs).norm() < 1e-2 * theirs.norm()
 
 
+@KERNELS
+@pytest.mark.parametrize("given", [dict(temperature=0.0), dict(temperature=0.8), dict(temperature=1e-3), dict(temperature=1.3, min_p=0.05), dict(temperature=2.0, min_p=1.0)])
+@torch.no_grad()
+def test_fused_choice_is_the_choice(given):
+    """Against float64; where a draw falls within 1e-5 of an edge between two tokens either is right."""
+    kernels = pytest.importorskip("kernels_decode")
+    device, s, B, V = "cuda" if torch.cuda.is_available() else "cpu", settings(**given), 40, 9000 if torch.cuda.is_available() else 300
+    logits = (2 * torch.randn(B, V + 60, device=device))[:, :V]  # a padded vocabulary
+    logits[:, 17] = logits[:, 5] = logits.max() + 0.1
+    key, position = torch.randint(-2**62, 2**62, (B,), device=device), torch.arange(B, device=device) * 37
+    token, new, turn = torch.zeros(B, 1, dtype=torch.long, device=device), torch.zeros(B, 9, dtype=torch.long, device=device), torch.arange(B, device=device)[:, None] % 8
+    noted = turn.clone()
+    kernels.choose(logits, s, key, position, token, new, turn)
+    draw = decode.uniform(key, position)
+    torch.testing.assert_close(turn, noted + 1)
+    torch.testing.assert_close(new.gather(1, noted), token)
+    assert new.count_nonzero() == token.count_nonzero()
+    if not s.temperature:
+        return torch.testing.assert_close(token, torch.full_like(token, 5))
+    p = (logits.double() / s.temperature).softmax(-1)
+    p = p.where(p >= s.min_p * p.amax(-1, keepdim=True), 0.0)
+    cdf = p.cumsum(-1) / p.sum(-1, keepdim=True)
+    above, below = cdf.gather(1, token)[:, 0], (cdf - p / p.sum(-1, keepdim=True)).gather(1, token)[:, 0]
+    assert (p.gather(1, token) > 0).all() and (below - 1e-5 <= draw).all() and (draw <= above + 1e-5).all()
+    near = (cdf - draw[:, None]).abs().amin(1) < 1e-5
+    torch.testing.assert_close(token[~near, 0], decode.pick(logits, s, draw)[~near])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Ends
 
