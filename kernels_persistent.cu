@@ -12,9 +12,8 @@
 // the launch before. So nothing waits for stores to arrive, as a barrier would. A counter of stages done only says when it is worth
 // to look: to ask for the words themselves all the time would be in the way of those that write them.
 //
-// No word is overwritten before all have read it: its next writer has, by way of the stages between, waited for all words of qkv's input,
-// so for all programs to have done the layer before. In models so small that a program has no rows of qkv, what holds it is attention's
-// look at the counter, which every program takes: there the counter is more than a hint.
+// No word is overwritten before all have read it: its next writer, since it has rows of qkv, has by way of the stages between waited for all
+// words of qkv's input, so for all programs to have done the layer before.
 //
 // The host sets as macros: BATCH (sequences), Weight (bf16 or float), GRID, WARPS, SLOT and SHARED (bytes), INPUT (columns of the widest matrix), N, HEADS, KV, D, LAYERS, STAGES, SPLITS, ROPE, RMS, ACT,
 // QKV, PROJ, HEAD (matrices), LAYERS_OF (calls of `layers`, one for each run of layers of one kind).
@@ -238,8 +237,7 @@ struct Matrix {
     static constexpr int share = (ROWS + GRID / BLOCKS - 1) / (GRID / BLOCKS);           // rows of a program at most
     static constexpr int most_several = !TENSOR ? least(SUMS, 8) / rows : least(least(slot < 16 ? 16 : 64, THREADS / BATCH) / slot, least(4, SLOTS / 2));
     static constexpr int several = most(1, least(most_several, (share + slot - 1) / slot));  // slots whose sums are found together
-    static constexpr int chunks = TENSOR ? 1 : most(1, least(least(4, SLOTS / 2), least(THREADS / BATCH, share) / slot) / several);  // of several slots, taken at once
-    static constexpr int tile = slot * several * chunks;                                 // rows in them
+    static constexpr int tile = slot * several;                                          // rows in them
     static constexpr int round = THREADS / BATCH / tile * tile;                          // rows between two looks at the sums
     static_assert(slot * bytes <= SLOT && round > 0 && COLS % E == 0 && BLOCKS <= GRID, "the host plans for this");
 
@@ -298,10 +296,10 @@ struct Ring {
     }
     DEVICE void fetch(char* to, const char* from, int bytes) { copy_async(to, from, bytes, shared.full + slot); }
     DEVICE void filled() { next(slot, phase); }
-    // the computing threads: waits for the next n slots, each lane for one
+    // the computing threads: waits for the next n slots, each lane for one of them
     DEVICE void take(int n) {
-        int lane = threadIdx.x % 32, i = slot + lane;
-        if (lane < n) barrier_wait(shared.full + i % SLOTS, phase ^ i / SLOTS);
+        int i = slot + least(threadIdx.x % 32, n - 1);
+        barrier_wait(shared.full + i % SLOTS, phase ^ i / SLOTS);
         __syncwarp();
         slot += n, asked += n;
         if (slot >= SLOTS) slot -= SLOTS, phase ^= 1;
@@ -585,22 +583,19 @@ struct Program : Arguments {
         if (TENSOR) sync();
     }
 
-    // partial[warp][row][sequence] = this warp's share of the rows in the next slots times the input
+    // partial[warp][row][sequence] = this warp's share of the rows in the next `several` slots times the input
     template <class M> DEVICE void multiply(float* partial, const float (&a)[M::inputs][E], int done, int count) {
         if constexpr (TENSOR) return multiply_in_tensor_cores<M>(partial, done, count);
         constexpr int n = power_of_two(M::several * M::rows), all = n * power_of_two(BATCH);
         int group = threadIdx.x / M::group, member = threadIdx.x % M::group, lane = threadIdx.x % 32;
-        int slots = least(M::several * M::chunks, (count - done + M::slot - 1) / M::slot);
-        ring.take(slots);
+        float sums[all];
         #pragma unroll
-        for (int first = 0; first < M::several * M::chunks; first += M::several) {
-            if (first >= slots) break;
-            float sums[all];
-            #pragma unroll
-            for (int i = 0; i < all; i++) sums[i] = 0;
-            #pragma unroll
-            for (int s = 0; s < M::several; s++) {
-                const uint4* slot = ring.last(most(1, slots - first - s)) + group * M::pieces + member;  // one that is not there gives sums that nobody wants
+        for (int i = 0; i < all; i++) sums[i] = 0;
+        #pragma unroll
+        for (int s = 0; s < M::several; s++)
+            if (done + s * M::slot < count) {
+                ring.take(1);
+                const uint4* slot = ring.last(1) + group * M::pieces + member;
                 #pragma unroll
                 for (int r = 0; r < M::rows; r++)
                     #pragma unroll
@@ -611,20 +606,19 @@ struct Program : Arguments {
                             #pragma unroll
                             for (int b = 0; b < BATCH; b++) sums[b * n + s * M::rows + r] += dot(w, a[b * M::each + c]);
                         }
+                ring.give_back(1);
             }
-            float sum = sums_over_warp<all>(sums);
-            int b = lane * all / 32 / n, i = lane * all / 32 % n, row = done + first * M::slot + i / M::rows * M::slot + i % M::rows * M::groups + group;
-            if (lane % (32 / all) == 0 && b < BATCH && i < M::several * M::rows && group < M::groups && row < count)
-                partial[member / 32 * THREADS + row * BATCH + b] = sum;
-        }
-        ring.give_back(slots);
+        float sum = sums_over_warp<all>(sums);
+        int b = lane * all / 32 / n, i = lane * all / 32 % n, row = done + i / M::rows * M::slot + i % M::rows * M::groups + group;
+        if (lane % (32 / all) == 0 && b < BATCH && i < M::several * M::rows && group < M::groups && row < count)
+            partial[member / 32 * THREADS + row * BATCH + b] = sum;
     }
 
     template <class M> DEVICE void multiply_in_tensor_cores(float* partial, int done, int count) {
-        constexpr int tiles = (M::several * M::slot + 15) / 16, chains = tiles == 1 ? 4 : 2;  // of products that wait for each other
+        constexpr int tiles = (M::tile + 15) / 16, chains = tiles == 1 ? 4 : 2;  // of products that wait for each other
         constexpr bool even = M::units % (2 * WARPS) == 0 && M::pieces % UNIT == 0;     // two whole units at a time for every warp
         int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, column = threadIdx.x % 4;
-        int slots = least(M::several, (count - done + M::slot - 1) / M::slot), rows = least(M::several * M::slot, count - done);
+        int slots = least(M::several, (count - done + M::slot - 1) / M::slot), rows = least(M::tile, count - done);
         ring.take(slots);
         const uint4 *weights[2 * tiles], *in = staged + row * UNIT + column, none = {};
         #pragma unroll
@@ -645,7 +639,7 @@ struct Program : Arguments {
             #pragma unroll
             for (int i = 0; i < tiles; i++) {
                 uint4 a = there(one) ? weights[2 * i][one * UNIT] : none, b = there(two) ? weights[2 * i][two * UNIT] : none, c = none, d = none;
-                if (M::several * M::slot > 8) c = there(one) ? weights[2 * i + 1][one * UNIT] : none, d = there(two) ? weights[2 * i + 1][two * UNIT] : none;
+                if (M::tile > 8) c = there(one) ? weights[2 * i + 1][one * UNIT] : none, d = there(two) ? weights[2 * i + 1][two * UNIT] : none;
                 if (row % 2) swap(a, b), swap(c, d);
                 mma(sums[i][0], a.x, c.x, a.y, c.y, x.x, x.y);
                 mma(sums[i][1], a.z, c.z, a.w, c.w, x.z, x.w);

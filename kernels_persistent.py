@@ -15,8 +15,10 @@ WARPS = 8            # that compute
 FETCHERS = 4         # warps beside them, whose first thread fetches: registers are handed over by four warps at a time
 SLOT = 2**14         # bytes of a slot of the ring at least; it holds a row of every matrix
 LARGEST_SLOT = 2**16
+FIXED = 28 * 2**10   # bytes of shared memory for all else at most
 MOST_SPLITS = 8      # programs that share a head, a power of two
-MOST_INPUTS = 2**15  # of a matrix, for all sequences: more would not fit into the registers
+MOST_INPUTS = 2**15  # in float32, of a matrix, for all sequences: more would not fit into the registers
+MOST_NORMED = 2**14  # of a norm, for all sequences, likewise
 ACTIVATIONS = {"gelu": "GELU", "relu2": "RELU2", "swiglu": "SWIGLU"}
 
 
@@ -51,16 +53,28 @@ def usable(model, batch) -> bool:
     if weight.device.type != "cuda" or torch.version.hip is not None:
         return False
     card = torch.cuda.get_device_properties(weight.device)
-    return card.major >= 9 and fits(model.cfg, all_matrices(model, batch), weight.dtype, card.multi_processor_count, batch) and bindings()
+    return (card.major >= 9 and fits(model.cfg, all_matrices(model, batch), weight.dtype, card.multi_processor_count, card.shared_memory_per_block_optin, batch)
+            and bindings())
 
 
-def fits(cfg, parts, dtype, programs, batch=1) -> bool:
-    """Rows of whole 16-byte pieces, none longer than a slot; a program for each block; heads that a power of two of at most 32 threads share;
-    of several sequences no more input than registers hold."""
-    size, D = dtype.itemsize, cfg.attn_dim // cfg.n_head
-    return (dtype in (torch.bfloat16, torch.float32) and D * size in (32, 64, 128, 256, 512)
-            and all(K * size % 16 == 0 and K * size <= LARGEST_SLOT and blocks <= programs for _, _, K, blocks, _ in parts)
-            and (batch == 1 or batch <= max(FEW) and batch * max(K for _, _, K, _, _ in parts) <= MOST_INPUTS))
+def fits(cfg, parts, dtype, programs, shared, batch=1) -> bool:
+    """Rows of whole 16-byte pieces, none longer than a slot; a program for each block, rows of qkv for each program; heads that a power of two of
+    at most 32 threads share; of several sequences no more input than registers, or in bf16 shared memory beside four slots, hold."""
+    size, D, longest = dtype.itemsize, cfg.attn_dim // cfg.n_head, max(K for _, _, K, _, _ in parts)
+    few = (batch == 1 or batch <= max(FEW) and batch * cfg.n_embd <= MOST_NORMED
+           and (batch * longest <= MOST_INPUTS if size == 4 else longest * staged_bytes(batch) + 4 * slot_bytes(longest * size) + FIXED <= shared))
+    return (dtype in (torch.bfloat16, torch.float32) and D * size in (32, 64, 128, 256, 512) and parts[0][1] >= programs and few
+            and all(K * size % 16 == 0 and K * size <= LARGEST_SLOT and blocks <= programs for _, _, K, blocks, _ in parts))
+
+
+def slot_bytes(longest, least=SLOT) -> int:
+    """Of a slot of the ring that holds rows of `longest` bytes."""
+    return max(least, 1 << (longest - 1).bit_length())
+
+
+def staged_bytes(batch) -> int:
+    """Of shared memory for one column of the inputs of several sequences in bf16, as kernels_persistent.cu splits them."""
+    return batch * (4 if batch <= 4 else 2)
 
 
 @functools.cache
@@ -193,7 +207,7 @@ class Step:
         self.device, self.model, self.cache, self.launch, self.threads = weight.device, model, cache, launch, 32 * (warps + FETCHERS)
         self.programs = programs or torch.cuda.get_device_properties(self.device).multi_processor_count
         self.batch = batch = len(cache.position)
-        slot = max(slot, max(1 << (K * weight.element_size() - 1).bit_length() for _, _, K, _, _ in all_matrices(model, batch)))
+        slot = slot_bytes(max(K for _, _, K, _, _ in all_matrices(model, batch)) * weight.element_size(), slot)
         self.layer_vectors, self.head_vectors = self.vectors()
         self.table = self.addresses()
         self.shared = shared or torch.cuda.get_device_properties(self.device).shared_memory_per_block_optin
