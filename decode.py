@@ -128,8 +128,8 @@ def modes(device) -> tuple:
     return ("eager", "graph") if device.type == "cuda" else ("eager",)
 
 
-FEW = 1, 2, 4, 8  # sequences whose step may be a single kernel
-TOKENS = [*FEW, 16, 32, 64, *(n << i for i in range(6) for n in (96, 128))]  # that are timed: a matmul's time may jump between them
+FEW = 1, 2, 4  # sequences whose step may be a single kernel
+TOKENS = [*FEW, 8, 16, 32, 64, *(n << i for i in range(6) for n in (96, 128))]  # that are timed: a matmul's time may jump between them
 
 
 class Choice:

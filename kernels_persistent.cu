@@ -15,7 +15,7 @@
 // No word is overwritten before all have read it: its next writer, since it has rows of qkv, has by way of the stages between waited for all
 // words of qkv's input, so for all programs to have done the layer before.
 //
-// The host sets as macros: BATCH (sequences), Weight (bf16 or float), GRID, WARPS, SLOT and SHARED (bytes), INPUT (columns of the widest matrix), N, HEADS, KV, D, LAYERS, STAGES, SPLITS, ROPE, RMS, ACT,
+// The host sets as macros: BATCH (sequences), Weight (bf16 or float), GRID, WARPS, SLOT (bytes), N, HEADS, KV, D, LAYERS, STAGES, SPLITS, ROPE, RMS, ACT,
 // QKV, PROJ, HEAD (matrices), LAYERS_OF (calls of `layers`, one for each run of layers of one kind).
 
 struct bf16 { unsigned short bits; };
@@ -32,6 +32,7 @@ constexpr int HURRY = 3;                 // the memory, and activations behind t
 constexpr int COPIES = 8;                // of what all programs read at one place
 constexpr int COUNTERS = 1;
 constexpr int SLACK = 0;
+constexpr int LONG = 1 << 30;
 constexpr int REACH = 128;               // places of the cache below which a head is not shared by programs
 
 
@@ -95,16 +96,10 @@ DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 40
 DEVICE void more_registers() {}
 DEVICE void fewer_registers() {}
 #endif
-DEVICE unsigned pack(float lower, float upper) {  // as two bf16
-    unsigned both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(upper), "f"(lower));
-    return both;
-}
-// sums (16 x 8) += weights (16 x 16) inputs (16 x 8): lane 4 r + c has rows r and r + 8 of columns 2 c, 2 c + 1 of the sums and, two in a register,
-// of columns 2 c, 2 c + 1, 2 c + 8, 2 c + 9 of the weights, of which it has these rows in column r of the inputs
-DEVICE void mma(float (&sums)[4], unsigned w0, unsigned w1, unsigned w2, unsigned w3, unsigned in0, unsigned in1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]) : "r"(w0), "r"(w1), "r"(w2), "r"(w3), "r"(in0), "r"(in1));
+DEVICE unsigned shared_bytes() {
+    unsigned bytes;
+    asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+    return bytes;
 }
 DEVICE float shuffle(float value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
 DEVICE char* shared_memory() {
@@ -153,11 +148,6 @@ DEVICE Word word(float value, unsigned tag) { return (value == value ? __float_a
 DEVICE float value_of(Word word) { return __uint_as_float(word & ~3u); }
 DEVICE unsigned tag_of(Word word) { return word & 3; }
 
-DEVICE void swap(uint4& a, uint4& b) {
-    uint4 c = a;
-    a = b, b = c;
-}
-
 DEVICE float dot(const float (&a)[E], const float (&b)[E]) {
     float sum = 0;
     #pragma unroll
@@ -199,24 +189,6 @@ DEVICE constexpr int least(int a, int b) { return a < b ? a : b; }
 DEVICE constexpr int most(int a, int b) { return a > b ? a : b; }
 DEVICE constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
-constexpr bool TENSOR = sizeof(Weight) == 2 && BATCH >= 2;       // bf16: tensor cores multiply with inputs that all warps share, each with its part of the columns
-constexpr int SPLIT = BATCH > 4 ? 1 : 2;           // an input becomes one bf16, or two: what the first leaves out is the second
-constexpr int UNIT = 4;                            // pieces that a tensor core's two products take from a row
-
-struct alignas(16) Shared {
-    u64 full[MOST_SLOTS], empty[MOST_SLOTS];        // barriers of the ring
-    u64 table[LAYERS][9];
-    alignas(16) float partial[2][THREADS * WARPS];  // sums of rows by warp, in turn
-    float moments[WARPS][2 * power_of_two(BATCH)];  // of each warp's part of the rows to be normed: sum, sum of squares
-    float heads[WARPS][D + 2];                      // of each warp's part of the cache: output, largest score, denominator
-    int taken;                                      // slots
-    int place[BATCH];                               // tokens in the cache
-};
-
-constexpr int STAGED = TENSOR ? (INPUT + UNIT * E - 1) / (UNIT * E) * UNIT * 16 * BATCH * SPLIT : 0;     // bytes for the inputs
-constexpr int BEFORE = (sizeof(Shared) + STAGED + 127) / 128 * 128, SLOTS = least(MOST_SLOTS, (SHARED - BEFORE) / SLOT);
-static_assert(SLOTS >= 2, "the host plans for this");
-
 constexpr int SUMS = BATCH == 1 ? 32 : 4;          // rows whose sums a warp finds at once at most: more code runs slower, since it is fetched in every layer
 
 // BLOCKS blocks of ROWS x COLS, one below the other; block b maps entries b COLS to (b + 1) COLS. Row j's output goes to place
@@ -225,20 +197,14 @@ template <int ROWS, int COLS, int BLOCKS = 1, int SPREAD = ROWS * BLOCKS>
 struct Matrix {
     static constexpr int all = ROWS * BLOCKS, K = COLS, blocks = BLOCKS, bytes = COLS * sizeof(Weight);
     static constexpr int pieces = K / E;                                                 // of a row
-    static constexpr int group = TENSOR ? THREADS : least((pieces + 31) / 32 * 32, THREADS);  // threads that share a row, whole warps
+    static constexpr int group = least((pieces + 31) / 32 * 32, THREADS);                // threads that share a row, whole warps
     static constexpr int groups = THREADS / group;
-    static constexpr int each = (pieces + group - 1) / group, apart = group * E;          // pieces of a row for each thread, and entries between them
-    static constexpr int inputs = TENSOR ? 1 : BATCH * each;                             // pieces that a thread keeps in registers
-    static constexpr int units = (pieces + UNIT - 1) / UNIT, mine = (units + WARPS - 1) / WARPS;  // of a row, and of these for each warp
-    static constexpr int warps = TENSOR ? (units + mine - 1) / mine : group / 32;        // that share a row
-    static constexpr int fit = least(SLOT / bytes, THREADS / BATCH);                     // rows in a slot, if tensor cores multiply
-    static constexpr int rows = most(1, least(SLOT / bytes / groups, SUMS));             // of a slot for each group, if they do not
-    static constexpr int slot = !TENSOR ? rows * groups : fit < 16 ? fit : fit / 16 * 16;  // rows in a slot
+    static constexpr int each = (pieces + group - 1) / group;                            // pieces of a row for each thread
+    static constexpr int rows = most(1, least(SLOT / bytes / groups, SUMS));             // of a slot for each group
+    static constexpr int slot = rows * groups;                                           // rows in a slot
     static constexpr int share = (ROWS + GRID / BLOCKS - 1) / (GRID / BLOCKS);           // rows of a program at most
-    static constexpr int most_several = !TENSOR ? least(SUMS, 8) / rows : least(least(slot < 16 ? 16 : 64, THREADS / BATCH) / slot, least(4, SLOTS / 2));
-    static constexpr int several = most(1, least(most_several, (share + slot - 1) / slot));  // slots whose sums are found together
-    static constexpr int tile = slot * several;                                          // rows in them
-    static constexpr int round = THREADS / BATCH / tile * tile;                          // rows between two looks at the sums
+    static constexpr int several = most(1, least(least(SUMS, 8) / rows, (share + slot - 1) / slot));  // slots whose sums are found together
+    static constexpr int round = THREADS / BATCH / (slot * several) * slot * several;    // rows between two looks at the sums
     static_assert(slot * bytes <= SLOT && round > 0 && COLS % E == 0 && BLOCKS <= GRID, "the host plans for this");
 
     int block, first, count;                                                             // of this program: first of all rows
@@ -274,18 +240,28 @@ struct Item {
     DEVICE long long cache() const { return b * KV + kv; }  // row of the cache
 };
 
+struct Shared {
+    u64 full[MOST_SLOTS], empty[MOST_SLOTS];        // barriers of the ring
+    u64 table[LAYERS][9];
+    alignas(16) float partial[2][THREADS * WARPS];  // sums of rows by warp, in turn
+    float moments[WARPS][2 * power_of_two(BATCH)];  // of each warp's part of the rows to be normed: sum, sum of squares
+    float heads[WARPS][D + 2];                      // of each warp's part of the cache: output, largest score, denominator
+    int taken;                                      // slots
+    int place[BATCH];                               // tokens in the cache
+};
+
 struct Ring {
     Shared& shared;
     char* memory;
-    int slot = 0, phase = 0, asked = 0, coming = 0, late = 0, late_phase = 0;  // late: the first of the slots that are still coming
+    int slots, slot = 0, phase = 0, asked = 0, coming = 0, late = 0, late_phase = 0;  // late: the first of the slots that are still coming
 
     DEVICE void next(int& slot, int& phase) {
-        if (++slot == SLOTS) slot = 0, phase ^= 1;
+        if (++slot == slots) slot = 0, phase ^= 1;
     }
     // the fetching thread
-    DEVICE char* room(int bytes) {
+    DEVICE char* room(int bytes, int beyond = 1) {
         barrier_wait(shared.empty + slot, phase ^ 1);
-        int limit = asked++ - *(volatile int*)&shared.taken < ENOUGH ? least(HURRY, SLOTS) : 1;
+        int limit = asked++ - *(volatile int*)&shared.taken < ENOUGH ? least(HURRY, slots) : beyond;
         for (; coming >= limit; coming--) {
             barrier_wait(shared.full + late, late_phase);
             next(late, late_phase);
@@ -296,22 +272,16 @@ struct Ring {
     }
     DEVICE void fetch(char* to, const char* from, int bytes) { copy_async(to, from, bytes, shared.full + slot); }
     DEVICE void filled() { next(slot, phase); }
-    // the computing threads: waits for the next n slots, each lane for one of them
-    DEVICE void take(int n) {
-        int i = slot + least(threadIdx.x % 32, n - 1);
-        barrier_wait(shared.full + i % SLOTS, phase ^ i / SLOTS);
-        __syncwarp();
-        slot += n, asked += n;
-        if (slot >= SLOTS) slot -= SLOTS, phase ^= 1;
-        if (threadIdx.x == 0) *(volatile int*)&shared.taken = asked;
+    // the computing threads
+    DEVICE const uint4* take() {
+        barrier_wait(shared.full + slot, phase);
+        if (threadIdx.x == 0) *(volatile int*)&shared.taken = ++asked;
+        return (const uint4*)(memory + slot * SLOT);
     }
-    DEVICE const uint4* last(int i) const {  // the i-th before the next
-        return (const uint4*)(memory + (slot < i ? slot - i + SLOTS : slot - i) * SLOT);
-    }
-    DEVICE void give_back(int n) {  // the last n
-        int lane = threadIdx.x % 32;
+    DEVICE void give_back() {
         __syncwarp();
-        if (lane < n) barrier_arrive(shared.empty + (slot - n + SLOTS + lane) % SLOTS);
+        if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty + slot);
+        next(slot, phase);
     }
 };
 
@@ -342,10 +312,8 @@ struct Program : Arguments {
     unsigned tag;                  // of this layer's words
     int turn = 0;
     u64 target = 0;                // of stages done
-    uint4* staged;
 
-    DEVICE Program(const Arguments& arguments, char* memory)
-        : Arguments(arguments), shared(*(Shared*)memory), ring{shared, memory + BEFORE}, staged((uint4*)(memory + sizeof(Shared))) {
+    DEVICE Program(const Arguments& arguments, Shared& shared, Ring ring) : Arguments(arguments), shared(shared), ring(ring) {
         launch = arrivals(counter) / GRID;  // all programs of this launch begin before one of the next does
         tag = tag_of_layer(0);
         target = launch * STAGES;
@@ -359,7 +327,7 @@ struct Program : Arguments {
         #pragma unroll 1
         for (int done = 0; done < my.count; done += M::slot) {
             int bytes = least(M::slot, my.count - done) * M::bytes;
-            ring.fetch(ring.room(bytes), from + (long long)done * M::bytes, bytes);
+            ring.fetch(ring.room(bytes, M::share * M::bytes >= LONG ? 2 : 1), from + (long long)done * M::bytes, bytes);
             ring.filled();
         }
     }
@@ -471,8 +439,9 @@ struct Program : Arguments {
         return (sum - mean * of_gain) * rsqrtf(fmaxf(square / N - mean * mean, 0) + eps);
     }
 
-    // a = attention's output, pieces k, k + apart, ... of sequences from `start` on: its parts, n at a time, each with the logarithm of its softmax's denominator
-    template <class M, int n, int pieces, class Needed> DEVICE void join(float (&a)[pieces][E], Needed wanted, int parts, int start, int k) {
+    // a = attention's output, pieces k, k + apart, ... of every sequence: its parts, n at a time, each with the logarithm of its softmax's denominator
+    template <class M, int n> DEVICE void join(float (&a)[BATCH * M::each][E], int parts, int k, int apart, int count) {
+        constexpr int pieces = BATCH * M::each;
         float top[pieces], sum[pieces];
         #pragma unroll
         for (int p = 0; p < pieces; p++) {
@@ -484,13 +453,13 @@ struct Program : Arguments {
         for (int first = 0; first < parts; first += n) {
             float in[pieces * n][E], each[n];
             Word words[pieces * n];
-            auto needed = [&](int i) { return wanted(i / n); };
-            auto at = [&](int i) { return (first + i % n) * BATCH + start + i / n / M::each; };  // part and sequence
-            auto entry = [&](int i) { return k + i / n % M::each * M::apart; };
+            auto needed = [&](int i) { return i / n % M::each < count; };
+            auto at = [&](int i) { return (first + i % n) * BATCH + i / n / M::each; };  // part and sequence
+            auto entry = [&](int i) { return k + i / n % M::each * apart; };
             #pragma unroll
             for (int i = 0; i < pieces * n; i++)
                 if (needed(i)) words[i] = read(lse_copy(blockIdx.x) + at(i) * HEADS + entry(i) / D);
-            receive(in, needed, [&](int i) { return part + at(i) * row_of(HEADS * D) + place_of(k) + i / n % M::each * M::apart; });
+            receive(in, needed, [&](int i) { return part + at(i) * row_of(HEADS * D) + place_of(k) + i / n % M::each * apart; });
             #pragma unroll
             for (int p = 0; p < pieces; p++)
                 if (needed(p * n)) {
@@ -519,73 +488,49 @@ struct Program : Arguments {
             for (int e = 0; e < E; e++) a[p][e] /= sum[p];
     }
 
-    // for tensor cores: piece p of sequence b's input, beside those of the other sequences
-    DEVICE void stage(int b, int p, const float (&in)[E]) {
-        unsigned words[4], rest[4];
-        #pragma unroll
-        for (int i = 0; i < E / 2; i++) {
-            words[i] = pack(in[2 * i], in[2 * i + 1]);
-            rest[i] = pack(in[2 * i] - __uint_as_float(words[i] << 16), in[2 * i + 1] - __uint_as_float(words[i] & 0xffff0000));
-        }
-        uint4* to = staged + (p / UNIT * BATCH + b) * SPLIT * UNIT + p % UNIT;
-        to[0] = uint4{words[0], words[1], words[2], words[3]};
-        if (SPLIT == 2) to[UNIT] = uint4{rest[0], rest[1], rest[2], rest[3]};
-    }
-
-    // What is multiplied with: pieces member, member + group, ... of a block of every sequence's row of `from`, in `a` or, for tensor cores, staged
-    template <class M, Input IN> DEVICE void input(float (&a)[M::inputs][E], const Word* from, const float* gains, int block) {
+    // What this thread multiplies with: pieces member, member + group, ... of a block of every sequence's row of `from`
+    template <class M, Input IN> DEVICE void input(float (&a)[BATCH * M::each][E], const Word* from, const float* gains, int block) {
         constexpr bool whole = M::groups == 1 && M::blocks == 1;                       // the threads of the group together have the row
-        constexpr int together = TENSOR && IN != NORMED ? most(1, least(BATCH, 8 / M::each)) : BATCH;  // sequences whose words are asked for at once
-        constexpr int pieces = together * M::each, size = M::K * M::blocks, stride = row_of(size * (IN == GATED ? 2 : 1));
+        constexpr int apart = M::group * E, pieces = BATCH * M::each, size = M::K * M::blocks, stride = row_of(size * (IN == GATED ? 2 : 1));
         constexpr int row = IN == NORMED && !whole ? (N / E + THREADS - 1) / THREADS : 0, more = IN == GATED ? M::each : row;
-        int member = threadIdx.x % M::group, k = block * M::K + member * E, parts = 1;
+        int member = threadIdx.x % M::group, k = block * M::K + member * E;
         int count = M::pieces % M::group == 0 ? M::each : (M::pieces - member + M::group - 1) / M::group;
         int rest = N / E % THREADS == 0 ? row : (N / E - (int)threadIdx.x + THREADS - 1) / THREADS;
-        float gain[M::each][E];
+        float in[pieces + BATCH * more][E], gain[M::each][E];
         #pragma unroll
         for (int c = 0; c < M::each; c++)
-            if (IN == NORMED && c < count) load(gain[c], gains + k + c * M::apart);
-        #pragma unroll
-        for (int b = 0; b < BATCH; b++)
-            if (IN == PARTS) parts = most(parts, (shared.place[b] + reach(shared.place[b]) - 1) / reach(shared.place[b]));
+            if (IN == NORMED && c < count) load(gain[c], gains + k + c * apart);
         await();
-        #pragma unroll
-        for (int start = 0; start < BATCH; start += together) {
-            float in[pieces + together * more][E];
-            auto needed = [&](int i) { return (BATCH % together == 0 || start + i / M::each < BATCH) && i % M::each < count; };
-            if constexpr (IN == PARTS) {
-                constexpr int n = least(SPLITS, most(1, 2 / pieces));  // at a time; more were slower
-                if (parts > 1)
-                    join<M, n>(in, needed, parts, start, k);
-                else
-                    receive(in, needed, [&](int i) { return part + (start + i / M::each) * row_of(HEADS * D) + place_of(k) + i % M::each * M::apart; });
-            } else
-                receive(in, [&](int i) { return i < pieces || IN == GATED ? needed(i % pieces) : (i - pieces) % most(1, row) < rest; },
-                    [&](int i) {
-                        int j = i - pieces;
-                        if (i < pieces) return from + (start + i / M::each) * stride + place_of(k) + i % M::each * M::apart;  // of whole spans
-                        if (IN == GATED) return from + (start + j / M::each) * stride + place_of(size + k) + j % M::each * M::apart;
-                        return from + j / most(1, row) * stride + place_of(threadIdx.x * E) + j % most(1, row) * THREADS * E;
-                    });
-            if constexpr (IN == NORMED && whole) add_up<M::each>(in, threadIdx.x < M::group ? count : 0);
-            if constexpr (IN == NORMED && !whole) add_up<row>(in + pieces, rest);
+        if constexpr (IN == PARTS) {
+            constexpr int n = least(SPLITS, most(1, 2 / pieces));  // at a time; more were slower
+            int parts = 1;
             #pragma unroll
-            for (int i = 0; i < pieces; i++) {
-                #pragma unroll
-                for (int e = 0; e < E; e++) {
-                    if constexpr (IN == NORMED) in[i][e] *= gain[i % M::each][e];
-                    if constexpr (IN == GATED) in[i][e] = in[i][e] / (1 + __expf(-in[i][e])) * in[pieces + i][e];
-                    if (!TENSOR) a[i][e] = in[i][e];
-                }
-                if (TENSOR && needed(i)) stage(start + i / M::each, member + i % M::each * M::group, in[i]);
-            }
+            for (int b = 0; b < BATCH; b++) parts = most(parts, (shared.place[b] + reach(shared.place[b]) - 1) / reach(shared.place[b]));
+            if (parts > 1) return join<M, n>(a, parts, k, apart, count);
+            return receive(a, [&](int i) { return i % M::each < count; },
+                [&](int i) { return part + i / M::each * row_of(HEADS * D) + place_of(k) + i % M::each * apart; });
         }
-        if (TENSOR) sync();
+        receive(in, [&](int i) { return i < pieces || IN == GATED ? i % M::each < count : (i - pieces) % most(1, row) < rest; },
+            [&](int i) {
+                int j = i - pieces;
+                if (i < pieces) return from + i / M::each * stride + place_of(k) + i % M::each * apart;  // of whole spans
+                if (IN == GATED) return from + j / M::each * stride + place_of(size + k) + j % M::each * apart;
+                return from + j / most(1, row) * stride + place_of(threadIdx.x * E) + j % most(1, row) * THREADS * E;
+            });
+        if constexpr (IN == NORMED && whole) add_up<M::each>(in, threadIdx.x < M::group ? count : 0);
+        if constexpr (IN == NORMED && !whole) add_up<row>(in + pieces, rest);
+        #pragma unroll
+        for (int i = 0; i < pieces; i++)
+            #pragma unroll
+            for (int e = 0; e < E; e++) {
+                a[i][e] = in[i][e];
+                if constexpr (IN == NORMED) a[i][e] *= gain[i % M::each][e];
+                if constexpr (IN == GATED) a[i][e] = a[i][e] / (1 + __expf(-a[i][e])) * in[pieces + i][e];
+            }
     }
 
-    // partial[warp][row][sequence] = this warp's share of the rows in the next `several` slots times the input
-    template <class M> DEVICE void multiply(float* partial, const float (&a)[M::inputs][E], int done, int count) {
-        if constexpr (TENSOR) return multiply_in_tensor_cores<M>(partial, done, count);
+    // partial[warp][row][sequence] = this warp's share of the rows in the next `several` slots times a
+    template <class M> DEVICE void multiply(float* partial, const float (&a)[BATCH * M::each][E], int done, int count) {
         constexpr int n = power_of_two(M::several * M::rows), all = n * power_of_two(BATCH);
         int group = threadIdx.x / M::group, member = threadIdx.x % M::group, lane = threadIdx.x % 32;
         float sums[all];
@@ -594,8 +539,7 @@ struct Program : Arguments {
         #pragma unroll
         for (int s = 0; s < M::several; s++)
             if (done + s * M::slot < count) {
-                ring.take(1);
-                const uint4* slot = ring.last(1) + group * M::pieces + member;
+                const uint4* slot = ring.take() + group * M::pieces + member;
                 #pragma unroll
                 for (int r = 0; r < M::rows; r++)
                     #pragma unroll
@@ -606,58 +550,12 @@ struct Program : Arguments {
                             #pragma unroll
                             for (int b = 0; b < BATCH; b++) sums[b * n + s * M::rows + r] += dot(w, a[b * M::each + c]);
                         }
-                ring.give_back(1);
+                ring.give_back();
             }
         float sum = sums_over_warp<all>(sums);
         int b = lane * all / 32 / n, i = lane * all / 32 % n, row = done + i / M::rows * M::slot + i % M::rows * M::groups + group;
         if (lane % (32 / all) == 0 && b < BATCH && i < M::several * M::rows && group < M::groups && row < count)
             partial[member / 32 * THREADS + row * BATCH + b] = sum;
-    }
-
-    template <class M> DEVICE void multiply_in_tensor_cores(float* partial, int done, int count) {
-        constexpr int tiles = (M::tile + 15) / 16, chains = tiles == 1 ? 4 : 2;  // of products that wait for each other
-        constexpr bool even = M::units % (2 * WARPS) == 0 && M::pieces % UNIT == 0;     // two whole units at a time for every warp
-        int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, column = threadIdx.x % 4;
-        int slots = least(M::several, (count - done + M::slot - 1) / M::slot), rows = least(M::tile, count - done);
-        ring.take(slots);
-        const uint4 *weights[2 * tiles], *in = staged + row * UNIT + column, none = {};
-        #pragma unroll
-        for (int i = 0; i < 2 * tiles; i++) {  // rows that are not there give sums that nobody wants
-            int there = 8 * i + row < rows ? 8 * i + row : 0;
-            weights[i] = ring.last(slots - there / M::slot) + there % M::slot * M::pieces + column;
-        }
-        float sums[tiles][chains][4];
-        #pragma unroll
-        for (int i = 0; i < tiles * chains * 4; i++) sums[i / 4 / chains][i / 4 % chains][i % 4] = 0;
-        int first = warp * M::mine, stop = least(first + M::mine, M::units);
-        #pragma unroll 4
-        for (int pair = 0; pair < (M::mine + 1) / 2; pair++) {
-            int u = first + 2 * pair, one = u + row % 2, two = u + 1 - row % 2;  // in neighbouring rows not the same, so that they lie in different banks
-            auto there = [&](int u) { return even || u < stop && u * UNIT + column < M::pieces; };
-            auto input = [&](int u) { return row < BATCH * SPLIT && there(u) ? in[u * UNIT * BATCH * SPLIT] : none; };
-            uint4 x = input(u), y = input(u + 1);
-            #pragma unroll
-            for (int i = 0; i < tiles; i++) {
-                uint4 a = there(one) ? weights[2 * i][one * UNIT] : none, b = there(two) ? weights[2 * i][two * UNIT] : none, c = none, d = none;
-                if (M::tile > 8) c = there(one) ? weights[2 * i + 1][one * UNIT] : none, d = there(two) ? weights[2 * i + 1][two * UNIT] : none;
-                if (row % 2) swap(a, b), swap(c, d);
-                mma(sums[i][0], a.x, c.x, a.y, c.y, x.x, x.y);
-                mma(sums[i][1], a.z, c.z, a.w, c.w, x.z, x.w);
-                mma(sums[i][2 % chains], b.x, d.x, b.y, d.y, y.x, y.y);
-                mma(sums[i][3 % chains], b.z, d.z, b.w, d.w, y.z, y.w);
-            }
-        }
-        ring.give_back(slots);
-        #pragma unroll
-        for (int i = 0; i < tiles; i++)
-            #pragma unroll
-            for (int j = 0; j < 4; j += SPLIT) {  // this lane's rows and columns
-                float sum = 0;
-                #pragma unroll
-                for (int c = 0; c < chains; c++) sum += sums[i][c][j] + (SPLIT == 2 ? sums[i][c][j + 1] : 0);
-                int r = 16 * i + row + j / 2 * 8, b = SPLIT == 2 ? column : 2 * column + j % 2;
-                if (warp < M::warps && r < rows && b < BATCH) partial[warp * THREADS + (done + r) * BATCH + b] = sum;
-            }
     }
 
     DEVICE void put(Word* to, float value, unsigned tag) { write(to, word(value, tag)); }
@@ -669,7 +567,7 @@ struct Program : Arguments {
     template <class M, Input IN, bool ACTIVATE, class T>
     DEVICE void linear(const Word* from, const float* norm, const float* bias, const Word* old, T* to, unsigned result) {
         M my;
-        float a[M::inputs][E];
+        float a[BATCH * M::each][E];
         int b = threadIdx.x / M::round, row = threadIdx.x % M::round;  // whose output this thread tells
         #pragma unroll 1
         for (int begin = 0; begin < my.count; begin += M::round) {
@@ -679,11 +577,11 @@ struct Program : Arguments {
             if (begin == 0) input<M, IN>(a, from, norm, my.block);
             Word before = old && mine ? read(old + at) : 0;
             #pragma unroll 1
-            for (int done = 0; done < count; done += M::tile) multiply<M>(partial, a, done, count);
+            for (int done = 0; done < count; done += M::several * M::slot) multiply<M>(partial, a, done, count);
             sync();  // two rounds from now, when all are past the next sync, `partial` is written again
             if (mine) {
                 #pragma unroll
-                for (int w = 0; w < M::warps; w++) sum += partial[w * THREADS + row * BATCH + b];
+                for (int w = 0; w < M::group / 32; w++) sum += partial[w * THREADS + row * BATCH + b];
                 if (IN == NORMED) sum = normed(sum, of_gain, b);
                 sum += extra;
                 if (ACTIVATE) sum = activate(sum);
@@ -756,9 +654,9 @@ struct Program : Arguments {
             float score = sum_over<MEMBERS>(dot(q, key)), top = own ? score : -1e30f, sum = own;
             #pragma unroll 1
             for (int start = my.first, turn = warp; start < my.stop; start += PLACES, turn++) {
-                ring.take(1);
-                if (turn % GANGS == 0) look(ring.last(1), my.stop - start, q, out, top, sum);
-                ring.give_back(1);
+                const uint4* slot = ring.take();
+                if (turn % GANGS == 0) look(slot, my.stop - start, q, out, top, sum);
+                ring.give_back();
             }
             #pragma unroll
             for (int o = MEMBERS; o < 32; o *= 2) {  // the teams of a warp
@@ -870,16 +768,17 @@ struct Program : Arguments {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS + 128, 1) decode_step(Arguments arguments) {
-    char* memory = shared_memory();
-    Shared& shared = *(Shared*)memory;
-    if (threadIdx.x < SLOTS) {
+    Shared& shared = *(Shared*)shared_memory();
+    constexpr int before = (sizeof(Shared) + 127) / 128 * 128;
+    int slots = least(MOST_SLOTS, (shared_bytes() - before) / SLOT);
+    if (threadIdx.x < slots) {
         barrier_init(shared.full + threadIdx.x, 1);
         barrier_init(shared.empty + threadIdx.x, WARPS);
     }
     if (threadIdx.x == 0) shared.taken = 0;
     if (threadIdx.x < BATCH) shared.place[threadIdx.x] = arguments.position[threadIdx.x];
     for (int i = threadIdx.x; i < LAYERS * 9; i += blockDim.x) shared.table[i / 9][i % 9] = arguments.table[i];
-    Program program(arguments, memory);
+    Program program(arguments, shared, Ring{shared, shared_memory() + before, slots});
     __syncthreads();
     if (threadIdx.x < THREADS) {
         more_registers();

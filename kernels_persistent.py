@@ -15,10 +15,8 @@ WARPS = 8            # that compute
 FETCHERS = 4         # warps beside them, whose first thread fetches: registers are handed over by four warps at a time
 SLOT = 2**14         # bytes of a slot of the ring at least; it holds a row of every matrix
 LARGEST_SLOT = 2**16
-FIXED = 28 * 2**10   # bytes of shared memory for all else at most
 MOST_SPLITS = 8      # programs that share a head, a power of two
-MOST_INPUTS = 2**15  # in float32, of a matrix, for all sequences: more would not fit into the registers
-MOST_NORMED = 2**14  # of a norm, for all sequences, likewise
+MOST_INPUTS = 2**15  # of a matrix, for all sequences: more would not fit into the registers
 ACTIVATIONS = {"gelu": "GELU", "relu2": "RELU2", "swiglu": "SWIGLU"}
 
 
@@ -53,28 +51,16 @@ def usable(model, batch) -> bool:
     if weight.device.type != "cuda" or torch.version.hip is not None:
         return False
     card = torch.cuda.get_device_properties(weight.device)
-    return (card.major >= 9 and fits(model.cfg, all_matrices(model, batch), weight.dtype, card.multi_processor_count, card.shared_memory_per_block_optin, batch)
-            and bindings())
+    return card.major >= 9 and fits(model.cfg, all_matrices(model, batch), weight.dtype, card.multi_processor_count, batch) and bindings()
 
 
-def fits(cfg, parts, dtype, programs, shared, batch=1) -> bool:
+def fits(cfg, parts, dtype, programs, batch=1) -> bool:
     """Rows of whole 16-byte pieces, none longer than a slot; a program for each block, rows of qkv for each program; heads that a power of two of
-    at most 32 threads share; of several sequences no more input than registers, or in bf16 shared memory beside four slots, hold."""
-    size, D, longest = dtype.itemsize, cfg.attn_dim // cfg.n_head, max(K for _, _, K, _, _ in parts)
-    few = (batch == 1 or batch <= max(FEW) and batch * cfg.n_embd <= MOST_NORMED
-           and (batch * longest <= MOST_INPUTS if size == 4 else longest * staged_bytes(batch) + 4 * slot_bytes(longest * size) + FIXED <= shared))
-    return (dtype in (torch.bfloat16, torch.float32) and D * size in (32, 64, 128, 256, 512) and parts[0][1] >= programs and few
-            and all(K * size % 16 == 0 and K * size <= LARGEST_SLOT and blocks <= programs for _, _, K, blocks, _ in parts))
-
-
-def slot_bytes(longest, least=SLOT) -> int:
-    """Of a slot of the ring that holds rows of `longest` bytes."""
-    return max(least, 1 << (longest - 1).bit_length())
-
-
-def staged_bytes(batch) -> int:
-    """Of shared memory for one column of the inputs of several sequences in bf16, as kernels_persistent.cu splits them."""
-    return batch * (4 if batch <= 4 else 2)
+    at most 32 threads share; of several sequences no more input than registers hold."""
+    size, D = dtype.itemsize, cfg.attn_dim // cfg.n_head
+    return (dtype in (torch.bfloat16, torch.float32) and D * size in (32, 64, 128, 256, 512) and parts[0][1] >= programs
+            and all(K * size % 16 == 0 and K * size <= LARGEST_SLOT and blocks <= programs for _, _, K, blocks, _ in parts)
+            and (batch == 1 or batch <= max(FEW) and batch * max(K for _, _, K, _, _ in parts) <= MOST_INPUTS))
 
 
 @functools.cache
@@ -102,13 +88,13 @@ def step_for(model, cache):
     try:
         if step:
             with torch.cuda.device(step.device):
-                compiled(step.defines, step.shared, step.device)
+                compiled(step.defines, step.device)
     except (ImportError, OSError, RuntimeError) as e:
         return slower(f"its kernel does not compile here: {e}")
     return step
 
 
-def constants(model, batch, programs, warps, slot, shared):
+def constants(model, batch, programs, warps, slot):
     """The macros of kernels_persistent.cu."""
     cfg = model.cfg
 
@@ -124,8 +110,7 @@ def constants(model, batch, programs, warps, slot, shared):
     runs = [f"layers<{kinds[i]}>(fetching, {i}, {j});" for i, j in zip(starts, starts[1:] + [cfg.n_layer])]
     qkv, proj = model.blocks[0].attn.qkv, model.blocks[0].attn.proj
     values = dict(
-        BATCH=batch, Weight="bf16" if model.head.weight.dtype == torch.bfloat16 else "float", GRID=programs, WARPS=warps, SLOT=slot, SHARED=shared,
-        INPUT=max(K for _, _, K, _, _ in all_matrices(model, batch)), N=cfg.n_embd, HEADS=cfg.n_head,
+        BATCH=batch, Weight="bf16" if model.head.weight.dtype == torch.bfloat16 else "float", GRID=programs, WARPS=warps, SLOT=slot, N=cfg.n_embd, HEADS=cfg.n_head,
         KV=cfg.n_kv_head, D=cfg.attn_dim // cfg.n_head, LAYERS=cfg.n_layer, SPLITS=min(MOST_SPLITS, 1 << max(programs // (batch * cfg.n_head), 1).bit_length() - 1),
         ROPE=int(cfg.pos == "rope"), RMS=int(cfg.norm == "rmsnorm"), ACT=ACTIVATIONS[cfg.act], QKV=matrix(matrices(qkv)[0]),
         PROJ=matrix(matrices(proj)[0]), HEAD=matrix(matrices(model.head)[0]), STAGES=2 + sum(1 + sum(len(matrices(m)) for m in layer) for layer in linears(model, batch)))
@@ -172,13 +157,14 @@ def compile_ahead(steps):
 
 
 @functools.cache
-def compiled(defines, shared, device):
-    """The kernel, with `shared` bytes of shared memory."""
+def compiled(defines, device):
+    """(the kernel, the bytes of shared memory that it may have)"""
     from cuda.bindings import driver
     module = checked(driver.cuModuleLoadData(binary(defines, torch.cuda.get_device_capability(device))))
     kernel = checked(driver.cuModuleGetFunction(module, b"decode_step"))
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     checked(driver.cuFuncSetAttribute(kernel, driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
-    return kernel
+    return kernel, shared
 
 
 class Arguments(ctypes.Structure):
@@ -186,12 +172,12 @@ class Arguments(ctypes.Structure):
     _fields_ += [("length", ctypes.c_longlong), ("eps", ctypes.c_float)]
 
 
-def launch(defines, programs, threads, shared, arguments, device):
+def launch(defines, programs, threads, arguments, device):
     """A grid that is there as a whole: one that does not fit fails, it does not wait for ever."""
     from cuda.bindings import driver
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
     with torch.cuda.device(device):
-        kernel = compiled(defines, shared, device)
+        kernel, shared = compiled(defines, device)
         stream = torch.cuda.current_stream().cuda_stream
         checked(driver.cuLaunchCooperativeKernel(kernel, programs, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers)))
 
@@ -202,16 +188,15 @@ class Step:
     programs: how many share the work; 0: one per multiprocessor.
     """
 
-    def __init__(self, model, cache, programs=0, warps=WARPS, slot=SLOT, shared=0, launch=launch):
+    def __init__(self, model, cache, programs=0, warps=WARPS, slot=SLOT, launch=launch):
         cfg, weight = model.cfg, model.head.weight
         self.device, self.model, self.cache, self.launch, self.threads = weight.device, model, cache, launch, 32 * (warps + FETCHERS)
         self.programs = programs or torch.cuda.get_device_properties(self.device).multi_processor_count
         self.batch = batch = len(cache.position)
-        slot = slot_bytes(max(K for _, _, K, _, _ in all_matrices(model, batch)) * weight.element_size(), slot)
+        slot = max(slot, max(1 << (K * weight.element_size() - 1).bit_length() for _, _, K, _, _ in all_matrices(model, batch)))
         self.layer_vectors, self.head_vectors = self.vectors()
         self.table = self.addresses()
-        self.shared = shared or torch.cuda.get_device_properties(self.device).shared_memory_per_block_optin
-        self.defines = constants(model, batch, self.programs, warps, slot, self.shared)
+        self.defines = constants(model, batch, self.programs, warps, slot)
         rank = max([1] + [parts[0][1] * parts[0][3] for layer in linears(model, batch) for parts in map(matrices, layer) if len(parts) == 2])
 
         def row_of(n):  # words
@@ -258,5 +243,5 @@ class Step:
         tensors = (tokens, cache.position, model.wte.weight, None if model.wpe is None else model.wpe.weight, model.head.weight, model.cos, model.sin,
                    self.table, self.head_vectors, *self.buffers, self.logits, self.counter)
         arguments = Arguments(*(None if t is None else t.data_ptr() for t in tensors), cache.length, model.norm.eps)
-        self.launch(self.defines, self.programs, self.threads, self.shared, arguments, self.device)
+        self.launch(self.defines, self.programs, self.threads, arguments, self.device)
         return self.logits

@@ -1,6 +1,5 @@
 // What kernels_persistent.cu needs of a GPU, for a CPU: every thread of every program is a fiber, all in one thread of the host. A fiber
 // runs until it has to wait; which warp goes next is drawn at random. The copy engine copies when it likes, in any order.
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -30,7 +29,6 @@ struct Block {
     Meeting all, computing;
     std::vector<Meeting> warps;
     std::vector<float> shuffled;  // [generation of the warp % 2][thread]
-    std::vector<std::array<unsigned, 6>> registers;  // likewise
 };
 struct Copy { void* to; const void* from; int bytes; unsigned long long* barrier; };
 struct Fiber {
@@ -70,29 +68,6 @@ inline float shuffle(float value, int mask) {
     return values[threadIdx.x ^ mask];
 }
 
-inline unsigned pack(float lower, float upper) {
-    auto rounded = [](float a) {
-        unsigned bits;
-        memcpy(&bits, &a, 4);
-        return a == a ? bits + 0x7fff + (bits >> 16 & 1) >> 16 : 0x7fff;
-    };
-    return rounded(upper) << 16 | rounded(lower);
-}
-inline void mma(float (&sums)[4], unsigned w0, unsigned w1, unsigned w2, unsigned w3, unsigned in0, unsigned in1) {  // of a whole warp
-    typedef std::array<unsigned, 6> Registers;
-    Registers* all = my_block().registers.data() + my_warp().generation % 2 * blockDim.x + threadIdx.x / 32 * 32;
-    int lane = threadIdx.x % 32;
-    all[lane] = {w0, w1, w2, w3, in0, in1};
-    meet(my_warp());
-    auto half = [](unsigned both, int upper) { unsigned bits = upper ? both & 0xffff0000 : both << 16; float a; memcpy(&a, &bits, 4); return a; };
-    for (int i = 0; i < 4; i++)
-        for (int k = 0; k < 16; k++) {
-            int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-            float w = half(all[row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8], k % 2), in = half(all[column * 4 + k % 8 / 2][4 + k / 8], k % 2);
-            sums[i] += w * in;
-        }
-}
-
 // a barrier in shared memory: arrivals expected, arrivals missing, bytes missing, phase
 struct Barrier { int16_t arrivals, missing; int32_t bytes : 31; uint32_t phase : 1; };
 static_assert(sizeof(Barrier) == 8, "");
@@ -120,6 +95,7 @@ inline unsigned long long counted(const unsigned long long* counter) { return ra
 inline void write(unsigned* to, unsigned word) { *to = word; }
 inline unsigned read(const unsigned* from) { return *from; }
 inline void read_four(unsigned (&words)[4], const unsigned* from) { memcpy(words, from, 16); }
+inline unsigned shared_bytes() { return my_block().memory.size() - 128; }
 inline char* shared_memory() { return (char*)(((uintptr_t)my_block().memory.data() + 127) / 128 * 128); }
 
 template <class T> inline T __ldcg(const T* p) { return *p; }
@@ -145,7 +121,7 @@ extern "C" void launch(int grid, int threads, int shared, int computing, unsigne
         b.all.n = threads, b.computing.n = computing;
         b.warps.resize(threads / 32);
         for (auto& w : b.warps) w.n = 32;
-        b.shuffled.resize(2 * threads), b.registers.resize(2 * threads);
+        b.shuffled.resize(2 * threads);
     }
     for (int i = 0; i < grid * threads; i++) {
         Fiber& f = fibers[i];

@@ -36,14 +36,14 @@ def emulated(defines):
     return ctypes.CDLL(f"{folder}/step.so")
 
 
-def make_step(model, cache, programs=6, warps=2, seed=1, shared=120_000):
+def make_step(model, cache, programs=6, warps=2, seed=1, shared=100_000):
     """On CUDA as it is used; on a CPU with few programs and warps, which a generator of random numbers mixes."""
-    def launch(defines, programs, threads, shared, arguments, device):
+    def launch(defines, programs, threads, arguments, device):
         emulated(defines).launch(programs, threads, shared, threads - 32 * kernels.FETCHERS, seed, ctypes.byref(arguments))
 
     if ON_GPU:  # every program has rows of qkv
         return kernels.Step(model, cache, min(torch.cuda.get_device_properties(0).multi_processor_count, model.blocks[0].attn.qkv.out_features))
-    return kernels.Step(model, cache, programs, warps, shared=shared, launch=launch)
+    return kernels.Step(model, cache, programs, warps, launch=launch)
 
 
 def pair(dtype, batch=1, **shape):
@@ -61,7 +61,7 @@ def pair(dtype, batch=1, **shape):
 def compare(dtype, prompts, shape, steps=2, batch=1, **how):
     """Rows of different lengths, the first the longest, each a prompt or nothing at all."""
     model, low, expected, cache = pair(dtype, batch, **shape)
-    assert kernels.fits(low.cfg, kernels.all_matrices(low, batch), dtype, how.get("programs", 6), how.get("shared", 120_000), batch)
+    assert kernels.fits(low.cfg, kernels.all_matrices(low, batch), dtype, how.get("programs", 6), batch)
     step = make_step(low, cache, **how)
     tokens = torch.randint(257, (batch, model.cfg.block_size), device=DEVICE)
     for prompt in prompts:
@@ -96,11 +96,9 @@ def test_several_sequences(name, batch):
     compare(torch.float32, (0, SHAPES[name].get("block_size", 64) - 20), SHAPES[name], batch=batch)
 
 
-@pytest.mark.parametrize("name, batch", [("lowrank swiglu", 2), ("odd sizes", 3), ("odd shuffle", 4), ("long", 8), ("dense", 5), ("blockdense swiglu", 8)])
 @torch.no_grad()
-def test_several_sequences_in_bf16(name, batch):
-    """With tensor cores; up to four, inputs are split in two, so that nothing is lost."""
-    compare(torch.bfloat16, (0, SHAPES[name].get("block_size", 64) - 20), SHAPES[name], batch=batch)
+def test_several_sequences_in_bf16():
+    compare(torch.bfloat16, (0, 44), SHAPES["lowrank swiglu"], batch=3)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -150,7 +148,7 @@ def test_the_order_of_threads_does_not_matter():
     (dict(ffn="blockdense", rank=32, nblocks=8), torch.float32, False), (dict(n_head=8), torch.float16, False)])
 def test_what_fits(shape, dtype, fits):
     model = make(**{"n_layer": 2, **shape}).to(dtype)
-    assert kernels.fits(model.cfg, kernels.all_matrices(model), dtype, 6, 120_000) is fits
+    assert kernels.fits(model.cfg, kernels.all_matrices(model), dtype, 6) is fits
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs CUDA")
