@@ -15,7 +15,7 @@
 // No word is overwritten before all have read it: its next writer, since it has rows of qkv, has by way of the stages between waited for all
 // words of qkv's input, so for all programs to have done the layer before.
 //
-// The host sets as macros: BATCH (sequences), Weight (bf16 or float), GRID, WARPS, SLOT (bytes), N, HEADS, KV, D, LAYERS, STAGES, SPLITS, ROPE, RMS, ACT,
+// The host sets as macros: BATCH (sequences), Weight (bf16 or float), GRID, WARPS, SLOT (bytes), N, HEADS, KV, D, LAYERS, STAGES, SPLITS, COPIES, ROPE, RMS, ACT,
 // QKV, PROJ, HEAD (matrices), LAYERS_OF (calls of `layers`, one for each run of layers of one kind).
 
 struct bf16 { unsigned short bits; };
@@ -29,10 +29,8 @@ constexpr int E = 16 / sizeof(Weight);   // weights in a piece: 16 bytes, what a
 constexpr int MOST_SLOTS = 32;
 constexpr int ENOUGH = 5;                // slots filled or on their way; beyond them one at a time is asked for, since more would queue before
 constexpr int HURRY = 3;                 // the memory, and activations behind them; below, so many at a time
-constexpr int COPIES = 8;                // of what all programs read at one place
-constexpr int COUNTERS = 1;
-constexpr int SLACK = 0;
-constexpr int LONG = 1 << 30;
+constexpr int LONG = 12;                 // slots of a share beyond which memory is what all wait for: two at a time
+constexpr int EARLY = BATCH == 1 ? 8 : 0;  // programs that may not be done with a stage when others look for its words
 constexpr int REACH = 128;               // places of the cache below which a head is not shared by programs
 
 
@@ -193,8 +191,10 @@ constexpr int SUMS = BATCH == 1 ? 32 : 4;          // rows whose sums a warp fin
 
 // BLOCKS blocks of ROWS x COLS, one below the other; block b maps entries b COLS to (b + 1) COLS. Row j's output goes to place
 // j % SPREAD * (all rows / SPREAD) + j / SPREAD. A program has some neighbouring rows of one block, whose columns its threads share.
-template <int ROWS, int COLS, int BLOCKS = 1, int SPREAD = ROWS * BLOCKS>
+// SUMMED: the blocks lie side by side, and who reads the outputs adds them.
+template <int ROWS, int COLS, int BLOCKS = 1, int SPREAD = ROWS * BLOCKS, bool SUMMED = false>
 struct Matrix {
+    static constexpr int addends = SUMMED ? BLOCKS : 1;
     static constexpr int all = ROWS * BLOCKS, K = COLS, blocks = BLOCKS, bytes = COLS * sizeof(Weight);
     static constexpr int pieces = K / E;                                                 // of a row
     static constexpr int group = least((pieces + 31) / 32 * 32, THREADS);                // threads that share a row, whole warps
@@ -215,6 +215,9 @@ struct Matrix {
         block = idle ? 0 : blockIdx.x / programs;
         first = block * ROWS + begin;
         count = idle ? 0 : ROWS * (i + 1) / programs - begin;
+    }
+    DEVICE long long start(int row) const {                                              // its first byte
+        return SUMMED ? ((long long)(first + row - block * ROWS) * BLOCKS + block) * bytes : (long long)(first + row) * bytes;
     }
     DEVICE int place(int row) const { return (first + row) % SPREAD * (all / SPREAD) + (first + row) / SPREAD; }
 };
@@ -316,18 +319,21 @@ struct Program : Arguments {
     DEVICE Program(const Arguments& arguments, Shared& shared, Ring ring) : Arguments(arguments), shared(shared), ring(ring) {
         launch = arrivals(counter) / GRID;  // all programs of this launch begin before one of the next does
         tag = tag_of_layer(0);
-        target = launch * STAGES;
+        target = launch * STAGES * GRID;
     }
 
     // ---- The fetching thread
 
     template <class M> DEVICE void fetch(u64 matrix) {
+        constexpr int together = M::addends > 1 ? 1 : M::slot;                           // rows that are one piece of memory
         M my;
-        const char* from = (const char*)matrix + (long long)my.first * M::bytes;
         #pragma unroll 1
         for (int done = 0; done < my.count; done += M::slot) {
-            int bytes = least(M::slot, my.count - done) * M::bytes;
-            ring.fetch(ring.room(bytes, M::share * M::bytes >= LONG ? 2 : 1), from + (long long)done * M::bytes, bytes);
+            int rows = least(M::slot, my.count - done);
+            char* to = ring.room(rows * M::bytes, M::share * M::bytes > LONG * SLOT ? 2 : 1);
+            #pragma unroll 1
+            for (int r = 0; r < rows; r += together)
+                ring.fetch(to + r * M::bytes, (const char*)matrix + my.start(done + r), least(together, rows - r) * M::bytes);
             ring.filled();
         }
     }
@@ -370,13 +376,13 @@ struct Program : Arguments {
 
     DEVICE void stage_done() {
         sync();
-        if (threadIdx.x == 0) count(counter + 16 * (1 + blockIdx.x % COUNTERS));
-        target++;
+        if (threadIdx.x == 0) count(counter + 1);
+        target += GRID;
     }
 
     DEVICE void await() {  // until the words should be there: to ask for them all the time would be in the way of those that write them
-        if (threadIdx.x < COUNTERS)
-            while (counted(counter + 16 * (1 + threadIdx.x)) + SLACK < target * ((GRID + COUNTERS - 1 - threadIdx.x) / COUNTERS)) pause();
+        if (threadIdx.x == 0)
+            while (counted(counter + 1) + EARLY < target) pause();
         sync();
     }
 
@@ -488,11 +494,11 @@ struct Program : Arguments {
             for (int e = 0; e < E; e++) a[p][e] /= sum[p];
     }
 
-    // What this thread multiplies with: pieces member, member + group, ... of a block of every sequence's row of `from`
-    template <class M, Input IN> DEVICE void input(float (&a)[BATCH * M::each][E], const Word* from, const float* gains, int block) {
+    // What this thread multiplies with: pieces member, member + group, ... of a block of every sequence's row of `from`, which is a sum of ADDENDS
+    template <class M, Input IN, int ADDENDS> DEVICE void input(float (&a)[BATCH * M::each][E], const Word* from, const float* gains, int block) {
         constexpr bool whole = M::groups == 1 && M::blocks == 1;                       // the threads of the group together have the row
-        constexpr int apart = M::group * E, pieces = BATCH * M::each, size = M::K * M::blocks, stride = row_of(size * (IN == GATED ? 2 : 1));
-        constexpr int row = IN == NORMED && !whole ? (N / E + THREADS - 1) / THREADS : 0, more = IN == GATED ? M::each : row;
+        constexpr int apart = M::group * E, pieces = BATCH * M::each, size = M::K * M::blocks, rows = IN == GATED ? 2 : ADDENDS, stride = row_of(size * rows);
+        constexpr int row = IN == NORMED && !whole ? (N / E + THREADS - 1) / THREADS : 0, more = IN == NORMED ? row : M::each * (rows - 1);
         int member = threadIdx.x % M::group, k = block * M::K + member * E;
         int count = M::pieces % M::group == 0 ? M::each : (M::pieces - member + M::group - 1) / M::group;
         int rest = N / E % THREADS == 0 ? row : (N / E - (int)threadIdx.x + THREADS - 1) / THREADS;
@@ -510,11 +516,11 @@ struct Program : Arguments {
             return receive(a, [&](int i) { return i % M::each < count; },
                 [&](int i) { return part + i / M::each * row_of(HEADS * D) + place_of(k) + i % M::each * apart; });
         }
-        receive(in, [&](int i) { return i < pieces || IN == GATED ? i % M::each < count : (i - pieces) % most(1, row) < rest; },
+        receive(in, [&](int i) { return i < pieces || IN != NORMED ? i % M::each < count : (i - pieces) % most(1, row) < rest; },
             [&](int i) {
                 int j = i - pieces;
                 if (i < pieces) return from + i / M::each * stride + place_of(k) + i % M::each * apart;  // of whole spans
-                if (IN == GATED) return from + j / M::each * stride + place_of(size + k) + j % M::each * apart;
+                if (IN != NORMED) return from + j / M::each % BATCH * stride + place_of((j / pieces + 1) * size + k) + j % M::each * apart;
                 return from + j / most(1, row) * stride + place_of(threadIdx.x * E) + j % most(1, row) * THREADS * E;
             });
         if constexpr (IN == NORMED && whole) add_up<M::each>(in, threadIdx.x < M::group ? count : 0);
@@ -524,6 +530,8 @@ struct Program : Arguments {
             #pragma unroll
             for (int e = 0; e < E; e++) {
                 a[i][e] = in[i][e];
+                #pragma unroll
+                for (int n = 1; n < ADDENDS; n++) a[i][e] += in[n * pieces + i][e];
                 if constexpr (IN == NORMED) a[i][e] *= gain[i % M::each][e];
                 if constexpr (IN == GATED) a[i][e] = a[i][e] / (1 + __expf(-a[i][e])) * in[pieces + i][e];
             }
@@ -564,7 +572,7 @@ struct Program : Arguments {
     DEVICE int place_in(const Weight*, int b, int n, int size) { return b * size + n; }
 
     // to = act(matrix input + bias) + old for every sequence, tagged `result`. norm: where the input is normed, its gain and the matrix times it
-    template <class M, Input IN, bool ACTIVATE, class T>
+    template <class M, Input IN, bool ACTIVATE, int ADDENDS = 1, class T>
     DEVICE void linear(const Word* from, const float* norm, const float* bias, const Word* old, T* to, unsigned result) {
         M my;
         float a[BATCH * M::each][E];
@@ -574,7 +582,7 @@ struct Program : Arguments {
             int count = least(M::round, my.count - begin), place = my.place(begin + row), at = place_in(to, b, place, M::all);
             bool mine = b < BATCH && row < count;
             float sum = 0, extra = bias && mine ? bias[place] : 0, of_gain = IN == NORMED && mine ? norm[N + place] : 0, *partial = shared.partial[turn ^= 1];
-            if (begin == 0) input<M, IN>(a, from, norm, my.block);
+            if (begin == 0) input<M, IN, ADDENDS>(a, from, norm, my.block);
             Word before = old && mine ? read(old + at) : 0;
             #pragma unroll 1
             for (int done = 0; done < count; done += M::several * M::slot) multiply<M>(partial, a, done, count);
@@ -713,7 +721,7 @@ struct Program : Arguments {
         typedef typename F::Last Last;
         if constexpr (F::factors) {
             linear<First, IN, false>(from, norm, IN == NORMED ? bias : nullptr, nullptr, rank, tag);
-            linear<Last, PLAIN, ACTIVATE>(rank, nullptr, IN == NORMED ? bias + First::all : bias, old, to, result);
+            linear<Last, PLAIN, ACTIVATE, First::addends>(rank, nullptr, IN == NORMED ? bias + First::all : bias, old, to, result);
         } else
             linear<First, IN, ACTIVATE>(from, norm, bias, old, to, result);
     }

@@ -6,6 +6,8 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+from typing import NamedTuple
+
 import torch
 
 from decode import FEW, chosen
@@ -15,7 +17,9 @@ WARPS = 8            # that compute
 FETCHERS = 4         # warps beside them, whose first thread fetches: registers are handed over by four warps at a time
 SLOT = 2**14         # bytes of a slot of the ring at least; it holds a row of every matrix
 LARGEST_SLOT = 2**16
+WIDEST = 2048        # columns that a program takes of a factor whose columns are shared
 MOST_SPLITS = 8      # programs that share a head, a power of two
+COPIES = 8           # of a word that all programs read
 MOST_INPUTS = 2**15  # of a matrix, for all sequences: more would not fit into the registers
 ACTIVATIONS = {"gelu": "GELU", "relu2": "RELU2", "swiglu": "SWIGLU"}
 
@@ -23,17 +27,39 @@ ACTIVATIONS = {"gelu": "GELU", "relu2": "RELU2", "swiglu": "SWIGLU"}
 # ----------------------------------------------------------------------------------------------------------------------
 # What the kernel is made for
 
+class Stage(NamedTuple):
+    """Blocks of rows x K. Row j's output goes to place j % spread * (all rows / spread) + j // spread.
+
+    summed: the blocks lie side by side, as they do in one long row, and their outputs are to be added.
+    """
+    weights: torch.Tensor
+    rows: int
+    K: int
+    blocks: int
+    spread: int
+    summed: bool = False
+
+    def by_block(self):
+        """(blocks, rows, K)"""
+        return self.weights.view(self.rows, self.blocks, self.K).transpose(0, 1) if self.summed else self.weights.view(self.blocks, self.rows, self.K)
+
+
 def matrices(linear):
-    """[(weights, rows, K, blocks, spread)] of a linear's one or two stages; spread P: row j goes to j % P * (all rows / P) + j // P."""
+    """The `Stage`s of a linear, one or two.
+
+    The first factor of one that narrows has few long rows, and all programs would have to read all of a long input: there they share the columns.
+    """
     if not isinstance(linear, Structured):
-        rows, K = linear.weight.shape
-        return [(linear.weight, rows, K, 1, rows)]
+        return [Stage(linear.weight, *linear.weight.shape, 1, len(linear.weight))]
     V, U = linear.V, linear.U
     blocks, q, p = V.shape if V.dim() == 3 else (1, *V.shape)
     if isinstance(linear, BlockShuffle):
         _, s, r = U.shape
-        return [(V, q, p, blocks, blocks), (U, s, r, blocks, s)]
-    return [(V, q, p, blocks, blocks * q), (U, *U.shape, 1, len(U))]
+        return [Stage(V, q, p, blocks, blocks), Stage(U, s, r, blocks, s)]
+    parts = 1
+    while blocks == 1 and linear.in_features > linear.out_features and p // parts > WIDEST and p % (32 * parts) == 0:
+        parts *= 2
+    return [Stage(V, q, p // parts, blocks * parts, blocks * parts * q, parts > 1), Stage(U, *U.shape, 1, len(U))]
 
 
 def linears(model, batch):
@@ -58,9 +84,9 @@ def fits(cfg, parts, dtype, programs, batch=1) -> bool:
     """Rows of whole 16-byte pieces, none longer than a slot; a program for each block, rows of qkv for each program; heads that a power of two of
     at most 32 threads share; of several sequences no more input than registers hold."""
     size, D = dtype.itemsize, cfg.attn_dim // cfg.n_head
-    return (dtype in (torch.bfloat16, torch.float32) and D * size in (32, 64, 128, 256, 512) and parts[0][1] >= programs
-            and all(K * size % 16 == 0 and K * size <= LARGEST_SLOT and blocks <= programs for _, _, K, blocks, _ in parts)
-            and (batch == 1 or batch <= max(FEW) and batch * max(K for _, _, K, _, _ in parts) <= MOST_INPUTS))
+    return (dtype in (torch.bfloat16, torch.float32) and D * size in (32, 64, 128, 256, 512) and parts[0].rows >= programs
+            and all(p.K * size % 16 == 0 and p.K * size <= LARGEST_SLOT and p.blocks <= programs for p in parts)
+            and (batch == 1 or batch <= max(FEW) and batch * max(p.K for p in parts) <= MOST_INPUTS))
 
 
 @functools.cache
@@ -99,7 +125,7 @@ def constants(model, batch, programs, warps, slot):
     cfg = model.cfg
 
     def matrix(m):
-        return f"Matrix<{m[1]}, {m[2]}, {m[3]}, {m[4]}>"
+        return f"Matrix<{m.rows}, {m.K}, {m.blocks}, {m.spread}, {int(m.summed)}>"
 
     def linear(module):
         parts = [matrix(m) for m in matrices(module)]
@@ -112,7 +138,7 @@ def constants(model, batch, programs, warps, slot):
     values = dict(
         BATCH=batch, Weight="bf16" if model.head.weight.dtype == torch.bfloat16 else "float", GRID=programs, WARPS=warps, SLOT=slot, N=cfg.n_embd, HEADS=cfg.n_head,
         KV=cfg.n_kv_head, D=cfg.attn_dim // cfg.n_head, LAYERS=cfg.n_layer, SPLITS=min(MOST_SPLITS, 1 << max(programs // (batch * cfg.n_head), 1).bit_length() - 1),
-        ROPE=int(cfg.pos == "rope"), RMS=int(cfg.norm == "rmsnorm"), ACT=ACTIVATIONS[cfg.act], QKV=matrix(matrices(qkv)[0]),
+        COPIES=COPIES, ROPE=int(cfg.pos == "rope"), RMS=int(cfg.norm == "rmsnorm"), ACT=ACTIVATIONS[cfg.act], QKV=matrix(matrices(qkv)[0]),
         PROJ=matrix(matrices(proj)[0]), HEAD=matrix(matrices(model.head)[0]), STAGES=2 + sum(1 + sum(len(matrices(m)) for m in layer) for layer in linears(model, batch)))
     return "".join(f"#define {name} {value}\n" for name, value in values.items()) + f"#define LAYERS_OF(fetching) {' '.join(runs)}\n"
 
@@ -193,21 +219,21 @@ class Step:
         self.device, self.model, self.cache, self.launch, self.threads = weight.device, model, cache, launch, 32 * (warps + FETCHERS)
         self.programs = programs or torch.cuda.get_device_properties(self.device).multi_processor_count
         self.batch = batch = len(cache.position)
-        slot = max(slot, max(1 << (K * weight.element_size() - 1).bit_length() for _, _, K, _, _ in all_matrices(model, batch)))
+        slot = max(slot, max(1 << (m.K * weight.element_size() - 1).bit_length() for m in all_matrices(model, batch)))
         self.layer_vectors, self.head_vectors = self.vectors()
         self.table = self.addresses()
         self.defines = constants(model, batch, self.programs, warps, slot)
-        rank = max([1] + [parts[0][1] * parts[0][3] for layer in linears(model, batch) for parts in map(matrices, layer) if len(parts) == 2])
+        rank = max([1] + [parts[0].rows * parts[0].blocks for layer in linears(model, batch) for parts in map(matrices, layer) if len(parts) == 2])
 
         def row_of(n):  # words
             span = 512 // weight.element_size()
             return -(-n // span) * span
 
-        sizes = (*map(row_of, (cfg.n_embd, cfg.n_embd, model.blocks[0].attn.qkv.out_features)), MOST_SPLITS * row_of(cfg.attn_dim), 8 * MOST_SPLITS * cfg.n_head,
+        sizes = (*map(row_of, (cfg.n_embd, cfg.n_embd, model.blocks[0].attn.qkv.out_features)), MOST_SPLITS * row_of(cfg.attn_dim), COPIES * MOST_SPLITS * cfg.n_head,
                  *map(row_of, (rank, rank, cfg.n_hidden)))
         self.buffers = [torch.full((batch * n,), -1, device=self.device, dtype=torch.int32) for n in sizes]  # words with a tag that the first launch does not wait for
         self.logits = torch.empty(batch, cfg.vocab_size, device=self.device, dtype=weight.dtype)
-        self.counter = torch.zeros(16 * 17, device=self.device, dtype=torch.long)
+        self.counter = torch.zeros(2, device=self.device, dtype=torch.long)
 
     def vectors(self):
         """([of each layer], of the head): norms and biases in float32, as kernels_persistent.cu wants them; what a model lacks is zero."""
@@ -216,11 +242,10 @@ class Step:
 
         def normed(norm, linear):
             parts = matrices(linear)
-            W, rows, K, blocks, spread = parts[0]
             vectors = torch.stack([v.double() for v in (norm.weight, getattr(norm, "bias", None)) if v is not None])  # (1 or 2, N)
-            vectors = vectors.view(-1, blocks, K).permute(1, 2, 0)                              # (blocks, K, 1 or 2)
-            products = torch.cat([w.double() @ vectors for w in W.view(blocks, rows, K).split(1024, dim=1)], dim=1)  # in parts for want of memory
-            of_gain, *of_shift = products.reshape(-1, spread, products.size(-1)).transpose(0, 1).flatten(0, 1).float().unbind(1)  # by place
+            vectors = vectors.view(-1, parts[0].blocks, parts[0].K).permute(1, 2, 0)                              # (blocks, K, 1 or 2)
+            products = torch.cat([w.double() @ vectors for w in parts[0].by_block().split(1024, dim=1)], dim=1)  # in parts for want of memory
+            of_gain, *of_shift = products.reshape(-1, parts[0].spread, products.size(-1)).transpose(0, 1).flatten(0, 1).float().unbind(1)  # by place
             own = bias(linear) if len(parts) == 1 else torch.zeros_like(of_gain)
             return [norm.weight.float(), of_gain, sum(of_shift, own)] + [bias(linear)] * (len(parts) - 1)
 
@@ -232,7 +257,7 @@ class Step:
         """(n_layer, 9): qkv, proj, fc1's V and U, fc2's V and U, k, v and vectors of every layer; where there is one matrix, it stands twice."""
         rows = []
         for (qkv, proj, *fcs), cache, vectors in zip(linears(self.model, self.batch), self.cache.layers, self.layer_vectors):
-            weights = [m[i][0] for m in map(matrices, fcs) for i in (0, -1)]
+            weights = [m[i].weights for m in map(matrices, fcs) for i in (0, -1)]
             rows.append([t.data_ptr() for t in (qkv.weight, proj.weight, *weights, *cache, vectors)])
         return torch.tensor(rows).to(self.device)
 

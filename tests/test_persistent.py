@@ -101,6 +101,15 @@ def test_several_sequences_in_bf16():
     compare(torch.bfloat16, (0, 44), SHAPES["lowrank swiglu"], batch=3)
 
 
+@pytest.mark.parametrize("batch, shape", [(1, dict(ffn_dim=256)), (2, dict(ffn_dim=192)), (3, dict(act="swiglu", ffn_dim=160))])
+@torch.no_grad()
+def test_programs_share_the_columns_of_long_rows(batch, shape, monkeypatch):
+    monkeypatch.setattr(kernels, "WIDEST", 64)
+    shape = dict(ffn="lowrank", rank=20, **shape)
+    assert kernels.matrices(make(DEVICE, **shape).blocks[-1].ffn.fc2)[0].blocks == (4 if batch < 3 else 2)
+    compare(torch.float32, (0, 44), shape, batch=batch)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @torch.no_grad()
 def test_programs_come_and_go(steps):
