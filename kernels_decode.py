@@ -210,10 +210,10 @@ def _choose(logits, key, position, token, new, turn, logits_row, new_row, V, tem
     top = tl.max(tops, axis=0)
     chosen = tl.min(tl.where(tops == top, where, V - 1), axis=0)
     if SAMPLE:
-        x = tl.load(key + row) + tl.load(position + row) * GOLDEN
-        x = (x ^ (x >> 30 & 2**34 - 1)) * MIX1
-        x = (x ^ (x >> 27 & 2**37 - 1)) * MIX2
-        draw = (x >> 40 & 2**24 - 1).to(tl.float32) * 2.0**-24
+        bits = tl.load(key + row) + tl.load(position + row) * GOLDEN
+        bits = (bits ^ (bits >> 30 & 2**34 - 1)) * MIX1
+        bits = (bits ^ (bits >> 27 & 2**37 - 1)) * MIX2
+        draw = (bits >> 40 & 2**24 - 1).to(tl.float32) * 2.0**-24
         total = 0.0
         for start in range(0, V, BLOCK):
             x = (tl.load(logits + start + n, mask=start + n < V, other=-float("inf")).to(tl.float32) - top) / temperature
