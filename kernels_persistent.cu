@@ -2,10 +2,10 @@
 //
 // At such batches a step reads every weight once and computes next to nothing: what counts is that memory never idles. Each multiprocessor
 // runs one program: one warp that fetches and WARPS that compute. All matrices are cut into shares of rows, one share a program, which
-// lie in one piece in memory. The fetching warp asks the copy engine for its program's shares, and its part of the KV cache, in the
-// order in which they will be used, as long as a ring of slots in shared memory has room: half a layer ahead. What others compute never
-// holds it up. The computing warps go from stage to stage: the embedding, then qkv, attention, proj and one stage for each factor of the
-// FFN, layer by layer, then the head.
+// lie in one piece in memory; of a few long rows, programs also share the columns. The fetching warp asks the copy engine for its program's
+// shares, and its part of the KV cache, in the order in which they will be used, as long as a ring of slots in shared memory has room: half
+// a layer ahead. What others compute never holds it up. The computing warps go from stage to stage: the embedding, then qkv, attention, proj
+// and one stage for each factor of the FFN, layer by layer, then the head.
 //
 // What a stage finds goes to the other programs as words in global memory, which stay in L2: a float32 whose last two bits are a tag,
 // the parities of launch and layer. Who needs a word reads it until it has the tag of now; before, it has that of the layer before, or of
@@ -228,7 +228,7 @@ template <class A, class B> struct Factors { typedef A First; typedef B Last; st
 constexpr int MEMBERS = D / E;                     // threads that share a place of the cache, a team
 constexpr int TEAMS = THREADS / MEMBERS;
 constexpr int PLACES = SLOT / 2 / (16 * MEMBERS);  // in a slot: keys in its first half, values in its second
-constexpr int GANGS = least(4, WARPS);
+constexpr int GANGS = least(4, WARPS);              // of warps, which take slots in turn: more scores at once, in the place of one after the other
 static_assert(PLACES % TEAMS == 0 && 32 % MEMBERS == 0, "the host plans for this");
 
 // A part of attention: a query head of a sequence and some places of its cache.
@@ -436,7 +436,8 @@ struct Program : Arguments {
         if (lane % (32 / all) == 0) shared.moments[threadIdx.x / 32][lane * all / 32] = sum;
     }
 
-    // W norm(x) from W (gain x) = sum and W gain, after the sync that follows add_up; W shift is in the bias
+    // W norm(x) from W (gain x) = sum and W gain, after the sync that follows add_up; W shift is in the bias. In one pass: float32 has digits
+    // to spare as long as a row's mean is not a hundred deviations from zero.
     DEVICE float normed(float sum, float of_gain, int b) {
         float mean = 0, square = 0;
         #pragma unroll

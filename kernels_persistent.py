@@ -5,7 +5,6 @@ import importlib.util
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-
 from typing import NamedTuple
 
 import torch
