@@ -1,6 +1,7 @@
 """The host's side of kernels_persistent.cu, a decoding step of a few sequences as one kernel: what each program does, compilation, launch."""
 import ctypes
 import functools
+import hashlib
 import importlib.util
 import os
 import sys
@@ -158,12 +159,14 @@ def checked(result):
     return values[0] if len(values) == 1 else values
 
 
-@functools.cache
-def binary(defines, capability) -> bytes:
-    """The kernel for cards of a capability such as (9, 0)."""
+def compiler() -> str:
     from cuda.bindings import nvrtc
-    program = checked(nvrtc.nvrtcCreateProgram(source(defines).encode(), b"kernels_persistent.cu", 0, None, None))
-    architecture = "sm_{}{}".format(*capability) + ("a" if capability == (9, 0) else "")  # with setmaxnreg
+    return "nvrtc {}.{}".format(*checked(nvrtc.nvrtcVersion()))
+
+
+def compile_source(text, architecture) -> bytes:
+    from cuda.bindings import nvrtc
+    program = checked(nvrtc.nvrtcCreateProgram(text.encode(), b"kernels_persistent.cu", 0, None, None))
     options = [b"--std=c++17", f"--gpu-architecture={architecture}".encode()]
     if int(nvrtc.nvrtcCompileProgram(program, len(options), options)[0]):
         log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))
@@ -172,6 +175,30 @@ def binary(defines, capability) -> bytes:
     code = bytearray(checked(nvrtc.nvrtcGetCUBINSize(program)))
     checked(nvrtc.nvrtcGetCUBIN(program, code))
     return bytes(code)
+
+
+@functools.cache
+def binary(defines, capability) -> bytes:
+    """The kernel for cards of a capability such as (9, 0); kept in the user's cache, behind its checksum, since it takes seconds to compile."""
+    text, architecture = source(defines), "sm_{}{}".format(*capability) + ("a" if capability == (9, 0) else "")  # with setmaxnreg
+    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "structured-ffn")
+    path = os.path.join(folder, hashlib.sha256(f"{compiler()} {architecture} {text}".encode()).hexdigest()[:32] + ".cubin")
+    try:
+        with open(path, "rb") as f:
+            checksum, code = f.read(32), f.read()
+        if checksum == hashlib.sha256(code).digest():
+            return code
+    except OSError:
+        pass
+    code = compile_source(text, architecture)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(f"{path}.{os.getpid()}", "wb") as f:
+            f.write(hashlib.sha256(code).digest() + code)
+        os.replace(f"{path}.{os.getpid()}", path)
+    except OSError:
+        pass  # compiled again next time
+    return code
 
 
 def compile_ahead(steps):

@@ -151,6 +151,31 @@ def test_the_order_of_threads_does_not_matter():
     assert all(torch.equal(logits, seen[0]) for logits in seen)
 
 
+def test_a_compiled_kernel_is_kept(tmp_path, monkeypatch):
+    """Until the source or the compiler changes; a damaged file is replaced, and without a place to keep it, it is compiled."""
+    compiled = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "compiler", lambda: "a compiler")
+    monkeypatch.setattr(kernels, "compile_source", lambda text, architecture: compiled.append(text) or f"{architecture} {len(compiled)}".encode())
+
+    def binary(defines="#define A 1\n", capability=(9, 0)):
+        kernels.binary.cache_clear()
+        return kernels.binary(defines, capability)
+
+    assert binary() == b"sm_90a 1" == binary() and binary(capability=(10, 0)) == b"sm_100 2" and binary("#define A 2\n") == b"sm_90a 3"
+    assert compiled[0] == "#define A 1\n" + compiled[2].removeprefix("#define A 2\n")
+    files = sorted(tmp_path.rglob("*"))
+    assert len(files) == 4 and [f.suffix for f in files[1:]] == [".cubin"] * 3
+    for f in files[1:]:
+        f.write_bytes(f.read_bytes()[:-1] + b"?")
+    assert binary() == b"sm_90a 4" == binary()
+    monkeypatch.setattr(kernels, "compiler", lambda: "another")
+    assert binary() == b"sm_90a 5"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(files[1]))
+    assert binary() == b"sm_90a 6" and binary() == b"sm_90a 7"
+    kernels.binary.cache_clear()
+
+
 @pytest.mark.parametrize("shape, dtype, fits", [
     (dict(ffn="lowrank", rank=20), torch.bfloat16, False), (dict(ffn="lowrank", rank=20), torch.float32, True),
     (dict(n_head=16), torch.bfloat16, False), (dict(n_head=8), torch.bfloat16, True), (dict(ffn_dim=2**14 + 8), torch.float32, False),
