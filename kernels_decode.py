@@ -196,6 +196,13 @@ GOLDEN, MIX1, MIX2 = map(tl.constexpr, (decode.GOLDEN, decode.MIX1, decode.MIX2)
 
 
 @triton.jit
+def _likelihoods(logits, n, V, top, temperature, least):
+    """Of tokens n, as shares of the likeliest's, whose logit is top; zero where the logarithm lies below `least`."""
+    x = (tl.load(logits + n, mask=n < V, other=-float("inf")).to(tl.float32) - top) / temperature
+    return tl.where(x >= least, tl.exp(x), 0.0)
+
+
+@triton.jit
 def _choose(logits, key, position, token, new, turn, logits_row, new_row, V, temperature, least, SAMPLE: tl.constexpr, BLOCK: tl.constexpr):
     """One program per row: decode.take. least: what (logit - largest) / temperature must be at least, the logarithm of min_p."""
     row = tl.program_id(0).to(tl.int64)
@@ -216,12 +223,10 @@ def _choose(logits, key, position, token, new, turn, logits_row, new_row, V, tem
         draw = (bits >> 40 & 2**24 - 1).to(tl.float32) * 2.0**-24
         total = 0.0
         for start in range(0, V, BLOCK):
-            x = (tl.load(logits + start + n, mask=start + n < V, other=-float("inf")).to(tl.float32) - top) / temperature
-            total += tl.sum(tl.where(x >= least, tl.exp(x), 0.0), axis=0)
+            total += tl.sum(_likelihoods(logits, start + n, V, top, temperature, least), axis=0)
         below, last, reached = 0, chosen, 0.0
         for start in range(0, V, BLOCK):
-            x = (tl.load(logits + start + n, mask=start + n < V, other=-float("inf")).to(tl.float32) - top) / temperature
-            p = tl.where(x >= least, tl.exp(x), 0.0)
+            p = _likelihoods(logits, start + n, V, top, temperature, least)
             cdf = reached + tl.cumsum(p, axis=0)
             below += tl.sum((cdf <= draw * total).to(tl.int32), axis=0)
             last = tl.maximum(last, tl.max(tl.where(p > 0, start + n, 0), axis=0))

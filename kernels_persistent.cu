@@ -462,10 +462,10 @@ struct Program : Arguments {
             Word words[pieces * n];
             auto needed = [&](int i) { return i / n % M::each < count; };
             auto at = [&](int i) { return (first + i % n) * BATCH + i / n / M::each; };  // part and sequence
-            auto entry = [&](int i) { return k + i / n % M::each * apart; };
+            auto logarithm = [&](int i) { return lse_copy(blockIdx.x) + at(i) * HEADS + (k + i / n % M::each * apart) / D; };
             #pragma unroll
             for (int i = 0; i < pieces * n; i++)
-                if (needed(i)) words[i] = read(lse_copy(blockIdx.x) + at(i) * HEADS + entry(i) / D);
+                if (needed(i)) words[i] = read(logarithm(i));
             receive(in, needed, [&](int i) { return part + at(i) * row_of(HEADS * D) + place_of(k) + i / n % M::each * apart; });
             #pragma unroll
             for (int p = 0; p < pieces; p++)
@@ -473,7 +473,7 @@ struct Program : Arguments {
                     float before = top[p];
                     #pragma unroll
                     for (int s = 0; s < n; s++) {
-                        each[s] = receive(words[p * n + s], lse_copy(blockIdx.x) + at(p * n + s) * HEADS + entry(p * n) / D);
+                        each[s] = receive(words[p * n + s], logarithm(p * n + s));
                         top[p] = fmaxf(top[p], each[s]);
                     }
                     float fade = __expf(before - top[p]);
@@ -498,8 +498,8 @@ struct Program : Arguments {
     // What this thread multiplies with: pieces member, member + group, ... of a block of every sequence's row of `from`, which is a sum of ADDENDS
     template <class M, Input IN, int ADDENDS> DEVICE void input(float (&a)[BATCH * M::each][E], const Word* from, const float* gains, int block) {
         constexpr bool whole = M::groups == 1 && M::blocks == 1;                       // the threads of the group together have the row
-        constexpr int apart = M::group * E, pieces = BATCH * M::each, size = M::K * M::blocks, rows = IN == GATED ? 2 : ADDENDS, stride = row_of(size * rows);
-        constexpr int row = IN == NORMED && !whole ? (N / E + THREADS - 1) / THREADS : 0, more = IN == NORMED ? row : M::each * (rows - 1);
+        constexpr int apart = M::group * E, pieces = BATCH * M::each, size = M::K * M::blocks, terms = IN == GATED ? 2 : ADDENDS, stride = row_of(size * terms);
+        constexpr int row = IN == NORMED && !whole ? (N / E + THREADS - 1) / THREADS : 0, more = IN == NORMED ? row : M::each * (terms - 1);
         int member = threadIdx.x % M::group, k = block * M::K + member * E;
         int count = M::pieces % M::group == 0 ? M::each : (M::pieces - member + M::group - 1) / M::group;
         int rest = N / E % THREADS == 0 ? row : (N / E - (int)threadIdx.x + THREADS - 1) / THREADS;
@@ -662,9 +662,9 @@ struct Program : Arguments {
             }
             float score = sum_over<MEMBERS>(dot(q, key)), top = own ? score : -1e30f, sum = own;
             #pragma unroll 1
-            for (int start = my.first, turn = warp; start < my.stop; start += PLACES, turn++) {
+            for (int start = my.first, order = warp; start < my.stop; start += PLACES, order++) {
                 const uint4* slot = ring.take();
-                if (turn % GANGS == 0) look(slot, my.stop - start, q, out, top, sum);
+                if (order % GANGS == 0) look(slot, my.stop - start, q, out, top, sum);
                 ring.give_back();
             }
             #pragma unroll

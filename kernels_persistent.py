@@ -1,4 +1,5 @@
 """The host's side of kernels_persistent.cu, a decoding step of a few sequences as one kernel: what each program does, compilation, launch."""
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -10,7 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from config import UserError
 from decode import FEW, chosen
+from model import written
 from structured import BlockShuffle, Structured
 
 WARPS = 8            # that compute
@@ -181,23 +184,15 @@ def compile_source(text, architecture) -> bytes:
 def binary(defines, capability) -> bytes:
     """The kernel for cards of a capability such as (9, 0); kept in the user's cache, behind its checksum, since it takes seconds to compile."""
     text, architecture = source(defines), "sm_{}{}".format(*capability) + ("a" if capability == (9, 0) else "")  # with setmaxnreg
-    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "structured-ffn")
-    path = os.path.join(folder, hashlib.sha256(f"{compiler()} {architecture} {text}".encode()).hexdigest()[:32] + ".cubin")
-    try:
-        with open(path, "rb") as f:
-            checksum, code = f.read(32), f.read()
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = os.path.join(cache, "structured-ffn", hashlib.sha256(f"{compiler()} {architecture} {text}".encode()).hexdigest()[:32] + ".cubin")
+    with contextlib.suppress(OSError), open(path, "rb") as f:
+        checksum, code = f.read(32), f.read()
         if checksum == hashlib.sha256(code).digest():
             return code
-    except OSError:
-        pass
     code = compile_source(text, architecture)
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with open(f"{path}.{os.getpid()}", "wb") as f:
-            f.write(hashlib.sha256(code).digest() + code)
-        os.replace(f"{path}.{os.getpid()}", path)
-    except OSError:
-        pass  # compiled again next time
+    with contextlib.suppress(UserError), written(path) as temp, open(temp, "wb") as f:  # not kept, it is compiled again next time
+        f.write(hashlib.sha256(code).digest() + code)
     return code
 
 
