@@ -27,10 +27,10 @@ typedef unsigned Word;                   // of an activation: a float whose last
 constexpr int THREADS = 32 * WARPS;      // that compute
 constexpr int E = 16 / sizeof(Weight);   // weights in a piece: 16 bytes, what a thread loads at a time
 constexpr int MOST_SLOTS = 32;
-constexpr int ENOUGH = 5;                // slots filled or on their way; beyond them one at a time is asked for, since more would queue before
-constexpr int HURRY = 3;                 // the memory, and activations behind them; below, so many at a time
-constexpr int LONG = 12;                 // slots of a share beyond which memory is what all wait for: two at a time
-constexpr int EARLY = BATCH == 1 ? 8 : 0;  // programs that may not be done with a stage when others look for its words
+constexpr int ENOUGH = BATCH == 1 ? 8 : 6;  // slots filled or on their way; beyond them one at a time is asked for, below two: more would queue
+                                         // before the memory, and activations behind them
+constexpr int LONG = 6;                  // slots of a share beyond which, on average, memory is what all wait for: one more
+constexpr int EARLY = 8;                 // programs that may not be done with a stage when others look for its words
 constexpr int REACH = 128;               // places of the cache below which a head is not shared by programs
 
 
@@ -55,6 +55,12 @@ DEVICE void barrier_expect(u64* barrier, int bytes) {  // and arrive
 DEVICE void barrier_wait(u64* barrier, int phase) {
     asm volatile("{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE;\nbra AGAIN;\nDONE:\n}"
                  :: "r"(shared_address(barrier)), "r"(phase) : "memory");
+}
+DEVICE bool barrier_done(u64* barrier, int phase) {
+    int done;
+    asm volatile("{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.s32 %0, 1, 0, done;\n}"
+                 : "=r"(done) : "r"(shared_address(barrier)), "r"(phase) : "memory");
+    return done;
 }
 DEVICE void copy_async(void* to, const void* from, int bytes, u64* barrier) {
     asm volatile("{\n.reg .b64 once;\ncreatepolicy.fractional.L2::evict_first.b64 once, 1.0;\n"  // activations shall stay in L2
@@ -203,6 +209,7 @@ struct Matrix {
     static constexpr int rows = most(1, least(SLOT / bytes / groups, SUMS));             // of a slot for each group
     static constexpr int slot = rows * groups;                                           // rows in a slot
     static constexpr int share = (ROWS + GRID / BLOCKS - 1) / (GRID / BLOCKS);           // rows of a program at most
+    static constexpr int share_bytes = share * bytes;
     static constexpr int several = most(1, least(least(SUMS, 8) / rows, (share + slot - 1) / slot));  // slots whose sums are found together
     static constexpr int round = THREADS / BATCH / (slot * several) * slot * several;    // rows between two looks at the sums
     static_assert(slot * bytes <= SLOT && round > 0 && COLS % E == 0 && BLOCKS <= GRID, "the host plans for this");
@@ -216,14 +223,24 @@ struct Matrix {
         first = block * ROWS + begin;
         count = idle ? 0 : ROWS * (i + 1) / programs - begin;
     }
+    DEVICE static bool in_group() { return THREADS % group == 0 || threadIdx.x < groups * group; }
+    DEVICE static bool has(int piece) { return in_group() && (pieces % group == 0 || piece * group + threadIdx.x % group < pieces); }  // a thread
     DEVICE long long start(int row) const {                                              // its first byte
         return SUMMED ? ((long long)(first + row - block * ROWS) * BLOCKS + block) * bytes : (long long)(first + row) * bytes;
     }
     DEVICE int place(int row) const { return (first + row) % SPREAD * (all / SPREAD) + (first + row) / SPREAD; }
 };
 
-template <class A> struct Dense { typedef A First; typedef A Last; static constexpr bool factors = false; };
-template <class A, class B> struct Factors { typedef A First; typedef B Last; static constexpr bool factors = true; };
+template <class A> struct Dense {
+    typedef A First;
+    typedef A Last;
+    static constexpr int factors = 1, share_bytes = A::share_bytes;
+};
+template <class A, class B> struct Factors {
+    typedef A First;
+    typedef B Last;
+    static constexpr int factors = 2, share_bytes = A::share_bytes + B::share_bytes;
+};
 
 constexpr int MEMBERS = D / E;                     // threads that share a place of the cache, a team
 constexpr int TEAMS = THREADS / MEMBERS;
@@ -248,43 +265,47 @@ struct Shared {
     u64 table[LAYERS][9];
     alignas(16) float partial[2][THREADS * WARPS];  // sums of rows by warp, in turn
     float moments[WARPS][2 * power_of_two(BATCH)];  // of each warp's part of the rows to be normed: sum, sum of squares
-    float heads[WARPS][D + 2];                      // of each warp's part of the cache: output, largest score, denominator
-    int taken;                                      // slots
+    float heads[WARPS][D], largest[WARPS], sums[WARPS];  // of each warp's part of the cache: output, largest score, denominator
     int place[BATCH];                               // tokens in the cache
+};
+
+struct Lap {  // a slot, and the parity of how often the ring has been gone round
+    int slot = 0, phase = 0;
+    DEVICE void next(int slots) {
+        if (++slot == slots) slot = 0, phase ^= 1;
+    }
 };
 
 struct Ring {
     Shared& shared;
     char* memory;
-    int slots, slot = 0, phase = 0, asked = 0, coming = 0, late = 0, late_phase = 0;  // late: the first of the slots that are still coming
+    int slots;
+    Lap now, late, back;           // the slot whose turn it is; the first of those still coming; the first of those not yet given back
+    int coming = 0, held = 0;      // slots on their way; these and what is filled and not given back
 
-    DEVICE void next(int& slot, int& phase) {
-        if (++slot == slots) slot = 0, phase ^= 1;
-    }
     // the fetching thread
-    DEVICE char* room(int bytes, int beyond = 1) {
-        barrier_wait(shared.empty + slot, phase ^ 1);
-        int limit = asked++ - *(volatile int*)&shared.taken < ENOUGH ? least(HURRY, slots) : beyond;
+    DEVICE char* room(int bytes, bool hurry) {
+        barrier_wait(shared.empty + now.slot, now.phase ^ 1);
+        for (; held && barrier_done(shared.empty + back.slot, back.phase); held--) back.next(slots);
+        int limit = least(slots, 1 + (held++ < ENOUGH) + hurry);
         for (; coming >= limit; coming--) {
-            barrier_wait(shared.full + late, late_phase);
-            next(late, late_phase);
+            barrier_wait(shared.full + late.slot, late.phase);
+            late.next(slots);
         }
         coming++;
-        barrier_expect(shared.full + slot, bytes);
-        return memory + slot * SLOT;
+        barrier_expect(shared.full + now.slot, bytes);
+        return memory + now.slot * SLOT;
     }
-    DEVICE void fetch(char* to, const char* from, int bytes) { copy_async(to, from, bytes, shared.full + slot); }
-    DEVICE void filled() { next(slot, phase); }
+    DEVICE void fetch(char* to, const char* from, int bytes) { copy_async(to, from, bytes, shared.full + now.slot); }
+    DEVICE void filled() { now.next(slots); }
     // the computing threads
-    DEVICE const uint4* take() {
-        barrier_wait(shared.full + slot, phase);
-        if (threadIdx.x == 0) *(volatile int*)&shared.taken = ++asked;
-        return (const uint4*)(memory + slot * SLOT);
-    }
-    DEVICE void give_back() {
+    DEVICE const uint4* data() { return (const uint4*)(memory + now.slot * SLOT); }
+    DEVICE bool is_there() { return barrier_done(shared.full + now.slot, now.phase); }
+    DEVICE void wait() { barrier_wait(shared.full + now.slot, now.phase); }
+    DEVICE void give_back(bool really = true) {
         __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty + slot);
-        next(slot, phase);
+        if (threadIdx.x % 32 == 0 && really) barrier_arrive(shared.empty + now.slot);
+        if (really) now.next(slots);
     }
 };
 
@@ -324,13 +345,13 @@ struct Program : Arguments {
 
     // ---- The fetching thread
 
-    template <class M> DEVICE void fetch(u64 matrix) {
+    template <class M> DEVICE void fetch(u64 matrix, bool hurry) {
         constexpr int together = M::addends > 1 ? 1 : M::slot;                           // rows that are one piece of memory
         M my;
         #pragma unroll 1
         for (int done = 0; done < my.count; done += M::slot) {
             int rows = least(M::slot, my.count - done);
-            char* to = ring.room(rows * M::bytes, M::share * M::bytes > LONG * SLOT ? 2 : 1);
+            char* to = ring.room(rows * M::bytes, hurry);
             #pragma unroll 1
             for (int r = 0; r < rows; r += together)
                 ring.fetch(to + r * M::bytes, (const char*)matrix + my.start(done + r), least(together, rows - r) * M::bytes);
@@ -338,7 +359,7 @@ struct Program : Arguments {
         }
     }
 
-    DEVICE void fetch_cache(u64 keys, u64 values) {
+    DEVICE void fetch_cache(u64 keys, u64 values, bool hurry) {
         constexpr int bytes = D * sizeof(Weight);
         #pragma unroll 1
         for (int item = blockIdx.x; item < ITEMS; item += GRID) {
@@ -348,7 +369,7 @@ struct Program : Arguments {
             #pragma unroll 1
             for (; first < stop; first += PLACES) {
                 int size = least(PLACES, stop - first) * bytes;
-                char* to = ring.room(2 * size);
+                char* to = ring.room(2 * size, hurry);
                 ring.fetch(to, (const char*)keys + (start + first) * bytes, size);
                 ring.fetch(to + SLOT / 2, (const char*)values + (start + first) * bytes, size);
                 ring.filled();
@@ -357,16 +378,18 @@ struct Program : Arguments {
     }
 
     template <class Fc1, class Fc2> DEVICE void fetch_layers(int begin, int end) {
+        constexpr int stages = 3 + Fc1::factors + Fc2::factors, all = QKV::share_bytes + PROJ::share_bytes + Fc1::share_bytes + Fc2::share_bytes;
+        constexpr bool hurry = all > LONG * SLOT * stages;
         #pragma unroll 1
         for (int layer = begin; layer < end; layer++) {
             const u64* row = shared.table[layer];
-            fetch<QKV>(row[0]);
-            fetch_cache(row[6], row[7]);
-            fetch<PROJ>(row[1]);
-            fetch<typename Fc1::First>(row[2]);
-            if constexpr (Fc1::factors) fetch<typename Fc1::Last>(row[3]);
-            fetch<typename Fc2::First>(row[4]);
-            if constexpr (Fc2::factors) fetch<typename Fc2::Last>(row[5]);
+            fetch<QKV>(row[0], hurry);
+            fetch_cache(row[6], row[7], hurry);
+            fetch<PROJ>(row[1], hurry);
+            fetch<typename Fc1::First>(row[2], hurry);
+            if constexpr (Fc1::factors == 2) fetch<typename Fc1::Last>(row[3], hurry);
+            fetch<typename Fc2::First>(row[4], hurry);
+            if constexpr (Fc2::factors == 2) fetch<typename Fc2::Last>(row[5], hurry);
         }
     }
 
@@ -375,7 +398,6 @@ struct Program : Arguments {
     DEVICE unsigned tag_of_layer(int layer) { return launch % 2 * 2 + layer % 2; }
 
     DEVICE void stage_done() {
-        sync();
         if (threadIdx.x == 0) count(counter + 1);
         target += GRID;
     }
@@ -538,33 +560,52 @@ struct Program : Arguments {
             }
     }
 
-    // partial[warp][row][sequence] = this warp's share of the rows in the next `several` slots times a
-    template <class M> DEVICE void multiply(float* partial, const float (&a)[BATCH * M::each][E], int done, int count) {
+    // this thread's pieces of a slot
+    template <class M> DEVICE void load_pieces(uint4 (&w)[M::rows * M::each]) {
+        const uint4* slot = ring.data() + threadIdx.x / M::group * M::pieces + threadIdx.x % M::group;
+        #pragma unroll
+        for (int i = 0; i < M::rows * M::each; i++)
+            if (M::has(i % M::each)) w[i] = slot[i / M::each * M::groups * M::pieces + i % M::each * M::group];
+    }
+
+    // partial[warp][row][sequence] = this warp's share of the next `count` rows times a. What the next slot holds, if it is there, is loaded
+    // before this one's is multiplied with, so that neither this nor the sums wait for it; what is loaded of one that is not there is not used.
+    template <class M> DEVICE void multiply(float* partial, const float (&a)[BATCH * M::each][E], int count) {
         constexpr int n = power_of_two(M::several * M::rows), all = n * power_of_two(BATCH);
         int group = threadIdx.x / M::group, member = threadIdx.x % M::group, lane = threadIdx.x % 32;
-        float sums[all];
-        #pragma unroll
-        for (int i = 0; i < all; i++) sums[i] = 0;
-        #pragma unroll
-        for (int s = 0; s < M::several; s++)
-            if (done + s * M::slot < count) {
-                const uint4* slot = ring.take() + group * M::pieces + member;
+        int b = lane * all / 32 / n, i = lane * all / 32 % n;  // whose sum this lane gets
+        bool tells = lane % (32 / all) == 0 && b < BATCH && i < M::several * M::rows && M::in_group();
+        partial += member / 32 * THREADS + (i / M::rows * M::slot + i % M::rows * M::groups + group) * BATCH + b;
+        constexpr int ahead = BATCH <= 2;  // else registers are short
+        uint4 now[M::rows * M::each], next[M::rows * M::each];
+        if (ahead) ring.wait(), load_pieces<M>(now), ring.give_back();
+        #pragma unroll 1
+        for (int done = 0; done < count; done += M::several * M::slot) {
+            float sums[all];
+            #pragma unroll
+            for (int i = 0; i < all; i++) sums[i] = 0;
+            #pragma unroll
+            for (int s = 0; s < M::several; s++) {
+                bool more = done + (s + ahead) * M::slot < count, there = ahead && ring.is_there();
+                if (!ahead && !more) continue;
+                if (!ahead) ring.wait();
+                load_pieces<M>(ahead ? next : now);
                 #pragma unroll
-                for (int r = 0; r < M::rows; r++)
-                    #pragma unroll
-                    for (int c = 0; c < M::each; c++)
-                        if (group < M::groups && (M::pieces % M::group == 0 || c * M::group + member < M::pieces)) {
-                            float w[E];
-                            unpack(slot[r * M::groups * M::pieces + c * M::group], w);
-                            #pragma unroll
-                            for (int b = 0; b < BATCH; b++) sums[b * n + s * M::rows + r] += dot(w, a[b * M::each + c]);
-                        }
-                ring.give_back();
+                for (int i = 0; i < M::rows * M::each; i++)
+                    if (M::has(i % M::each)) {
+                        float w[E];
+                        unpack(now[i], w);
+                        #pragma unroll
+                        for (int b = 0; b < BATCH; b++) sums[b * n + s * M::rows + i / M::each] += dot(w, a[b * M::each + i % M::each]);
+                    }
+                if (ahead && more && !there) ring.wait(), load_pieces<M>(next);
+                ring.give_back(more);
+                #pragma unroll
+                for (int i = 0; ahead && i < M::rows * M::each; i++) now[i] = next[i];
             }
-        float sum = sums_over_warp<all>(sums);
-        int b = lane * all / 32 / n, i = lane * all / 32 % n, row = done + i / M::rows * M::slot + i % M::rows * M::groups + group;
-        if (lane % (32 / all) == 0 && b < BATCH && i < M::several * M::rows && group < M::groups && row < count)
-            partial[member / 32 * THREADS + row * BATCH + b] = sum;
+            float sum = sums_over_warp<all>(sums);
+            if (tells) partial[done * BATCH] = sum;
+        }
     }
 
     DEVICE void put(Word* to, float value, unsigned tag) { write(to, word(value, tag)); }
@@ -585,8 +626,7 @@ struct Program : Arguments {
             float sum = 0, extra = bias && mine ? bias[place] : 0, of_gain = IN == NORMED && mine ? norm[N + place] : 0, *partial = shared.partial[turn ^= 1];
             if (begin == 0) input<M, IN, ADDENDS>(a, from, norm, my.block);
             Word before = old && mine ? read(old + at) : 0;
-            #pragma unroll 1
-            for (int done = 0; done < count; done += M::several * M::slot) multiply<M>(partial, a, done, count);
+            multiply<M>(partial, a, count);
             sync();  // two rounds from now, when all are past the next sync, `partial` is written again
             if (mine) {
                 #pragma unroll
@@ -630,8 +670,8 @@ struct Program : Arguments {
     }
 
     DEVICE void attention(Weight* keys, Weight* values) {
-        int member = threadIdx.x % MEMBERS, team = threadIdx.x / MEMBERS, warp = threadIdx.x / 32, at = member * E;
-        await();
+        int member = threadIdx.x % MEMBERS, warp = threadIdx.x / 32, at = member * E;
+        bool first = threadIdx.x % 32 < MEMBERS;  // team of the warp
         #pragma unroll 1
         for (int item = blockIdx.x; item < ITEMS; item += GRID) {
             Item my(item, shared.place);
@@ -639,32 +679,41 @@ struct Program : Arguments {
                 unused(item);
                 continue;
             }
-            float turn_by[2][E];
+            bool with_new = my.first == 0 && warp == 1 % GANGS;  // of the gang that has the fewest slots
+            float turn_by[2][E], in[5][E], out[E] = {}, top = -1e30f, sum = 0;  // in: query, key, value; the other half of query and key
             if (ROPE) load(turn_by[0], cos + my.place * D + at), load(turn_by[1], sin + my.place * D + at);
-            bool own = my.first == 0 && team == 0;  // the new token begins the running softmax of one team, so nothing just stored is read
-            float in[5][E], out[E];              // query, key, value; the other half of query and key
-            receive(in, [&](int c) { return c < 3 || ROPE; },
-                [&](int c) {
-                    int which = c % 3 == 0 ? my.head : c % 3 == 1 ? HEADS + my.kv : HEADS + KV + my.kv;
-                    return qkv + my.b * row_of(QKV::all) + place_of(which * D + (c > 2 ? (at + D / 2) % D : at));
-                });
-            float (&q)[E] = in[0], (&key)[E] = in[1];
-            long long here = (my.cache() * length + my.place) * D + at;
+            int from[5];
+            #pragma unroll
+            for (int c = 0; c < 5; c++) {
+                int which = c % 3 == 0 ? my.head : c % 3 == 1 ? HEADS + my.kv : HEADS + KV + my.kv;
+                from[c] = my.b * row_of(QKV::all) + place_of(which * D + (c > 2 ? (at + D / 2) % D : at));
+            }
+            if (item == blockIdx.x) await();
+            receive(in, [&](int c) { return c < 3 || ROPE; }, [&](int c) { return qkv + from[c]; });
+            float (&q)[E] = in[0], (&key)[E] = in[1], (&value)[E] = in[2];
             #pragma unroll
             for (int e = 0; e < E; e++) {
-                if (ROPE)  // the first half of sin is negative
-                    q[e] = q[e] * turn_by[0][e] + in[3][e] * turn_by[1][e], key[e] = key[e] * turn_by[0][e] + in[4][e] * turn_by[1][e];
-                Weight k, v;
-                narrow(key[e], k), narrow(in[2][e], v);
-                if (own && my.head % (HEADS / KV) == 0) keys[here + e] = k, values[here + e] = v;
-                q[e] *= rsqrtf(D), key[e] = wide(k);
-                out[e] = own ? wide(v) : 0;
+                if (ROPE) q[e] = q[e] * turn_by[0][e] + in[3][e] * turn_by[1][e];  // the first half of sin is negative
+                q[e] *= rsqrtf(D);
             }
-            float score = sum_over<MEMBERS>(dot(q, key)), top = own ? score : -1e30f, sum = own;
+            if (with_new) {  // the new token begins the running softmax of one team, so nothing just stored is read
+                long long here = (my.cache() * length + my.place) * D + at;
+                #pragma unroll
+                for (int e = 0; e < E; e++) {
+                    if (ROPE) key[e] = key[e] * turn_by[0][e] + in[4][e] * turn_by[1][e];
+                    Weight k, v;
+                    narrow(key[e], k), narrow(value[e], v);
+                    if (first && my.head % (HEADS / KV) == 0) keys[here + e] = k, values[here + e] = v;
+                    key[e] = wide(k);
+                    if (first) out[e] = wide(v);
+                }
+                float score = sum_over<MEMBERS>(dot(q, key));
+                if (first) top = score, sum = 1;
+            }
             #pragma unroll 1
             for (int start = my.first, order = warp; start < my.stop; start += PLACES, order++) {
-                const uint4* slot = ring.take();
-                if (order % GANGS == 0) look(slot, my.stop - start, q, out, top, sum);
+                ring.wait();
+                if (order % GANGS == 0) look(ring.data(), my.stop - start, q, out, top, sum);
                 ring.give_back();
             }
             #pragma unroll
@@ -675,10 +724,10 @@ struct Program : Arguments {
                 for (int e = 0; e < E; e++) out[e] *= fade, out[e] += shuffle(out[e], o);
             }
             if (item != blockIdx.x) sync();  // the item before this one is done
-            if (threadIdx.x % 32 < MEMBERS) {
+            if (first) {
                 #pragma unroll
                 for (int e = 0; e < E; e++) shared.heads[warp][at + e] = out[e];
-                shared.heads[warp][D] = top, shared.heads[warp][D + 1] = sum;
+                shared.largest[warp] = top, shared.sums[warp] = sum;
             }
             sync();
             finish(item);
@@ -693,14 +742,14 @@ struct Program : Arguments {
     DEVICE void finish(int item) {
         float top = -1e30f;
         #pragma unroll
-        for (int w = 0; w < WARPS; w++) top = fmaxf(top, shared.heads[w][D]);
+        for (int w = 0; w < WARPS; w++) top = fmaxf(top, shared.largest[w]);
         #pragma unroll 1
         for (int d = threadIdx.x; d < D; d += THREADS) {
             float sum = 0, out = 0;
             #pragma unroll
             for (int w = 0; w < WARPS; w++) {
-                float fade = __expf(shared.heads[w][D] - top);
-                sum += fade * shared.heads[w][D + 1], out += fade * shared.heads[w][d];
+                float fade = __expf(shared.largest[w] - top);
+                sum += fade * shared.sums[w], out += fade * shared.heads[w][d];
             }
             put(part_of(item, d), out / sum, tag);
             if (d < COPIES) put(lse_copy(d) + item, top + __logf(sum), tag);
@@ -720,7 +769,7 @@ struct Program : Arguments {
     DEVICE void ffn_linear(const Word* from, const float* norm, const float* bias, Word* rank, const Word* old, Word* to, unsigned result) {
         typedef typename F::First First;
         typedef typename F::Last Last;
-        if constexpr (F::factors) {
+        if constexpr (F::factors == 2) {
             linear<First, IN, false>(from, norm, IN == NORMED ? bias : nullptr, nullptr, rank, tag);
             linear<Last, PLAIN, ACTIVATE, First::addends>(rank, nullptr, IN == NORMED ? bias + First::all : bias, old, to, result);
         } else
@@ -732,7 +781,7 @@ struct Program : Arguments {
         #pragma unroll 1
         for (int layer = begin; layer < end; layer++) {
             const float *norm1 = (const float*)shared.table[layer][8], *qkv_bias = norm1 + N + QKV::all, *proj_bias = qkv_bias + QKV::all, *norm2 = proj_bias + N,
-                        *bias1 = norm2 + N + First::all, *bias2 = bias1 + First::all + (Fc1::factors ? Fc1::Last::all : 0);
+                        *bias1 = norm2 + N + First::all, *bias2 = bias1 + First::all + (Fc1::factors == 2 ? Fc1::Last::all : 0);
             linear<QKV, NORMED, false>(x, norm1, qkv_bias, nullptr, qkv, tag);
             attention((Weight*)shared.table[layer][6], (Weight*)shared.table[layer][7]);
             linear<PROJ, PARTS, false>(nullptr, nullptr, proj_bias, x, y, tag);
@@ -761,7 +810,7 @@ struct Program : Arguments {
 
     DEVICE void fetch_all() {
         LAYERS_OF(true)
-        fetch<HEAD>((u64)head);
+        fetch<HEAD>((u64)head, true);
     }
 
     DEVICE void compute_all() {
@@ -784,7 +833,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1) decode_step(Argum
         barrier_init(shared.full + threadIdx.x, 1);
         barrier_init(shared.empty + threadIdx.x, WARPS);
     }
-    if (threadIdx.x == 0) shared.taken = 0;
     if (threadIdx.x < BATCH) shared.place[threadIdx.x] = arguments.position[threadIdx.x];
     for (int i = threadIdx.x; i < LAYERS * 9; i += blockDim.x) shared.table[i / 9][i % 9] = arguments.table[i];
     Program program(arguments, shared, Ring{shared, shared_memory() + before, slots});

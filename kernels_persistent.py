@@ -20,7 +20,7 @@ WARPS = 8            # that compute
 FETCHERS = 4         # warps beside them, whose first thread fetches: registers are handed over by four warps at a time
 SLOT = 2**14         # bytes of a slot of the ring at least; it holds a row of every matrix
 LARGEST_SLOT = 2**16
-WIDEST = 2048        # columns that a program takes of a factor whose columns are shared
+WIDEST = 2**13       # inputs, for all sequences, from which on programs share the columns of a factor
 MOST_SPLITS = 8      # programs that share a head, a power of two
 COPIES = 8           # of a word that all programs read
 MOST_INPUTS = 2**15  # of a matrix, for all sequences: more would not fit into the registers
@@ -47,7 +47,7 @@ class Stage(NamedTuple):
         return self.weights.view(self.rows, self.blocks, self.K).transpose(0, 1) if self.summed else self.weights.view(self.blocks, self.rows, self.K)
 
 
-def matrices(linear):
+def matrices(linear, batch):
     """The `Stage`s of a linear, one or two.
 
     The first factor of one that narrows has few long rows, and all programs would have to read all of a long input: there they share the columns.
@@ -60,7 +60,7 @@ def matrices(linear):
         _, s, r = U.shape
         return [Stage(V, q, p, blocks, blocks), Stage(U, s, r, blocks, s)]
     parts = 1
-    while blocks == 1 and linear.in_features > linear.out_features and p // parts > WIDEST and p % (32 * parts) == 0:
+    while blocks == 1 and linear.in_features > linear.out_features and batch * p // parts > WIDEST and p % (32 * parts) == 0:
         parts *= 2
     return [Stage(V, q, p // parts, blocks * parts, blocks * parts * q, parts > 1), Stage(U, *U.shape, 1, len(U))]
 
@@ -71,7 +71,7 @@ def linears(model, batch):
 
 
 def all_matrices(model, batch=1):
-    return [m for layer in linears(model, batch) for linear in layer for m in matrices(linear)] + matrices(model.head)
+    return [m for layer in linears(model, batch) for linear in layer for m in matrices(linear, batch)] + matrices(model.head, batch)
 
 
 def usable(model, batch) -> bool:
@@ -131,7 +131,7 @@ def constants(model, batch, programs, warps, slot):
         return f"Matrix<{m.rows}, {m.K}, {m.blocks}, {m.spread}, {int(m.summed)}>"
 
     def linear(module):
-        parts = [matrix(m) for m in matrices(module)]
+        parts = [matrix(m) for m in matrices(module, batch)]
         return f"{'Dense' if len(parts) == 1 else 'Factors'}<{', '.join(parts)}>"
 
     kinds = [f"{linear(fc1)}, {linear(fc2)}" for _, _, fc1, fc2 in linears(model, batch)]
@@ -141,8 +141,9 @@ def constants(model, batch, programs, warps, slot):
     values = dict(
         BATCH=batch, Weight="bf16" if model.head.weight.dtype == torch.bfloat16 else "float", GRID=programs, WARPS=warps, SLOT=slot, N=cfg.n_embd, HEADS=cfg.n_head,
         KV=cfg.n_kv_head, D=cfg.attn_dim // cfg.n_head, LAYERS=cfg.n_layer, SPLITS=min(MOST_SPLITS, 1 << max(programs // (batch * cfg.n_head), 1).bit_length() - 1),
-        COPIES=COPIES, ROPE=int(cfg.pos == "rope"), RMS=int(cfg.norm == "rmsnorm"), ACT=ACTIVATIONS[cfg.act], QKV=matrix(matrices(qkv)[0]),
-        PROJ=matrix(matrices(proj)[0]), HEAD=matrix(matrices(model.head)[0]), STAGES=2 + sum(1 + sum(len(matrices(m)) for m in layer) for layer in linears(model, batch)))
+        COPIES=COPIES, ROPE=int(cfg.pos == "rope"), RMS=int(cfg.norm == "rmsnorm"), ACT=ACTIVATIONS[cfg.act], QKV=matrix(matrices(qkv, batch)[0]),
+        PROJ=matrix(matrices(proj, batch)[0]), HEAD=matrix(matrices(model.head, batch)[0]),
+        STAGES=2 + sum(1 + sum(len(matrices(m, batch)) for m in layer) for layer in linears(model, batch)))
     return "".join(f"#define {name} {value}\n" for name, value in values.items()) + f"#define LAYERS_OF(fetching) {' '.join(runs)}\n"
 
 
@@ -244,7 +245,7 @@ class Step:
         self.layer_vectors, self.head_vectors = self.vectors()
         self.table = self.addresses()
         self.defines = constants(model, batch, self.programs, warps, slot)
-        rank = max([1] + [parts[0].rows * parts[0].blocks for layer in linears(model, batch) for parts in map(matrices, layer) if len(parts) == 2])
+        rank = max([1] + [parts[0].rows * parts[0].blocks for layer in linears(model, batch) for parts in (matrices(m, batch) for m in layer) if len(parts) == 2])
 
         def row_of(n):  # words
             span = 512 // weight.element_size()
@@ -262,7 +263,7 @@ class Step:
             return torch.zeros(linear.out_features, device=self.device) if linear.bias is None else linear.bias.float()
 
         def normed(norm, linear):
-            parts = matrices(linear)
+            parts = matrices(linear, self.batch)
             vectors = torch.stack([v.double() for v in (norm.weight, getattr(norm, "bias", None)) if v is not None])  # (1 or 2, N)
             vectors = vectors.view(-1, parts[0].blocks, parts[0].K).permute(1, 2, 0)                              # (blocks, K, 1 or 2)
             products = torch.cat([w.double() @ vectors for w in parts[0].by_block().split(1024, dim=1)], dim=1)  # in parts for want of memory
@@ -278,7 +279,7 @@ class Step:
         """(n_layer, 9): qkv, proj, fc1's V and U, fc2's V and U, k, v and vectors of every layer; where there is one matrix, it stands twice."""
         rows = []
         for (qkv, proj, *fcs), cache, vectors in zip(linears(self.model, self.batch), self.cache.layers, self.layer_vectors):
-            weights = [m[i].weights for m in map(matrices, fcs) for i in (0, -1)]
+            weights = [m[i].weights for fc in fcs for m in [matrices(fc, self.batch)] for i in (0, -1)]
             rows.append([t.data_ptr() for t in (qkv.weight, proj.weight, *weights, *cache, vectors)])
         return torch.tensor(rows).to(self.device)
 

@@ -81,6 +81,7 @@ inline void barrier_expect(unsigned long long* b, int bytes) { as_barrier(b).byt
 inline void barrier_wait(unsigned long long* b, int phase) {
     while (as_barrier(b).phase == (unsigned)phase) yield();
 }
+inline bool barrier_done(unsigned long long* b, int phase) { return as_barrier(b).phase != (unsigned)phase; }
 inline void copy_async(void* to, const void* from, int bytes, unsigned long long* barrier) {
     if (bytes % 16 || (uintptr_t)to % 16 || (uintptr_t)from % 16) fprintf(stderr, "the copy engine moves 16 bytes at a time\n"), abort();
     copies.push_back({to, from, bytes, barrier});

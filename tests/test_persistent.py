@@ -106,7 +106,7 @@ def test_several_sequences_in_bf16():
 def test_programs_share_the_columns_of_long_rows(batch, shape, monkeypatch):
     monkeypatch.setattr(kernels, "WIDEST", 64)
     shape = dict(ffn="lowrank", rank=20, **shape)
-    assert kernels.matrices(make(DEVICE, **shape).blocks[-1].ffn.fc2)[0].blocks == (4 if batch < 3 else 2)
+    assert kernels.matrices(make(DEVICE, **shape).blocks[-1].ffn.fc2, batch)[0].blocks == (4 if batch < 3 else 2)
     compare(torch.float32, (0, 44), shape, batch=batch)
 
 
