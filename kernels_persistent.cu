@@ -30,8 +30,8 @@ constexpr int MOST_SLOTS = 32;
 constexpr int ENOUGH = BATCH == 1 ? 8 : 6;  // slots filled or on their way; beyond them one at a time is asked for, below two: more would queue
                                          // before the memory, and activations behind them
 constexpr int LONG = 6;                  // slots of a share beyond which, on average, memory is what all wait for: one more
-constexpr int EARLY = 8;                 // programs that may not be done with a stage when others look for its words
-constexpr int REACH = 128;               // places of the cache below which a head is not shared by programs
+constexpr int EARLY = 12;                // programs that may not be done with a stage when others look for its words
+constexpr int REACH = BATCH == 1 ? 128 : 96 * BATCH;  // places of the cache that a program looks at at most, as long as there are programs
 
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -76,10 +76,10 @@ DEVICE u64 arrivals(const u64* counter) {
     asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(counter) : "memory");
     return value;
 }
-DEVICE void count(u64* counter) { asm volatile("red.relaxed.gpu.global.add.u64 [%0], 1;" :: "l"(counter)); }
-DEVICE u64 counted(const u64* counter) {
-    u64 value;
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(counter));
+DEVICE void count(unsigned* counter) { asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" :: "l"(counter)); }
+DEVICE unsigned counted(const unsigned* counter) {
+    unsigned value;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter));
     return value;
 }
 DEVICE void write(Word* to, Word word) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(to), "r"(word)); }
@@ -250,12 +250,13 @@ static_assert(PLACES % TEAMS == 0 && 32 % MEMBERS == 0, "the host plans for this
 
 // A part of attention: a query head of a sequence and some places of its cache.
 constexpr int ITEMS = SPLITS * BATCH * HEADS;
-DEVICE int reach(int place) { return most(REACH, (place + SPLITS - 1) / SPLITS); }
+DEVICE int parts_of(int place) { return most(1, least(SPLITS, (place + REACH - 1) / REACH)); }
 struct Item {
     int head, kv, b, place, first, stop;
     DEVICE Item(int item, const int* places) {
         head = item % HEADS, kv = head / (HEADS / KV), b = item / HEADS % BATCH, place = places[b];
-        first = item / (HEADS * BATCH) * reach(place), stop = least(first + reach(place), place);
+        int parts = parts_of(place), reach = most(1, (place + parts - 1) / parts);
+        first = item / (HEADS * BATCH) * reach, stop = least(first + reach, place);
     }
     DEVICE long long cache() const { return b * KV + kv; }  // row of the cache
 };
@@ -335,11 +336,13 @@ struct Program : Arguments {
     u64 launch;
     unsigned tag;                  // of this layer's words
     int turn = 0;
-    u64 target = 0;                // of stages done
+    unsigned* stages;              // done by programs, in all launches; it may overflow
+    unsigned target;
 
     DEVICE Program(const Arguments& arguments, Shared& shared, Ring ring) : Arguments(arguments), shared(shared), ring(ring) {
         launch = arrivals(counter) / GRID;  // all programs of this launch begin before one of the next does
         tag = tag_of_layer(0);
+        stages = (unsigned*)(counter + 1);
         target = launch * STAGES * GRID;
     }
 
@@ -398,13 +401,13 @@ struct Program : Arguments {
     DEVICE unsigned tag_of_layer(int layer) { return launch % 2 * 2 + layer % 2; }
 
     DEVICE void stage_done() {
-        if (threadIdx.x == 0) count(counter + 1);
+        if (threadIdx.x == 0) count(stages);
         target += GRID;
     }
 
     DEVICE void await() {  // until the words should be there: to ask for them all the time would be in the way of those that write them
         if (threadIdx.x == 0)
-            while (counted(counter + 1) + EARLY < target) pause();
+            while ((int)(counted(stages) - target) < -EARLY) pause();
         sync();
     }
 
@@ -534,7 +537,7 @@ struct Program : Arguments {
             constexpr int n = least(SPLITS, most(1, 2 / pieces));  // at a time; more were slower
             int parts = 1;
             #pragma unroll
-            for (int b = 0; b < BATCH; b++) parts = most(parts, (shared.place[b] + reach(shared.place[b]) - 1) / reach(shared.place[b]));
+            for (int b = 0; b < BATCH; b++) parts = most(parts, parts_of(shared.place[b]));
             if (parts > 1) return join<M, n>(a, parts, k, apart, count);
             return receive(a, [&](int i) { return i % M::each < count; },
                 [&](int i) { return part + i / M::each * row_of(HEADS * D) + place_of(k) + i % M::each * apart; });

@@ -91,8 +91,8 @@ inline void more_registers() {}
 inline void fewer_registers() {}
 inline void arrive(unsigned long long* counter) { ++*counter; }
 inline unsigned long long arrivals(const unsigned long long* counter) { return *counter; }
-inline void count(unsigned long long* counter) { ++*counter; }
-inline unsigned long long counted(const unsigned long long* counter) { return random_numbers() % 8 ? *counter : ~0ull; }  // a hint may be wrong
+inline void count(unsigned* counter) { ++*counter; }
+inline unsigned counted(const unsigned* counter) { return *counter + (random_numbers() % 8 ? 0 : 1 << 20); }  // a hint may be wrong
 inline void write(unsigned* to, unsigned word) { *to = word; }
 inline unsigned read(const unsigned* from) { return *from; }
 inline void read_four(unsigned (&words)[4], const unsigned* from) { memcpy(words, from, 16); }

@@ -2,6 +2,7 @@
 import copy
 import ctypes
 import functools
+import re
 import shutil
 import subprocess
 import tempfile
@@ -115,6 +116,17 @@ def test_programs_share_the_columns_of_long_rows(batch, shape, monkeypatch):
 def test_programs_come_and_go(steps):
     """One program a head or several, in turn: whatever lay about from launches before, none takes it for new."""
     compare(torch.float32, (300, 0, 130, 70, 500, 3, 200), dict(SHAPES["long"], n_layer=1), steps, programs=8)
+
+
+@torch.no_grad()
+def test_the_count_of_stages_overflows():
+    model, low, expected, cache = pair(torch.float32)
+    step = make_step(low, cache)
+    stages = int(re.search("#define STAGES (\\d+)", step.defines)[1]) * step.programs
+    launches = 2 * (2**32 // stages // 2)  # it overflows in the first or the second step
+    step.counter.copy_(torch.tensor([launches * step.programs, launches * stages % 2**32]))
+    for token in torch.randint(257, (3, 1, 1), device=DEVICE):
+        torch.testing.assert_close(step(token, cache), model.step(token, expected), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
