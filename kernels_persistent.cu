@@ -301,7 +301,6 @@ struct Ring {
     DEVICE void filled() { now.next(slots); }
     // the computing threads
     DEVICE const uint4* data() { return (const uint4*)(memory + now.slot * SLOT); }
-    DEVICE bool is_there() { return barrier_done(shared.full + now.slot, now.phase); }
     DEVICE void wait() { barrier_wait(shared.full + now.slot, now.phase); }
     DEVICE void give_back(bool really = true) {
         __syncwarp();
@@ -520,6 +519,31 @@ struct Program : Arguments {
             for (int e = 0; e < E; e++) a[p][e] /= sum[p];
     }
 
+    // a = pieces of every sequence's row, a sum of ADDENDS. Groups share them: each is asked for by one thread and comes to the others by way of `room`.
+    template <class M, int ADDENDS> DEVICE void gather(float (&a)[BATCH * M::each][E], const Word* from, int block, float* room) {
+        constexpr int pieces = BATCH * M::pieces, each = (pieces + THREADS - 1) / THREADS, size = M::K * M::blocks, stride = row_of(size * ADDENDS);
+        float in[each * ADDENDS][E];
+        receive(in, [&](int i) { return i / ADDENDS * THREADS + threadIdx.x < pieces; },
+            [&](int i) {
+                int piece = i / ADDENDS * THREADS + threadIdx.x;
+                return from + piece / M::pieces * stride + place_of(i % ADDENDS * size + block * M::K + piece % M::pieces * E);
+            });
+        #pragma unroll
+        for (int p = 0; p < each; p++)
+            if (p * THREADS + threadIdx.x < pieces)
+                #pragma unroll
+                for (int e = 0; e < E; e++) {
+                    float sum = 0;
+                    #pragma unroll
+                    for (int n = 0; n < ADDENDS; n++) sum += in[p * ADDENDS + n][e];
+                    room[(p * THREADS + threadIdx.x) * E + e] = sum;
+                }
+        sync();
+        #pragma unroll
+        for (int b = 0; b < BATCH; b++)
+            if (M::has(0)) load(a[b], room + (b * M::pieces + threadIdx.x % M::group) * E);
+    }
+
     // What this thread multiplies with: pieces member, member + group, ... of a block of every sequence's row of `from`, which is a sum of ADDENDS
     template <class M, Input IN, int ADDENDS> DEVICE void input(float (&a)[BATCH * M::each][E], const Word* from, const float* gains, int block) {
         constexpr bool whole = M::groups == 1 && M::blocks == 1;                       // the threads of the group together have the row
@@ -533,6 +557,8 @@ struct Program : Arguments {
         for (int c = 0; c < M::each; c++)
             if (IN == NORMED && c < count) load(gain[c], gains + k + c * apart);
         await();
+        if constexpr (IN == PLAIN && BATCH > 1 && M::groups > 1 && BATCH * M::K <= THREADS * WARPS)
+            return gather<M, ADDENDS>(a, from, block, shared.partial[turn ^ 1]);  // which the stage before this one is done with
         if constexpr (IN == PARTS) {
             constexpr int n = least(SPLITS, most(1, 2 / pieces));  // at a time; more were slower
             int parts = 1;
@@ -571,8 +597,8 @@ struct Program : Arguments {
             if (M::has(i % M::each)) w[i] = slot[i / M::each * M::groups * M::pieces + i % M::each * M::group];
     }
 
-    // partial[warp][row][sequence] = this warp's share of the next `count` rows times a. What the next slot holds, if it is there, is loaded
-    // before this one's is multiplied with, so that neither this nor the sums wait for it; what is loaded of one that is not there is not used.
+    // partial[warp][row][sequence] = this warp's share of the next `count` rows times a. What the next slot holds is loaded before this one's is
+    // multiplied with, so that neither this nor the sums wait for it; what is loaded behind the last one is not used.
     template <class M> DEVICE void multiply(float* partial, const float (&a)[BATCH * M::each][E], int count) {
         constexpr int n = power_of_two(M::several * M::rows), all = n * power_of_two(BATCH);
         int group = threadIdx.x / M::group, member = threadIdx.x % M::group, lane = threadIdx.x % 32;
@@ -589,9 +615,9 @@ struct Program : Arguments {
             for (int i = 0; i < all; i++) sums[i] = 0;
             #pragma unroll
             for (int s = 0; s < M::several; s++) {
-                bool more = done + (s + ahead) * M::slot < count, there = ahead && ring.is_there();
+                bool more = done + (s + ahead) * M::slot < count;
                 if (!ahead && !more) continue;
-                if (!ahead) ring.wait();
+                if (more) ring.wait();
                 load_pieces<M>(ahead ? next : now);
                 #pragma unroll
                 for (int i = 0; i < M::rows * M::each; i++)
@@ -601,7 +627,6 @@ struct Program : Arguments {
                         #pragma unroll
                         for (int b = 0; b < BATCH; b++) sums[b * n + s * M::rows + i / M::each] += dot(w, a[b * M::each + i % M::each]);
                     }
-                if (ahead && more && !there) ring.wait(), load_pieces<M>(next);
                 ring.give_back(more);
                 #pragma unroll
                 for (int i = 0; ahead && i < M::rows * M::each; i++) now[i] = next[i];

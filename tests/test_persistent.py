@@ -199,16 +199,18 @@ def test_what_fits(shape, dtype, fits):
 
 @pytest.mark.skipif(not ON_GPU, reason="needs CUDA")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 2, 4])
 @torch.no_grad()
-def test_repeats_itself(dtype):
+def test_repeats_itself(batch, dtype):
     model = make("cuda", n_embd=1024, n_head=8, ffn="lowrank", rank=256, n_layer=4, vocab_size=5000, block_size=256).to(dtype)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.03)
-    cache = Cache(model.cfg, 1, 256, "cuda", dtype)
+    cache = Cache(model.cfg, batch, 256, "cuda", dtype)
     step = kernels.Step(model, cache)
-    tokens = torch.randint(5000, (1, 100), device="cuda")
-    model.step(tokens, cache, torch.tensor([100], device="cuda"))
-    first = step(tokens[:, :1], cache).clone()
-    for _ in range(1000):
+    tokens = torch.randint(5000, (batch, 100), device="cuda")
+    model.step(tokens, cache, torch.full((batch,), 100, device="cuda"))
+    token = tokens[:, :1].contiguous()
+    first = step(token, cache).clone()
+    for _ in range(2000):
         cache.position.fill_(100)
-        assert torch.equal(step(tokens[:, :1], cache), first)
+        assert torch.equal(step(token, cache), first)
