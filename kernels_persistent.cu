@@ -223,6 +223,7 @@ struct Matrix {
         first = block * ROWS + begin;
         count = idle ? 0 : ROWS * (i + 1) / programs - begin;
     }
+    static constexpr bool even = THREADS % group == 0 && pieces % group == 0;            // all threads have the same number of pieces
     DEVICE static bool in_group() { return THREADS % group == 0 || threadIdx.x < groups * group; }
     DEVICE static bool has(int piece) { return in_group() && (pieces % group == 0 || piece * group + threadIdx.x % group < pieces); }  // a thread
     DEVICE long long start(int row) const {                                              // its first byte
@@ -589,12 +590,14 @@ struct Program : Arguments {
             }
     }
 
-    // this thread's pieces of a slot
+    // this thread's pieces of a slot, or, without a branch, of what lies near where it has none
     template <class M> DEVICE void load_pieces(uint4 (&w)[M::rows * M::each]) {
-        const uint4* slot = ring.data() + threadIdx.x / M::group * M::pieces + threadIdx.x % M::group;
+        int first = threadIdx.x / M::group * M::pieces + threadIdx.x % M::group;
         #pragma unroll
-        for (int i = 0; i < M::rows * M::each; i++)
-            if (M::has(i % M::each)) w[i] = slot[i / M::each * M::groups * M::pieces + i % M::each * M::group];
+        for (int i = 0; i < M::rows * M::each; i++) {
+            int piece = first + i / M::each * M::groups * M::pieces + i % M::each * M::group;
+            w[i] = ring.data()[M::even ? piece : least(piece, SLOT / 16 - 1)];
+        }
     }
 
     // partial[warp][row][sequence] = this warp's share of the next `count` rows times a. What the next slot holds is loaded before this one's is
