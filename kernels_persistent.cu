@@ -610,7 +610,7 @@ struct Program : Arguments {
         partial += member / 32 * THREADS + (i / M::rows * M::slot + i % M::rows * M::groups + group) * BATCH + b;
         constexpr int ahead = BATCH <= 2;  // else registers are short
         uint4 now[M::rows * M::each], next[M::rows * M::each];
-        if (ahead) ring.wait(), load_pieces<M>(now), ring.give_back();
+        if (ahead) ring.wait(), load_pieces<M>(now), ring.give_back();  // at once: loads are quicker than a copy
         #pragma unroll 1
         for (int done = 0; done < count; done += M::several * M::slot) {
             float sums[all];
