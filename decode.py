@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 
 from config import UserError
-from model import Cache
+from model import Cache, written
 from structured import Dense, Structured
 
 
@@ -319,11 +319,10 @@ def choose(model, pairs, path=None) -> dict:
             kept.setdefault(mode, {}).update(rows)
         if path:
             try:
-                with open(path + ".tmp", "w") as f:
+                with written(path) as temp, open(temp, "w") as f:
                     json.dump(tables, f, indent=1)
-                os.replace(path + ".tmp", path)
-            except OSError as e:
-                print(f"the table of speeds is not kept: {path}: {e.strerror}", file=sys.stderr)
+            except UserError as e:
+                print(f"the table of speeds is not kept: {e}", file=sys.stderr)
     return tables[key]
 
 

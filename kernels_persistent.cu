@@ -206,6 +206,7 @@ struct Matrix {
     static constexpr int group = least((pieces + 31) / 32 * 32, THREADS);                // threads that share a row, whole warps
     static constexpr int groups = THREADS / group;
     static constexpr int each = (pieces + group - 1) / group;                            // pieces of a row for each thread
+    static constexpr bool even = THREADS % group == 0 && pieces % group == 0;            // all threads have the same number of pieces
     static constexpr int rows = most(1, least(SLOT / bytes / groups, SUMS));             // of a slot for each group
     static constexpr int slot = rows * groups;                                           // rows in a slot
     static constexpr int share = (ROWS + GRID / BLOCKS - 1) / (GRID / BLOCKS);           // rows of a program at most
@@ -223,7 +224,6 @@ struct Matrix {
         first = block * ROWS + begin;
         count = idle ? 0 : ROWS * (i + 1) / programs - begin;
     }
-    static constexpr bool even = THREADS % group == 0 && pieces % group == 0;            // all threads have the same number of pieces
     DEVICE static bool in_group() { return THREADS % group == 0 || threadIdx.x < groups * group; }
     DEVICE static bool has(int piece) { return in_group() && (pieces % group == 0 || piece * group + threadIdx.x % group < pieces); }  // a thread
     DEVICE long long start(int row) const {                                              // its first byte
@@ -719,7 +719,7 @@ struct Program : Arguments {
                 int which = c % 3 == 0 ? my.head : c % 3 == 1 ? HEADS + my.kv : HEADS + KV + my.kv;
                 from[c] = my.b * row_of(QKV::all) + place_of(which * D + (c > 2 ? (at + D / 2) % D : at));
             }
-            if (item == blockIdx.x) await();
+            if (item == blockIdx.x) await();  // words of later ones are there by then, or nearly
             receive(in, [&](int c) { return c < 3 || ROPE; }, [&](int c) { return qkv + from[c]; });
             float (&q)[E] = in[0], (&key)[E] = in[1], (&value)[E] = in[2];
             #pragma unroll
