@@ -144,13 +144,14 @@ import torch.nn.functional as F
 
 import curves
 import decode
-import model as model_file
+import merge
 from curves import draw_points, draw_speedups, draw_split
-from model import FFN, build, ffn_params, flops_per_token, linear_params, out_of_memory, peak_flops
+from device import out_of_memory, peak_flops, pick_device, set_up
+from model import FFN, build, ffn_params, flops_per_token, linear_params, ops
+from report import Table, clocks, commit, conditions, copy_rate, fresh, graphed, header, laps, middle, ratio, timed, within_memory
 from sample import Settings as Sampling
 from structured import BlockShuffle, LowRank, linear
-from timing import Table, clocks, commit, conditions, copy_rate, fresh, graphed, header, laps, middle, ratio, timed, within_memory
-from train import make_optimizer, nominal_vocabulary, pick_device, set_up, train_step
+from train import make_optimizer, nominal_vocabulary, train_step
 
 PASSES = {"forward": 1, "forward+backward": 3}  # and how many times the forward's FLOPs
 SHORT = 4096  # tokens, up to which launching kernels can take longer than running them
@@ -173,24 +174,24 @@ def sweep(settings, device) -> list:
     return [("width", w, long) for w in widths] + [("tokens", w, t) for w in token_widths for t in token_counts]
 
 
-def copies(make, tokens, n_in, n_out, place) -> list:
+def copies(make, tokens, n_in, n_out, ranks) -> list:
     """[(module, x, dy)] to run in turn: together over twice the L2 cache, so that none finds its data there; weights in the matmuls' precision."""
     def one():
         with torch.device("meta"):
             module = make()
-        module.to_empty(device=place.device).to(place.dtype)
+        module.to_empty(device=ranks.device).to(ranks.dtype)
         for p in module.parameters():
             nn.init.normal_(p, std=p.shape[-1] ** -0.5)
-        x, dy = (torch.randn(tokens, n, device=place.device, dtype=place.dtype) for n in (n_in, n_out))
+        x, dy = (torch.randn(tokens, n, device=ranks.device, dtype=ranks.dtype) for n in (n_in, n_out))
         return module, x.requires_grad_(), dy
 
     first = one()
     size = sum(t.numel() * t.element_size() for t in (*first[0].parameters(), first[1]))
-    cache = torch.cuda.get_device_properties(place.device).L2_cache_size if place.device.type == "cuda" else 0
+    cache = torch.cuda.get_device_properties(ranks.device).L2_cache_size if ranks.device.type == "cuda" else 0
     return [first] + [one() for _ in range(max(2, math.ceil(2 * cache / size)) - 1)]
 
 
-def time_passes(call, turns, place, settings):
+def time_passes(call, turns, ranks, settings):
     """Yields (pass, ms, spread, eager_ms) of one call(module, x), the copies taking turns.
 
     On a GPU they are replayed from a CUDA graph, so that the host's pace does not count; eager_ms is a short call not compiled and
@@ -205,39 +206,39 @@ def time_passes(call, turns, place, settings):
         for module, x, dy in turns:
             torch.autograd.grad(f(module, x), (x, *module.parameters()), dy)
 
-    compiled = torch.compile(call, dynamic=False) if place.compile else call
+    compiled = torch.compile(call, dynamic=False) if ranks.compile else call
     for name, run in zip(PASSES, (forward, both)):
         turn, rounds, eager_ms = partial(run, compiled), 1, None
-        if place.device.type == "cuda":
+        if ranks.device.type == "cuda":
             if len(turns[0][1]) <= SHORT:
                 rounds = math.ceil(32 / len(turns))  # so that starting the graph does not count
-                eager_ms = timed(partial(run, call), place.device, settings)[0] / len(turns)
+                eager_ms = timed(partial(run, call), ranks.device, settings)[0] / len(turns)
             turn = graphed(lambda: [run(compiled) for _ in range(rounds)])
-        ms, spread = timed(turn, place.device, settings)
+        ms, spread = timed(turn, ranks.device, settings)
         yield name, ms / len(turns) / rounds, spread / len(turns) / rounds, eager_ms
 
 
 COLUMNS = {"pass": 16, "ms": 8, "spread": 8, "tflops": 7, "of_matmul": 9, "speedup": 7, "floor_ms": 8, "bytes_ms": 8, "over_floor": 10, "eager_ms": 8}
 
 
-def measure(table, call, make, n_in, n_out, multiply_adds, dense_ms, place, settings, **names):
+def measure(table, call, make, n_in, n_out, multiply_adds, dense_ms, ranks, settings, **names):
     """Times call(make(), x) and writes a row per pass; dense_ms {pass: ms} is filled by the dense case, which comes first.
 
     floor_ms = FLOPs / the measured matmul rate; bytes_ms = weights, input, output and their gradients once / the measured copy
     rate; over_floor = ms / the larger of the two; speedup = dense ms / ms.
     """
-    fresh(place.device)
+    fresh(ranks.device)
     tokens, rates = names["tokens"], table.facts
     with within_memory(table, **names):
-        turns = copies(make, tokens, n_in, n_out, place)
+        turns = copies(make, tokens, n_in, n_out, ranks)
         weights = sum(p.numel() for p in turns[0][0].parameters())
-        for passed, ms, spread, eager_ms in time_passes(call, turns, place, settings):
+        for passed, ms, spread, eager_ms in time_passes(call, turns, ranks, settings):
             if names["ffn"] == "dense":
                 dense_ms[passed] = ms
             flops = 2 * tokens * multiply_adds * PASSES[passed]
             moved = weights + tokens * (n_in + n_out) if passed == "forward" else 3 * weights + tokens * (3 * n_in + 2 * n_out)
             floor_ms = flops / rates["matmul_tflops"] / 1e9
-            bytes_ms = moved * place.dtype.itemsize / rates["copy_tb_per_s"] / 1e9
+            bytes_ms = moved * ranks.dtype.itemsize / rates["copy_tb_per_s"] / 1e9
             table.row(**names, **{"pass": passed}, ms=ms, spread=spread, flops=flops, tflops=flops / ms / 1e9, of_matmul=floor_ms / ms,
                       speedup=ratio(dense_ms.get(passed), ms), floor_ms=floor_ms, bytes_ms=bytes_ms, over_floor=ms / max(floor_ms, bytes_ms), eager_ms=eager_ms)
 
@@ -280,18 +281,18 @@ def ours(module, x):
 
 def bench_kernel(cfg, settings):
     """Both directions of an FFN: fc1 up, fc2 down."""
-    place = set_up(cfg)
-    table = Table({"linear": 6, "width": 5, "tokens": 6, "ffn": 15, "rank": 4, "nblocks": 7, "by": 6, **COLUMNS}, conditions(place, settings, rates=True), settings)
+    ranks = set_up(cfg)
+    table = Table({"linear": 6, "width": 5, "tokens": 6, "ffn": 15, "rank": 4, "nblocks": 7, "by": 6, **COLUMNS}, conditions(ranks, settings, rates=True), settings)
     if not (settings.widths or settings.tokens):
-        settings = dataclasses.replace(settings, widths="768,1024,1536,2048" if place.device.type == "cuda" else "128,256")
-    for varies, width, tokens in sweep(settings, place.device):
+        settings = dataclasses.replace(settings, widths="768,1024,1536,2048" if ranks.device.type == "cuda" else "128,256")
+    for varies, width, tokens in sweep(settings, ranks.device):
         for name in ("fc1", "fc2"):
             dense_ms = {}
             for label, case in compared(cfg, settings, width).items():
                 n, m = (case.n_embd, case.n_hidden) if name == "fc1" else (case.ffn_dim, case.n_embd)
                 shape = case.ffn, n, m, case.rank, case.nblocks
                 for by, call in {"dense": ours}.items() if case.ffn == "dense" else {"einsum": by_einsum, "bmm": by_bmm, "ours": ours}.items():
-                    measure(table, call, lambda: linear(*shape, case.bias), n, m, linear_params(*shape), dense_ms, place, settings, benchmark="kernel",
+                    measure(table, call, lambda: linear(*shape, case.bias), n, m, linear_params(*shape), dense_ms, ranks, settings, benchmark="kernel",
                             sweep=varies, linear=name, width=width, tokens=tokens, ffn=label, rank=case.rank, nblocks=case.nblocks, by=by)
     if settings.plot:
         draw_speedups(settings.plot, f"One linear, forward + backward: {table.card()}", [r for r in table.rows if r["pass"] != "forward"],
@@ -303,13 +304,13 @@ def bench_kernel(cfg, settings):
 
 def bench_ffn(cfg, settings):
     """model.FFN with its activation and biases, over widths at many tokens and over tokens."""
-    place = set_up(cfg)
-    table = Table({"width": 5, "tokens": 6, "ffn": 15, "rank": 4, "nblocks": 7, **COLUMNS}, conditions(place, settings, rates=True), settings)
-    for varies, width, tokens in sweep(settings, place.device):
+    ranks = set_up(cfg)
+    table = Table({"width": 5, "tokens": 6, "ffn": 15, "rank": 4, "nblocks": 7, **COLUMNS}, conditions(ranks, settings, rates=True), settings)
+    for varies, width, tokens in sweep(settings, ranks.device):
         dense_ms = {}
         for label, case in compared(cfg, settings, width).items():
             multiply_adds = ffn_params(dataclasses.replace(case, n_layer=1, n_dense_layers=0))
-            measure(table, ours, lambda: FFN(case, case.ffn), width, width, multiply_adds, dense_ms, place, settings, benchmark="ffn", sweep=varies,
+            measure(table, ours, lambda: FFN(case, case.ffn), width, width, multiply_adds, dense_ms, ranks, settings, benchmark="ffn", sweep=varies,
                     width=width, tokens=tokens, ffn=label, rank=case.rank, nblocks=case.nblocks, act=case.act)
     if settings.plot:
         draw_speedups(settings.plot, f"FFN, {cfg.act}: {table.card()}", table.rows, lambda r: (r["pass"], r["pass"]), lambda r: r["ffn"])
@@ -322,55 +323,55 @@ def bench_train(cfg, settings):
     """One micro-batch per step; the step is train.py's own. With a guide in cfg every structure also runs guided."""
     cfg.vocab_size = cfg.vocab_size or nominal_vocabulary(cfg.tokenizer)
     cfg.batch_size = cfg.micro_batch_size
-    place = set_up(cfg)
+    ranks = set_up(cfg)
     columns = {"ffn": 24, "guided": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "speedup": 7, "mfu": 7, "gib": 6, "forward_ms": 10, "backward_ms": 11,
                "optimizer_ms": 12, "clock": 9}
-    table = Table(columns, conditions(place, settings), settings)
+    table = Table(columns, conditions(ranks, settings), settings)
     for label, case in compared(cfg, settings).items():
         kinds = ["ours", *["guided"] * (case.guide in ("fixedstep", "fixedflop")), *["plain"] * settings.plain]
         for kind in kinds:
             name = label + ", plain" * (kind == "plain")
             with without_kernels(kind == "plain"), within_memory(table, benchmark="train", ffn=name, guided=kind == "guided"):
-                train_row(name, case, kind, place, table, settings)
+                train_row(name, case, kind, ranks, table, settings)
     if settings.plot and table.rows:
         draw_split(settings.plot, f"Training step, {cfg.n_layer} layers x {cfg.n_embd}, {cfg.micro_batch_size} x {cfg.block_size} tokens\n{table.card()}", table.rows)
 
 
-def plain_torch(model, cfg, place):
+def plain_torch(model, cfg, ranks):
     """What a user would write without this project: fp32 weights under autocast, all logits at once, torch's AdamW, one torch.compile.
 
-    -> (a model for train_step, its optimiser). model.kernels must be None while it runs.
+    -> (a model for train_step, its optimiser). ops.ON must be False while it runs.
     """
     def loss(tokens, targets, alpha=None, guided=()):
         return F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten())
-    return torch.compile(loss) if place.compile else loss, make_optimizer(cfg, model, dataclasses.replace(place, dtype=torch.float32))
+    return torch.compile(loss) if ranks.compile else loss, make_optimizer(cfg, model, dataclasses.replace(ranks, dtype=torch.float32))
 
 
 @contextlib.contextmanager
 def without_kernels(wanted):
     """No Triton kernel of training runs inside, if that is wanted."""
-    before = model_file.kernels
-    model_file.kernels = None if wanted else before
+    before = ops.ON
+    ops.ON = before and not wanted
     try:
         yield
     finally:
-        model_file.kernels = before
+        ops.ON = before
 
 
-def train_row(label, cfg, kind, place, table, settings):
+def train_row(label, cfg, kind, ranks, table, settings):
     """kind: ours | guided | plain. The parts of the row are those of the steps themselves, so that they add up to it."""
-    fresh(place.device)
+    fresh(ranks.device)
     guided, plain = kind == "guided", kind == "plain"
     cfg = dataclasses.replace(cfg, kernels=False, recompute="off") if plain else cfg
-    model = build(cfg, place.device, cfg.seed)
+    model = build(cfg, ranks.device, cfg.seed)
     if guided:
         for _, module in model.structured_linears():
             module.start_guide()
-    wrapped, optimizer = plain_torch(model, cfg, place) if plain else (model, make_optimizer(cfg, model, place))
-    if place.compile and not plain:
+    wrapped, optimizer = plain_torch(model, cfg, ranks) if plain else (model, make_optimizer(cfg, model, ranks))
+    if ranks.compile and not plain:
         model.compile_parts()
-    batches = itertools.cycle(torch.randint(cfg.vocab_size, (8, 1, cfg.micro_batch_size, cfg.block_size + 1), device=place.device))
-    alpha = torch.full((), 0.5, device=place.device)
+    batches = itertools.cycle(torch.randint(cfg.vocab_size, (8, 1, cfg.micro_batch_size, cfg.block_size + 1), device=ranks.device))
+    alpha = torch.full((), 0.5, device=ranks.device)
     layers = tuple(range(cfg.n_dense_layers, cfg.n_layer)) if guided else ()
     update = optimizer.step
 
@@ -385,22 +386,22 @@ def train_row(label, cfg, kind, place, table, settings):
             return update(clip)
 
         optimizer.step = marked_update
-        train_step(forward, optimizer, next(batches), cfg, place, 1e-4, alpha, layers)
+        train_step(forward, optimizer, next(batches), cfg, ranks, 1e-4, alpha, layers)
 
-    times = laps(step, place.device, settings)                                                  # (repeats, 3)
+    times = laps(step, ranks.device, settings)                                                  # (repeats, 3)
     ms, spread = middle(times.sum(1))
     forward_ms, backward_ms, optimizer_ms = (times.sum(0) * ms / times.sum()).tolist()          # the median step, divided as all of them are
     gib = clock = None
-    if place.device.type == "cuda":
+    if ranks.device.type == "cuda":
         gib = torch.cuda.max_memory_allocated() / 2**30
         for _ in range(5):
             step(lambda: None)
-        clock = clocks(place.device, "clocks.sm")  # while those run: under load it falls
+        clock = clocks(ranks.device, "clocks.sm")  # while those run: under load it falls
     rate = cfg.micro_batch_size * cfg.block_size / ms * 1e3
     flops = 3 * flops_per_token(cfg, "dense" if guided else None)
     dense = next((r["ms"] for r in table.rows if r["ffn"] == "dense"), ms if cfg.ffn == "dense" else None)
     table.row(benchmark="train", ffn=label, guided=guided, ms=ms, spread=spread, tokens_per_s=round(rate), speedup=ratio(dense, ms), flops_per_token=flops,
-              mfu=ratio(flops * rate, peak_flops(place.device)), gib=gib, forward_ms=forward_ms, backward_ms=backward_ms,
+              mfu=ratio(flops * rate, peak_flops(ranks.device)), gib=gib, forward_ms=forward_ms, backward_ms=backward_ms,
               optimizer_ms=optimizer_ms, clock=clock, config=config.to_dict(cfg))
 
 
@@ -413,36 +414,36 @@ def bench_prefill(cfg, settings):
     lengths = numbers(settings, "tokens") or sorted({min(n, cfg.block_size) for n in (128, 512, cfg.block_size)})
     cfg.vocab_size = cfg.vocab_size or nominal_vocabulary(cfg.tokenizer)
     cfg.block_size = max(lengths)
-    place = set_up(cfg)
+    ranks = set_up(cfg)
     table = Table({"ffn": 20, "batch": 5, "prompt": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "speedup": 7, "tflops": 7, "mfu": 7, "gib": 6},
-                  conditions(place, settings), settings)
+                  conditions(ranks, settings), settings)
     dense_ms = {}
     for label, case in compared(cfg, settings).items():
         with within_memory(table, benchmark="prefill", ffn=label):
-            model = build(case, place.device).eval()
+            model = build(case, ranks.device).eval()
             for p in model.parameters():
-                p.data = torch.randn_like(p, dtype=place.dtype) * p.shape[-1] ** -0.5
-            if place.compile:
+                p.data = torch.randn_like(p, dtype=ranks.dtype) * p.shape[-1] ** -0.5
+            if ranks.compile:
                 model.compile_parts()
             for batch, length in itertools.product(numbers(settings, "batches") or (1, 16), lengths):
                 with within_memory(table, benchmark="prefill", ffn=label, batch=batch, prompt=length):
-                    prefill_row(label, case, model, batch, length, dense_ms, place, table, settings)
+                    prefill_row(label, case, model, batch, length, dense_ms, ranks, table, settings)
     if settings.plot and table.rows:
         points = [(f"batch {r['batch']}", r["ffn"], r["prompt"], r["tokens_per_s"]) for r in table.rows]
         draw_points(settings.plot, f"Prefill, {cfg.n_layer} layers x {cfg.n_embd}: {table.card()}", "tokens in the prompt", "tokens/s", points)
 
 
-def prefill_row(label, cfg, model, batch, length, dense_ms, place, table, settings):
-    fresh(place.device)  # every length compiled for itself
-    prompts = itertools.cycle(torch.randint(cfg.vocab_size, (4, batch, length), device=place.device))
-    ms, spread = timed(lambda: model.head(model.hidden(next(prompts))[:, -1]), place.device, settings)
+def prefill_row(label, cfg, model, batch, length, dense_ms, ranks, table, settings):
+    fresh(ranks.device)  # every length compiled for itself
+    prompts = itertools.cycle(torch.randint(cfg.vocab_size, (4, batch, length), device=ranks.device))
+    ms, spread = timed(lambda: model.head(model.hidden(next(prompts))[:, -1]), ranks.device, settings)
     if cfg.ffn == "dense":
         dense_ms[batch, length] = ms
     head = 2 * cfg.vocab_size * cfg.n_embd  # of the last token only
     flops = batch * (length * (flops_per_token(dataclasses.replace(cfg, block_size=length)) - head) + head)
     table.row(benchmark="prefill", ffn=label, batch=batch, prompt=length, ms=ms, spread=spread, tokens_per_s=round(batch * length / ms * 1e3),
-              speedup=ratio(dense_ms.get((batch, length)), ms), flops=flops, tflops=flops / ms / 1e9, mfu=ratio(flops / ms * 1e3, peak_flops(place.device)),
-              gib=torch.cuda.max_memory_allocated() / 2**30 if place.device.type == "cuda" else None, config=config.to_dict(cfg))
+              speedup=ratio(dense_ms.get((batch, length)), ms), flops=flops, tflops=flops / ms / 1e9, mfu=ratio(flops / ms * 1e3, peak_flops(ranks.device)),
+              gib=torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else None, config=config.to_dict(cfg))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -484,7 +485,7 @@ def decode_row(model, cfg, kind, launch, batch, ceiling, table, settings):
     generation(decoder, cfg, batch, settings)
     runs = [generation(decoder, cfg, batch, settings) for _ in range(settings.repeats or 3)]
     first, each = (statistics.median(column) for column in zip(*runs))
-    weights = decode.step_weights(model, batch, launch)
+    weights = merge.step_weights(model, batch, launch)
     kv = batch * decode.token_bytes(cfg, model.head.weight.dtype) * (settings.prompt_tokens + settings.new_tokens / 2)
     rate = batch * settings.new_tokens / (first + each * (settings.new_tokens - 1))
     gbs = (weights + kv) / each / 1e9
@@ -512,7 +513,7 @@ def bench_decode(cfg, settings):
     launches = settings.launches.split(",") if device.type == "cuda" else ["eager"]
     for kind in settings.kinds.split(",") if cfg.ffn != "dense" else ["dense"]:
         model = random_model(dataclasses.replace(cfg, ffn="dense") if kind == "dense" else cfg, device)
-        decode.ready(model, "structured" if kind == "dense" else kind, dtype)
+        merge.ready(model, "structured" if kind == "dense" else kind, dtype)
         for launch in launches[-1:] if settings.max_batch else launches:
             if settings.max_batch:
                 def largest():
@@ -557,12 +558,12 @@ def bench_crossover(cfg, settings):
     cfg.vocab_size = 1024
     device, dtype = decoding_place(cfg)
     model = random_model(cfg, device)
-    pairs = decode.convert(model, "auto", dtype)
+    pairs = merge.convert(model, "auto", dtype)
     facts, began = header(device), time.perf_counter()
-    choice = decode.Choice(decode.choose(model, pairs))
+    choice = merge.SpeedTable(merge.load_or_measure(model, pairs))
     facts["measured_in"] = f"{time.perf_counter() - began:.1f} s"
-    again = decode.measure(pairs, sorted({*decode.TOKENS, *((a + b) // 2 for a, b in itertools.pairwise(decode.TOKENS))}))
-    of_step = decode.measure_few(model, pairs, range(1, max(decode.FEW) + 1))
+    again = merge.measure(pairs, sorted({*merge.TOKENS, *((a + b) // 2 for a, b in itertools.pairwise(merge.TOKENS))}))
+    of_step = merge.measure_few(model, pairs, range(1, max(merge.FEW) + 1))
     for tokens, rows in of_step.items():
         for shape, ms in rows.items():
             again["graph"][shape][tokens] = ms

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 import config
-from config import Config, UserError
-from model import ffn_params, read_json, read_metrics, short
+from config import Config, UserError, short
+from model import ffn_params
+from run import read_json, read_metrics
 from train import MAY_CHANGE, make_plan, step_flops
 
 

@@ -3,14 +3,12 @@
 Pre-norm blocks x + attention(norm(x)), x + ffn(norm(x)); see config for the switches. Here too: the loss that never holds all
 logits, parameter and FLOP counts by the paper's rules, and building, saving and loading a model.
 """
-import contextlib
 import copy
 import functools
 import importlib.util
-import json
 import logging
 import os
-import zipfile
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -20,11 +18,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import config
 from config import Config, UserError
+from run import read_checkpoint
 from structured import Dense, Structured, linear
 
-kernels = None
-if importlib.util.find_spec("triton") and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
-    import kernels
+# Fused kernels: without the folder all of the model is plain torch.
+ops = importlib.import_module("ops") if importlib.util.find_spec("ops") else SimpleNamespace(ON=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -36,8 +34,8 @@ def make_norm(cfg):
 
 def add_norm(x, branch, norm):
     """(x + branch, its norm); branch None adds nothing."""
-    if kernels and kernels.norms(x):
-        return kernels.add_norm(x, branch, norm)
+    if ops.ON and ops.can_add_norm(x):
+        return ops.add_norm(x, branch, norm)
     x = x if branch is None else x + branch
     return x, norm(x).to(x.dtype)
 
@@ -70,8 +68,8 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache=None):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_size)                                        # (B, T, heads, head_size)
-        if self.rope and kernels and kernels.rotates(qkv, cos):
-            q, k, v = kernels.split_rotated(qkv, cos, sin, self.n_head, self.n_kv_head)
+        if self.rope and ops.ON and ops.can_rotate(qkv, cos):
+            q, k, v = ops.split_rotated(qkv, cos, sin, self.n_head, self.n_kv_head)
         else:
             q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
             if self.rope:
@@ -93,8 +91,8 @@ class FFN(nn.Module):
         self.fc2 = linear(ffn, cfg.ffn_dim, cfg.n_embd, cfg.rank, cfg.nblocks, cfg.bias)
 
     def forward(self, x, alpha=None):
-        if alpha is None and self.kernels and kernels and kernels.fits(x, self.fc1, self.fc2, self.act):
-            return kernels.ffn(x, self.fc1, self.fc2, self.act, self.recompute)
+        if alpha is None and self.kernels and ops.ON and ops.can_ffn(x, self.fc1, self.fc2, self.act):
+            return ops.fused_ffn(x, self.fc1, self.fc2, self.act, self.recompute)
         h = self.fc1(x, alpha)
         if self.act == "gelu":
             h = F.gelu(h, approximate="tanh")
@@ -230,13 +228,13 @@ class LMLoss(torch.autograd.Function):
         loss = torch.zeros((), device=h.device, dtype=torch.float32)
         grad_h = torch.empty_like(h) if training else None
         grad_w = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if training else None
-        in_place = kernels and kernels.halves(h)
+        in_place = ops.ON and ops.can_token_loss(h)
         chunk = LMLoss.CHUNK * (2 if in_place else 1)
         for i in range(0, len(h), chunk):
             rows = slice(i, i + chunk)
             logits = h[rows] @ w.T                                                              # (C, V)
             if in_place:
-                losses, grad = kernels.token_loss(logits, targets[rows], scale, training)       # (C,), (C, V)
+                losses, grad = ops.token_loss(logits, targets[rows], scale, training)       # (C,), (C, V)
             else:
                 losses, grad = token_loss(logits, targets[rows], scale)
             loss += losses.sum()
@@ -320,7 +318,7 @@ class GPT(nn.Module):
     def step(self, tokens, cache, lengths=None):
         """The decoding forward: each row's next tokens (B, T) -> logits (B, vocab_size) of what follows them.
 
-        Either one token a row, or, into a cache whose rows are empty, prompts padded on the right to T tokens, `lengths` (B,) of
+        FactorsOrMerged one token a row, or, into a cache whose rows are empty, prompts padded on the right to T tokens, `lengths` (B,) of
         them real. The padding is behind every real token, so a causal mask hides it, and later steps overwrite its keys.
         """
         B, T = tokens.shape
@@ -364,24 +362,23 @@ def build(cfg, device, seed=None):
     return model
 
 
-def out_of_memory(error) -> bool:
-    """torch has RuntimeErrors of several kinds for it, and a failed recording of a graph hides them behind its own."""
-    return error is not None and (isinstance(error, MemoryError) or any(words in str(error) for words in ("out of memory", "can't allocate memory"))
-                                  or out_of_memory(error.__context__))
-
-
-@contextlib.contextmanager
-def in_memory(cfg, device):
-    """What did not fit, where memory does not suffice."""
+def load_weights(model, weights, path):
     try:
-        yield
-    except (MemoryError, RuntimeError) as e:
-        if not out_of_memory(e):
-            raise
-        with torch.device("meta"):
-            params = sum(p.numel() for p in GPT(cfg).parameters())
-        raise UserError(f"the memory of {device} does not hold this model of {short(params)} parameters with micro-batches of {cfg.micro_batch_size} x "
-                        f"{cfg.block_size} tokens: lower --micro_batch_size, give --recompute=wide, or choose a smaller model.", alone=True) from None
+        model.load_state_dict(weights)
+    except (RuntimeError, AttributeError) as e:  # the latter of names that are no text
+        raise UserError(f"the weights in {path} do not match its config: {str(e).splitlines()[:2][-1].strip()}") from None
+
+
+def load(path, device):
+    """model.pt, or the run folder that holds it -> (model ready to use, config, the file's other entries)."""
+    path = os.path.join(path, "model.pt") if os.path.isdir(path) else path
+    saved = read_checkpoint(path, "model.pt")
+    if not isinstance(saved["tokenizer"].get("identity"), str) or not torch.is_tensor(saved["tokenizer"].get("blob")):
+        raise UserError(f"{path} is not the model.pt of a run: its tokenizer lacks identity or blob.")
+    cfg = config.from_dict(saved["config"], path)
+    model = build(cfg, device)
+    load_weights(model, saved.pop("model"), path)
+    return model.eval(), cfg, saved
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -408,119 +405,3 @@ def flops_per_token(cfg, ffn=None):
     attention = cfg.n_embd * (2 * cfg.attn_dim + 2 * cfg.n_kv_head * head_size)                 # qkv and proj
     products = 2 * cfg.block_size * cfg.attn_dim                                                # scores and values
     return 2 * (cfg.n_layer * (attention + products) + ffn_params(cfg, ffn) + cfg.vocab_size * cfg.n_embd)
-
-
-def short(n) -> str:
-    """1234567 -> 1.23M"""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= size:
-            return f"{n / size:.3g}{unit}"
-    return f"{n:.3g}"
-
-
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H20": 148e12, "GH200": 989e12, "B200": 2250e12,
-              "A100": 312e12, "A800": 312e12, "A40": 150e12, "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
-              "RTX 6000 Ada": 364e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12}
-
-
-def peak_flops(device):
-    """Data-sheet dense bf16 FLOP/s of a card (fp16 for the V100), None where it is not known."""
-    if device.type != "cuda":
-        return None
-    words = torch.cuda.get_device_name(device).replace("-", " ")
-    return next((PEAK_FLOPS[name] for name in sorted(PEAK_FLOPS, key=len, reverse=True) if f" {name} " in f" {words} "), None)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
-
-@contextlib.contextmanager
-def writing(path):
-    """A full disk, or a folder that is not to be written, is told in one sentence."""
-    try:
-        yield
-    except (OSError, RuntimeError) as e:
-        cause = e if isinstance(e, OSError) else e.__context__  # torch.save raises one of its own over the disk's
-        if not isinstance(cause, OSError):
-            raise
-        raise UserError(f"cannot write {path} ({cause.strerror}): make room there, or choose another folder.") from None
-
-
-@contextlib.contextmanager
-def written(path):
-    """Yields the name of a file to write, which takes the place of `path` when it is whole and is removed when it fails."""
-    try:
-        with writing(path):
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            yield path + ".tmp"
-            os.replace(path + ".tmp", path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
-
-
-def read_json(path, lines=False):
-    """What a file of JSON holds, or one of JSON `lines`, where a torn last one is left out."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            return [json.loads(line) for line in f if line.endswith("\n")] if lines else json.load(f)
-    except OSError as e:
-        raise UserError(f"{path} {'is missing' if isinstance(e, FileNotFoundError) else f'cannot be read ({e.strerror})'}.") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is damaged: it is not JSON.") from None
-
-
-def read_metrics(path, last):
-    """The rows of a metrics.jsonl, up to the `last` step."""
-    rows = read_json(path, lines=True)
-    for number, row in enumerate(rows, 1):
-        if not (isinstance(row, dict) and type(row.get("step")) is int and 1 <= row["step"] <= last and (row.get("tokens_per_s") if "loss" in row else True)
-                and all(isinstance(value, (int, float, type(None))) for value in row.values())):
-            raise UserError(f"{path} is damaged: line {number} is not what a run of {last} steps writes.")
-    return rows
-
-
-def save_beside(obj, path):
-    """torch.save that appears whole or not at all."""
-    with written(path) as temp, open(temp, "wb") as f:
-        torch.save(obj, f)
-
-
-ENTRIES = {"model.pt": {"config": dict, "model": dict, "tokenizer": dict}, "ckpt.pt": {"model": dict, "step": int, "data": int, "optimizer": dict}}
-
-
-def read_checkpoint(path, name):
-    """The dict in a run's model.pt or ckpt.pt, on the CPU, mapped rather than read; UserError if it is missing, damaged or another thing."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path} does not exist: give a run folder such as out/quickstart or a model.pt.")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch does not look at the checksums
-        saved = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e:
-        raise UserError(f"{path} is not a checkpoint of this project or is damaged ({type(e).__name__}).") from e
-    if damaged:
-        raise UserError(f"{path} is damaged: the checksum of its part {damaged} does not fit.")
-    lacking = [entry for entry, kind in ENTRIES[name].items() if not isinstance(saved, dict) or not isinstance(saved.get(entry), kind)]
-    if lacking:
-        raise UserError(f"{path} is not the {name} of a run: it lacks {', '.join(lacking)}.")
-    return saved
-
-
-def load_weights(model, weights, path):
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, AttributeError) as e:  # the latter of names that are no text
-        raise UserError(f"the weights in {path} do not match its config: {str(e).splitlines()[:2][-1].strip()}") from None
-
-
-def load(path, device):
-    """model.pt, or the run folder that holds it -> (model ready to use, config, the file's other entries)."""
-    path = os.path.join(path, "model.pt") if os.path.isdir(path) else path
-    saved = read_checkpoint(path, "model.pt")
-    if not isinstance(saved["tokenizer"].get("identity"), str) or not torch.is_tensor(saved["tokenizer"].get("blob")):
-        raise UserError(f"{path} is not the model.pt of a run: its tokenizer lacks identity or blob.")
-    cfg = config.from_dict(saved["config"], path)
-    model = build(cfg, device)
-    load_weights(model, saved.pop("model"), path)
-    return model.eval(), cfg, saved

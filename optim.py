@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from model import kernels
+from model import ops
 
 
 def total_norm(grads):
@@ -20,7 +20,7 @@ def total_norm(grads):
 class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW whose step clips the global gradient norm to max_norm (0: no clipping) and returns it."""
 
-    def carry(self, last):
+    def accumulate(self, last):
         """Nothing to do between micro-batches: fp32 gradients add up in place."""
 
     def step(self, max_norm):
@@ -53,7 +53,7 @@ class MixedAdamW(torch.optim.Optimizer):
         return self.state[p].get("master", p)
 
     @torch.no_grad()
-    def carry(self, last):
+    def accumulate(self, last):
         """Before a further micro-batch's backward: bf16 gradients so far are summed in fp32, and handed back for the last one.
 
         So a sum over many micro-batches is rounded once, and DDP reduces it with the last gradient.
@@ -72,7 +72,7 @@ class MixedAdamW(torch.optim.Optimizer):
         scale = (max_norm / (norm + 1e-6)).clamp(max=1) if max_norm else torch.ones_like(norm)
         for p in params:
             self.state[p]["step"] += 1
-        if kernels and (norm.is_cuda or kernels.INTERPRET):
+        if ops.ON and ops.can_adamw(norm):
             for mixed in (False, True):
                 self.update_fused([p for p in group["params"] if ("master" in self.state[p]) is mixed], mixed, scale, group)
         else:
@@ -91,10 +91,10 @@ class MixedAdamW(torch.optim.Optimizer):
         key = tuple(map(id, params))
         if self.tables.get(mixed, (None,))[0] != key:  # at the start, and when the guides have left
             states = [self.state[p] for p in params]
-            self.tables[mixed] = key, kernels.adamw_tables([self.master(p).data for p in params], [p.data for p in params] if mixed else None,
+            self.tables[mixed] = key, ops.adamw_tables([self.master(p).data for p in params], [p.data for p in params] if mixed else None,
                                                            [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states])
         corrections = [(0.0, 1.0) if p.grad is None else self.corrections(p, group) for p in params]
-        kernels.adamw(self.tables[mixed][1], [p.grad for p in params], corrections, scale, group["lr"] * group["weight_decay"], group["betas"], group["eps"])
+        ops.adamw(self.tables[mixed][1], [p.grad for p in params], corrections, scale, group["lr"] * group["weight_decay"], group["betas"], group["eps"])
 
     def update(self, params, scale, group):
         """The same in plain torch."""

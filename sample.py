@@ -65,10 +65,13 @@ if __name__ == "__main__":
 
 import torch
 
-from decode import Decoder, Row, exact_matmuls, largest_batch, merge_model, padded, ready, row_key
-from model import load, out_of_memory, save_beside, short
+from config import short
+from decode import Decoder, Row, largest_batch, padded, row_key
+from device import out_of_memory, pick_device
+from merge import exact_matmuls, merge_model, ready
+from model import load
+from run import save_beside
 from tokenizer import tokenizer_from_blob
-from train import pick_device
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,6 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 
 import numpy as np
 import torch
@@ -38,10 +37,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import prepare
-from config import Config, UserError
-from model import (GPT, build, ffn_params, flops_per_token, in_memory, load, load_weights, peak_flops, read_checkpoint, read_json, read_metrics,
-                   save_beside, short, writing, written)
+from config import Config, UserError, short
+from device import device_name, in_memory, peak_flops, pick_device, set_up
+from model import GPT, build, ffn_params, flops_per_token, load, load_weights
 from optim import AdamW, MixedAdamW
+from run import atomic_write, read_checkpoint, read_json, read_metrics, save_beside, writing
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def check_ids(ids, vocab_size, path):
         raise UserError(f"{path} holds the token id {ids.max()}, outside the vocabulary of {vocab_size}: {prepare.AGAIN}.")
 
 
-def batches(cfg, plan, tokens, n_windows, steps, place):
+def batches(cfg, plan, tokens, n_windows, steps, ranks):
     """Yields for each step this rank's (n_micro, micro_batch_size, block_size + 1) tokens, read ahead by a thread.
 
     Micro-batch m of rank r holds the sequences (m world + r) micro_batch_size ... of the step: together the ranks see the step's
@@ -210,9 +210,9 @@ def batches(cfg, plan, tokens, n_windows, steps, place):
         windows = windows_of(cfg, step if step < plan.unique else step - plan.unique, n_windows)
         whole = read_windows(tokens, windows, cfg.block_size)                                   # of all ranks, so that all refuse the same
         check_ids(whole, cfg.vocab_size, os.path.join(config.data_dir(cfg), "train.bin"))
-        mine = whole.reshape(-1, place.world, cfg.micro_batch_size, cfg.block_size + 1)[:, place.rank]
+        mine = whole.reshape(-1, ranks.world, cfg.micro_batch_size, cfg.block_size + 1)[:, ranks.rank]
         batch = torch.from_numpy(np.ascontiguousarray(mine))
-        return batch.pin_memory() if place.device.type == "cuda" else batch
+        return batch.pin_memory() if ranks.device.type == "cuda" else batch
 
     steps = iter(steps)
     with ThreadPoolExecutor(1) as pool:
@@ -224,101 +224,22 @@ def batches(cfg, plan, tokens, n_windows, steps, place):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Where it runs
-
-@dataclass
-class Place:
-    """This process: its rank of `world`, its device and the dtype of its matmuls."""
-    rank: int
-    world: int
-    device: object
-    dtype: object
-    compile: bool
-
-    @property
-    def master(self):
-        return self.rank == 0
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def total(self, values):
-        """Sum over the ranks of a 1-D tensor."""
-        if self.world > 1:
-            dist.all_reduce(values)
-        return values
-
-    @contextlib.contextmanager
-    def together(self):
-        """What one rank refuses in here all refuse, in its words; and none goes on before the others."""
-        refusal = ""
-        try:
-            yield
-        except UserError as e:
-            refusal = str(e)
-        if self.total(torch.tensor([float(len(refusal))], device=self.device)).item():
-            refusals = [refusal] * self.world
-            if self.world > 1:
-                dist.all_gather_object(refusals, refusal)
-            raise UserError(next(filter(None, refusals)))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, e, _):
-        """Out of the process group, where all ranks end; where one fails, the others may never come."""
-        if self.world > 1 and (kind in (None, SystemExit) or kind is UserError and not e.alone):
-            time.sleep(0.1)  # gloo's thread needs Python's lock once more for the last all_reduce; without, one exit in ten aborts
-            dist.destroy_process_group()
-
-
-def pick_device(name):
-    """torch.device of Config's `device`; UserError if it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    there = {"cpu": True, "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-             "mps": torch.backends.mps.is_available()}[device.type]
-    if not there:
-        raise UserError(f"device={name} is not available here: use --device=cpu or leave it out.")
-    return device
-
-
-def set_up(cfg) -> Place:
-    """Device, precision and, under torchrun, the process group (nccl on CUDA, gloo on CPU)."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if cfg.batch_size % (cfg.micro_batch_size * world):
-        raise UserError(f"batch_size={cfg.batch_size} does not divide among {world} processes x micro_batch_size={cfg.micro_batch_size} "
-                        f"= {cfg.micro_batch_size * world} sequences: change one of them.")
-    device = pick_device(cfg.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index if device.index is not None and world == 1 else local)
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    on_cuda = device.type == "cuda"
-    dtype = {"auto": torch.bfloat16 if on_cuda else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
-    return Place(rank, world, device, dtype, on_cuda if cfg.compile == "auto" else cfg.compile)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Model, optimiser, one step
 
-def make_optimizer(cfg, model, place):
+def make_optimizer(cfg, model, ranks):
     """AdamW; for bf16 on CUDA the model's matrices become bf16 here, cast once per step instead of in every forward."""
     settings = dict(lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
-    if place.device.type == "cuda" and place.dtype is torch.bfloat16:
+    if ranks.device.type == "cuda" and ranks.dtype is torch.bfloat16:
         return MixedAdamW(model.parameters(), **settings)
-    return AdamW(model.parameters(), fused=place.device.type in ("cpu", "cuda"), **settings)
+    return AdamW(model.parameters(), fused=ranks.device.type in ("cpu", "cuda"), **settings)
 
 
-def wrap(model, cfg, plan, step, place):
+def wrap_ddp(model, cfg, plan, step, ranks):
     """The model as the step calls it: under DDP where there are several processes."""
-    if place.world == 1:
+    if ranks.world == 1:
         return model
     unused = cfg.guide_skip and step < plan.guided  # a skipped layer's guide gets no gradient
-    return DistributedDataParallel(model, device_ids=[place.device] if place.device.type == "cuda" else None,
+    return DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
                                    gradient_as_bucket_view=True, find_unused_parameters=unused)
 
 
@@ -332,7 +253,7 @@ def end_guide(model, optimizer):
         group["params"] = [p for p in group["params"] if id(p) in kept]
 
 
-def train_step(wrapped, optimizer, micro_batches, cfg, place, lr, alpha=None, guided=()):
+def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, guided=()):
     """One optimiser step over (n_micro, micro_batch, T + 1) tokens -> (mean loss of this rank, gradient norm), both 0-d on the device."""
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -340,9 +261,9 @@ def train_step(wrapped, optimizer, micro_batches, cfg, place, lr, alpha=None, gu
     for i, batch in enumerate(micro_batches):
         last = i == n - 1
         if i:
-            optimizer.carry(last)
-        with contextlib.nullcontext() if last or place.world == 1 else wrapped.no_sync():
-            with place.autocast():
+            optimizer.accumulate(last)
+        with contextlib.nullcontext() if last or ranks.world == 1 else wrapped.no_sync():
+            with ranks.autocast():
                 loss = wrapped(batch[:, :-1], batch[:, 1:], alpha, guided) / n
             loss.backward()
         total = total + loss.detach()
@@ -352,23 +273,23 @@ def train_step(wrapped, optimizer, micro_batches, cfg, place, lr, alpha=None, gu
 
 
 @torch.no_grad()
-def evaluate(model, token_file, n_windows, cfg, place, alpha=None, guided=()) -> float:
+def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=()) -> float:
     """Mean loss on the first n_windows windows of a token file, shared among the ranks."""
     model.eval()
-    total = torch.zeros(1, dtype=torch.float64, device=place.device)
-    mine = np.arange(place.rank, n_windows, place.world)
-    with place.together():
+    total = torch.zeros(1, dtype=torch.float64, device=ranks.device)
+    mine = np.arange(ranks.rank, n_windows, ranks.world)
+    with ranks.agree():
         for i in range(0, len(mine), cfg.micro_batch_size):
             windows = read_windows(token_file.tokens, mine[i:i + cfg.micro_batch_size], cfg.block_size)
             check_ids(windows, cfg.vocab_size, token_file.path)
             batch = torch.full((cfg.micro_batch_size, cfg.block_size + 1), -1)                  # always one shape: one compilation
             batch[:len(windows)] = torch.from_numpy(windows)
-            batch = batch.to(place.device)
-            with place.autocast():
+            batch = batch.to(ranks.device)
+            with ranks.autocast():
                 loss = model(batch[:, :-1].clamp(min=0), batch[:, 1:], alpha, guided)
             total += loss.double() * len(windows)
     model.train()
-    return place.total(total).item() / n_windows
+    return ranks.sum_over_ranks(total).item() / n_windows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -411,7 +332,7 @@ def save_checkpoint(cfg, model, optimizer, step, data_checksum):
                  "optimizer": moments}, os.path.join(cfg.out_dir, "ckpt.pt"))
 
 
-def start_or_continue(cfg, plan, place, state, data_checksum):
+def start_or_continue(cfg, plan, ranks, state, data_checksum):
     """A new model, or the checkpoint's in the phase of its step -> (model, optimizer, finished steps)."""
     saved, path = None, os.path.join(cfg.out_dir, "ckpt.pt")
     if state == "continue":
@@ -420,17 +341,17 @@ def start_or_continue(cfg, plan, place, state, data_checksum):
             raise UserError(f"{config.data_dir(cfg)} holds other training data than the run in {cfg.out_dir} began with: "
                             "restore it, or choose another --out_dir.")
     step = saved["step"] if saved else 0
-    model = build(cfg, place.device, None if saved else cfg.seed)
+    model = build(cfg, ranks.device, None if saved else cfg.seed)
     if step < plan.guided:
         for _, module in model.structured_linears():
             module.start_guide()
     if saved:
         load_weights(model, saved["model"], path)
-    optimizer = make_optimizer(cfg, model, place)
+    optimizer = make_optimizer(cfg, model, ranks)
     if saved:
         for name, p in model.named_parameters():
             state = optimizer.state[p]  # torch's fused AdamW counts steps on the device, ours on the host
-            state.update({k: v.to(state[k].device if k in state else place.device, copy=True) for k, v in saved["optimizer"].get(name, {}).items()})
+            state.update({k: v.to(state[k].device if k in state else ranks.device, copy=True) for k, v in saved["optimizer"].get(name, {}).items()})
     return model, optimizer, step
 
 
@@ -465,12 +386,8 @@ def clock(seconds) -> str:
     return f"{s // 3600}h{s % 3600 // 60:02d}m" if s >= 3600 else f"{s // 60}m{s % 60:02d}s"
 
 
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def start_card(cfg, plan, place, train, n_windows, n_val, n_final):
-    facts, peak = summary(cfg), peak_flops(place.device)
+def start_card(cfg, plan, ranks, train, n_windows, n_val, n_final):
+    facts, peak = summary(cfg), peak_flops(ranks.device)
     ffn = {"dense": "dense", "lowrank": f"lowrank rank {cfg.rank}", "blockshuffle": f"blockshuffle {cfg.nblocks} blocks",
            "blockdense": f"blockdense rank {cfg.rank}, {cfg.nblocks} blocks"}[cfg.ffn]
     guide = "" if not plan.guided else (f"guide    {cfg.guide}, the first {plan.guided} steps of {plan.steps}, {cfg.guide_schedule}"
@@ -480,8 +397,8 @@ def start_card(cfg, plan, place, train, n_windows, n_val, n_final):
           f"training {plan.steps} steps x {cfg.batch_size} x {cfg.block_size} = {short(facts['tokens'])} tokens, "
           f"{plan.unique * cfg.batch_size / n_windows:.2f} epochs{f' + {plan.steps - plan.unique} steps replayed' if plan.steps > plan.unique else ''}, "
           f"{facts['train_flops']:.2e} FLOPs\n"
-          f"device   {place.world} x {device_name(place.device)}, {str(place.dtype)[6:]}, peak {short(peak) + 'FLOP/s' if peak else 'n/a'}, "
-          f"{'compiled' if place.compile else 'not compiled'}\nfolder   {cfg.out_dir}", flush=True)
+          f"device   {ranks.world} x {device_name(ranks.device)}, {str(ranks.dtype)[6:]}, peak {short(peak) + 'FLOP/s' if peak else 'n/a'}, "
+          f"{'compiled' if ranks.compile else 'not compiled'}\nfolder   {cfg.out_dir}", flush=True)
 
 
 class Log:
@@ -491,16 +408,16 @@ class Log:
     whichever comes first. Only rank 0 speaks. Rates leave out validation and saving.
     """
 
-    def __init__(self, cfg, plan, place, step):
-        self.cfg, self.plan, self.place, self.peak = cfg, plan, place, peak_flops(place.device)
+    def __init__(self, cfg, plan, ranks, step):
+        self.cfg, self.plan, self.ranks, self.peak = cfg, plan, ranks, peak_flops(ranks.device)
         self.tokens_per_step = cfg.batch_size * cfg.block_size
         self.tty, self.next_step, self.next_time = sys.stdout.isatty(), 0, 0.0
         self.began = self.mark = time.time()
         self.mark_step, self.rate = step, None
         self.steady_tokens, self.steady_seconds, self.steady_flops = 0, 0.0, 0.0
         self.flops = np.concatenate(([0.0], np.cumsum(step_flops(cfg, plan))))                      # until each step
-        if place.master:
-            with written(os.path.join(cfg.out_dir, "config.json")) as temp, open(temp, "w") as f:
+        if ranks.master:
+            with atomic_write(os.path.join(cfg.out_dir, "config.json")) as temp, open(temp, "w") as f:
                 self.wandb = start_wandb(cfg) if cfg.wandb else None  # before anything of the run is there
                 json.dump(config.to_dict(cfg), f, indent=1)
             self.file = open_metrics(cfg, step, plan.steps)
@@ -514,16 +431,16 @@ class Log:
 
     def step(self, step, loss, lr, norm, alpha):
         """A log step; loss and norm are tensors and the ranks' losses are averaged, so all ranks call it."""
-        loss = (self.place.total(loss.reshape(1)) / self.place.world).item()
+        loss = (self.ranks.sum_over_ranks(loss.reshape(1)) / self.ranks.world).item()
         self.check(step, "loss", loss)
         seconds, tokens = time.time() - self.mark, (step - self.mark_step) * self.tokens_per_step
         flops = self.flops[step] - self.flops[self.mark_step]
-        if self.mark_step > self.cfg.log_interval or not self.place.compile:  # the first steps compile
+        if self.mark_step > self.cfg.log_interval or not self.ranks.compile:  # the first steps compile
             self.steady_tokens, self.steady_seconds, self.steady_flops = self.steady_tokens + tokens, self.steady_seconds + seconds, self.steady_flops + flops
         self.mark, self.mark_step, self.rate = time.time(), step, tokens / seconds
-        if not self.place.master:
+        if not self.ranks.master:
             return
-        self.mfu = flops / seconds / (self.peak * self.place.world) if self.peak else None
+        self.mfu = flops / seconds / (self.peak * self.ranks.world) if self.peak else None
         self.write(step=step, tokens=step * self.tokens_per_step, loss=loss, lr=lr, grad_norm=norm.item(), alpha=alpha,
                    tokens_per_s=round(self.rate, 1), mfu=self.mfu and round(self.mfu, 4))
         left = (self.plan.steps - step) * self.tokens_per_step / self.rate
@@ -542,12 +459,12 @@ class Log:
 
     def validation(self, step, loss):
         self.check(step, "validation loss", loss)
-        if self.place.master:
+        if self.ranks.master:
             self.write(step=step, val_loss=loss, val_ppl=perplexity(loss))
             self.say(f"step {step}/{self.plan.steps}  validation loss {loss:.4f}  PPL {perplexity(loss):.2f}")
 
     def say(self, text):
-        if self.place.master:
+        if self.ranks.master:
             print(f"\r\033[K{text}" if self.tty else text, flush=True)
 
     @contextlib.contextmanager
@@ -559,8 +476,8 @@ class Log:
 
     def end_card(self, val_loss, n_final):
         rate = self.steady_tokens / self.steady_seconds if self.steady_seconds else self.rate       # None: no step was left to do
-        mfu = self.steady_flops / self.steady_seconds / (self.peak * self.place.world) if self.peak and self.steady_seconds else None
-        memory = f"{torch.cuda.max_memory_allocated(self.place.device) / 2**30:.1f} GiB" if self.place.device.type == "cuda" else "n/a"
+        mfu = self.steady_flops / self.steady_seconds / (self.peak * self.ranks.world) if self.peak and self.steady_seconds else None
+        memory = f"{torch.cuda.max_memory_allocated(self.ranks.device) / 2**30:.1f} GiB" if self.ranks.device.type == "cuda" else "n/a"
         phases = ", ".join(f"{name} {flops:.2e}" for name, flops in train_flops(self.cfg, self.plan).items() if flops)
         self.say(f"done     validation loss {val_loss:.4f}, PPL {perplexity(val_loss):.2f} on {short(n_final * self.cfg.block_size)} tokens\n"
                  f"speed    {short(rate) if rate else 'n/a'} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}, peak memory {memory}, {clock(time.time() - self.began)} in all\n"
@@ -571,7 +488,7 @@ def open_metrics(cfg, step, last):
     """metrics.jsonl for appending, cut back to the checkpoint's step so that no step stands twice; the validation behind the `last` step comes again."""
     path = os.path.join(cfg.out_dir, "metrics.jsonl")
     rows = read_metrics(path, last) if step and os.path.exists(path) else []
-    with written(path) as temp, open(temp, "w") as f:
+    with atomic_write(path) as temp, open(temp, "w") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= step and not (row["step"] == last and "val_loss" in row))
     return open(path, "a")
 
@@ -592,15 +509,15 @@ class Stop:
             raise KeyboardInterrupt
         self.signal = number
 
-    def agreed(self, place) -> int:
+    def agreed(self, ranks) -> int:
         """The signal that any rank has received, 0 without one. With several ranks all call it after every step, and learn what was
         known one step before: so nobody waits for the device.
         """
-        if place.world == 1:
+        if ranks.world == 1:
             return self.signal
-        signals = torch.full((1,), float(self.signal), device=place.device)
+        signals = torch.full((1,), float(self.signal), device=ranks.device)
         dist.all_reduce(signals, op=dist.ReduceOp.MAX)
-        on_cuda = place.device.type == "cuda"
+        on_cuda = ranks.device.type == "cuda"
         new = torch.empty(1, pin_memory=on_cuda).copy_(signals, non_blocking=on_cuda)
         before, self.asked = self.asked, (new, torch.cuda.current_stream().record_event() if on_cuda else None)
         if before is None:
@@ -644,60 +561,60 @@ def match_vocabulary(cfg, data_vocab):
     cfg.vocab_size = cfg.vocab_size or data_vocab
 
 
-def train(cfg, place, state, train_file, val_file, tokenizer):
+def train(cfg, ranks, state, train_file, val_file, tokenizer):
     """The run, from its first or its checkpoint's step to model.pt."""
     plan = make_plan(cfg)
-    with place.together():
+    with ranks.agree():
         n_windows, n_val, n_final = check_data(cfg, train_file, val_file)
-        model, optimizer, step = start_or_continue(cfg, plan, place, state, train_file.checksum)
-    if place.compile:
+        model, optimizer, step = start_or_continue(cfg, plan, ranks, state, train_file.checksum)
+    if ranks.compile:
         model.compile_parts()
-    wrapped = wrap(model, cfg, plan, step, place)
-    with place.together():
-        log, stop = Log(cfg, plan, place, step), Stop()
-    if place.master:
-        start_card(cfg, plan, place, train_file, n_windows, n_val, n_final)
+    wrapped = wrap_ddp(model, cfg, plan, step, ranks)
+    with ranks.agree():
+        log, stop = Log(cfg, plan, ranks, step), Stop()
+    if ranks.master:
+        start_card(cfg, plan, ranks, train_file, n_windows, n_val, n_final)
     if step:
         log.say(f"continuing after step {step} of {plan.steps}")
-    alpha = torch.ones((), device=place.device)
+    alpha = torch.ones((), device=ranks.device)
     every_guide = tuple(range(cfg.n_dense_layers, cfg.n_layer))
 
-    for batch in batches(cfg, plan, train_file.tokens, n_windows, range(step, plan.steps), place):
+    for batch in batches(cfg, plan, train_file.tokens, n_windows, range(step, plan.steps), ranks):
         # one step
         lr, a, guided = lr_at(cfg, plan, step), alpha_at(cfg, plan, step), guided_layers(cfg, plan, step)
         if cfg.dropout:
-            torch.manual_seed(dropout_seed(cfg, step, place.rank))
-        loss, norm = train_step(wrapped, optimizer, batch.to(place.device, non_blocking=True), cfg, place, lr, alpha.fill_(a), guided)
+            torch.manual_seed(dropout_seed(cfg, step, ranks.rank))
+        loss, norm = train_step(wrapped, optimizer, batch.to(ranks.device, non_blocking=True), cfg, ranks, lr, alpha.fill_(a), guided)
         step += 1
         if step == plan.guided:
             end_guide(model, optimizer)
-            wrapped = wrap(model, cfg, plan, step, place)
+            wrapped = wrap_ddp(model, cfg, plan, step, ranks)
 
         # what it says and what it keeps
         logging = step % cfg.log_interval == 0 or step in (1, plan.steps)
         if logging:
-            with place.together():
+            with ranks.agree():
                 log.step(step, loss, lr, norm, a)
-        stopping = stop.agreed(place)
+        stopping = stop.agreed(ranks)
         saving = stopping or cfg.save_interval and step % cfg.save_interval == 0 or step == plan.steps
         validating = cfg.eval_interval and step % cfg.eval_interval == 0 and step < plan.steps
         if saving:
             log.check(step, "gradient norm", norm.item())
         if saving or validating:
-            with log.pause(), place.together():
+            with log.pause(), ranks.agree():
                 if validating:
                     guides = every_guide if step < plan.guided else ()
-                    log.validation(step, evaluate(model, val_file, n_val, cfg, place, alpha.fill_(alpha_at(cfg, plan, step)), guides))
-                if saving and place.master:
+                    log.validation(step, evaluate(model, val_file, n_val, cfg, ranks, alpha.fill_(alpha_at(cfg, plan, step)), guides))
+                if saving and ranks.master:
                     save_checkpoint(cfg, model, optimizer, step, train_file.checksum)
         if stopping and step < plan.steps:
             log.say(f"stopped after step {step} and saved; the same command with --resume=auto goes on")
             sys.exit(128 + stopping)
 
-    val_loss = evaluate(model, val_file, n_final, cfg, place)
-    with place.together():
+    val_loss = evaluate(model, val_file, n_final, cfg, ranks)
+    with ranks.agree():
         log.validation(step, val_loss)
-        if place.master:
+        if ranks.master:
             save_model(cfg, full_weights(model, optimizer), tokenizer, step, val_loss)
     log.end_card(val_loss, n_final)
 
@@ -712,14 +629,14 @@ def score(cfg):
                         f"{config.data_dir(cfg)} holds tokens of {tokenizer.identity}: prepare the text with the model's.")
     trained.micro_batch_size = cfg.micro_batch_size
     n = min(count_validation(trained, val_file), max(1, cfg.final_eval_tokens // trained.block_size))
-    place = set_up(dataclasses.replace(trained, device=cfg.device, dtype=cfg.dtype, compile=cfg.compile, batch_size=cfg.batch_size))
-    with place, in_memory(trained, place.device):
-        if place.compile:
+    ranks = set_up(dataclasses.replace(trained, device=cfg.device, dtype=cfg.dtype, compile=cfg.compile, batch_size=cfg.batch_size))
+    with ranks, in_memory(trained, ranks.device, summary(trained)["params"]):
+        if ranks.compile:
             model.compile_parts()
-        loss = evaluate(model, val_file, n, trained, place)
+        loss = evaluate(model, val_file, n, trained, ranks)
         if not math.isfinite(loss):
             raise UserError(f"the loss of the model in {cfg.out_dir} is {loss}: its training has left the numbers, train it again with a lower lr.")
-        if place.master:
+        if ranks.master:
             print(f"{cfg.out_dir} on {config.data_dir(cfg)}: loss {loss:.4f}, PPL {perplexity(loss):.2f} on {short(n * trained.block_size)} tokens")
 
 
@@ -736,16 +653,16 @@ def main(cfg, settings):
     if state == "finished":
         print(f"{cfg.out_dir} holds a finished run; sample from it with: python sample.py {cfg.out_dir}")
         return
-    place = set_up(cfg)
-    with place:
-        with place.together():
-            if place.master:
+    ranks = set_up(cfg)
+    with ranks:
+        with ranks.agree():
+            if ranks.master:
                 prepare.ensure_data(cfg)
-        with place.together():
+        with ranks.agree():
             train_file, val_file, tokenizer = prepare.open_data(cfg)
             match_vocabulary(cfg, train_file.vocab_size)
-        with in_memory(cfg, place.device):
-            train(cfg, place, state, train_file, val_file, tokenizer)
+        with in_memory(cfg, ranks.device, summary(cfg)["params"]):
+            train(cfg, ranks, state, train_file, val_file, tokenizer)
 
 
 if __name__ == "__main__":

@@ -153,6 +153,14 @@ def _unknown(name, known, where):
     raise UserError(f"{where} has no setting named {name}: {hint}")
 
 
+def short(n) -> str:
+    """1234567 -> 1.23M"""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:.3g}"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line and presets
 

@@ -1,4 +1,4 @@
-// What kernels_persistent.cu needs of a GPU, for a CPU: every thread of every program is a fiber, all in one thread of the host. A fiber
+// What ops/megakernel.cu needs of a GPU, for a CPU: every thread of every program is a fiber, all in one thread of the host. A fiber
 // runs until it has to wait; which warp goes next is drawn at random. The copy engine copies when it likes, in any order.
 #include <cmath>
 #include <cstdint>

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import config
 import curves
+import device
 import model
 import train
 from bench import CASES, Settings, compared, timed, with_case
@@ -111,13 +112,13 @@ def test_einsum_bmm_and_ours_are_one_map(case, n, m, bias):
 
 
 def test_copies_take_turns_and_nothing_is_zero():
-    place = train.set_up(config.load(["--device=cpu"])[0])
-    turns = bench.copies(lambda: linear("lowrank", 32, 64, 8), 5, 32, 64, place)
+    ranks = train.set_up(config.load(["--device=cpu"])[0])
+    turns = bench.copies(lambda: linear("lowrank", 32, 64, 8), 5, 32, 64, ranks)
     assert len(turns) == 2
     tensors = [t for module, x, dy in turns for t in (*module.parameters(), x, dy)]
     assert len({t.data_ptr() for t in tensors}) == len(tensors) and all((t != 0).all() for t in tensors)
     seen = []
-    for name, ms, spread, eager in bench.time_passes(lambda m, x: seen.append(x) or m(x), turns, place, Settings(repeats=3, warmup=1)):
+    for name, ms, spread, eager in bench.time_passes(lambda m, x: seen.append(x) or m(x), turns, ranks, Settings(repeats=3, warmup=1)):
         assert ms > 0 and spread >= 0 and eager is None
     assert [id(x) for x in seen] == [id(turns[i % 2][1]) for i in range(16)]
 
@@ -213,13 +214,13 @@ def test_train_beside_plain_torch(rows, monkeypatch):
 def test_plain_torch_is_the_same_model_and_runs_without_our_kernels(monkeypatch):
     cfg = config.from_dict({**config.to_dict(Config(n_layer=2, n_embd=32, n_head=2, block_size=16, vocab_size=64)), "ffn": "lowrank", "rank": 8})
     gpt, tokens = GPT(cfg).init_weights(), torch.randint(64, (2, 17))
-    loss, optimizer = bench.plain_torch(gpt, cfg, train.Place(0, 1, CPU, torch.float32, False))
+    loss, optimizer = bench.plain_torch(gpt, cfg, device.Ranks(0, 1, CPU, torch.float32, False))
     torch.testing.assert_close(loss(tokens[:, :-1], tokens[:, 1:]), gpt(tokens[:, :-1], tokens[:, 1:]))
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in gpt.parameters()]
-    monkeypatch.setattr(bench.model_file, "kernels", "ours")
+    monkeypatch.setattr(bench.ops, "ON", True)
     with bench.without_kernels(True):
-        assert bench.model_file.kernels is None
-    assert bench.model_file.kernels == "ours"
+        assert bench.ops.ON is False
+    assert bench.ops.ON is True
 
 
 def test_train_cases(rows):
@@ -507,7 +508,7 @@ def test_a_case_beyond_memory_is_a_row_and_the_others_run(rows, monkeypatch, com
 
 @pytest.mark.parametrize("command", ["decode", "crossover", "train"])
 def test_a_model_beyond_memory_is_one_sentence(cli, monkeypatch, command):
-    monkeypatch.setattr(model if command != "train" else train, "build" if command != "train" else "set_up", out_of_memory)
+    monkeypatch.setattr(model if command != "train" else device, "build" if command != "train" else "set_up", out_of_memory)
     status, _, err = cli("bench.py", command, *SMALL, *LOWRANK, "--prompt_tokens=1", "--new_tokens=2")
     assert status == 2 and err == f"error: the memory does not hold what {command} needs here: give a smaller model, batch or number of tokens.\n"
 

@@ -13,10 +13,13 @@ import torch
 
 import config
 import decode
+import merge
 import sample
+import structured
 from config import Config, UserError
 from conftest import ROOT
-from decode import Decoder, Row, ready, row_key
+from decode import Decoder, Row, row_key
+from merge import ready
 from model import Cache, build, load
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
@@ -122,10 +125,10 @@ def test_a_step_looks_at_few_places_and_at_all_that_count():
 @pytest.mark.parametrize("batch", [1, 6])
 @torch.no_grad()
 def test_fused_step_is_the_step(name, batch):
-    kernels = pytest.importorskip("kernels_decode")
+    kernels = pytest.importorskip("ops.decode")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = make(device, **{**MODELS[name], "n_layer": 2})
-    assert kernels.usable(model.cfg)
+    assert kernels.can_step(model, Cache(model.cfg, batch, 64, device, torch.float32))
     lengths, tokens = torch.arange(3, 3 + 5 * batch, 5, device=device), torch.randint(257, (batch, 64), device=device)
     caches = [Cache(model.cfg, batch, 64, device, torch.float32) for _ in range(2)]
     for cache in caches:
@@ -139,7 +142,7 @@ def test_fused_step_is_the_step(name, batch):
 @pytest.mark.parametrize("name", ["dense", "lowrank swiglu", "blockshuffle, one key head"])
 @torch.no_grad()
 def test_fused_step_in_half_precision_is_near(name):
-    kernels = pytest.importorskip("kernels_decode")
+    kernels = pytest.importorskip("ops.decode")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     exact = make(device, **{**MODELS[name], "n_layer": 2})
     model = ready(copy.deepcopy(exact), "structured", torch.float16)
@@ -161,14 +164,14 @@ def test_fused_step_in_half_precision_is_near(name):
 @torch.no_grad()
 def test_fused_choice_is_the_choice(given):
     """Against float64; where a draw falls within 1e-5 of an edge between two tokens either is right."""
-    kernels = pytest.importorskip("kernels_decode")
+    kernels = pytest.importorskip("ops.decode")
     device, s, B, V = "cuda" if torch.cuda.is_available() else "cpu", settings(**given), 40, 9000 if torch.cuda.is_available() else 300
     logits = (2 * torch.randn(B, V + 60, device=device))[:, :V]  # a padded vocabulary
     logits[:, 17] = logits[:, 5] = logits.max() + 0.1
     key, position = torch.randint(-2**62, 2**62, (B,), device=device), torch.arange(B, device=device) * 37
     token, new, turn = torch.zeros(B, 1, dtype=torch.long, device=device), torch.zeros(B, 9, dtype=torch.long, device=device), torch.arange(B, device=device)[:, None] % 8
     noted = turn.clone()
-    kernels.choose(logits, s, key, position, token, new, turn)
+    kernels.sample(logits, s, key, position, token, new, turn)
     draw = decode.uniform(key, position)
     torch.testing.assert_close(turn, noted + 1)
     torch.testing.assert_close(new.gather(1, noted), token)
@@ -181,7 +184,7 @@ def test_fused_choice_is_the_choice(given):
     above, below = cdf.gather(1, token)[:, 0], (cdf - p / p.sum(-1, keepdim=True)).gather(1, token)[:, 0]
     assert (p.gather(1, token) > 0).all() and (below - 1e-5 <= draw).all() and (draw <= above + 1e-5).all()
     near = (cdf - draw[:, None]).abs().amin(1) < 1e-5
-    torch.testing.assert_close(token[~near, 0], decode.pick(logits, s, draw)[~near])
+    torch.testing.assert_close(token[~near, 0], decode.sample_token(logits, s, draw)[~near])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -235,7 +238,7 @@ def test_pick_draws_from_the_distribution():
     logits = torch.randn(1, 12) * 2
     n = 20000
     draws = torch.arange(n) / n
-    picked = decode.pick(logits.expand(n, -1), settings(temperature=0.7), draws)
+    picked = decode.sample_token(logits.expand(n, -1), settings(temperature=0.7), draws)
     share = torch.bincount(picked, minlength=12) / n
     torch.testing.assert_close(share, (logits[0] / 0.7).softmax(0), atol=2e-4, rtol=0)
 
@@ -245,7 +248,7 @@ def test_filters_keep_what_they_say():
     draws = torch.linspace(0, 1 - 1e-7, 1000)
 
     def kept(**kw):
-        return set(decode.pick(p.log().expand(1000, -1), settings(temperature=1.0, **kw), draws).tolist())
+        return set(decode.sample_token(p.log().expand(1000, -1), settings(temperature=1.0, **kw), draws).tolist())
 
     assert kept() == {0, 1, 2, 3, 4}
     assert kept(top_k=2) == {1, 2}
@@ -259,7 +262,7 @@ def test_filters_keep_what_they_say():
 
 def test_auto_keeps_its_table_and_follows_it(tmp_path, monkeypatch):
     path = str(tmp_path / "decode.json")
-    monkeypatch.setattr(decode, "TOKENS", [1, 4, 16])
+    monkeypatch.setattr(merge, "TOKENS", [1, 4, 16])
     ready(make(ffn="lowrank", rank=16), "auto", torch.float32, path)
     tables = json.loads(Path(path).read_text())
     (key, modes), = tables.items()
@@ -268,21 +271,21 @@ def test_auto_keeps_its_table_and_follows_it(tmp_path, monkeypatch):
     for shape in modes["eager"]:
         modes["eager"][shape] = {"1": [2.0, 1.0], "4": [2.0, 1.0], "16": [1.0, 2.0]}
     Path(path).write_text(json.dumps(tables))
-    monkeypatch.setattr(decode, "measure", lambda pairs: pytest.fail("measured again"))
+    monkeypatch.setattr(merge, "measure", lambda pairs: pytest.fail("measured again"))
     model = ready(make(ffn="lowrank", rank=16), "auto", torch.float32, path)
     pair = model.blocks[1].ffn.fc1
     assert [model.choice.merged(pair.shape, t) for t in (1, 3, 4, 5, 16, 4096)] == [True, True, True, False, False, False]
     x = torch.randn(1, 128)
     torch.testing.assert_close(pair(x), pair.factors(x), atol=1e-4, rtol=1e-4)
-    few, many = decode.step_weights(model, 1, "eager"), decode.step_weights(model, 16, "eager")
+    few, many = merge.step_weights(model, 1, "eager"), merge.step_weights(model, 16, "eager")
     assert few - many == 4 * sum(m.merged.weight.numel() - m.factors.V.numel() - m.factors.U.numel()
-                                 for m in model.modules() if isinstance(m, decode.Either))
+                                 for m in model.modules() if isinstance(m, merge.FactorsOrMerged))
 
     for shape in modes["eager"]:
         modes["eager"][shape] = {"1": [1.0, 2.0], "16": [1.0, 2.0]}
     Path(path).write_text(json.dumps(tables))
     model = ready(make(ffn="lowrank", rank=16), "auto", torch.float32, path)
-    assert not any(isinstance(m, decode.Either) for m in model.modules())  # the dense equivalents were not worth their memory
+    assert not any(isinstance(m, merge.FactorsOrMerged) for m in model.modules())  # the dense equivalents were not worth their memory
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -290,27 +293,27 @@ def test_auto_times_the_step_that_few_sequences_take():
     """As a graph, all linears of a model go the way in which the whole step was faster."""
     model = ready(make("cuda", **MODELS["blockshuffle, one key head"]), "auto", torch.float32)
     rows = model.choice.times["graph"]
-    for few in map(str, decode.FEW):
+    for few in map(str, merge.FEW):
         assert len({tuple(row[few]) for row in rows.values()}) == 1
     assert len({tuple(row["8"]) for row in rows.values()}) == len(rows) == 2
     with model.choice.under("graph"):
         assert all(len({model.choice.merged(shape, tokens) for shape in rows}) == 1 for tokens in (1, 2, 3, 4))
-    assert decode.measure_few(model.cpu(), []) == {}
+    assert merge.measure_few(model.cpu(), []) == {}
 
 
 def test_table_of_another_card_is_left_alone(tmp_path, monkeypatch):
     path = tmp_path / "decode.json"
     path.write_text(json.dumps({"another card": {"eager": {}}}))
-    monkeypatch.setattr(decode, "TOKENS", [1])
+    monkeypatch.setattr(merge, "TOKENS", [1])
     ready(make(ffn="blockshuffle", nblocks=2), "auto", torch.float32, str(path))
     assert len(json.loads(path.read_text())) == 2
 
 
 def test_a_damaged_table_is_one_sentence(tmp_path, monkeypatch):
     path = tmp_path / "decode.json"
-    monkeypatch.setattr(decode, "TOKENS", [1])
-    key = decode.table_key(torch.device("cpu"), torch.float32)
-    shape = decode.shape_of(make(ffn="blockshuffle", nblocks=2).blocks[1].ffn.fc1)
+    monkeypatch.setattr(merge, "TOKENS", [1])
+    key = merge.table_key(torch.device("cpu"), torch.float32)
+    shape = structured.shape_of(make(ffn="blockshuffle", nblocks=2).blocks[1].ffn.fc1)
     tables = [{key: value} for value in (3, [], {"eager": 3}, {"eager": {shape: {}}}, {"eager": {shape: {"one": [1, 2]}}}, {"eager": {shape: {"1": [1, "2"]}}},
                                          {"eager": {shape: {"1": [1]}}}, {"eager": {shape: {"1": [0, 1]}}})]
     for text in ("{", "[]", "[" * 100_000, *map(json.dumps, tables)):
@@ -467,10 +470,10 @@ def test_bench_crossover_shows_what_auto_chose(cli, tmp_path):
 def test_bench_crossover_shows_the_times_of_the_step_that_few_sequences_take(cli, tmp_path, monkeypatch):
     """Where that step is one kernel, auto goes by it, though each linear by itself says otherwise."""
     def measure(pairs, sizes=()):
-        return {mode: {pair.shape: {str(t): [1.0, 2.0] for t in sizes or decode.TOKENS} for pair in pairs} for mode in ("eager", "graph")}
+        return {mode: {pair.shape: {str(t): [1.0, 2.0] for t in sizes or merge.TOKENS} for pair in pairs} for mode in ("eager", "graph")}
 
-    monkeypatch.setattr(decode, "measure", measure)
-    monkeypatch.setattr(decode, "measure_few", lambda model, pairs, sizes=decode.FEW: {str(few): {pair.shape: [0.4, 0.3] for pair in pairs if model.blocks[1].ffn.fc1 in pairs} for few in sizes})
+    monkeypatch.setattr(merge, "measure", measure)
+    monkeypatch.setattr(merge, "measure_few", lambda model, pairs, sizes=merge.FEW: {str(few): {pair.shape: [0.4, 0.3] for pair in pairs if model.blocks[1].ffn.fc1 in pairs} for few in sizes})
     out = tmp_path / "rows.jsonl"
     assert cli("bench.py", "crossover", *SMALL, f"--json={out}")[0] == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]

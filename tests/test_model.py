@@ -13,7 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
+import device
 import model as model_file
+import run
 import train
 from config import UserError
 from conftest import ROOT, STRUCTURES, dense_oracle
@@ -341,8 +343,8 @@ def test_dry_run_without_data_takes_the_vocabulary_from_the_tokenizers_name(cli)
     ("NVIDIA GeForce GTX 1080", None)])
 def test_peak_flops_of_known_cards_only(monkeypatch, card, flops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
-    assert model_file.peak_flops(torch.device("cuda")) == flops
-    assert model_file.peak_flops(CPU) is None
+    assert device.peak_flops(torch.device("cuda")) == flops
+    assert device.peak_flops(CPU) is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -355,7 +357,7 @@ def saved(tmp_path, **changes):
     for name, value in changes.items():
         content[name] = value(content[name])
     path = str(tmp_path / "model.pt")
-    model_file.save_beside({k: v for k, v in content.items() if v is not None}, path)
+    run.save_beside({k: v for k, v in content.items() if v is not None}, path)
     assert os.listdir(tmp_path) == ["model.pt"]
     return path, cfg, content
 

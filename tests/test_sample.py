@@ -8,7 +8,8 @@ import torch
 
 from conftest import LOWRANK, assert_one_sentence, train_run
 from model import GPT, load
-from decode import Decoder, Row, pick, ready, row_key
+from decode import Decoder, Row, row_key, sample_token
+from merge import ready
 from sample import Settings
 
 P = torch.tensor([0.03, 0.5, 0.07, 0.25, 0.15])  # of five tokens
@@ -16,7 +17,7 @@ P = torch.tensor([0.03, 0.5, 0.07, 0.25, 0.15])  # of five tokens
 
 def drawn(n=40_000, **settings):
     """Frequencies of the five tokens in n draws."""
-    tokens = pick(P.log().repeat(n, 1), Settings(**settings), torch.rand(n, generator=torch.Generator().manual_seed(0)))
+    tokens = sample_token(P.log().repeat(n, 1), Settings(**settings), torch.rand(n, generator=torch.Generator().manual_seed(0)))
     assert tokens.shape == (n,)
     return torch.bincount(tokens, minlength=5) / n
 
@@ -46,10 +47,10 @@ def test_temperature_is_a_power_of_the_probabilities(temperature):
 
 def test_temperature_0_takes_the_likeliest_and_rows_are_drawn_apart():
     logits = torch.randn(50, 30)
-    assert torch.equal(pick(logits, Settings(temperature=0), None), logits.argmax(1))
+    assert torch.equal(sample_token(logits, Settings(temperature=0), None), logits.argmax(1))
     kept = logits.clone()
-    assert torch.equal(pick(logits, Settings(top_k=1), torch.rand(50)), logits.argmax(1))
-    pick(logits, Settings(temperature=1.0, top_k=2), torch.rand(50))
+    assert torch.equal(sample_token(logits, Settings(top_k=1), torch.rand(50)), logits.argmax(1))
+    sample_token(logits, Settings(temperature=1.0, top_k=2), torch.rand(50))
     assert torch.equal(logits, kept)
 
 
@@ -57,7 +58,7 @@ def test_temperature_0_takes_the_likeliest_and_rows_are_drawn_apart():
 @pytest.mark.parametrize("filters", [{}, dict(top_k=3), dict(top_p=0.9, min_p=0.1)])
 def test_a_tiny_temperature_takes_the_likeliest_too(temperature, filters):
     logits = 30 * torch.randn(50, 30)
-    assert torch.equal(pick(logits, Settings(temperature=temperature, **filters), torch.rand(50)), logits.argmax(1))
+    assert torch.equal(sample_token(logits, Settings(temperature=temperature, **filters), torch.rand(50)), logits.argmax(1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -23,13 +23,13 @@ import prepare
 import train
 from config import UserError
 from conftest import LOWRANK, ROOT, STRUCTURES, TINY, assert_one_sentence, train_run, write_data
+from device import Ranks
 from model import load
 from structured import Structured
 from test_model import random_model, reference_logits
-from train import Place
 
 CPU = torch.device("cpu")
-ALONE = Place(0, 1, CPU, torch.float32, False)
+ALONE = Ranks(0, 1, CPU, torch.float32, False)
 # 4 steps guided, 4 plain, 4 replayed
 GUIDED = ["--ffn=blockshuffle", "--nblocks=4", "--guide=fixedflop", "--guide_ratio=0.5", "--guide_skip=True"]
 
@@ -196,7 +196,7 @@ def all_batches(cfg, tokens, n_windows, steps, world):
     """{step: the sequences of all ranks in the order of the windows}, read rank by rank."""
     plan, ranks, micro = train.make_plan(cfg), [], cfg.micro_batch_size
     for rank in range(world):
-        ranks.append(list(train.batches(cfg, plan, tokens, n_windows, steps, Place(rank, world, CPU, torch.float32, False))))
+        ranks.append(list(train.batches(cfg, plan, tokens, n_windows, steps, Ranks(rank, world, CPU, torch.float32, False))))
         assert len(ranks[-1]) == len(steps) and ranks[-1][0].shape == (cfg.batch_size // world // micro, micro, 17)
     return {step: torch.stack([r[i] for r in ranks], 1).flatten(0, 2).numpy() for i, step in enumerate(steps)}
 
@@ -312,9 +312,9 @@ def test_loss_alpha_and_guided_validation_of_a_guided_run(data, tmp_path, monkey
     """The logged loss is that of the step, before its update, with the alpha used; validation blends as the next step would."""
     seen = []
 
-    def evaluate(model, token_file, n_windows, cfg, place, alpha=None, guided=()):
+    def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=()):
         seen.append((n_windows, None if alpha is None else alpha.item(), guided))
-        return real(model, token_file, n_windows, cfg, place, alpha, guided)
+        return real(model, token_file, n_windows, cfg, ranks, alpha, guided)
 
     real, _ = train.evaluate, monkeypatch.setattr(train, "evaluate", evaluate)
     out = train_run(tmp_path / "run", data, *GUIDED, "--eval_interval=2")
@@ -580,8 +580,8 @@ def test_after_the_switch_the_guide_is_gone_from_everything(data, tmp_path, monk
     made, seen = [], []
     real_optimizer, real_step = train.make_optimizer, train.train_step
 
-    def make_optimizer(cfg, model, place):
-        made.append((model, real_optimizer(cfg, model, place)))
+    def make_optimizer(cfg, model, ranks):
+        made.append((model, real_optimizer(cfg, model, ranks)))
         return made[0][1]
 
     def train_step(*args):
@@ -686,7 +686,7 @@ def test_unused_parameters_are_searched_for_only_with_guide_skip(monkeypatch):
     for flags in (LOWRANK, [*LOWRANK, "--guide=fixedstep"], [*LOWRANK, "--guide=fixedstep", "--guide_skip=True"]):
         cfg = tiny(*flags)
         for step in (0, 3, 4):
-            train.wrap(None, cfg, train.make_plan(cfg), step, Place(0, 2, CPU, torch.float32, False))
+            train.wrap_ddp(None, cfg, train.make_plan(cfg), step, Ranks(0, 2, CPU, torch.float32, False))
     assert calls == [False] * 6 + [True, True, False]
 
 
@@ -770,9 +770,9 @@ def test_cuda_compiled_steps_equal_eager_steps():
             layer.start_guide()
         if compiled:
             gpt.compile_parts()
-        place = Place(0, 1, torch.device("cuda"), torch.bfloat16, compiled)
-        optimizer, alpha = train.make_optimizer(cfg, gpt, place), torch.tensor(0.5, device="cuda")
-        losses.append([train.train_step(gpt, optimizer, b, cfg, place, 1e-3, alpha, guided)[0].item()
+        ranks = Ranks(0, 1, torch.device("cuda"), torch.bfloat16, compiled)
+        optimizer, alpha = train.make_optimizer(cfg, gpt, ranks), torch.tensor(0.5, device="cuda")
+        losses.append([train.train_step(gpt, optimizer, b, cfg, ranks, 1e-3, alpha, guided)[0].item()
                        for b, guided in zip(batches, ((1, 2), (1,), (2,), ()))])
     assert losses[0] == pytest.approx(losses[1], abs=0.02) and losses[0][0] == pytest.approx(math.log(512), abs=0.1)
 

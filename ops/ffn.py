@@ -12,11 +12,8 @@ they are passes of their own, and cost next to nothing here:
     blocks share each multiprocessor. Forward leaves the slope act' behind as one byte per hidden unit, so that backward multiplies
     by it and never sees the pre-activation.
 
-Plain matmuls and weight gradients are cuBLAS's. What they cannot do here, `fits` says, and the caller takes the plain path.
-Behind the FFN: rotary positions on the way into attention and out of it, residual addition with the norm that follows, cross-entropy
-with its gradient, and the optimiser's update of all parameters in one launch.
+Plain matmuls and weight gradients are cuBLAS's. What they cannot do here, `can_ffn` says, and the caller takes the plain path.
 """
-import functools
 import logging
 import math
 
@@ -27,7 +24,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-INTERPRET = triton.knobs.runtime.interpret
+from ops.pointwise import INTERPRET, multiprocessors
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -137,11 +134,6 @@ def _matmul(x, w, bias, y, slope, sums, T, G: tl.constexpr, K: tl.constexpr, N: 
         _store(acc, g, m, n, y, slope, sums, G, N, CHUNK, EPILOGUE, ACT, BM, BN, SUB)
 
 
-@functools.cache
-def _multiprocessors(device):
-    return 8 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
-
-
 # BM, BN, BK, columns that a store stages at once, warps, pipeline stages, blocks per multiprocessor looping over the tiles.
 # Slopes need one BM, BN and number of warps in forward and backward.
 WIDE, NARROW, SLIM = (128, 256, 64, 128, 8, 4, 1), (128, 128, 64, 64, 4, 3, 2), (128, 128, 64, 32, 4, 3, 2)
@@ -173,7 +165,7 @@ def _launch(x, w, chunk, whole, config, epilogue="none", act="none", bias=None, 
     if epilogue == "backward" and act == "relu2":
         slope = TensorDescriptor.from_tensor(slope.view(T, -1), [BM, SUB])
     tiles = rows * (G * N // BN)
-    _matmul[(min(tiles, per_sm * _multiprocessors(x.device)),)](
+    _matmul[(min(tiles, per_sm * multiprocessors(x.device)),)](
         TensorDescriptor.from_tensor(x.view(T, G * K), [BM, BK]), TensorDescriptor.from_tensor(w, [BK, BN] if rows_k else [BN, BK]), bias,
         TensorDescriptor.from_tensor(y, [BM, SUB]), slope, sums, T, G, K, N, chunk, rows_k, epilogue, act, save, not INTERPRET,
         BM, BN, BK, SUB, warps, num_warps=warps, num_stages=stages)
@@ -296,302 +288,6 @@ def _ffn_backward_flops(grad, *args, **kwargs):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Rotary positions: q, k and v cut out of one tensor and put together again, turned on the way
-
-@triton.jit
-def _copy_heads(source, target, c, s, source_head, target_head, heads, H: tl.constexpr, HEADS: tl.constexpr, TURN: tl.constexpr):
-    """heads vectors (2 H,), the halves a, b of each as (a c - b s, b c + a s) with TURN."""
-    head, h = tl.arange(0, HEADS)[:, None], tl.arange(0, H)[None, :]
-    ok = head < heads
-    a = tl.load(source + head * source_head + h, mask=ok)                              # (HEADS, H)
-    b = tl.load(source + head * source_head + H + h, mask=ok)
-    if TURN:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-        a, b = a * c - b * s, b * c + a * s
-    tl.store(target + head * target_head + h, a.to(target.dtype.element_ty), mask=ok)
-    tl.store(target + head * target_head + H + h, b.to(target.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def _rotate(qkv, q, k, v, cos, sin, T, qb, qt, qh, kb, kt, kh, vb, vt, vh, Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr,
-            HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BACK: tl.constexpr):
-    """One token: qkv (B, T, Q + 2 KV, 2 H) -> q, k, v by their strides; BACK: from q, k, v into qkv, turned the other way."""
-    token = tl.program_id(0).to(tl.int64)
-    b, t = token // T, token % T
-    h = tl.arange(0, H)[None, :]
-    c, s = tl.load(cos + t * 2 * H + h), tl.load(sin + t * 2 * H + H + h)              # (1, H); the second half of sin is positive
-    packed = qkv + token * (Q + 2 * KV) * 2 * H
-    q += b * qb + t * qt
-    k += b * kb + t * kt
-    v += b * vb + t * vt
-    if BACK:
-        _copy_heads(q, packed, c, -s, qh, 2 * H, Q, H, HEADS, True)
-        _copy_heads(k, packed + Q * 2 * H, c, -s, kh, 2 * H, KV, H, KV_HEADS, True)
-        _copy_heads(v, packed + (Q + KV) * 2 * H, c, s, vh, 2 * H, KV, H, KV_HEADS, False)
-    else:
-        _copy_heads(packed, q, c, s, 2 * H, qh, Q, H, HEADS, True)
-        _copy_heads(packed + Q * 2 * H, k, c, s, 2 * H, kh, KV, H, KV_HEADS, True)
-        _copy_heads(packed + (Q + KV) * 2 * H, v, c, s, 2 * H, vh, KV, H, KV_HEADS, False)
-
-
-def _launch_rotate(qkv, q, k, v, cos, sin, back):
-    B, T, n_head, size = q.shape
-    strides = [t.stride(i) for t in (q, k, v) for i in range(3)]
-    _rotate[(B * T,)](qkv, q, k, v, cos, sin, T, *strides, n_head, k.size(2), size // 2, triton.next_power_of_2(n_head),
-                      triton.next_power_of_2(k.size(2)), back, num_warps=4)
-
-
-def rotates(qkv, cos) -> bool:
-    """Whether `split_rotated` can: on CUDA (or in the interpreter), whole positions, halves of a head a power of two."""
-    half = qkv.size(-1) // 2
-    return halves(qkv) and cos.dim() == 3 and half >= 16 and half & (half - 1) == 0
-
-
-@torch.library.custom_op("structured::split_rotated", mutates_args=())
-def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv (B, T, heads, size) -> q (B, T, n_head, size) and k (B, T, n_kv_head, size) turned by their positions, v; tables of model.rotary_table."""
-    B, T, _, size = qkv.shape
-    q, k, v = (qkv.new_empty(B, T, heads, size) for heads in (n_head, n_kv_head, n_kv_head))
-    _launch_rotate(qkv.contiguous(), q, k, v, cos, sin, False)
-    return q, k, v
-
-
-@split_rotated.register_fake
-def _(qkv, cos, sin, n_head, n_kv_head):
-    return tuple(qkv.new_empty(*qkv.shape[:2], heads, qkv.size(3)) for heads in (n_head, n_kv_head, n_kv_head))
-
-
-@torch.library.custom_op("structured::join_rotated", mutates_args=())
-def join_rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The gradient of qkv from those of q, k, v."""
-    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
-    qkv = q.new_empty(*q.shape[:2], q.size(2) + 2 * k.size(2), q.size(3))
-    _launch_rotate(qkv, q, k, v, cos, sin, True)
-    return qkv
-
-
-@join_rotated.register_fake
-def _(q, k, v, cos, sin):
-    return q.new_empty(*q.shape[:2], q.size(2) + 2 * k.size(2), q.size(3))
-
-
-def _save_tables(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[1:3])
-
-
-split_rotated.register_autograd(lambda ctx, *grads: (join_rotated(*grads, *ctx.saved_tensors), None, None, None, None), setup_context=_save_tables)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# x + y and its layer or RMS norm
-
-@triton.jit
-def _add_norm(x, y, weight, bias, total, normed, eps, N: tl.constexpr, BN: tl.constexpr, RMS: tl.constexpr):
-    """One row: total = x + y, normed = norm(total)."""
-    n = tl.arange(0, BN)
-    ok, at = n < N, tl.program_id(0).to(tl.int64) * N + n
-    a = tl.load(x + at, mask=ok, other=0.0)
-    if y is not None:
-        a = (a.to(tl.float32) + tl.load(y + at, mask=ok, other=0.0).to(tl.float32)).to(x.dtype.element_ty)
-        tl.store(total + at, a, mask=ok)
-    a = a.to(tl.float32)
-    if not RMS:
-        a = tl.where(ok, a - tl.sum(a, 0) / N, 0.0)
-    out = a * tl.rsqrt(tl.sum(a * a, 0) / N + eps) * tl.load(weight + n, mask=ok, other=0.0).to(tl.float32)
-    if bias is not None:
-        out += tl.load(bias + n, mask=ok, other=0.0).to(tl.float32)
-    tl.store(normed + at, out.to(normed.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def _add_norm_backward(grad_total, grad_normed, total, weight, grad, grad_weight, grad_bias, rows, eps, N: tl.constexpr, BN: tl.constexpr, RMS: tl.constexpr):
-    """Rows pid, pid + grid, ...: the gradient of x and y, and this program's share (1, N) of those of weight and bias."""
-    n = tl.arange(0, BN)
-    ok = n < N
-    w = tl.load(weight + n, mask=ok, other=0.0).to(tl.float32)
-    sum_w, sum_b = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        at = tl.full((), N, tl.int64) * row + n
-        a, g = tl.load(total + at, mask=ok, other=0.0).to(tl.float32), tl.load(grad_normed + at, mask=ok, other=0.0).to(tl.float32)
-        if not RMS:
-            a = tl.where(ok, a - tl.sum(a, 0) / N, 0.0)
-        scale = tl.rsqrt(tl.sum(a * a, 0) / N + eps)
-        a *= scale
-        sum_w += g * a
-        sum_b += g
-        g *= w
-        g = scale * (g - a * (tl.sum(g * a, 0) / N) - (0.0 if RMS else tl.sum(g, 0) / N))
-        if grad_total is not None:
-            g += tl.load(grad_total + at, mask=ok, other=0.0).to(tl.float32)
-        tl.store(grad + at, g.to(grad.dtype.element_ty), mask=ok)
-    tl.store(grad_weight + tl.program_id(0) * N + n, sum_w, mask=ok)
-    tl.store(grad_bias + tl.program_id(0) * N + n, sum_b, mask=ok)
-
-
-def _row_warps(N):
-    return min(16, max(1, triton.next_power_of_2(N) // 512))  # 16 entries to a thread
-
-
-@torch.library.custom_op("structured::add_norm", mutates_args=())
-def add_norm_op(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
-    """x, y (..., N) -> x + y and its norm; without y the first is empty."""
-    x, N = x.contiguous(), x.size(-1)
-    y = None if y is None else y.contiguous()
-    total, normed = x.new_empty(0) if y is None else torch.empty_like(x), torch.empty_like(x)
-    _add_norm[(x.numel() // N,)](x, y, weight, bias, total, normed, eps, N, triton.next_power_of_2(N), rms, num_warps=_row_warps(N))
-    return total, normed
-
-
-@add_norm_op.register_fake
-def _(x, y, weight, bias, eps, rms):
-    return x.new_empty(0 if y is None else x.shape), x.new_empty(x.shape)
-
-
-@torch.library.custom_op("structured::add_norm_backward", mutates_args=())
-def add_norm_backward_op(grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x (and y), weight, bias."""
-    N, rows = total.size(-1), total.numel() // total.size(-1)
-    grad_normed, total = grad_normed.contiguous(), total.contiguous()
-    grad_total = None if grad_total is None else grad_total.contiguous()
-    BN = triton.next_power_of_2(N)
-    warps, per_sm = (2, 8) if BN <= 1024 else (min(16, BN // 256), 4)
-    programs = min(rows, per_sm * _multiprocessors(total.device))
-    shares = total.new_empty(2, programs, N, dtype=torch.float32)
-    grad = torch.empty_like(total)
-    _add_norm_backward[(programs,)](grad_total, grad_normed, total, weight, grad, shares[0], shares[1], rows, eps, N, BN, rms, num_warps=warps)
-    return grad, shares[0].sum(0).to(weight.dtype), shares[1].sum(0).to(weight.dtype)
-
-
-@add_norm_backward_op.register_fake
-def _(grad_total, grad_normed, total, weight, eps, rms):
-    return total.new_empty(total.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
-
-
-def _save_total(ctx, inputs, output):
-    x, y, weight, bias, ctx.eps, ctx.rms = inputs
-    ctx.set_materialize_grads(False)
-    ctx.added, ctx.biased = y is not None, bias is not None
-    ctx.save_for_backward(output[0] if ctx.added else x, weight)
-
-
-def _add_norm_grads(ctx, grad_total, grad_normed):
-    grad, of_weight, of_bias = add_norm_backward_op(grad_total if ctx.added else None, grad_normed, *ctx.saved_tensors, ctx.eps, ctx.rms)
-    return grad, grad if ctx.added else None, of_weight, of_bias if ctx.biased else None, None, None
-
-
-add_norm_op.register_autograd(_add_norm_grads, setup_context=_save_total)
-
-
-def halves(x) -> bool:
-    """Half precision on CUDA (or in the interpreter): what `token_loss` wants."""
-    return (x.is_cuda or INTERPRET) and x.dtype in (torch.bfloat16, torch.float16)
-
-
-def norms(x) -> bool:
-    """Whether `add_norm` can: half precision on CUDA (or in the interpreter), rows that registers hold."""
-    return halves(x) and x.size(-1) <= 16384
-
-
-def add_norm(x, y, norm):
-    """(x + y, norm(x + y)) for an nn.LayerNorm or nn.RMSNorm; y may be None."""
-    total, normed = add_norm_op(x, y, norm.weight, getattr(norm, "bias", None), norm.eps, isinstance(norm, torch.nn.RMSNorm))
-    return x if y is None else total, normed
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Cross-entropy and its gradient
-
-@triton.jit
-def _token_loss(logits, targets, scale, losses, V, BLOCK: tl.constexpr, GRADIENT: tl.constexpr):
-    """One row: its loss; with GRADIENT, scale x the gradient in the place of the logits. The second reading of a row is from L2."""
-    row = tl.program_id(0)
-    logits += row.to(tl.int64) * V
-    target = tl.load(targets + row)
-    picked = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
-    top, total = -float("inf"), 0.0
-    for start in range(0, V, BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        a = tl.load(logits + n, mask=n < V, other=-float("inf")).to(tl.float32)
-        new = tl.maximum(top, tl.max(a, 0))
-        total = total * tl.exp(top - new) + tl.sum(tl.exp(a - new), 0)
-        top = new
-    logz = top + tl.log(total)
-    tl.store(losses + row, tl.where(target >= 0, logz - picked, 0.0))
-    if GRADIENT:
-        factor = tl.where(target >= 0, tl.load(scale), 0.0)
-        tl.debug_barrier()  # all have read what the loop overwrites
-        for start in range(0, V, BLOCK):
-            n = start + tl.arange(0, BLOCK)
-            a = tl.load(logits + n, mask=n < V, other=0.0).to(tl.float32)
-            grad = (tl.exp(a - logz) - tl.where(n == target, 1.0, 0.0)) * factor
-            tl.store(logits + n, grad.to(logits.dtype.element_ty), mask=n < V)
-
-
-def token_loss(logits, targets, scale, gradient=True):
-    """model.token_loss of contiguous logits (C, V), which the gradient overwrites; without `gradient` there is none."""
-    losses = logits.new_empty(len(logits), dtype=torch.float32)
-    _token_loss[(len(logits),)](logits, targets.contiguous(), scale, losses, logits.size(1), 1024 if INTERPRET else 8192, gradient, num_warps=8)
-    return losses, logits if gradient else None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# AdamW over all parameters in one launch
-
-@triton.jit
-def _adamw(chunks, pointers, grads, corrections, scale, decay, beta1, beta2, eps, n,
-           MIXED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """One chunk of one tensor. pointers (5, n): fp32 weights, their bf16 copies, both moments, sizes; grads (n,): bf16 or fp32, or 0."""
-    tensor, start = tl.load(chunks + 2 * tl.program_id(0)), tl.load(chunks + 2 * tl.program_id(0) + 1)
-    f32 = tl.pointer_type(tl.float32)
-    weight, copy = tl.load(pointers + tensor).to(f32), tl.load(pointers + n + tensor).to(tl.pointer_type(tl.bfloat16))
-    first, second = tl.load(pointers + 2 * n + tensor).to(f32), tl.load(pointers + 3 * n + tensor).to(f32)
-    address = tl.load(grads + tensor)
-    grad = address.to(tl.pointer_type(tl.bfloat16) if MIXED else f32)
-    if ALIGNED:
-        weight, copy, grad = tl.multiple_of(weight, 16), tl.multiple_of(copy, 16), tl.multiple_of(grad, 16)
-        first, second = tl.multiple_of(first, 16), tl.multiple_of(second, 16)
-    at = start.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    size = tl.where(address == 0, 0, tl.load(pointers + 4 * n + tensor))  # without a gradient nothing is done
-    ok = at < (tl.multiple_of(size, 16) if ALIGNED else size)  # a mask that cuts no 16 bytes leaves loads wide
-    rate, root = tl.load(corrections + 2 * tensor), tl.load(corrections + 2 * tensor + 1)
-    g = tl.load(grad + at, mask=ok).to(tl.float32) * tl.load(scale)
-    m, v, w = tl.load(first + at, mask=ok), tl.load(second + at, mask=ok), tl.load(weight + at, mask=ok)
-    m += (1 - beta1) * (g - m)
-    v += (1 - beta2) * (g * g - v)
-    w = w * (1 - decay) - rate * m / (tl.sqrt(v) * root + eps)
-    tl.store(first + at, m, mask=ok)
-    tl.store(second + at, v, mask=ok)
-    tl.store(weight + at, w, mask=ok)
-    if MIXED:
-        tl.store(copy + at, w.to(tl.bfloat16), mask=ok)
-
-
-ADAMW_BLOCK = 4096
-
-
-def adamw_tables(weights, copies, first, second):
-    """What stays the same over the steps: who works on which chunk, where the tensors are. Lists of n contiguous tensors, copies or None."""
-    device, n = weights[0].device, len(weights)
-    lists = weights, copies or weights, first, second
-    pointers = torch.tensor([[t.data_ptr() for t in tensors] for tensors in lists] + [[t.numel() for t in weights]])
-    assert all(t.is_contiguous() for tensors in lists for t in tensors)
-    chunks = torch.tensor([[i, c] for i, t in enumerate(weights) for c in range(triton.cdiv(t.numel(), ADAMW_BLOCK))], dtype=torch.int32)
-    return chunks.to(device), pointers.to(device), copies is not None, bool((pointers % 16 == 0).all()), n
-
-
-def adamw(tables, grads, corrections, scale, decay, betas, eps):
-    """One step of AdamW: grads, n tensors like the weights, or None for those to leave alone; corrections, n pairs (lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t));
-    scale, a 0-d tensor that multiplies the gradients; decay = lr x weight decay."""
-    chunks, pointers, mixed, aligned, n = tables
-    grads = [g if g is None else g.contiguous() for g in grads]
-    places, corrections = torch.tensor([0 if g is None else g.data_ptr() for g in grads]), torch.tensor(corrections, dtype=torch.float32)
-    aligned = aligned and bool((places % 16 == 0).all())
-    if scale.is_cuda:  # from pinned memory: a copy from any other waits for the device
-        places, corrections = (t.pin_memory().to(scale.device, non_blocking=True) for t in (places, corrections))
-    _adamw[(len(chunks),)](chunks, pointers, places, corrections, scale, decay, *betas, eps, n, mixed, aligned, ADAMW_BLOCK, num_warps=8)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Structured linears in, activations out
 
 @torch.compiler.assume_constant_result
@@ -615,7 +311,7 @@ def _dtype(x):
 
 
 def unfit(x, fc1, fc2, act):
-    """Why `ffn` cannot run on these, in a few words, or None if it can."""
+    """Why `fused_ffn` cannot run on these, in a few words, or None if it can."""
     if not (x.is_cuda and _hopper() or INTERPRET):
         return "the device is no Hopper card"
     if _dtype(x) not in (torch.bfloat16, torch.float16):
@@ -635,8 +331,8 @@ MIN_TOKENS = 128 if INTERPRET else 512   # with fewer, tiles of 128 tokens do no
 MIN_WORK = 0 if INTERPRET else 75e9      # multiply-adds of a forward: with less, launching the kernels takes the host longer than they run
 
 
-def fits(x, fc1, fc2, act):
-    """Whether `ffn` is the way to compute fc2(act(fc1(x))); logs once why it cannot. For few tokens or little work it is not."""
+def can_ffn(x, fc1, fc2, act):
+    """Whether `fused_ffn` is the way to compute fc2(act(fc1(x))); logs once why it cannot. For few tokens or little work it is not."""
     tokens = x.numel() // x.size(-1)
     if not (hasattr(fc1, "V") and hasattr(fc2, "V")) or tokens < MIN_TOKENS:
         return False
@@ -649,7 +345,7 @@ def fits(x, fc1, fc2, act):
     return reason is None
 
 
-def ffn(x, fc1, fc2, act="gelu", recompute=False):
+def fused_ffn(x, fc1, fc2, act="gelu", recompute=False):
     """fc2(act(fc1(x))) for two LowRank, BlockShuffle or BlockDense linears of one kind; x (..., N) -> (..., M).
 
     For backward it keeps x, both rank-wide activations, the hidden units and, for gelu, a byte of slope for each; with recompute

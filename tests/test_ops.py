@@ -17,9 +17,10 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 if importlib.util.find_spec("triton") is None or not (HOPPER or INTERPRET):
     pytest.skip("needs triton, with a Hopper card or TRITON_INTERPRET=1", allow_module_level=True)
-import kernels  # noqa: E402
+import ops  # noqa: E402
+from ops import ffn, pointwise  # noqa: E402
 
-kernels.MIN_WORK = 0  # tests are small
+ffn.MIN_WORK = 0  # tests are small
 DEVICE, DTYPE = ("cpu", torch.float16) if INTERPRET else ("cuda", torch.bfloat16)
 LAYERS = {  # ffn, width, hidden, rank, nblocks
     "lowrank": ("lowrank", 128, 512, 64, 0),
@@ -46,7 +47,7 @@ def plain(x, fc1, fc2, act):
 
 def fused(x, fc1, fc2, act, recompute=False):
     with torch.autocast(DEVICE, DTYPE):
-        return kernels.ffn(x, fc1, fc2, act, recompute)
+        return ffn.fused_ffn(x, fc1, fc2, act, recompute)
 
 
 def error(out, ref):
@@ -70,7 +71,7 @@ def test_output_and_gradients(name, act, recompute):
     grad = torch.randn_like(x).to(DTYPE)
     ref1, ref2, ref_x = copy.deepcopy(fc1).double(), copy.deepcopy(fc2).double(), x.detach().double().requires_grad_()
     with torch.autocast(DEVICE, DTYPE):
-        assert kernels.fits(x, fc1, fc2, act)
+        assert ffn.can_ffn(x, fc1, fc2, act)
     poison()
     y, ref = fused(x, fc1, fc2, act, recompute), plain(ref_x, ref1, ref2, act)
     y.backward(grad), ref.backward(grad.double())
@@ -121,12 +122,12 @@ def test_one_log_line_and_no_graph_break_when_it_does_not_fit(caplog):
     x = torch.randn(128, 128, device=DEVICE, dtype=DTYPE)
 
     def ffn(x):
-        return kernels.fits(x, fc1, fc2, "gelu"), x + 1
+        return ffn.can_ffn(x, fc1, fc2, "gelu"), x + 1
 
-    kernels._logged.clear()
+    ffn._logged.clear()
     for f in (ffn, ffn, torch.compile(ffn, fullgraph=True, backend="eager")):
         assert not f(x)[0]
-    assert len([r for r in caplog.records if r.name == "kernels"]) == 1
+    assert len([r for r in caplog.records if r.name == "ops.ffn"]) == 1
 
 
 @pytest.mark.parametrize("n_head, n_kv_head, size", [(4, 4, 32), (6, 2, 64), (3, 1, 128)])
@@ -135,9 +136,9 @@ def test_split_rotated_is_rotate_on_slices(n_head, n_kv_head, size):
     cos, sin = (t.to(DEVICE) for t in rotary_table(9, size))
     qkv = torch.randn(2, 9, n_head + 2 * n_kv_head, size, device=DEVICE).to(DTYPE).requires_grad_()
     exact = qkv.detach().double().requires_grad_()
-    assert kernels.rotates(qkv, cos)
+    assert pointwise.can_rotate(qkv, cos)
     poison()
-    ours = kernels.split_rotated(qkv, cos, sin, n_head, n_kv_head)
+    ours = pointwise.split_rotated(qkv, cos, sin, n_head, n_kv_head)
     q, k, v = exact.split((n_head, n_kv_head, n_kv_head), dim=2)
     theirs = rotate(q, cos.double(), sin.double()), rotate(k, cos.double(), sin.double()), v
     grads = [torch.randn(2, t.size(2), 9, size, device=DEVICE).to(DTYPE).transpose(1, 2) for t in theirs]  # as attention leaves them
@@ -156,7 +157,7 @@ def test_add_norm_is_an_addition_and_a_norm(width, rms, bias, add):
     x, y = (torch.randn(3, 41, width, device=DEVICE).to(DTYPE).requires_grad_() for _ in range(2))
     ref_x, ref_y = (t.detach().double().requires_grad_() for t in (x, y))
     poison()
-    ours = kernels.add_norm(x, y if add else None, norm)
+    ours = pointwise.add_norm(x, y if add else None, norm)
     total = ref_x + ref_y if add else ref_x
     theirs = total, exact(total)
     grads = [torch.randn_like(x) for _ in range(2)]
@@ -164,7 +165,7 @@ def test_add_norm_is_an_addition_and_a_norm(width, rms, bias, add):
     pairs = [*zip(ours, theirs), (x.grad, ref_x.grad), *((p.grad, q.grad) for p, q in zip(norm.parameters(), exact.parameters()))]
     for a, b in pairs + [(y.grad, ref_y.grad)] * add:
         assert error(a, b) < 1e-2
-    (gradient,) = torch.autograd.grad(kernels.add_norm(x, y, norm)[1].float().square().sum(), y)  # the sum itself in nobody's loss
+    (gradient,) = torch.autograd.grad(pointwise.add_norm(x, y, norm)[1].float().square().sum(), y)  # the sum itself in nobody's loss
     (expected,) = torch.autograd.grad(exact(ref_x + ref_y).square().sum(), ref_y)
     assert error(gradient, expected) < 2e-2
 
@@ -179,9 +180,9 @@ def test_token_loss_is_cross_entropy(vocab):
     expected = torch.nn.functional.cross_entropy(exact, targets, ignore_index=-1, reduction="none")
     (wanted,) = torch.autograd.grad(expected.sum() * 0.3, exact)
     kept = logits.clone()
-    losses, nothing = kernels.token_loss(kept, targets, scale, gradient=False)
+    losses, nothing = pointwise.token_loss(kept, targets, scale, gradient=False)
     assert nothing is None and torch.equal(kept, logits)
-    again, grad = kernels.token_loss(logits, targets, scale)
+    again, grad = pointwise.token_loss(logits, targets, scale)
     for loss in (losses, again):
         torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     assert error(grad, wanted) < 4e-3 and not grad[[0, 7]].any()
@@ -199,16 +200,16 @@ def test_a_compiled_model_with_kernels_is_the_model(norm, recompute, monkeypatch
     theirs = copy.deepcopy(ours)
     tokens = torch.randint(61, (1, 129), device=DEVICE)
     calls = []
-    used = {"_row_warps", "_launch_rotate", "_launch", "token_loss"}  # what add_norm, split_rotated, ffn and the loss call when they run
-    for op in used:
-        monkeypatch.setattr(kernels, op, lambda *a, _real=getattr(kernels, op), _op=op, **k: calls.append(_op) or _real(*a, **k))
+    used = {"_row_warps": pointwise, "_launch_rotate": pointwise, "_launch": ffn, "token_loss": ops}  # what every fused op calls when it runs
+    for op, module in used.items():
+        monkeypatch.setattr(module, op, lambda *a, _real=getattr(module, op), _op=op, **k: calls.append(_op) or _real(*a, **k))
     for block in ours.blocks:
         block.compile(fullgraph=True, backend="aot_eager" if INTERPRET else "inductor")
     with torch.autocast(DEVICE, DTYPE):
         loss = ours(tokens[:, :-1], tokens[:, 1:])
     loss.backward()
-    assert set(calls) == used
-    monkeypatch.setattr("model.kernels", None)
+    assert set(calls) == set(used)
+    monkeypatch.setattr(ops, "ON", False)
     reference = theirs(tokens[:, :-1], tokens[:, 1:])
     reference.backward()
     assert loss.item() == pytest.approx(reference.item(), rel=2e-3)

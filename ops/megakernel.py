@@ -1,4 +1,4 @@
-"""The host's side of kernels_persistent.cu, a decoding step of a few sequences as one kernel: what each program does, compilation, launch."""
+"""The host's side of megakernel.cu, a decoding step of a few sequences as one kernel: what each program does, compilation, launch."""
 import contextlib
 import ctypes
 import functools
@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 
 from config import UserError
-from decode import FEW, chosen
-from model import written
-from structured import BlockShuffle, Structured
+from run import atomic_write
+from structured import BlockShuffle, Structured, active_linear
+
+BATCHES = 1, 2, 4    # sequences that a step is compiled for
 
 WARPS = 8            # that compute
 FETCHERS = 4         # warps beside them, whose first thread fetches: registers are handed over by four warps at a time
@@ -67,7 +68,7 @@ def matrices(linear, batch):
 
 def linears(model, batch):
     """[(qkv, proj, fc1, fc2)] of the layers, as they answer for `batch` tokens."""
-    return [(b.attn.qkv, b.attn.proj, chosen(b.ffn.fc1, batch), chosen(b.ffn.fc2, batch)) for b in model.blocks]
+    return [(b.attn.qkv, b.attn.proj, active_linear(b.ffn.fc1, batch), active_linear(b.ffn.fc2, batch)) for b in model.blocks]
 
 
 def all_matrices(model, batch=1):
@@ -89,7 +90,7 @@ def fits(cfg, parts, dtype, programs, batch=1) -> bool:
     size, D = dtype.itemsize, cfg.attn_dim // cfg.n_head
     return (dtype in (torch.bfloat16, torch.float32) and D * size in (32, 64, 128, 256, 512) and parts[0].rows >= programs
             and all(p.K * size % 16 == 0 and p.K * size <= LARGEST_SLOT and p.blocks <= programs for p in parts)
-            and (batch == 1 or batch <= max(FEW) and batch * max(p.K for p in parts) <= MOST_INPUTS))
+            and (batch == 1 or batch <= max(BATCHES) and batch * max(p.K for p in parts) <= MOST_INPUTS))
 
 
 @functools.cache
@@ -124,7 +125,7 @@ def step_for(model, cache):
 
 
 def constants(model, batch, programs, warps, slot):
-    """The macros of kernels_persistent.cu."""
+    """The macros of megakernel.cu."""
     cfg = model.cfg
 
     def matrix(m):
@@ -148,7 +149,7 @@ def constants(model, batch, programs, warps, slot):
 
 
 def source(defines) -> str:
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels_persistent.cu")) as f:
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "megakernel.cu")) as f:
         return defines + f.read()
 
 
@@ -170,7 +171,7 @@ def compiler() -> str:
 
 def compile_source(text, architecture) -> bytes:
     from cuda.bindings import nvrtc
-    program = checked(nvrtc.nvrtcCreateProgram(text.encode(), b"kernels_persistent.cu", 0, None, None))
+    program = checked(nvrtc.nvrtcCreateProgram(text.encode(), b"megakernel.cu", 0, None, None))
     options = [b"--std=c++17", f"--gpu-architecture={architecture}".encode()]
     if int(nvrtc.nvrtcCompileProgram(program, len(options), options)[0]):
         log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))
@@ -192,7 +193,7 @@ def binary(defines, capability) -> bytes:
         if checksum == hashlib.sha256(code).digest():
             return code
     code = compile_source(text, architecture)
-    with contextlib.suppress(UserError), written(path) as temp, open(temp, "wb") as f:  # not kept, it is compiled again next time
+    with contextlib.suppress(UserError), atomic_write(path) as temp, open(temp, "wb") as f:  # not kept, it is compiled again next time
         f.write(hashlib.sha256(code).digest() + code)
     return code
 
@@ -258,7 +259,7 @@ class Step:
         self.counter = torch.zeros(2, device=self.device, dtype=torch.long)
 
     def vectors(self):
-        """([of each layer], of the head): norms and biases in float32, as kernels_persistent.cu wants them; what a model lacks is zero."""
+        """([of each layer], of the head): norms and biases in float32, as megakernel.cu wants them; what a model lacks is zero."""
         def bias(linear):
             return torch.zeros(linear.out_features, device=self.device) if linear.bias is None else linear.bias.float()
 

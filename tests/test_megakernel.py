@@ -1,4 +1,4 @@
-"""kernels_persistent: one kernel is model.step. Without CUDA the kernel itself runs on the CPU (emulate.h): its threads, barriers and copies in random order."""
+"""ops/megakernel: one kernel is model.step. Without CUDA the kernel itself runs on the CPU (emulate.h): its threads, barriers and copies in random order."""
 import copy
 import ctypes
 import functools
@@ -10,7 +10,7 @@ import tempfile
 import pytest
 import torch
 
-import kernels_persistent as kernels
+from ops import megakernel as kernels
 from conftest import ROOT
 from model import Cache
 from test_decode import MODELS, make

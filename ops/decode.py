@@ -12,12 +12,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-import decode
-from decode import chosen
-from model import add_norm
-from structured import BlockDense, BlockShuffle, LowRank
+from ops import pointwise
+from ops.pointwise import INTERPRET
+from structured import BlockDense, BlockShuffle, LowRank, active_linear
 
-INTERPRET = triton.knobs.runtime.interpret
 MAX_TOKENS = 1  # of `linear`; above, cuBLAS is used: with 4, a step of xl took 2.16 ms instead of 1.55 on an H200
 # With programmatic dependent launch a kernel starts while its predecessor ends, and fetches weights until that has written its input.
 PDL = not INTERPRET and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
@@ -106,6 +104,11 @@ def linear(x, w, bias=None, norm=None, act="", residual=None, shuffled=False):
     return y
 
 
+def can_layer(x) -> bool:
+    """Whether `layer` is the way to compute a linear of x (tokens, n)."""
+    return x.is_cuda and len(x) <= MAX_TOKENS
+
+
 def layer(module, x, norm=None, act="", residual=None):
     """A Dense or structured linear on few tokens, with what stands around it."""
     if isinstance(module, LowRank):
@@ -192,7 +195,7 @@ def attention(qkv, model, k_cache, v_cache, position):
 # ----------------------------------------------------------------------------------------------------------------------
 # The choice of a token
 
-GOLDEN, MIX1, MIX2 = map(tl.constexpr, (decode.GOLDEN, decode.MIX1, decode.MIX2))
+GOLDEN, MIX1, MIX2 = map(tl.constexpr, (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15))  # as decode.uniform's
 
 
 @triton.jit
@@ -203,7 +206,7 @@ def _likelihoods(logits, n, V, top, temperature, least):
 
 
 @triton.jit
-def _choose(logits, key, position, token, new, turn, logits_row, new_row, V, temperature, least, SAMPLE: tl.constexpr, BLOCK: tl.constexpr):
+def _sample(logits, key, position, token, new, turn, logits_row, new_row, V, temperature, least, SAMPLE: tl.constexpr, BLOCK: tl.constexpr):
     """One program per row: decode.take. least: what (logit - largest) / temperature must be at least, the logarithm of min_p."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_row
@@ -238,35 +241,45 @@ def _choose(logits, key, position, token, new, turn, logits_row, new_row, V, tem
     tl.store(turn + row, at + 1)
 
 
-def can_choose(s) -> bool:
-    """Whether `choose` knows the settings s: it does not sort."""
-    return s.temperature == 0 or s.top_k == 0 and s.top_p == 1
+def can_sample(tokens, s) -> bool:
+    """Whether `sample` knows the settings s: it does not sort."""
+    return (tokens.is_cuda or INTERPRET) and (s.temperature == 0 or s.top_k == 0 and s.top_p == 1)
 
 
-def choose(logits, s, key, position, token, new, turn):
-    """decode.pick as one kernel: logits (B, V), key and position (B,) -> token (B, 1), also noted in column turn (B, 1) of new (B, length), which grows by one."""
+def sample(logits, s, key, position, token, new, turn):
+    """decode.sample_token as one kernel: logits (B, V), key and position (B,) -> token (B, 1), also noted in column turn (B, 1) of new (B, length), which grows by one."""
     V = logits.size(1)
     least = math.log(s.min_p) if s.min_p else -math.inf
-    _choose[len(logits),](logits, key, position, token, new, turn, logits.stride(0), new.stride(0), V, max(s.temperature, 1e-30), least,
+    _sample[len(logits),](logits, key, position, token, new, turn, logits.stride(0), new.stride(0), V, max(s.temperature, 1e-30), least,
                           SAMPLE=s.temperature > 0, BLOCK=min(8192, triton.next_power_of_2(V)), num_warps=16)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The step
 
-def usable(cfg) -> bool:
-    return cfg.attn_dim // cfg.n_head in (32, 64, 128, 256) and cfg.n_head // cfg.n_kv_head <= 32
+def add_norm(x, pending, norm):
+    """(x + pending, its norm); pending None adds nothing."""
+    if pointwise.can_add_norm(x):
+        return pointwise.add_norm(x, pending, norm)
+    x = x if pending is None else x + pending
+    return x, norm(x)
+
+
+def can_step(model, cache) -> bool:
+    """Whether `step` can take this model's steps: head sizes that attention's tiles have."""
+    cfg = model.cfg
+    return (cache.position.is_cuda or INTERPRET) and cfg.attn_dim // cfg.n_head in (32, 64, 128, 256) and cfg.n_head // cfg.n_kv_head <= 32
 
 
 def ffn(block, x):
     """x + ffn(norm2(x)) on few tokens; x (tokens, n_embd)."""
     part, tokens = block.ffn, len(x)
     fused = part.act if part.act != "swiglu" else ""
-    h = layer(chosen(part.fc1, tokens), x, block.norm2, fused)
+    h = layer(active_linear(part.fc1, tokens), x, block.norm2, fused)
     if part.act == "swiglu":
         gate, value = h.chunk(2, dim=-1)
         h = F.silu(gate) * value
-    return layer(chosen(part.fc2, tokens), h, residual=x)
+    return layer(active_linear(part.fc2, tokens), h, residual=x)
 
 
 def step(model, tokens, cache):

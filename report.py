@@ -9,8 +9,7 @@ import time
 import numpy as np
 import torch
 
-from model import out_of_memory
-from train import device_name
+from device import device_name, out_of_memory
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,14 +98,14 @@ def commit() -> str:
     return run.stdout.strip() or "n/a"
 
 
-def conditions(place, settings, rates=False) -> dict:
+def conditions(ranks, settings, rates=False) -> dict:
     """The header with precision and compilation; with `rates` the card's own, measured now: of a large matmul and of a copy (read + write)."""
-    facts = {**header(place.device), "dtype": str(place.dtype)[6:], "compile": place.compile}
+    facts = {**header(ranks.device), "dtype": str(ranks.dtype)[6:], "compile": ranks.compile}
     if rates:
-        n = 8192 if place.device.type == "cuda" else 1024
-        a, b = (torch.randn(n, n, device=place.device, dtype=place.dtype) for _ in range(2))
-        matmul = 2 * n**3 / timed(lambda: a @ b, place.device, settings)[0] / 1e9
-        facts.update(matmul_tflops=float(f"{matmul:.4g}"), copy_tb_per_s=float(f"{copy_rate(place.device, settings) / 1e3:.4g}"))
+        n = 8192 if ranks.device.type == "cuda" else 1024
+        a, b = (torch.randn(n, n, device=ranks.device, dtype=ranks.dtype) for _ in range(2))
+        matmul = 2 * n**3 / timed(lambda: a @ b, ranks.device, settings)[0] / 1e9
+        facts.update(matmul_tflops=float(f"{matmul:.4g}"), copy_tb_per_s=float(f"{copy_rate(ranks.device, settings) / 1e3:.4g}"))
     return facts
 
 
