@@ -162,6 +162,28 @@ def short(n) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Text files: one reader for presets, prompts and corpora
+
+def as_text(data: bytes, where) -> str:
+    """UTF-8 text of a file's bytes: a byte order mark at its start is dropped, line ends stay as they are. `where` names it in errors."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{where} is not UTF-8 text (byte {e.start}): convert it, as with iconv -t utf-8.") from None
+
+
+def read_text(path) -> str:
+    """The UTF-8 text in the file at path, or of standard input for "-", as `as_text` reads it."""
+    try:
+        if path == "-":
+            return as_text(sys.stdin.buffer.read(), "standard input")
+        with open(path, "rb") as f:
+            return as_text(f.read(), path)
+    except OSError as e:
+        raise UserError(f"cannot read {path} ({e.strerror}): give the path of a UTF-8 text file.") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The command line and presets
 
 def parse(argv, *classes, usage=""):

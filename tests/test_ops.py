@@ -121,11 +121,11 @@ def test_one_log_line_and_no_graph_break_when_it_does_not_fit(caplog):
     fc1, fc2 = pair("lowrank", 128, 512, 40, 0)
     x = torch.randn(128, 128, device=DEVICE, dtype=DTYPE)
 
-    def ffn(x):
+    def forward(x):
         return ffn.can_ffn(x, fc1, fc2, "gelu"), x + 1
 
     ffn._logged.clear()
-    for f in (ffn, ffn, torch.compile(ffn, fullgraph=True, backend="eager")):
+    for f in (forward, forward, torch.compile(forward, fullgraph=True, backend="eager")):
         assert not f(x)[0]
     assert len([r for r in caplog.records if r.name == "ops.ffn"]) == 1
 
