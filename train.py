@@ -519,7 +519,7 @@ def end_early(log, step, number):
     """After a signal and its checkpoint."""
     again = "the same command with --resume=auto continues it"
     if log.lost:
-        raise UserError(f"standard output cannot be written ({log.lost}): the run is saved after step {step}, {again}.")
+        raise UserError(f"the output cannot be written ({log.lost}): the run is saved after step {step}, {again}.")
     log.say(f"stopped after step {step} and saved; {again}")
     sys.exit(128 + number)
 
@@ -539,7 +539,7 @@ def finish(cfg, plan, ranks, model, optimizer, data, log, stop):
             run.save_model(cfg, full_weights(model, optimizer), plan.steps, data.tokenizer, val_loss)
     log.end_card(val_loss, data.n_final * cfg.block_size, train_flops(cfg, plan))
     if log.lost:
-        raise UserError(f"standard output cannot be written ({log.lost}), but the run is finished: "
+        raise UserError(f"the output cannot be written ({log.lost}), but the run is finished: "
                         f"its model is in {cfg.out_dir}.")
 
 
