@@ -218,7 +218,7 @@ def parse(argv, *classes, usage=""):
             sys.exit(0)
         name, equals, text = arg.removeprefix("--").partition("=")
         if not arg.startswith("-") and not (equals and name.isidentifier()):
-            words.append(arg)
+            words.append(os.path.expanduser(arg))
             continue
         if name not in fields:
             _unknown(name, fields, "the command line")

@@ -227,3 +227,52 @@ def test_random_command_lines_are_accepted_or_refused_in_a_sentence(tmp_path):
             config.load([preset(tmp_path, text)])
         except UserError as e:
             assert "\n" not in str(e), text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Paths, and text files
+
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, tmp_path):
+    """A shell leaves it alone after `=`, and a preset knows none."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {"data_dir": "~/d", "out_dir": "~/o", "input": "~/a.txt,x/b.txt,~/c*.txt", "val_input": "~/v.txt", "tokenizer": "~/t.model",
+             "dataset": "~/set", "init_from": "~/m.pt"}
+    expected = {name: text.replace("~", str(tmp_path)) for name, text in paths.items()}
+    from_command, = config.load([f"--{name}={text}" for name, text in paths.items()])
+    from_preset, = config.load([preset(tmp_path, "".join(f"{name} = {text!r}\n" for name, text in paths.items()))])
+    from_home, = config.load(["~/mine.py"])
+    for cfg in (from_command, from_preset, from_home):
+        assert {name: getattr(cfg, name) for name in paths} == expected
+    assert config.load(["--wandb_project=~x", "--data_dir=a~b"])[0].wandb_project == "~x"
+
+
+def test_every_script_expands_its_paths(monkeypatch, tmp_path):
+    """Each text setting whose help speaks of a file or a folder."""
+    import bench
+    import prepare
+    import sample
+    import train
+    texts = {}
+    for cls in (Config, train.Settings, prepare.Settings, sample.Settings, bench.Settings):
+        for line in config._help([cls], "").splitlines()[1:]:
+            name, _, comment = line.strip().removeprefix("--").partition("=")
+            texts[name] = comment
+    fields = {f.name: f.type for cls in (Config, sample.Settings, bench.Settings, prepare.Settings) for f in dataclasses.fields(cls)}
+    speak = {name for name, comment in texts.items() if fields.get(name) is str and ("file" in comment or "folder" in comment)}
+    assert {"data_dir", "out_dir", "input", "prompt_file", "prompts", "out", "json", "plot"} <= speak and speak <= config.PATHS
+
+
+def test_a_preset_is_read_as_all_text_is(tmp_path):
+    (tmp_path / "mine.py").write_bytes(b"\xef\xbb\xbfn_layer = 3\r\nn_head = 3\r\n")
+    cfg, = config.load([str(tmp_path / "mine.py")])
+    assert (cfg.n_layer, cfg.n_head) == (3, 3)
+    (tmp_path / "latin.py").write_bytes(b"n_layer = 3  # caf\xe9")
+    assert "latin.py is not UTF-8 text (byte 18)" in refusal([tmp_path / "latin.py"])
+
+
+def test_the_hint_at_a_preset_is_a_path_that_works_from_here(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    text = refusal(["config/quickstart.py"])
+    hint = text.partition("did you mean ")[2].removesuffix("?")
+    assert hint != "config/quickstart.py" and config.load([hint])[0].ffn == "lowrank"
+    assert "it is not a file" in refusal(["config/zzzzzz.py"])
