@@ -1,5 +1,6 @@
 """train: the plan, data order, one step against AdamW by hand, two processes, resume, the run's folder, real text."""
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 
 import config
 import curves
+import optim
 import prepare
 import run
 import train
@@ -26,6 +28,7 @@ from config import UserError
 from conftest import LOWRANK, ROOT, STRUCTURES, TINY, assert_one_sentence, train_run, write_data
 from device import Ranks, in_memory
 from model import load
+from optim import MixedAdamW
 from structured import Structured
 from test_model import random_model, reference_logits
 
@@ -611,23 +614,37 @@ def test_after_the_switch_the_guide_is_gone_from_everything(data, tmp_path, monk
 # Two processes
 
 WORKER = """
-import contextlib, io, json, os, sys
+import contextlib, io, json, os, signal, sys
 sys.path.insert(0, {root!r})
-import config, train
+import config, torch, train
+rank = os.environ["RANK"]
 real, end = train.dist.init_process_group, train.dist.destroy_process_group
 train.dist.init_process_group = lambda *args, **kw: train.dist.is_initialized() or real(*args, **kw)  # one group for all runs
 train.dist.destroy_process_group = lambda: None
-good, bad = json.load(open({runs!r}))
+good, bad, signalled = json.load(open({runs!r}))
+seeds, step = [], train.train_step
 for argv in good:
+    train.train_step = lambda *args: seeds.append(torch.initial_seed()) or step(*args)
     train.main(*config.load(argv, train.Settings))
-refusals = []
+calls, status = [], None
+def hit(*args):  # in its third step rank 1 alone is sent a signal
+    calls.append(1)
+    if len(calls) == 3 and rank == "1":
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return step(*args)
+train.train_step = hit
+try:
+    train.main(*config.load(signalled, train.Settings))
+except SystemExit as e:
+    status = e.code
+train.train_step, refusals = step, []
 for argv in bad:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             train.main(*config.load(argv, train.Settings))
     except config.UserError as e:
         refusals.append(str(e))
-json.dump(refusals, open({runs!r} + os.environ["RANK"], "w"))
+json.dump([refusals, seeds, [len(calls), status]], open({runs!r} + rank, "w"))
 end()
 """
 
@@ -638,12 +655,14 @@ def two_processes(data, tmp_path_factory, whole):
     folder = tmp_path_factory.mktemp("ddp")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         stopped(folder / "moved", data, 3, patch, *GUIDED)
-    flags = {"plain": [], "guided": GUIDED, "always": RUNS["always"], "moved": [*GUIDED, "--resume=auto"]}
+    flags = {"plain": [], "guided": GUIDED, "always": RUNS["always"], "moved": [*GUIDED, "--resume=auto"],
+             "accumulated": ["--micro_batch_size=1"], "dropout": ["--dropout=0.1"]}
     runs = [[*TINY, f"--out_dir={folder / name}", f"--data_dir={data}", *argv] for name, argv in flags.items()]
     damaged = [set_token(copy_data(data, folder / name), name, 155, 999) for name in ("val.bin", "train.bin")]  # in window 9, rank 1's in validation
     bad = [[*TINY, f"--out_dir={folder / 'runs.json' / 'run'}", f"--data_dir={data}"]]  # below a file
     bad += [[*TINY, f"--out_dir={folder / path.name}-run", f"--data_dir={path}", "--max_tokens=4096"] for path in damaged]
-    (folder / "runs.json").write_text(json.dumps([runs, bad]))
+    signalled = [*TINY, f"--out_dir={folder / 'signalled'}", f"--data_dir={data}"]
+    (folder / "runs.json").write_text(json.dumps([runs, bad, signalled]))
     (folder / "worker.py").write_text(WORKER.format(root=str(ROOT), runs=str(folder / "runs.json")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(folder / "worker.py")]
     torchrun = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -653,14 +672,14 @@ def two_processes(data, tmp_path_factory, whole):
         torchrun.terminate()  # it ends its workers
         out, err = torchrun.communicate()
     assert torchrun.returncode == 0, err[-3000:]
-    refusals = [json.loads((folder / f"runs.json{rank}").read_text()) for rank in range(2)]
-    return {name: folder / name for name in flags} | {"stdout": out, "refusals": refusals}
+    refusals, seeds, ended = zip(*(json.loads((folder / f"runs.json{rank}").read_text()) for rank in range(2)))
+    return {name: folder / name for name in (*flags, "signalled")} | {"stdout": out, "refusals": refusals, "seeds": seeds, "ended": ended}
 
 
 def test_two_processes_equal_one(two_processes, whole, data, tmp_path):
-    """plain, guided with and without guide_skip, and a guided run that one process began and two finished."""
+    """plain, with four micro-batches each, guided with and without guide_skip, and guided, begun by one process and ended by two."""
     one = {"plain": whole["plain"], "always": whole["always"], "guided": train_run(tmp_path / "guided", data, *GUIDED)}
-    one["moved"] = one["guided"]
+    one |= {"moved": one["guided"], "accumulated": one["plain"]}
     for name, out in one.items():
         a, b = (torch.load(folder / "model.pt", weights_only=True) for folder in (out, two_processes[name]))
         assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-5) and a["model"].keys() == b["model"].keys()
@@ -674,7 +693,8 @@ def test_two_processes_equal_one(two_processes, whole, data, tmp_path):
 
 def test_one_of_two_processes_speaks(two_processes):
     out = two_processes["stdout"]
-    assert out.count("2 x cpu") == out.count("done     validation loss") == 4 and out.count("continuing after step 3 of 12") == 1
+    assert out.count("2 x cpu") == 7 and out.count("done     validation loss") == 6
+    assert out.count("continuing after step 3 of 12") == out.count("stopped after step 4 and saved") == 1
 
 
 def test_what_one_of_two_processes_refuses_both_refuse(two_processes):
@@ -683,6 +703,45 @@ def test_what_one_of_two_processes_refuses_both_refuse(two_processes):
     assert one == other and len(one) == 3
     for text, words in zip(one, ("run (Not a directory)", "val.bin holds the token id 999", "train.bin holds the token id 999")):
         assert words in text
+
+
+def test_a_signal_to_one_rank_ends_both_after_the_same_step(two_processes):
+    """Rank 1 got it in step 3; all learn of it one step later, and the checkpoint is of that step."""
+    assert two_processes["ended"] == ([4, 128 + signal.SIGUSR1],) * 2
+    saved = torch.load(two_processes["signalled"] / "ckpt.pt", weights_only=True)
+    assert saved["step"] == 4 and not (two_processes["signalled"] / "model.pt").exists()
+
+
+def test_dropout_is_drawn_anew_for_every_step_and_rank(two_processes):
+    seeds = [seed for rank in two_processes["seeds"] for seed in rank[-8:]]  # of the run with dropout, 8 steps
+    assert len(set(seeds)) == 16
+    cfg = tiny("--dropout=0.1")
+    other = dataclasses.replace(cfg, seed=1)
+    assert len({train.dropout_seed(c, step, rank) for c in (cfg, other) for step in range(50) for rank in range(4)}) == 400
+
+
+def test_gradients_are_averaged_with_the_last_micro_batch_alone():
+    """The others run inside DDP's no_sync."""
+    gpt, cfg, inside, seen = random_model(tiny("--vocab_size=61")).float(), tiny("--vocab_size=61"), [], []
+
+    class Wrapped:
+        @contextlib.contextmanager
+        def no_sync(self):
+            inside.append(True)
+            yield
+            inside.pop()
+
+        def __call__(self, *args):
+            seen.append(bool(inside))
+            loss = gpt(*args)
+            loss.register_hook(lambda grad: seen.append(bool(inside)))  # the backward too
+            return loss
+
+    for n, expected in ((3, [True] * 4 + [False] * 2), (1, [False] * 2)):
+        seen.clear()
+        train.train_step(Wrapped(), train.make_optimizer(cfg, gpt, ALONE), torch.randint(61, (n, 4, 17)), cfg,
+                         dataclasses.replace(ALONE, world=2), 1e-3)
+        assert seen == expected
 
 
 def test_unused_parameters_are_searched_for_only_with_guide_skip(monkeypatch):
@@ -729,6 +788,187 @@ def test_one_compilation_per_phase_and_variant(data, tmp_path, monkeypatch):
     eager = train_run(tmp_path / "eager", data, *flags)
     for a, b in zip(weights(out).values(), weights(eager).values()):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_a_compiled_block_uses_one_dropout_mask_in_forward_and_recomputed_backward(monkeypatch):
+    """Central differences under one seed, in float64: they see the forward's mask alone."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
+    gpt = random_model(tiny(*LOWRANK, "--vocab_size=61", "--dropout=0.4")).double().train()
+    gpt.compile_parts()
+    tokens = torch.randint(61, (4, 16), generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def value():
+        torch.manual_seed(5)
+        return (gpt.hidden(tokens) * weight).sum()
+
+    value().backward()
+    for name, p in gpt.named_parameters():
+        if p.grad is None or name in ("head.weight", "blocks.0.norm1.weight"):
+            continue
+        step = 1e-6 * p.grad / p.grad.norm()
+        with torch.no_grad():
+            p += step
+            above = value()
+            p -= 2 * step
+            below = value()
+            p += step
+        assert ((above - below) / 2e-6).item() == pytest.approx(p.grad.norm().item(), rel=1e-4), name
+    torch._dynamo.reset()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Masters in fp32, matrices in bf16: what make_optimizer does on CUDA, here on the CPU
+
+@pytest.fixture
+def mixed(monkeypatch):
+    """Runs in bf16 train by MixedAdamW."""
+    real = train.make_optimizer
+
+    def make_optimizer(cfg, model, ranks):
+        if ranks.dtype is torch.float32:
+            return real(cfg, model, ranks)
+        return MixedAdamW(model.parameters(), cfg.lr, cfg.betas, cfg.weight_decay)
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+    return [*GUIDED, "--dtype=bfloat16", "--eval_interval=3"]
+
+
+def test_files_hold_the_masters(mixed, data, tmp_path, monkeypatch):
+    """All in fp32, and of a matrix most entries are no bf16 numbers; the moments are fp32 too, and no second copy is kept."""
+    out = train_run(tmp_path / "run", data, *mixed, "--save_interval=3", "--max_tokens=1024")
+    with pytest.raises(SystemExit):
+        stopped(tmp_path / "guided", data, 3, monkeypatch, *mixed)
+    for path in (out / "model.pt", out / "ckpt.pt", tmp_path / "guided" / "ckpt.pt"):
+        saved = torch.load(path, weights_only=True)
+        for name, t in saved["model"].items():
+            assert t.dtype == torch.float32, name
+            assert t.dim() < 2 or (t.bfloat16().float() != t).float().mean() > 0.9, name
+        for name, state in saved.get("optimizer", {}).items():
+            assert state.keys() == {"step", "exp_avg", "exp_avg_sq"} and all(t.dtype == torch.float32 for t in state.values()), name
+    assert any(name.endswith(".W") for name in saved["model"]) and any(name.endswith(".W") for name in saved["optimizer"])
+
+
+@pytest.mark.parametrize("stops", [[2], [4], [6], [1, 3, 5, 11]], ids=str)
+def test_a_mixed_run_resumes_to_the_bit(stops, mixed, data, tmp_path, monkeypatch):
+    whole, out = train_run(tmp_path / "whole", data, *mixed), tmp_path / "run"
+    for last, stop in zip([0, *stops], stops):
+        with pytest.raises(SystemExit):
+            stopped(out, data, stop - last, monkeypatch, *mixed, "--resume=auto")
+    assert_same_run(train_run(out, data, *mixed, "--resume=auto"), whole)
+
+
+def test_a_mixed_run_learns_what_a_float32_one_does(mixed, data, tmp_path):
+    mine, exact, start = (weights(train_run(tmp_path / str(i), data, *flags))
+                          for i, flags in enumerate((mixed, GUIDED, [*GUIDED, "--lr=1e-30"])))
+    for name, t in exact.items():
+        assert (mine[name] - t).norm() < 0.3 * (t - start[name]).norm() + 1e-6, name
+
+
+def test_the_fused_update_never_sees_a_guide_that_has_left(mixed, data, tmp_path, monkeypatch):
+    """Its tables hold addresses. A stand-in that updates what its tables hold must reach the plain update's weights."""
+    whole, made = train_run(tmp_path / "plain", data, *mixed), []
+
+    def adamw_tables(masters, params, m, v):
+        made.append(len(masters))
+        return [masters, params or masters, m, v]
+
+    def adamw(tables, grads, corrections, scale, decay, betas, eps):
+        for p, half, m, v, grad, (rate, root) in zip(*tables, grads, corrections, strict=True):
+            if grad is not None:
+                grad = grad.float() * scale
+                m.lerp_(grad, 1 - betas[0])
+                v.lerp_(grad * grad, 1 - betas[1])
+                p.mul_(1 - decay).sub_(rate * m / (v.sqrt() * root + eps))
+                half.copy_(p)
+
+    fake = types.SimpleNamespace(ON=True, can_adamw=lambda _: True, adamw_tables=adamw_tables, adamw=adamw)
+    monkeypatch.setattr(optim, "ops", fake)
+    out = train_run(tmp_path / "fused", data, *mixed)
+    matrices = sum(t.dim() > 1 for n, t in weights(out).items() if n != "head.weight")
+    assert [n for n in made if n in (matrices, matrices + 4)] == [matrices + 4, matrices]  # with the 4 guides, then without
+    for name, t in weights(whole).items():
+        torch.testing.assert_close(weights(out)[name], t, rtol=1e-5, atol=1e-7, msg=lambda text: f"{name}: {text}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Validation, dropout, seeds
+
+def test_a_validation_is_without_dropout_and_training_goes_on_with_it(data, tmp_path, monkeypatch):
+    modes, real = [], train.train_step
+
+    def step(wrapped, *args):
+        modes.append({m.training for m in wrapped.modules()})
+        return real(wrapped, *args)
+    monkeypatch.setattr(train, "train_step", step)
+    out = train_run(tmp_path / "run", data, "--dropout=0.5", "--eval_interval=2")
+    gpt, _, saved = load(str(out), CPU)
+    tokens = torch.from_numpy(prepare.TokenFile(str(data / "val.bin")).tokens[:161].astype(np.int64))
+    with torch.no_grad():
+        expected = F.cross_entropy(gpt(tokens[:160].view(10, 16)).flatten(0, 1), tokens[1:])
+    assert saved["val_loss"] == pytest.approx(expected.item(), rel=1e-6) and modes == [{True}] * 8
+
+
+def test_a_validation_of_more_tokens_than_there_are_takes_all(data, tmp_path):
+    """401 tokens are 25 windows of 16."""
+    out = train_run(tmp_path / "run", data, "--eval_tokens=1e6", "--final_eval_tokens=1e9", "--eval_interval=4")
+    gpt, _, saved = load(str(out), CPU)
+    tokens = torch.from_numpy(prepare.TokenFile(str(data / "val.bin")).tokens[:401].astype(np.int64))
+    with torch.no_grad():
+        expected = F.cross_entropy(gpt(tokens[:400].view(25, 16)).flatten(0, 1), tokens[1:])
+    assert saved["val_loss"] == pytest.approx(expected.item(), rel=1e-6)
+    assert [r["step"] for r in metrics(out) if "val_loss" in r] == [4, 8]
+
+
+def test_a_validation_makes_no_float64_tensor(data):
+    """Not every device has them, as mps has not; the sum is in double precision all the same, on the host."""
+    made = set()
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made.update(t.dtype for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    cfg = tiny()
+    gpt, file = random_model(cfg).float(), prepare.TokenFile(str(data / "val.bin"))
+    with Watch():
+        loss = train.evaluate(gpt, file, 25, cfg, ALONE)
+    assert torch.float32 in made and torch.float64 not in made
+    losses = []
+    with torch.no_grad():
+        for i in range(25):
+            window = torch.from_numpy(file.tokens[16 * i:16 * i + 17].astype(np.int64))
+            losses.append(F.cross_entropy(gpt(window[None, :-1])[0], window[1:]).double())
+    assert loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
+
+
+def test_each_dropout_acts_in_training_alone(monkeypatch):
+    """On the embeddings and on both branches of each of 3 blocks: what any of these 7 draws changes the output."""
+    cfg = tiny("--dropout=0.3", "--vocab_size=61")
+    gpt, tokens, calls, zeroed = random_model(cfg).float(), torch.randint(61, (2, 16)), [], None
+
+    def dropout(x, p, training, inplace=False):
+        calls.append((tuple(x.shape), p, training))
+        return x * 0 if len(calls) - 1 == zeroed else x
+    monkeypatch.setattr(F, "dropout", dropout)
+    with torch.no_grad():
+        whole = gpt.train()(tokens)
+        assert calls == [((2, 16, 32), 0.3, True)] * 7
+        for zeroed in range(7):
+            calls.clear()
+            assert not torch.allclose(gpt(tokens), whole, atol=1e-3), zeroed
+        zeroed = None
+        calls.clear()
+        gpt.eval()(tokens)
+        assert [training for _, _, training in calls] == [False] * 7
+
+
+def test_the_seed_is_that_of_the_first_weights(data, tmp_path):
+    """lr ~ 0 keeps them."""
+    a, b, c = (weights(train_run(tmp_path / str(i), data, "--lr=1e-30", f"--seed={seed}")) for i, seed in enumerate((1, 1, 2)))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(not torch.equal(a[k], c[k]) for k in a if a[k].dim() > 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
