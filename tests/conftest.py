@@ -65,6 +65,17 @@ def assert_one_sentence(status, stdout, stderr):
     assert stderr.rstrip().endswith((".", "?", ")")), stderr
 
 
+def assert_stream_sentence(status, err, words):
+    """A failing output: one line on standard error and status 2."""
+    assert status == 2 and err.count("\n") == 1 and err.startswith("error: ") and words in err and "Traceback" not in err, (status, err)
+
+
+def start(script, *argv, **kw):
+    """A script in a process of its own."""
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, argv)], cwd=ROOT, text=True,
+                            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **kw})
+
+
 @pytest.fixture
 def cli(monkeypatch, capfd):
     """cli("train.py", *arguments) runs the script in this process -> (exit status, stdout, stderr)."""
@@ -136,3 +147,16 @@ def train_run(out, data, *argv):
 def finished(data, tmp_path_factory):
     """The folder of a finished LowRank run."""
     return train_run(tmp_path_factory.mktemp("out") / "finished", data, *LOWRANK)
+
+
+@pytest.fixture(scope="session")
+def whole(data, tmp_path_factory):
+    """The folders of the uninterrupted runs."""
+    from runs import RUNS
+    folder = tmp_path_factory.mktemp("whole")
+    return {name: train_run(folder / name, data, *argv) for name, argv in RUNS.items()}
+
+
+@pytest.fixture(scope="session")
+def whole_plain(whole):
+    return whole["plain"]

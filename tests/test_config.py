@@ -1,12 +1,16 @@
 """config: precedence, types, presets that are parsed and not run, mistakes told in one sentence without torch."""
 import dataclasses
+import os
 import random
+import signal
+import subprocess
+import sys
 
 import pytest
 
 import config
 from config import Config, UserError
-from conftest import ROOT, assert_one_sentence
+from conftest import ROOT, TINY, assert_one_sentence, assert_stream_sentence, start
 
 PRESETS = sorted((ROOT / "config").glob("[a-z]*.py"))
 SMALL = ["--n_layer=2", "--n_embd=32", "--n_head=2"]
@@ -276,3 +280,46 @@ def test_the_hint_at_a_preset_is_a_path_that_works_from_here(monkeypatch, tmp_pa
     hint = text.partition("did you mean ")[2].removesuffix("?")
     assert hint != "config/quickstart.py" and config.load([hint])[0].ffn == "lowrank"
     assert "it is not a file" in refusal(["config/zzzzzz.py"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Streams and statuses
+
+def test_an_interrupted_script_ends_with_the_signals_status(monkeypatch, capsys):
+    for args, status in (((), 130), ((signal.SIGTERM,), 143)):
+        def main(argv):
+            raise KeyboardInterrupt(*args)
+        assert pytest.raises(SystemExit, config.run, main).value.code == status and capsys.readouterr().err == "interrupted.\n"
+
+
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
+
+
+@FULL
+@pytest.mark.parametrize("argv", [["train.py", "--help"], ["train.py", *TINY, "--vocab_size=257", "--dry_run=True"], ["bench.py", "--help"],
+                                  ["sample.py", "--help"], ["prepare.py", "--help"]], ids=" ".join)
+def test_a_full_output_is_one_sentence_in_every_script(argv):
+    with open("/dev/full", "w") as full:
+        process = start(*argv, stdout=full)
+        assert_stream_sentence(process.wait(60), process.stderr.read(), "the output cannot be written (No space left")
+        process.stderr.close()
+
+
+def test_a_closed_output_is_one_sentence():
+    command = f"exec {sys.executable} {ROOT / 'train.py'} --dry_run=True --vocab_size=9 >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True)
+    assert_stream_sentence(done.returncode, done.stderr, "standard output is closed")
+
+
+def test_an_output_without_the_letters_is_one_sentence():
+    code = "import config; config.run(lambda argv: print('caf\\xe9'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert_stream_sentence(done.returncode, done.stderr, "cannot show '\\xe9' in its encoding ascii: set PYTHONIOENCODING=utf-8")
+
+
+def test_an_error_of_ours_stays_a_traceback():
+    for code in ("open('/nowhere')", "'\\xe9'.encode('ascii')", "1 / 0"):
+        done = subprocess.run([sys.executable, "-c", f"import config; config.run(lambda argv: {code})"], capture_output=True, text=True,
+                              cwd=ROOT)
+        assert done.returncode == 1 and "Traceback" in done.stderr

@@ -1,11 +1,8 @@
-"""run: a folder's owner, files that appear whole, what a folder may become, the log; a run's streams and signals."""
-import contextlib
+"""run: a folder and its owner, files that appear whole, what a folder may become, the log."""
 import json
 import math
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,22 +14,19 @@ import pytest
 import torch
 
 import config
-import curves
 import device
 import run
 import train
 from config import UserError
-from conftest import LOWRANK, ROOT, TINY, assert_one_sentence, train_run, write_data
+from conftest import LOWRANK, TINY, assert_one_sentence, start, train_run, write_data
 from model import load
-from test_train import ALONE, GUIDED, assert_same_run, metrics, stopped, tiny, weights
+from runs import ALONE, GUIDED, assert_same_run, metrics, stopped, tiny, weights
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One owner
 
 LONG = ["--max_tokens=1_280_000"]  # 10 000 steps
-
-
-def start(script, *argv, folder=ROOT, **kw):
-    """A script in a process of its own, in the session's Python."""
-    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, argv)], cwd=folder, text=True,
-                            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **kw})
 
 
 def wait_for(condition, seconds=60):
@@ -45,9 +39,6 @@ def wait_for(condition, seconds=60):
 def lines_of(path):
     return path.read_text().count("\n") if path.exists() else 0
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# One owner
 
 def test_a_folder_has_one_owner_until_that_dies(cli, data, tmp_path):
     """A second process is refused and harms nothing; after kill -9 of the first it takes over, with no lock to remove."""
@@ -165,8 +156,78 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a"]
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence(cli, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_one_sentence(*cli("train.py", *TINY, f"--data_dir={data}", f"--out_dir={tmp_path / 'file' / 'run'}"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
+def test_a_full_disk_harms_nothing(data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        stopped(out, data, 3, monkeypatch, "--resume=auto")
+    before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+    monkeypatch.setattr(run, "temp_name", lambda path: f"{path}.tmp-here")
+    for name in ("config.json", "metrics.jsonl", "ckpt.pt"):
+        os.symlink("/dev/full", out / f"{name}.tmp-here")
+        with pytest.raises(UserError, match=f"cannot write .*{name} .No space left on device.: make room"):
+            train_run(out, data, "--resume=auto")
+        assert sorted(os.listdir(out)) == sorted(before)
+        assert all((out / kept).read_bytes() == before[kept] for kept in before if (name, kept) != ("ckpt.pt", "metrics.jsonl"))
+    assert metrics(train_run(out, data, "--resume=auto"))[-1]["step"] == 8
+
+
+def test_a_full_disk_under_the_metrics_is_one_sentence(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "open_metrics", lambda *args: open("/dev/full", "a"))
+    with pytest.raises(UserError, match="cannot write /dev/full .No space left"):
+        train_run(tmp_path / "run", data)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What a folder holds
+
+def test_a_run_leaves_its_folder(finished, data):
+    assert sorted(os.listdir(finished)) == [".lock", "ckpt.pt", "config.json", "metrics.jsonl", "model.pt"]
+    cfg = config.from_dict(json.loads((finished / "config.json").read_text()))
+    saved = torch.load(finished / "model.pt", weights_only=True)
+    assert saved.keys() == {"config", "model", "tokenizer", "step", "val_loss"} and config.from_dict(saved["config"]) == cfg
+    assert saved["step"] == 8 and saved["tokenizer"]["identity"] == "byte" and saved["tokenizer"]["blob"].dtype == torch.uint8
+    rows, plan = metrics(finished), train.make_plan(cfg)
+    assert [r["step"] for r in rows] == [*range(1, 9), 8] and rows[0]["loss"] == pytest.approx(math.log(257), abs=0.1)
+    for row in rows[:-1]:
+        assert row.keys() == {"step", "tokens", "loss", "lr", "grad_norm", "alpha", "tokens_per_s", "mfu"}
+        assert row["tokens"] == 128 * row["step"] and row["lr"] == train.lr_at(cfg, plan, row["step"] - 1)
+        assert row["alpha"] == 0 and row["mfu"] is None and row["tokens_per_s"] > 0
+    assert rows[-1] == {"step": 8, "val_loss": saved["val_loss"], "val_ppl": math.exp(saved["val_loss"])}
+
+
+def test_folders_are_continued_refused_or_finished(cli, finished, data, tmp_path):
+    def again(*argv):
+        return cli("train.py", *TINY, *LOWRANK, f"--out_dir={finished}", f"--data_dir={data}", *argv)
+    before = (finished / "model.pt").read_bytes()
+    for argv, words in (([], "--resume=auto"), (["--resume=auto", "--lr=2e-3"], "lr=0.001, this command says lr=0.002"),
+                        (["--resume=auto", "--rank=4"], "rank=8, this command says rank=4"),
+                        (["--resume=auto", "--seed=1"], "seed=1")):
+        status, out, err = again(*argv)
+        assert_one_sentence(status, out, err)
+        assert words in err and str(finished) in err
+    status, out, err = again("--resume=auto", "--log_interval=3")
+    assert status == 0 and "finished" in out and not err and before == (finished / "model.pt").read_bytes()
+    for text in ("{", "[]", "3", '{"n_layer": []}', 100_000 * "["):
+        (tmp_path / "config.json").write_text(text)
+        status, out, err = cli("train.py", *TINY, f"--out_dir={tmp_path}", "--resume=auto")
+        assert_one_sentence(status, out, err)
+        assert str(tmp_path / "config.json") in err
+
+
+def test_another_runs_data_is_refused(cli, data, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit):
+        stopped(tmp_path / "run", data, 3, monkeypatch)
+    other = write_data(tmp_path / "other", np.arange(4001) % 256, np.arange(401) % 256)
+    status, out, err = cli("train.py", *TINY, f"--out_dir={tmp_path / 'run'}", f"--data_dir={other}", "--resume=auto")
+    assert_one_sentence(status, out, err)
+    assert "other training data" in err
+
 
 @pytest.mark.parametrize("names", [["model.pt"], ["ckpt.pt"], ["metrics.jsonl"], ["ckpt.pt", "model.pt"]], ids=" ".join)
 @pytest.mark.parametrize("resume", ["off", "auto"])
@@ -335,7 +396,19 @@ def test_a_checkpoint_without_tokenizer_still_resumes(data, tmp_path, monkeypatc
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Weights & Biases
+# The log
+
+def test_wandb_gets_what_the_file_gets(data, tmp_path, monkeypatch):
+    logged = []
+    fake = types.SimpleNamespace(init=lambda **kw: types.SimpleNamespace(log=lambda values, step: logged.append((step, values))))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    out = train_run(tmp_path / "run", data, "--wandb=True")
+    assert logged == [(r["step"], {k: v for k, v in r.items() if v is not None}) for r in metrics(out)] and len(logged) == 9
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        train_run(tmp_path / "other", data, "--wandb=True")
+    assert os.listdir(tmp_path / "other") == [".lock"]  # the next try finds no run
+
 
 def test_wandbs_id_is_random_and_stays_with_the_folder(data, tmp_path, monkeypatch):
     """out/a/s and out/b/s are two runs there, a continuation is the same one, and a name may hold a colon."""
@@ -354,8 +427,9 @@ def test_wandbs_id_is_random_and_stays_with_the_folder(data, tmp_path, monkeypat
     assert {call["name"] for call in calls} == {"s:1"} and {call["resume"] for call in calls} == {"allow"}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The clock and the final validation
+def test_perplexity_has_no_largest_loss():
+    assert run.perplexity(2.0) == math.exp(2) and run.perplexity(1e4) == math.inf
+
 
 class Clock:
     """time.monotonic that a test moves; the wall clock jumps about."""
@@ -407,47 +481,6 @@ def test_a_standing_clock_and_a_slow_step_leave_a_rate_above_0(monkeypatch, tmp_
     assert all(row["tokens_per_s"] > 0 for row in metrics(tmp_path)) and len(run.read_metrics(str(tmp_path / "metrics.jsonl"), 8)) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-def test_a_signal_ends_the_final_validation(number, whole_plain, data, tmp_path, monkeypatch, capsys):
-    """At once, with nothing lost: the last step is saved, and the same command repeats the validation."""
-    out, real = tmp_path / "run", train.read_windows
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as e:
-        seen = []
-
-        def read_windows(tokens, windows, block_size):
-            if len(tokens) == 401:  # of the validation file
-                seen.append(windows)
-                if len(seen) == 2:
-                    os.kill(os.getpid(), number)
-                    pytest.fail("the validation went on")
-            return real(tokens, windows, block_size)
-        patch.setattr(train, "read_windows", read_windows)
-        train_run(out, data)
-    assert e.value.args == (number,) and "stopped in the final validation; all 8 steps are saved" in capsys.readouterr().out
-    assert not (out / "model.pt").exists() and torch.load(out / "ckpt.pt", weights_only=True)["step"] == 8
-    assert_same_run(train_run(out, data, "--resume=auto"), whole_plain)
-
-
-@pytest.fixture(scope="module")
-def whole_plain(data, tmp_path_factory):
-    return train_run(tmp_path_factory.mktemp("whole") / "plain", data)
-
-
-def test_a_signal_in_the_last_step_comes_before_the_final_validation(whole_plain, data, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as e:
-        patch.setattr(train, "evaluate", lambda *args, **kw: pytest.fail("it validated"))
-        stopped(tmp_path / "run", data, 8, monkeypatch)
-    assert e.value.code == 143 and torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 8
-    assert_same_run(train_run(tmp_path / "run", data, "--resume=auto"), whole_plain)
-
-
-def test_an_interrupted_script_ends_with_the_signals_status(monkeypatch, capsys):
-    for args, status in (((), 130), ((signal.SIGTERM,), 143)):
-        def main(argv):
-            raise KeyboardInterrupt(*args)
-        assert pytest.raises(SystemExit, config.run, main).value.code == status and capsys.readouterr().err == "interrupted.\n"
-
-
 def test_the_final_validation_shows_its_progress(monkeypatch, tmp_path, capsys):
     """On a terminal always, in a log file every five minutes."""
     clock = Clock(monkeypatch)
@@ -467,139 +500,3 @@ def test_the_final_validation_reports_what_is_done(data, tmp_path, monkeypatch):
     monkeypatch.setattr(run.Log, "final", lambda self, fraction: seen.append(fraction))
     train_run(tmp_path / "run", data, "--eval_interval=2")
     assert seen == [0.0, 0.4, 0.8]  # ten windows, four at a time; validations during the run are silent
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Signals
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_every_signal_to_end_saves(name, data, tmp_path, monkeypatch):
-    number = getattr(signal, name)
-    with pytest.raises(SystemExit) as e:
-        stopped(tmp_path / "run", data, 3, monkeypatch, how=number)
-    assert e.value.code == 128 + number and torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 3
-
-
-def test_nohup_is_respected_and_an_ignored_ctrl_c_is_not():
-    before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGHUP, signal.SIGINT)}
-    try:
-        with train.Stop() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.agreed(ALONE) == 0
-            os.kill(os.getpid(), signal.SIGINT)
-            assert stop.agreed(ALONE) == signal.SIGINT
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Streams
-
-FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
-
-
-def assert_stream_sentence(status, err, words):
-    assert status == 2 and err.count("\n") == 1 and err.startswith("error: ") and words in err and "Traceback" not in err, (status, err)
-
-
-@FULL
-@pytest.mark.parametrize("argv", [["train.py", "--help"], ["train.py", *TINY, "--vocab_size=257", "--dry_run=True"], ["bench.py", "--help"],
-                                  ["sample.py", "--help"], ["prepare.py", "--help"]], ids=" ".join)
-def test_a_full_output_is_one_sentence_in_every_script(argv):
-    with open("/dev/full", "w") as full:
-        process = start(*argv, stdout=full)
-        assert_stream_sentence(process.wait(60), process.stderr.read(), "the output cannot be written (No space left")
-        process.stderr.close()
-
-
-def test_a_closed_output_is_one_sentence():
-    command = f"exec {sys.executable} {ROOT / 'train.py'} --dry_run=True --vocab_size=9 >&-"
-    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True)
-    assert_stream_sentence(done.returncode, done.stderr, "standard output is closed")
-
-
-def test_an_output_without_the_letters_is_one_sentence():
-    code = "import config; config.run(lambda argv: print('caf\\xe9'))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert_stream_sentence(done.returncode, done.stderr, "cannot show '\\xe9' in its encoding ascii: set PYTHONIOENCODING=utf-8")
-
-
-def test_an_error_of_ours_stays_a_traceback():
-    for code in ("open('/nowhere')", "'\\xe9'.encode('ascii')", "1 / 0"):
-        done = subprocess.run([sys.executable, "-c", f"import config; config.run(lambda argv: {code})"], capture_output=True, text=True,
-                              cwd=ROOT)
-        assert done.returncode == 1 and "Traceback" in done.stderr
-
-
-def test_training_whose_reader_ends_saves_and_fails(whole_plain, data, tmp_path):
-    """As in `train.py ... | head -2`."""
-    out = tmp_path / "run"
-    process = start("train.py", *TINY, *LONG, f"--out_dir={out}", f"--data_dir={data}")
-    for _ in range(7):
-        process.stdout.readline()
-    process.stdout.close()
-    err = process.stderr.read()
-    assert_stream_sentence(process.wait(60), err, "the output cannot be written (Broken pipe): the run is saved after step")
-    step = torch.load(out / "ckpt.pt", weights_only=True)["step"]
-    assert f"saved after step {step}," in err and 0 < step < 10_000 and not (out / "model.pt").exists()
-
-
-class Broken:
-    """Standard output that takes `n` writes."""
-
-    def __init__(self, n):
-        self.left = n
-
-    def write(self, text):
-        self.left -= text != "\n"
-        if self.left < 0:
-            raise OSError(28, "No space left on device")
-        return len(text)
-
-    def flush(self):
-        pass
-
-    def isatty(self):
-        return False
-
-
-@pytest.mark.parametrize("writes, step", [(0, 1), (4, 4), (8, 8)])
-def test_training_on_a_full_output_saves_and_resumes(writes, step, whole_plain, data, tmp_path, monkeypatch):
-    """The first write is the card, then one a step: a failed one ends the run after its step."""
-    out = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=f"No space left on device.: the run is saved after step {step},"):
-        patch.setattr(sys, "stdout", Broken(writes))
-        train_run(out, data)
-    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == step
-    assert_same_run(train_run(out, data, "--resume=auto"), whole_plain)
-
-
-def test_a_result_on_a_full_output_is_kept_and_said(whole_plain, data, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="but the run is finished"):
-        patch.setattr(sys, "stdout", Broken(9))
-        train_run(tmp_path / "run", data)
-    assert_same_run(tmp_path / "run", whole_plain)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Several processes before there is a process group
-
-LATE = """
-import os, runpy, sys, time
-sys.path.insert(0, {root!r})
-if os.environ["RANK"] == "0":
-    time.sleep(2)
-sys.argv = ["train.py", *sys.argv[1:]]
-runpy.run_path({script!r}, run_name="__main__")
-"""
-
-
-def test_a_mistake_reaches_the_user_when_rank_0_is_late(data, tmp_path):
-    (tmp_path / "late.py").write_text(LATE.format(root=str(ROOT), script=str(ROOT / "train.py")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "late.py"), *TINY,
-               "--n_layr=3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "did you mean n_layer?" in done.stderr, done.stderr

@@ -1,4 +1,4 @@
-"""train: the plan, data order, one step against AdamW by hand, two processes, resume, the run's folder, real text."""
+"""train: the plan, data order, one step against AdamW by hand, fp32 masters, validation, compilation, real text."""
 import collections
 import contextlib
 import dataclasses
@@ -6,10 +6,6 @@ import functools
 import json
 import math
 import os
-import shutil
-import signal
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -19,51 +15,17 @@ import torch
 import torch.nn.functional as F
 
 import config
-import curves
 import optim
 import prepare
-import run
 import train
 from config import UserError
 from conftest import LOWRANK, ROOT, STRUCTURES, TINY, assert_one_sentence, train_run, write_data
-from device import Ranks, in_memory
+from device import Ranks
 from model import load
 from optim import MixedAdamW
+from runs import ALONE, CPU, GUIDED, assert_same_run, configure, copy_data, metrics, set_token, stopped, tiny, weights
 from structured import Structured
 from test_model import random_model, reference_logits
-
-CPU = torch.device("cpu")
-ALONE = Ranks(0, 1, CPU, torch.float32, False)
-# 4 steps guided, 4 plain, 4 replayed
-GUIDED = ["--ffn=blockshuffle", "--nblocks=4", "--guide=fixedflop", "--guide_ratio=0.5", "--guide_skip=True"]
-
-
-def configure(*argv):
-    cfg, = config.load([str(a) for a in argv])
-    return dataclasses.replace(cfg, vocab_size=cfg.vocab_size or 257)
-
-
-def tiny(*argv):
-    return configure(*TINY, *argv)
-
-
-def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def copy_data(data, folder):
-    return Path(shutil.copytree(data, folder))
-
-
-def set_token(folder, name, at, value):
-    with open(folder / name, "r+b") as f:
-        f.seek(prepare.HEADER + 2 * at)
-        f.write(value.to_bytes(2, "little"))
-    return folder
-
-
-def weights(out, name="model.pt"):
-    return torch.load(out / name, weights_only=True)["model"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,6 +114,18 @@ def test_skip_draws_are_pure_and_have_alpha_as_their_mean():
     assert train.guided_layers(always, plan, 9999) == (1, 2, 3, 4)
     half = train.make_plan(dataclasses.replace(cfg, guide_ratio=0.5))
     assert train.guided_layers(always, half, 4999) == (1, 2, 3, 4) and train.guided_layers(always, half, 5000) == ()
+
+
+def test_auto_ratio_of_factors_dearer_than_dense_is_refused():
+    with pytest.raises(UserError, match="1.13 x as much"):
+        train.make_plan(tiny("--ffn=lowrank", "--rank=32", "--guide=fixedflop", "--n_dense_layers=0"))
+
+
+def test_more_steps_than_can_be_counted_are_refused(cli):
+    for argv in (["--dry_run=True", "--max_tokens=1e16"], ["--max_tokens=1e299"]):
+        status, out, err = cli("train.py", *TINY, *argv)
+        assert_one_sentence(status, out, err)
+        assert "steps, more than 1e+08" in err
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -285,23 +259,58 @@ def test_a_skipped_layers_guide_is_left_alone():
     assert set(before) - changed == {"blocks.2.ffn.fc1.W", "blocks.2.ffn.fc2.W"}
 
 
+def test_gradients_are_averaged_with_the_last_micro_batch_alone():
+    """The others run inside DDP's no_sync."""
+    gpt, cfg, inside, seen = random_model(tiny("--vocab_size=61")).float(), tiny("--vocab_size=61"), [], []
+
+    class Wrapped:
+        @contextlib.contextmanager
+        def no_sync(self):
+            inside.append(True)
+            yield
+            inside.pop()
+
+        def __call__(self, *args):
+            seen.append(bool(inside))
+            loss = gpt(*args)
+            loss.register_hook(lambda grad: seen.append(bool(inside)))  # the backward too
+            return loss
+
+    for n, expected in ((3, [True] * 4 + [False] * 2), (1, [False] * 2)):
+        seen.clear()
+        train.train_step(Wrapped(), train.make_optimizer(cfg, gpt, ALONE), torch.randint(61, (n, 4, 17)), cfg,
+                         dataclasses.replace(ALONE, world=2), 1e-3)
+        assert seen == expected
+
+
+def test_after_the_switch_the_guide_is_gone_from_everything(data, tmp_path, monkeypatch):
+    made, seen = [], []
+    real_optimizer, real_step = train.make_optimizer, train.train_step
+
+    def make_optimizer(cfg, model, ranks):
+        made.append((model, real_optimizer(cfg, model, ranks)))
+        return made[0][1]
+
+    def train_step(*args):
+        model, optimizer = made[0]
+        trained = [p for g in optimizer.param_groups for p in g["params"]]
+        moments = [v for s in optimizer.state.values() for v in s.values() if v.dim()]
+        seen.append(tuple(sum(t.numel() for t in tensors) for tensors in (model.parameters(), trained, moments)))
+        return real_step(*args)
+
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+    monkeypatch.setattr(train, "train_step", train_step)
+    out = train_run(tmp_path / "run", data, *LOWRANK, "--guide=fixedstep")
+    facts = train.summary(configure(*TINY, *LOWRANK, "--guide=fixedstep"))
+    plain, guided = facts["params"], facts["params"] + facts["params_guide"]
+    assert seen[1:4] == [(guided, guided, 2 * guided)] * 3 and seen[4:] == [(plain, plain, 2 * plain)] * 4
+    assert all(m.W is None for m in made[0][0].modules() if isinstance(m, Structured))
+    monkeypatch.undo()
+    assert weights(out).keys() == weights(train_run(tmp_path / "plain", data, *LOWRANK)).keys()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# A run and its folder
-
-def test_a_run_leaves_its_folder(finished, data):
-    assert sorted(os.listdir(finished)) == [".lock", "ckpt.pt", "config.json", "metrics.jsonl", "model.pt"]
-    cfg = config.from_dict(json.loads((finished / "config.json").read_text()))
-    saved = torch.load(finished / "model.pt", weights_only=True)
-    assert saved.keys() == {"config", "model", "tokenizer", "step", "val_loss"} and config.from_dict(saved["config"]) == cfg
-    assert saved["step"] == 8 and saved["tokenizer"]["identity"] == "byte" and saved["tokenizer"]["blob"].dtype == torch.uint8
-    rows, plan = metrics(finished), train.make_plan(cfg)
-    assert [r["step"] for r in rows] == [*range(1, 9), 8] and rows[0]["loss"] == pytest.approx(math.log(257), abs=0.1)
-    for row in rows[:-1]:
-        assert row.keys() == {"step", "tokens", "loss", "lr", "grad_norm", "alpha", "tokens_per_s", "mfu"}
-        assert row["tokens"] == 128 * row["step"] and row["lr"] == train.lr_at(cfg, plan, row["step"] - 1)
-        assert row["alpha"] == 0 and row["mfu"] is None and row["tokens_per_s"] > 0
-    assert rows[-1] == {"step": 8, "val_loss": saved["val_loss"], "val_ppl": math.exp(saved["val_loss"])}
-
+# A run
 
 def test_the_final_loss_is_that_of_the_first_validation_windows(finished, data):
     """Ten windows in micro-batches of four: the ragged last one counts what it holds."""
@@ -328,34 +337,6 @@ def test_loss_alpha_and_guided_validation_of_a_guided_run(data, tmp_path, monkey
     assert rows[2]["alpha"] == pytest.approx(0.5)
     assert seen == [(4, pytest.approx(0.5), (1, 2)), *[(4, 0.0, ())] * 4, (10, None, ())]
     assert [r["step"] for r in metrics(out) if "val_loss" in r] == [2, 4, 6, 8, 10, 12]
-
-
-def test_folders_are_continued_refused_or_finished(cli, finished, data, tmp_path):
-    def again(*argv):
-        return cli("train.py", *TINY, *LOWRANK, f"--out_dir={finished}", f"--data_dir={data}", *argv)
-    before = (finished / "model.pt").read_bytes()
-    for argv, words in (([], "--resume=auto"), (["--resume=auto", "--lr=2e-3"], "lr=0.001, this command says lr=0.002"),
-                        (["--resume=auto", "--rank=4"], "rank=8, this command says rank=4"),
-                        (["--resume=auto", "--seed=1"], "seed=1")):
-        status, out, err = again(*argv)
-        assert_one_sentence(status, out, err)
-        assert words in err and str(finished) in err
-    status, out, err = again("--resume=auto", "--log_interval=3")
-    assert status == 0 and "finished" in out and not err and before == (finished / "model.pt").read_bytes()
-    for text in ("{", "[]", "3", '{"n_layer": []}', 100_000 * "["):
-        (tmp_path / "config.json").write_text(text)
-        status, out, err = cli("train.py", *TINY, f"--out_dir={tmp_path}", "--resume=auto")
-        assert_one_sentence(status, out, err)
-        assert str(tmp_path / "config.json") in err
-
-
-def test_another_runs_data_is_refused(cli, data, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit):
-        stopped(tmp_path / "run", data, 3, monkeypatch)
-    other = write_data(tmp_path / "other", np.arange(4001) % 256, np.arange(401) % 256)
-    status, out, err = cli("train.py", *TINY, f"--out_dir={tmp_path / 'run'}", f"--data_dir={other}", "--resume=auto")
-    assert_one_sentence(status, out, err)
-    assert "other training data" in err
 
 
 def test_mistakes_about_data_are_told_before_the_first_step(cli, data, tmp_path, monkeypatch):
@@ -401,10 +382,6 @@ def test_a_final_loss_that_is_not_finite_is_no_result(cli, finished, data, tmp_p
     assert "is nan" in err
 
 
-def test_perplexity_has_no_largest_loss():
-    assert run.perplexity(2.0) == math.exp(2) and run.perplexity(1e4) == math.inf
-
-
 def test_cards_and_progress_of_a_log_file(cli, data, tmp_path):
     status, out, err = cli("train.py", *TINY, *GUIDED, f"--data_dir={data}", f"--out_dir={tmp_path / 'run'}")
     assert status == 0 and not err and "\r" not in out
@@ -415,480 +392,11 @@ def test_cards_and_progress_of_a_log_file(cli, data, tmp_path):
     assert all(f"{name} {value:.2e}" in out for name, value in flops.items()) and len(flops) == 3
 
 
-def test_wandb_gets_what_the_file_gets(data, tmp_path, monkeypatch):
-    logged = []
-    fake = types.SimpleNamespace(init=lambda **kw: types.SimpleNamespace(log=lambda values, step: logged.append((step, values))))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    out = train_run(tmp_path / "run", data, "--wandb=True")
-    assert logged == [(r["step"], {k: v for k, v in r.items() if v is not None}) for r in metrics(out)] and len(logged) == 9
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        train_run(tmp_path / "other", data, "--wandb=True")
-    assert os.listdir(tmp_path / "other") == [".lock"]  # the next try finds no run
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# eval_only
-
-def test_eval_only_repeats_the_runs_loss_and_scores_other_text(cli, finished, data, tmp_path):
-    loss = torch.load(finished / "model.pt", weights_only=True)["val_loss"]
-    status, out, err = cli("train.py", *TINY, "--eval_only=True", f"--out_dir={finished}", f"--data_dir={data}",
-                           "--micro_batch_size=8")
-    assert status == 0 and not err and f"loss {loss:.4f}, PPL {math.exp(loss):.2f} on 160 tokens" in out
-    other = write_data(tmp_path / "other", np.zeros(17, int), np.full(33, 200))
-    out = cli("train.py", *TINY, "--eval_only=True", f"--out_dir={finished}", f"--data_dir={other}")[1]
-    gpt, _, _ = load(str(finished), CPU)
-    with torch.no_grad():
-        expected = F.cross_entropy(gpt(torch.full((2, 16), 200)).flatten(0, 1), torch.full((32,), 200)).item()
-    assert f"loss {expected:.4f}" in out and "on 32 tokens" in out
-
-
-def test_eval_only_refuses_other_tokens_no_model_and_no_window(cli, finished, data, tmp_path):
-    blob = "\n".join(bytes([i]).hex() for i in range(256)).encode()
-    foreign = write_data(tmp_path / "foreign", np.zeros(100, int), np.zeros(100, int), "gpt2", blob)
-    empty = write_data(tmp_path / "empty", np.zeros(100, int), np.zeros(16, int))
-    for out_dir, data_dir, words in ((finished, foreign, "tokenizer byte"), (finished, empty, "validation data's 16 tokens"),
-                                     (tmp_path / "none", data, "does not exist"),
-                                     (finished, tmp_path / "nowhere", "no data")):
-        status, out, err = cli("train.py", *TINY, "--eval_only=True", f"--out_dir={out_dir}", f"--data_dir={data_dir}")
-        assert_one_sentence(status, out, err)
-        assert words in err
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Interruption and resume, bit for bit
-
-def stopped(out, data, after, monkeypatch, *argv, how=signal.SIGTERM):
-    """train_run that is sent a signal, or raises, in its `after`-th step."""
-    calls, real = [], train.train_step
-
-    def step(*args):
-        calls.append(args)
-        if len(calls) == after:
-            if how is RuntimeError:
-                raise how("the machine failed")
-            os.kill(os.getpid(), how)
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", step)
-        train_run(out, data, *argv)
-
-
-def assert_same_run(out, other):
-    """Weights, optimiser and every logged number are equal to the bit."""
-    for name in ("model.pt", "ckpt.pt"):
-        a, b = (torch.load(folder / name, weights_only=True) for folder in (out, other))
-        assert a["step"] == b["step"] and a["model"].keys() == b["model"].keys() and a.get("val_loss") == b.get("val_loss")
-        assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-        for k, state in a.get("optimizer", {}).items():
-            assert all(torch.equal(torch.as_tensor(state[s]), torch.as_tensor(b["optimizer"][k][s])) for s in state), k
-    a, b = ([{k: v for k, v in row.items() if k != "tokens_per_s"} for row in metrics(folder)] for folder in (out, other))
-    assert a == b
-
-
-RUNS = {"plain": [], "always": [*LOWRANK, "--guide=fixedflop", "--guide_ratio=0.5"],
-        "guided": [*GUIDED, "--dropout=0.1", "--eval_interval=3"]}
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    """The folders of the uninterrupted runs."""
-    folder = tmp_path_factory.mktemp("whole")
-    return {name: train_run(folder / name, data, *argv) for name, argv in RUNS.items()}
-
-
-@pytest.mark.parametrize("name, stops", [
-    ("plain", [3]), ("always", [3]), ("guided", [2]), ("guided", [4]), ("guided", [6]), ("guided", [8]), ("guided", [10]),
-    ("guided", [1, 4, 5, 9, 11])], ids=str)
-def test_resume_equals_no_interruption(name, stops, whole, data, tmp_path, monkeypatch, capsys):
-    """guided: 2 is before the switch, 4 at it, 6 after it, 8 before the replay, 10 inside it; dropout is on."""
-    out = tmp_path / "run"
-    for last, stop in zip([0, *stops], stops):
-        with pytest.raises(SystemExit) as e:
-            stopped(out, data, stop - last, monkeypatch, *RUNS[name], "--resume=auto")
-        assert e.value.code == 128 + signal.SIGTERM and "--resume=auto" in capsys.readouterr().out
-        saved = torch.load(out / "ckpt.pt", weights_only=True)
-        assert saved["step"] == stop and not (out / "model.pt").exists()
-        guides = [k for k in (*saved["model"], *saved["optimizer"]) if k.endswith(".W")]
-        assert bool(guides) == (name != "plain" and stop < 4)
-    train_run(out, data, *RUNS[name], "--resume=auto")
-    assert f"continuing after step {stops[-1]}" in capsys.readouterr().out
-    assert_same_run(out, whole[name])
-
-
-@pytest.mark.parametrize("crash, torn", [(3, ""), (7, '{"step": 7, "tok'), (11, '{"step": 11, "loss": 1.5}'), (6, "")])
-def test_after_a_crash_no_step_stands_twice(crash, torn, whole, data, tmp_path, monkeypatch):
-    """Checkpoints every 5 steps; the steps after the last one are told again, a torn last line goes."""
-    out, flags = tmp_path / "run", [*RUNS["guided"], "--save_interval=5", "--resume=auto"]
-    with pytest.raises(RuntimeError, match="machine failed"):
-        stopped(out, data, crash, monkeypatch, *flags, how=RuntimeError)
-    assert [r["step"] for r in metrics(out) if "loss" in r] == list(range(1, crash))
-    with open(out / "metrics.jsonl", "a") as f:
-        f.write(torn)
-    train_run(out, data, *flags)
-    assert_same_run(out, whole["guided"])
-
-
-def test_a_damaged_checkpoint_is_told(cli, data, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit):
-        stopped(tmp_path / "run", data, 3, monkeypatch)
-    path = tmp_path / "run" / "ckpt.pt"
-    saved = torch.load(path, weights_only=True)
-    for other, words in ((None, "damaged"), ({"epoch": 3, "model": {}}, "lacks step, data, optimizer"), ([1], "lacks model, step"),
-                         (saved | {"model": weights(tmp_path / "run", "ckpt.pt") | {"more": torch.zeros(1)}}, "do not match")):
-        torch.save(other, path) if other else os.truncate(path, 1000)
-        status, out, err = cli("train.py", *TINY, f"--out_dir={tmp_path / 'run'}", f"--data_dir={data}", "--resume=auto")
-        assert_one_sentence(status, out, err)
-        assert "ckpt.pt" in err and words in err
-
-
-def test_the_runs_padded_vocabulary_is_kept(data, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit):
-        stopped(tmp_path / "run", data, 3, monkeypatch, "--vocab_size=300")
-    assert len(weights(train_run(tmp_path / "run", data, "--resume=auto"))["wte.weight"]) == 300
-
-
-ODD = ["[]", "3", '{"loss": 1.0}', '{"step": "1"}', '{"step": 9}', '{"step": 1, "val_loss": []}', '{"step": 1, "loss": 1.0}', "{",
-       100_000 * "[", '{"step": 1, "loss": 1.0, "tokens_per_s": 0.0}', '{"step": 1, "loss": 1.0, "tokens_per_s": -3.0}', "\udcff",
-       '{"step": 1, "loss": NaN, "tokens_per_s": 1.0}', '{"step": 1, "loss": 1' + 400 * "0" + ', "tokens_per_s": 1.0}']
-
-
-def test_odd_rows_of_metrics_never_block_a_resume(whole, data, tmp_path, monkeypatch, capsys):
-    """They are left out and counted; what the run wrote itself stays, and curves leaves out the same."""
-    out = tmp_path / "run"
-    with pytest.raises(SystemExit):
-        stopped(out, data, 3, monkeypatch)
-    path = out / "metrics.jsonl"
-    path.write_text("".join(f"{line}\n" for line in ODD) + path.read_text(), errors="surrogateescape")
-    counted = f"{path}: {len(ODD)} of {len(ODD) + 3} rows are damaged and are left out."
-    capsys.readouterr()
-    read = curves.read_run(str(out))
-    assert list(read.train[0]) == [1, 2, 3] and capsys.readouterr().err.splitlines() == [counted]
-    train_run(out, data, "--resume=auto")
-    assert capsys.readouterr().err.splitlines() == [counted]
-    assert_same_run(out, whole["plain"])
-
-
-def test_ctrl_c_saves_and_a_second_one_ends_at_once(data, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit) as e:
-        stopped(tmp_path / "run", data, 3, monkeypatch, how=signal.SIGINT)
-    assert e.value.code == 130 and torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 3
-    before = signal.getsignal(signal.SIGTERM)
-    with train.Stop() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.agreed(ALONE) == signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
-            stop.agreed(ALONE)
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_after_the_switch_the_guide_is_gone_from_everything(data, tmp_path, monkeypatch):
-    made, seen = [], []
-    real_optimizer, real_step = train.make_optimizer, train.train_step
-
-    def make_optimizer(cfg, model, ranks):
-        made.append((model, real_optimizer(cfg, model, ranks)))
-        return made[0][1]
-
-    def train_step(*args):
-        model, optimizer = made[0]
-        trained = [p for g in optimizer.param_groups for p in g["params"]]
-        moments = [v for s in optimizer.state.values() for v in s.values() if v.dim()]
-        seen.append(tuple(sum(t.numel() for t in tensors) for tensors in (model.parameters(), trained, moments)))
-        return real_step(*args)
-
-    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
-    monkeypatch.setattr(train, "train_step", train_step)
-    out = train_run(tmp_path / "run", data, *LOWRANK, "--guide=fixedstep")
-    facts = train.summary(configure(*TINY, *LOWRANK, "--guide=fixedstep"))
-    plain, guided = facts["params"], facts["params"] + facts["params_guide"]
-    assert seen[1:4] == [(guided, guided, 2 * guided)] * 3 and seen[4:] == [(plain, plain, 2 * plain)] * 4
-    assert all(m.W is None for m in made[0][0].modules() if isinstance(m, Structured))
-    monkeypatch.undo()
-    assert weights(out).keys() == weights(train_run(tmp_path / "plain", data, *LOWRANK)).keys()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Two processes
-
-WORKER = """
-import contextlib, io, json, os, signal, sys
-sys.path.insert(0, {root!r})
-import config, torch, train
-rank = os.environ["RANK"]
-real, end = train.dist.init_process_group, train.dist.destroy_process_group
-train.dist.init_process_group = lambda *args, **kw: train.dist.is_initialized() or real(*args, **kw)  # one group for all runs
-train.dist.destroy_process_group = lambda: None
-good, bad, signalled = json.load(open({runs!r}))
-seeds, step = [], train.train_step
-for argv in good:
-    train.train_step = lambda *args: seeds.append(torch.initial_seed()) or step(*args)
-    train.main(*config.load(argv, train.Settings))
-calls, status = [], None
-def hit(*args):  # in its third step rank 1 alone is sent a signal
-    calls.append(1)
-    if len(calls) == 3 and rank == "1":
-        os.kill(os.getpid(), signal.SIGUSR1)
-    return step(*args)
-train.train_step = hit
-try:
-    train.main(*config.load(signalled, train.Settings))
-except SystemExit as e:
-    status = e.code
-train.train_step, refusals = step, []
-for argv in bad:
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            train.main(*config.load(argv, train.Settings))
-    except config.UserError as e:
-        refusals.append(str(e))
-json.dump([refusals, seeds, [len(calls), status]], open({runs!r} + rank, "w"))
-end()
-"""
-
-
-@pytest.fixture(scope="module")
-def two_processes(data, tmp_path_factory, whole):
-    """{name: folder} of runs under torchrun with two gloo processes."""
-    folder = tmp_path_factory.mktemp("ddp")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        stopped(folder / "moved", data, 3, patch, *GUIDED)
-    flags = {"plain": [], "guided": GUIDED, "always": RUNS["always"], "moved": [*GUIDED, "--resume=auto"],
-             "accumulated": ["--micro_batch_size=1"], "dropout": ["--dropout=0.1"]}
-    runs = [[*TINY, f"--out_dir={folder / name}", f"--data_dir={data}", *argv] for name, argv in flags.items()]
-    damaged = [set_token(copy_data(data, folder / name), name, 155, 999) for name in ("val.bin", "train.bin")]  # in window 9, rank 1's in validation
-    bad = [[*TINY, f"--out_dir={folder / 'runs.json' / 'run'}", f"--data_dir={data}"]]  # below a file
-    bad += [[*TINY, f"--out_dir={folder / path.name}-run", f"--data_dir={path}", "--max_tokens=4096"] for path in damaged]
-    signalled = [*TINY, f"--out_dir={folder / 'signalled'}", f"--data_dir={data}"]
-    (folder / "runs.json").write_text(json.dumps([runs, bad, signalled]))
-    (folder / "worker.py").write_text(WORKER.format(root=str(ROOT), runs=str(folder / "runs.json")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(folder / "worker.py")]
-    torchrun = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        out, err = torchrun.communicate(timeout=60)
-    except subprocess.TimeoutExpired:
-        torchrun.terminate()  # it ends its workers
-        out, err = torchrun.communicate()
-    assert torchrun.returncode == 0, err[-3000:]
-    refusals, seeds, ended = zip(*(json.loads((folder / f"runs.json{rank}").read_text()) for rank in range(2)))
-    return {name: folder / name for name in (*flags, "signalled")} | {"stdout": out, "refusals": refusals, "seeds": seeds, "ended": ended}
-
-
-def test_two_processes_equal_one(two_processes, whole, data, tmp_path):
-    """plain, with four micro-batches each, guided with and without guide_skip, and guided, begun by one process and ended by two."""
-    one = {"plain": whole["plain"], "always": whole["always"], "guided": train_run(tmp_path / "guided", data, *GUIDED)}
-    one |= {"moved": one["guided"], "accumulated": one["plain"]}
-    for name, out in one.items():
-        a, b = (torch.load(folder / "model.pt", weights_only=True) for folder in (out, two_processes[name]))
-        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-5) and a["model"].keys() == b["model"].keys()
-        for k in a["model"]:
-            torch.testing.assert_close(a["model"][k], b["model"][k], rtol=0, atol=1e-5, msg=lambda text: f"{name} {k}: {text}")
-        rows = [metrics(folder) for folder in (out, two_processes[name])]
-        assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]]
-        for x, y in zip(*rows):
-            assert all(x[k] == pytest.approx(y[k], rel=1e-4) for k in x.keys() & {"loss", "grad_norm", "lr", "alpha", "tokens"})
-
-
-def test_one_of_two_processes_speaks(two_processes):
-    out = two_processes["stdout"]
-    assert out.count("2 x cpu") == 7 and out.count("done     validation loss") == 6
-    assert out.count("continuing after step 3 of 12") == out.count("stopped after step 4 and saved") == 1
-
-
-def test_what_one_of_two_processes_refuses_both_refuse(two_processes):
-    """The folder is rank 0's alone to write, the damaged window of val.bin rank 1's alone to read."""
-    one, other = two_processes["refusals"]
-    assert one == other and len(one) == 3
-    for text, words in zip(one, ("run (Not a directory)", "val.bin holds the token id 999", "train.bin holds the token id 999")):
-        assert words in text
-
-
-def test_a_signal_to_one_rank_ends_both_after_the_same_step(two_processes):
-    """Rank 1 got it in step 3; all learn of it one step later, and the checkpoint is of that step."""
-    assert two_processes["ended"] == ([4, 128 + signal.SIGUSR1],) * 2
-    saved = torch.load(two_processes["signalled"] / "ckpt.pt", weights_only=True)
-    assert saved["step"] == 4 and not (two_processes["signalled"] / "model.pt").exists()
-
-
-def test_dropout_is_drawn_anew_for_every_step_and_rank(two_processes):
-    seeds = [seed for rank in two_processes["seeds"] for seed in rank[-8:]]  # of the run with dropout, 8 steps
-    assert len(set(seeds)) == 16
-    cfg = tiny("--dropout=0.1")
-    other = dataclasses.replace(cfg, seed=1)
-    assert len({train.dropout_seed(c, step, rank) for c in (cfg, other) for step in range(50) for rank in range(4)}) == 400
-
-
-def test_gradients_are_averaged_with_the_last_micro_batch_alone():
-    """The others run inside DDP's no_sync."""
-    gpt, cfg, inside, seen = random_model(tiny("--vocab_size=61")).float(), tiny("--vocab_size=61"), [], []
-
-    class Wrapped:
-        @contextlib.contextmanager
-        def no_sync(self):
-            inside.append(True)
-            yield
-            inside.pop()
-
-        def __call__(self, *args):
-            seen.append(bool(inside))
-            loss = gpt(*args)
-            loss.register_hook(lambda grad: seen.append(bool(inside)))  # the backward too
-            return loss
-
-    for n, expected in ((3, [True] * 4 + [False] * 2), (1, [False] * 2)):
-        seen.clear()
-        train.train_step(Wrapped(), train.make_optimizer(cfg, gpt, ALONE), torch.randint(61, (n, 4, 17)), cfg,
-                         dataclasses.replace(ALONE, world=2), 1e-3)
-        assert seen == expected
-
-
-def test_unused_parameters_are_searched_for_only_with_guide_skip(monkeypatch):
-    calls = []
-    monkeypatch.setattr(train, "DistributedDataParallel", lambda model, **kw: calls.append(kw["find_unused_parameters"]))
-    for flags in (LOWRANK, [*LOWRANK, "--guide=fixedstep"], [*LOWRANK, "--guide=fixedstep", "--guide_skip=True"]):
-        cfg = tiny(*flags)
-        for step in (0, 3, 4):
-            train.wrap_ddp(None, cfg, train.make_plan(cfg), step, Ranks(0, 2, CPU, torch.float32, False))
-    assert calls == [False] * 6 + [True, True, False]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Compilation
-
-def test_one_compilation_per_phase_and_variant(data, tmp_path, monkeypatch):
-    """A block: once dense, once guided, once plain, once more for validation; alpha, lr and the switch compile nothing."""
-    graphs, after, real = [], [], train.train_step
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    def train_step(*args):
-        result = real(*args)
-        after.append((len(graphs), args[-1]))
-        return result
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    monkeypatch.setattr(train, "train_step", train_step)
-    flags = [*GUIDED, "--guide_ratio=1", "--max_tokens=2048", "--seed=3"]  # 16 + 16 steps
-    out = train_run(tmp_path / "run", data, *flags, "--compile=True")
-    seen, variants = set(), []
-    for _, guided in after:
-        seen |= {"dense"} | {"guided" if layer in guided else "plain" for layer in (1, 2)}
-        variants.append(len(seen))
-    others = after[0][0] - variants[0]  # the loss, perhaps the last norm
-    assert seen == {"dense", "guided", "plain"} and 1 <= others <= 2
-    assert [count for count, _ in after] == [n + others for n in variants]
-    assert len(graphs) - after[-1][0] == 2 + others - 1  # the last validation: a dense block, a plain one, not the loss
-    torch._dynamo.reset()
-    monkeypatch.undo()
-    eager = train_run(tmp_path / "eager", data, *flags)
-    for a, b in zip(weights(out).values(), weights(eager).values()):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-
-
-def test_a_compiled_block_uses_one_dropout_mask_in_forward_and_recomputed_backward(monkeypatch):
-    """Central differences under one seed, in float64: they see the forward's mask alone."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
-    gpt = random_model(tiny(*LOWRANK, "--vocab_size=61", "--dropout=0.4")).double().train()
-    gpt.compile_parts()
-    tokens = torch.randint(61, (4, 16), generator=torch.Generator().manual_seed(0))
-    weight = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-    def value():
-        torch.manual_seed(5)
-        return (gpt.hidden(tokens) * weight).sum()
-
-    value().backward()
-    for name, p in gpt.named_parameters():
-        if p.grad is None or name in ("head.weight", "blocks.0.norm1.weight"):
-            continue
-        step = 1e-6 * p.grad / p.grad.norm()
-        with torch.no_grad():
-            p += step
-            above = value()
-            p -= 2 * step
-            below = value()
-            p += step
-        assert ((above - below) / 2e-6).item() == pytest.approx(p.grad.norm().item(), rel=1e-4), name
-    torch._dynamo.reset()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Masters in fp32, matrices in bf16: what make_optimizer does on CUDA, here on the CPU
-
-@pytest.fixture
-def mixed(monkeypatch):
-    """Runs in bf16 train by MixedAdamW."""
-    real = train.make_optimizer
-
-    def make_optimizer(cfg, model, ranks):
-        if ranks.dtype is torch.float32:
-            return real(cfg, model, ranks)
-        return MixedAdamW(model.parameters(), cfg.lr, cfg.betas, cfg.weight_decay)
-    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
-    return [*GUIDED, "--dtype=bfloat16", "--eval_interval=3"]
-
-
-def test_files_hold_the_masters(mixed, data, tmp_path, monkeypatch):
-    """All in fp32, and of a matrix most entries are no bf16 numbers; the moments are fp32 too, and no second copy is kept."""
-    out = train_run(tmp_path / "run", data, *mixed, "--save_interval=3", "--max_tokens=1024")
-    with pytest.raises(SystemExit):
-        stopped(tmp_path / "guided", data, 3, monkeypatch, *mixed)
-    for path in (out / "model.pt", out / "ckpt.pt", tmp_path / "guided" / "ckpt.pt"):
-        saved = torch.load(path, weights_only=True)
-        for name, t in saved["model"].items():
-            assert t.dtype == torch.float32, name
-            assert t.dim() < 2 or (t.bfloat16().float() != t).float().mean() > 0.9, name
-        for name, state in saved.get("optimizer", {}).items():
-            assert state.keys() == {"step", "exp_avg", "exp_avg_sq"} and all(t.dtype == torch.float32 for t in state.values()), name
-    assert any(name.endswith(".W") for name in saved["model"]) and any(name.endswith(".W") for name in saved["optimizer"])
-
-
-@pytest.mark.parametrize("stops", [[2], [4], [6], [1, 3, 5, 11]], ids=str)
-def test_a_mixed_run_resumes_to_the_bit(stops, mixed, data, tmp_path, monkeypatch):
-    whole, out = train_run(tmp_path / "whole", data, *mixed), tmp_path / "run"
-    for last, stop in zip([0, *stops], stops):
-        with pytest.raises(SystemExit):
-            stopped(out, data, stop - last, monkeypatch, *mixed, "--resume=auto")
-    assert_same_run(train_run(out, data, *mixed, "--resume=auto"), whole)
-
-
-def test_a_mixed_run_learns_what_a_float32_one_does(mixed, data, tmp_path):
-    mine, exact, start = (weights(train_run(tmp_path / str(i), data, *flags))
-                          for i, flags in enumerate((mixed, GUIDED, [*GUIDED, "--lr=1e-30"])))
-    for name, t in exact.items():
-        assert (mine[name] - t).norm() < 0.3 * (t - start[name]).norm() + 1e-6, name
-
-
-def test_the_fused_update_never_sees_a_guide_that_has_left(mixed, data, tmp_path, monkeypatch):
-    """Its tables hold addresses. A stand-in that updates what its tables hold must reach the plain update's weights."""
-    whole, made = train_run(tmp_path / "plain", data, *mixed), []
-
-    def adamw_tables(masters, params, m, v):
-        made.append(len(masters))
-        return [masters, params or masters, m, v]
-
-    def adamw(tables, grads, corrections, scale, decay, betas, eps):
-        for p, half, m, v, grad, (rate, root) in zip(*tables, grads, corrections, strict=True):
-            if grad is not None:
-                grad = grad.float() * scale
-                m.lerp_(grad, 1 - betas[0])
-                v.lerp_(grad * grad, 1 - betas[1])
-                p.mul_(1 - decay).sub_(rate * m / (v.sqrt() * root + eps))
-                half.copy_(p)
-
-    fake = types.SimpleNamespace(ON=True, can_adamw=lambda _: True, adamw_tables=adamw_tables, adamw=adamw)
-    monkeypatch.setattr(optim, "ops", fake)
-    out = train_run(tmp_path / "fused", data, *mixed)
-    matrices = sum(t.dim() > 1 for n, t in weights(out).items() if n != "head.weight")
-    assert [n for n in made if n in (matrices, matrices + 4)] == [matrices + 4, matrices]  # with the 4 guides, then without
-    for name, t in weights(whole).items():
-        torch.testing.assert_close(weights(out)[name], t, rtol=1e-5, atol=1e-7, msg=lambda text: f"{name}: {text}")
+def test_token_ids_beyond_the_vocabulary_are_told(data, tmp_path):
+    for name, at in (("train.bin", 1000), ("val.bin", 100)):
+        folder = set_token(copy_data(data, tmp_path / name), name, at, 257)
+        with pytest.raises(UserError, match=f"{name} holds the token id 257, outside the vocabulary of 257: .* prepare it again"):
+            train_run(tmp_path / f"{name}-run", folder, "--max_tokens=4096")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -972,6 +480,171 @@ def test_the_seed_is_that_of_the_first_weights(data, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# eval_only
+
+def test_eval_only_repeats_the_runs_loss_and_scores_other_text(cli, finished, data, tmp_path):
+    loss = torch.load(finished / "model.pt", weights_only=True)["val_loss"]
+    status, out, err = cli("train.py", *TINY, "--eval_only=True", f"--out_dir={finished}", f"--data_dir={data}",
+                           "--micro_batch_size=8")
+    assert status == 0 and not err and f"loss {loss:.4f}, PPL {math.exp(loss):.2f} on 160 tokens" in out
+    other = write_data(tmp_path / "other", np.zeros(17, int), np.full(33, 200))
+    out = cli("train.py", *TINY, "--eval_only=True", f"--out_dir={finished}", f"--data_dir={other}")[1]
+    gpt, _, _ = load(str(finished), CPU)
+    with torch.no_grad():
+        expected = F.cross_entropy(gpt(torch.full((2, 16), 200)).flatten(0, 1), torch.full((32,), 200)).item()
+    assert f"loss {expected:.4f}" in out and "on 32 tokens" in out
+
+
+def test_eval_only_refuses_other_tokens_no_model_and_no_window(cli, finished, data, tmp_path):
+    blob = "\n".join(bytes([i]).hex() for i in range(256)).encode()
+    foreign = write_data(tmp_path / "foreign", np.zeros(100, int), np.zeros(100, int), "gpt2", blob)
+    empty = write_data(tmp_path / "empty", np.zeros(100, int), np.zeros(16, int))
+    for out_dir, data_dir, words in ((finished, foreign, "tokenizer byte"), (finished, empty, "validation data's 16 tokens"),
+                                     (tmp_path / "none", data, "does not exist"),
+                                     (finished, tmp_path / "nowhere", "no data")):
+        status, out, err = cli("train.py", *TINY, "--eval_only=True", f"--out_dir={out_dir}", f"--data_dir={data_dir}")
+        assert_one_sentence(status, out, err)
+        assert words in err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Masters in fp32, matrices in bf16: what make_optimizer does on CUDA, here on the CPU
+
+@pytest.fixture
+def mixed(monkeypatch):
+    """Runs in bf16 train by MixedAdamW."""
+    real = train.make_optimizer
+
+    def make_optimizer(cfg, model, ranks):
+        if ranks.dtype is torch.float32:
+            return real(cfg, model, ranks)
+        return MixedAdamW(model.parameters(), cfg.lr, cfg.betas, cfg.weight_decay)
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+    return [*GUIDED, "--dtype=bfloat16", "--eval_interval=3"]
+
+
+def test_files_hold_the_masters(mixed, data, tmp_path, monkeypatch):
+    """All in fp32, and of a matrix most entries are no bf16 numbers; the moments are fp32 too, and no second copy is kept."""
+    out = train_run(tmp_path / "run", data, *mixed, "--save_interval=3", "--max_tokens=1024")
+    with pytest.raises(SystemExit):
+        stopped(tmp_path / "guided", data, 3, monkeypatch, *mixed)
+    for path in (out / "model.pt", out / "ckpt.pt", tmp_path / "guided" / "ckpt.pt"):
+        saved = torch.load(path, weights_only=True)
+        for name, t in saved["model"].items():
+            assert t.dtype == torch.float32, name
+            assert t.dim() < 2 or (t.bfloat16().float() != t).float().mean() > 0.9, name
+        for name, state in saved.get("optimizer", {}).items():
+            assert state.keys() == {"step", "exp_avg", "exp_avg_sq"} and all(t.dtype == torch.float32 for t in state.values()), name
+    assert any(name.endswith(".W") for name in saved["model"]) and any(name.endswith(".W") for name in saved["optimizer"])
+
+
+@pytest.mark.parametrize("stops", [[2], [4], [6], [1, 3, 5, 11]], ids=str)
+def test_a_mixed_run_resumes_to_the_bit(stops, mixed, data, tmp_path, monkeypatch):
+    whole, out = train_run(tmp_path / "whole", data, *mixed), tmp_path / "run"
+    for last, stop in zip([0, *stops], stops):
+        with pytest.raises(SystemExit):
+            stopped(out, data, stop - last, monkeypatch, *mixed, "--resume=auto")
+    assert_same_run(train_run(out, data, *mixed, "--resume=auto"), whole)
+
+
+def test_a_mixed_run_learns_what_a_float32_one_does(mixed, data, tmp_path):
+    mine, exact, start = (weights(train_run(tmp_path / str(i), data, *flags))
+                          for i, flags in enumerate((mixed, GUIDED, [*GUIDED, "--lr=1e-30"])))
+    for name, t in exact.items():
+        assert (mine[name] - t).norm() < 0.3 * (t - start[name]).norm() + 1e-6, name
+
+
+def test_the_fused_update_never_sees_a_guide_that_has_left(mixed, data, tmp_path, monkeypatch):
+    """Its tables hold addresses. A stand-in that updates what its tables hold must reach the plain update's weights."""
+    whole, made = train_run(tmp_path / "plain", data, *mixed), []
+
+    def adamw_tables(masters, params, m, v):
+        made.append(len(masters))
+        return [masters, params or masters, m, v]
+
+    def adamw(tables, grads, corrections, scale, decay, betas, eps):
+        for p, half, m, v, grad, (rate, root) in zip(*tables, grads, corrections, strict=True):
+            if grad is not None:
+                grad = grad.float() * scale
+                m.lerp_(grad, 1 - betas[0])
+                v.lerp_(grad * grad, 1 - betas[1])
+                p.mul_(1 - decay).sub_(rate * m / (v.sqrt() * root + eps))
+                half.copy_(p)
+
+    fake = types.SimpleNamespace(ON=True, can_adamw=lambda _: True, adamw_tables=adamw_tables, adamw=adamw)
+    monkeypatch.setattr(optim, "ops", fake)
+    out = train_run(tmp_path / "fused", data, *mixed)
+    matrices = sum(t.dim() > 1 for n, t in weights(out).items() if n != "head.weight")
+    assert [n for n in made if n in (matrices, matrices + 4)] == [matrices + 4, matrices]  # with the 4 guides, then without
+    for name, t in weights(whole).items():
+        torch.testing.assert_close(weights(out)[name], t, rtol=1e-5, atol=1e-7, msg=lambda text: f"{name}: {text}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Compilation
+
+def test_one_compilation_per_phase_and_variant(data, tmp_path, monkeypatch):
+    """A block: once dense, once guided, once plain, once more for validation; alpha, lr and the switch compile nothing."""
+    graphs, after, real = [], [], train.train_step
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def train_step(*args):
+        result = real(*args)
+        after.append((len(graphs), args[-1]))
+        return result
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(train, "train_step", train_step)
+    flags = [*GUIDED, "--guide_ratio=1", "--max_tokens=2048", "--seed=3"]  # 16 + 16 steps
+    out = train_run(tmp_path / "run", data, *flags, "--compile=True")
+    seen, variants = set(), []
+    for _, guided in after:
+        seen |= {"dense"} | {"guided" if layer in guided else "plain" for layer in (1, 2)}
+        variants.append(len(seen))
+    others = after[0][0] - variants[0]  # the loss, perhaps the last norm
+    assert seen == {"dense", "guided", "plain"} and 1 <= others <= 2
+    assert [count for count, _ in after] == [n + others for n in variants]
+    assert len(graphs) - after[-1][0] == 2 + others - 1  # the last validation: a dense block, a plain one, not the loss
+    torch._dynamo.reset()
+    monkeypatch.undo()
+    eager = train_run(tmp_path / "eager", data, *flags)
+    for a, b in zip(weights(out).values(), weights(eager).values()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_a_compiled_block_uses_one_dropout_mask_in_forward_and_recomputed_backward(monkeypatch):
+    """Central differences under one seed, in float64: they see the forward's mask alone."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
+    gpt = random_model(tiny(*LOWRANK, "--vocab_size=61", "--dropout=0.4")).double().train()
+    gpt.compile_parts()
+    tokens = torch.randint(61, (4, 16), generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def value():
+        torch.manual_seed(5)
+        return (gpt.hidden(tokens) * weight).sum()
+
+    value().backward()
+    for name, p in gpt.named_parameters():
+        if p.grad is None or name in ("head.weight", "blocks.0.norm1.weight"):
+            continue
+        step = 1e-6 * p.grad / p.grad.norm()
+        with torch.no_grad():
+            p += step
+            above = value()
+            p -= 2 * step
+            below = value()
+            p += step
+        assert ((above - below) / 2e-6).item() == pytest.approx(p.grad.norm().item(), rel=1e-4), name
+    torch._dynamo.reset()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Real text
 
 def entropies(train_ids, val_ids):
@@ -1020,88 +693,3 @@ def test_cuda_compiled_steps_equal_eager_steps():
         losses.append([train.train_step(gpt, optimizer, b, cfg, ranks, 1e-3, alpha, guided)[0].item()
                        for b, guided in zip(batches, ((1, 2), (1,), (2,), ()))])
     assert losses[0] == pytest.approx(losses[1], abs=0.02) and losses[0][0] == pytest.approx(math.log(512), abs=0.1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What users run into
-
-def test_auto_ratio_of_factors_dearer_than_dense_is_refused():
-    with pytest.raises(UserError, match="1.13 x as much"):
-        train.make_plan(tiny("--ffn=lowrank", "--rank=32", "--guide=fixedflop", "--n_dense_layers=0"))
-
-
-def test_a_run_cut_off_after_its_last_checkpoint_ends_well(data, tmp_path, capsys):
-    out = train_run(tmp_path / "run", data, *LOWRANK)
-    before, expected = metrics(out), weights(out)
-    (out / "model.pt").unlink()
-    train_run(out, data, *LOWRANK, "--resume=auto")
-    assert metrics(out) == before and "n/a tokens/s" in capsys.readouterr().out
-    assert all(torch.equal(w, expected[name]) for name, w in weights(out).items())
-
-
-def test_a_checkpoint_without_numbers_is_not_written(data, tmp_path, monkeypatch):
-    real = train.train_step
-
-    def step(*args):
-        loss, norm = real(*args)
-        return loss, norm * math.nan
-    monkeypatch.setattr(train, "train_step", step)
-    with pytest.raises(UserError, match="gradient norm is nan at step 3"):
-        train_run(tmp_path / "run", data, "--save_interval=3", "--log_interval=100")
-    assert not (tmp_path / "run" / "ckpt.pt").exists()
-
-
-def test_a_folder_that_cannot_be_made_is_one_sentence(cli, data, tmp_path):
-    (tmp_path / "file").write_text("")
-    assert_one_sentence(*cli("train.py", *TINY, f"--data_dir={data}", f"--out_dir={tmp_path / 'file' / 'run'}"))
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
-def test_a_full_disk_harms_nothing(data, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    with pytest.raises(SystemExit):
-        stopped(out, data, 3, monkeypatch, "--resume=auto")
-    before = {name: (out / name).read_bytes() for name in os.listdir(out)}
-    monkeypatch.setattr(run, "temp_name", lambda path: f"{path}.tmp-here")
-    for name in ("config.json", "metrics.jsonl", "ckpt.pt"):
-        os.symlink("/dev/full", out / f"{name}.tmp-here")
-        with pytest.raises(UserError, match=f"cannot write .*{name} .No space left on device.: make room"):
-            train_run(out, data, "--resume=auto")
-        assert sorted(os.listdir(out)) == sorted(before)
-        assert all((out / kept).read_bytes() == before[kept] for kept in before if (name, kept) != ("ckpt.pt", "metrics.jsonl"))
-    assert metrics(train_run(out, data, "--resume=auto"))[-1]["step"] == 8
-
-
-def test_a_full_disk_under_the_metrics_is_one_sentence(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "open_metrics", lambda *args: open("/dev/full", "a"))
-    with pytest.raises(UserError, match="cannot write /dev/full .No space left"):
-        train_run(tmp_path / "run", data)
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError(),
-                                   RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")], ids=lambda e: type(e).__name__)
-def test_what_does_not_fit_into_memory_is_told(error, data, tmp_path, monkeypatch):
-    def fail(*args):
-        raise error
-    monkeypatch.setattr(train, "train_step", fail)
-    with pytest.raises(UserError, match="memory of cpu .* micro-batches of 4 x 16 tokens: lower --micro_batch_size, or choose a smaller") as e:
-        train_run(tmp_path / "run", data)
-    assert f"{train.short(train.summary(tiny())['params'])} parameters" in str(e.value)
-    compiled = dataclasses.replace(ALONE, compile=True)
-    for recompute, words in (("cheap", "give --recompute=wide, or"), ("wide", "lower --micro_batch_size, or")):
-        with pytest.raises(UserError, match=words), in_memory(tiny(f"--recompute={recompute}"), compiled, 1):
-            raise error
-
-
-def test_token_ids_beyond_the_vocabulary_are_told(data, tmp_path):
-    for name, at in (("train.bin", 1000), ("val.bin", 100)):
-        folder = set_token(copy_data(data, tmp_path / name), name, at, 257)
-        with pytest.raises(UserError, match=f"{name} holds the token id 257, outside the vocabulary of 257: .* prepare it again"):
-            train_run(tmp_path / f"{name}-run", folder, "--max_tokens=4096")
-
-
-def test_more_steps_than_can_be_counted_are_refused(cli):
-    for argv in (["--dry_run=True", "--max_tokens=1e16"], ["--max_tokens=1e299"]):
-        status, out, err = cli("train.py", *TINY, *argv)
-        assert_one_sentence(status, out, err)
-        assert "steps, more than 1e+08" in err
