@@ -71,9 +71,11 @@ def assert_same_run(out, other):
     """Weights, optimiser and every logged number are equal to the bit."""
     for name in ("model.pt", "ckpt.pt"):
         a, b = (torch.load(folder / name, weights_only=True) for folder in (out, other))
-        assert a["step"] == b["step"] and a["model"].keys() == b["model"].keys() and a.get("val_loss") == b.get("val_loss")
+        assert a["step"] == b["step"] and a["model"].keys() == b["model"].keys()
+        assert a.get("val_loss") == b.get("val_loss")
         assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
         for k, state in a.get("optimizer", {}).items():
             assert all(torch.equal(torch.as_tensor(state[s]), torch.as_tensor(b["optimizer"][k][s])) for s in state), k
-    a, b = ([{k: v for k, v in row.items() if k != "tokens_per_s"} for row in metrics(folder)] for folder in (out, other))
+    a, b = ([{k: v for k, v in row.items() if k != "tokens_per_s"} for row in metrics(folder)]
+            for folder in (out, other))
     assert a == b

@@ -11,14 +11,16 @@ import curves
 import train
 from config import UserError
 from conftest import LOWRANK, TINY, assert_one_sentence, assert_stream_sentence, start, train_run
-from runs import ALONE, RUNS, assert_same_run, metrics, stopped, weights
+from runs import ALONE, RUNS, assert_same_run, configure, metrics, stopped, weights
+from structured import Structured
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Resume
 
 @pytest.mark.parametrize("name, stops", [
-    ("plain", [3]), ("always", [3]), ("guided", [2]), ("guided", [4]), ("guided", [6]), ("guided", [8]), ("guided", [10]),
+    ("plain", [3]), ("always", [3]), ("guided", [2]), ("guided", [4]), ("guided", [6]), ("guided", [8]), ("guided",
+                                                                                                          [10]),
     ("guided", [1, 4, 5, 9, 11])], ids=str)
 def test_resume_equals_no_interruption(name, stops, whole, data, tmp_path, monkeypatch, capsys):
     """guided: 2 is before the switch, 4 at it, 6 after it, 8 before the replay, 10 inside it; dropout is on."""
@@ -70,15 +72,44 @@ def test_a_checkpoint_without_numbers_is_not_written(data, tmp_path, monkeypatch
     assert not (tmp_path / "run" / "ckpt.pt").exists()
 
 
+def test_after_the_switch_the_guide_is_gone_from_everything(data, tmp_path, monkeypatch):
+    made, seen = [], []
+    real_optimizer, real_step = train.make_optimizer, train.train_step
+
+    def make_optimizer(cfg, model, ranks):
+        made.append((model, real_optimizer(cfg, model, ranks)))
+        return made[0][1]
+
+    def train_step(*args):
+        model, optimizer = made[0]
+        trained = [p for g in optimizer.param_groups for p in g["params"]]
+        moments = [v for s in optimizer.state.values() for v in s.values() if v.dim()]
+        seen.append(tuple(sum(t.numel() for t in tensors) for tensors in (model.parameters(), trained, moments)))
+        return real_step(*args)
+
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+    monkeypatch.setattr(train, "train_step", train_step)
+    out = train_run(tmp_path / "run", data, *LOWRANK, "--guide=fixedstep")
+    facts = train.summary(configure(*TINY, *LOWRANK, "--guide=fixedstep"))
+    plain, guided = facts["params"], facts["params"] + facts["params_guide"]
+    assert seen[1:4] == [(guided, guided, 2 * guided)] * 3 and seen[4:] == [(plain, plain, 2 * plain)] * 4
+    assert all(m.W is None for m in made[0][0].modules() if isinstance(m, Structured))
+    monkeypatch.undo()
+    assert weights(out).keys() == weights(train_run(tmp_path / "plain", data, *LOWRANK)).keys()
+
+
 def test_a_damaged_checkpoint_is_told(cli, data, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         stopped(tmp_path / "run", data, 3, monkeypatch)
     path = tmp_path / "run" / "ckpt.pt"
     saved = torch.load(path, weights_only=True)
-    for other, words in ((None, "damaged"), ({"epoch": 3, "model": {}}, "lacks step, data, optimizer"), ([1], "lacks model, step"),
-                         (saved | {"model": weights(tmp_path / "run", "ckpt.pt") | {"more": torch.zeros(1)}}, "do not match")):
+    for other, words in ((None, "damaged"), ({"epoch": 3, "model": {}}, "lacks step, data, optimizer"),
+                         ([1], "lacks model, step"),
+                         (saved | {"model": weights(tmp_path / "run", "ckpt.pt") | {"more": torch.zeros(1)}},
+                          "do not match")):
         torch.save(other, path) if other else os.truncate(path, 1000)
-        status, out, err = cli("train.py", *TINY, f"--out_dir={tmp_path / 'run'}", f"--data_dir={data}", "--resume=auto")
+        status, out, err = cli("train.py", *TINY, f"--out_dir={tmp_path / 'run'}", f"--data_dir={data}",
+                               "--resume=auto")
         assert_one_sentence(status, out, err)
         assert "ckpt.pt" in err and words in err
 
@@ -89,8 +120,10 @@ def test_the_runs_padded_vocabulary_is_kept(data, tmp_path, monkeypatch):
     assert len(weights(train_run(tmp_path / "run", data, "--resume=auto"))["wte.weight"]) == 300
 
 
-ODD = ["[]", "3", '{"loss": 1.0}', '{"step": "1"}', '{"step": 9}', '{"step": 1, "val_loss": []}', '{"step": 1, "loss": 1.0}', "{",
-       100_000 * "[", '{"step": 1, "loss": 1.0, "tokens_per_s": 0.0}', '{"step": 1, "loss": 1.0, "tokens_per_s": -3.0}', "\udcff",
+ODD = ["[]", "3", '{"loss": 1.0}', '{"step": "1"}', '{"step": 9}', '{"step": 1, "val_loss": []}',
+       '{"step": 1, "loss": 1.0}', "{",
+       100_000 * "[", '{"step": 1, "loss": 1.0, "tokens_per_s": 0.0}', '{"step": 1, "loss": 1.0, "tokens_per_s": -3.0}',
+       "\udcff",
        '{"step": 1, "loss": NaN, "tokens_per_s": 1.0}', '{"step": 1, "loss": 1' + 400 * "0" + ', "tokens_per_s": 1.0}']
 
 
@@ -165,7 +198,8 @@ def test_a_signal_ends_the_final_validation(number, whole_plain, data, tmp_path,
             return real(tokens, windows, block_size)
         patch.setattr(train, "read_windows", read_windows)
         train_run(out, data)
-    assert e.value.args == (number,) and "stopped in the final validation; all 8 steps are saved" in capsys.readouterr().out
+    assert e.value.args == (number,)
+    assert "stopped in the final validation; all 8 steps are saved" in capsys.readouterr().out
     assert not (out / "model.pt").exists() and torch.load(out / "ckpt.pt", weights_only=True)["step"] == 8
     assert_same_run(train_run(out, data, "--resume=auto"), whole_plain)
 
@@ -189,7 +223,7 @@ def test_training_whose_reader_ends_saves_and_fails(whole_plain, data, tmp_path)
         process.stdout.readline()
     process.stdout.close()
     err = process.stderr.read()
-    assert_stream_sentence(process.wait(60), err, "the output cannot be written (Broken pipe): the run is saved after step")
+    assert_stream_sentence(process.wait(60), err, "output cannot be written (Broken pipe): the run is saved after step")
     step = torch.load(out / "ckpt.pt", weights_only=True)["step"]
     assert f"saved after step {step}," in err and 0 < step < 10_000 and not (out / "model.pt").exists()
 
@@ -217,7 +251,8 @@ class Broken:
 def test_training_on_a_full_output_saves_and_resumes(writes, step, whole_plain, data, tmp_path, monkeypatch):
     """The first write is the card, then one a step: a failed one ends the run after its step."""
     out = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=f"No space left on device.: the run is saved after step {step},"):
+    words = f"No space left on device.: the run is saved after step {step},"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=words):
         patch.setattr(sys, "stdout", Broken(writes))
         train_run(out, data)
     assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == step

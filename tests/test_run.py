@@ -41,7 +41,7 @@ def lines_of(path):
 
 
 def test_a_folder_has_one_owner_until_that_dies(cli, data, tmp_path):
-    """A second process is refused and harms nothing; after kill -9 of the first it takes over, with no lock to remove."""
+    """A second process is refused and harms nothing. After kill -9 of the first the folder is free."""
     out = tmp_path / "run"
     argv = [*TINY, *LONG, f"--out_dir={out}", f"--data_dir={data}", "--save_interval=2"]
     owner = start("train.py", *argv)
@@ -144,7 +144,8 @@ def test_a_file_is_synced_before_its_rename_and_the_folder_after(tmp_path, monke
     monkeypatch.setattr(os, "replace", record_replace)
     run.save_beside({"x": torch.ones(3)}, str(tmp_path / "ckpt.pt"))
     temp = done[1][1]
-    assert done == [("sync", temp), ("rename", temp), ("sync", str(tmp_path))] and temp.startswith(str(tmp_path / "ckpt.pt."))
+    assert done == [("sync", temp), ("rename", temp), ("sync", str(tmp_path))]
+    assert temp.startswith(str(tmp_path / "ckpt.pt."))
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
@@ -173,7 +174,8 @@ def test_a_full_disk_harms_nothing(data, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"cannot write .*{name} .No space left on device.: make room"):
             train_run(out, data, "--resume=auto")
         assert sorted(os.listdir(out)) == sorted(before)
-        assert all((out / kept).read_bytes() == before[kept] for kept in before if (name, kept) != ("ckpt.pt", "metrics.jsonl"))
+        assert all((out / kept).read_bytes() == before[kept] for kept in before
+                   if (name, kept) != ("ckpt.pt", "metrics.jsonl"))
     assert metrics(train_run(out, data, "--resume=auto"))[-1]["step"] == 8
 
 
@@ -190,8 +192,10 @@ def test_a_run_leaves_its_folder(finished, data):
     assert sorted(os.listdir(finished)) == [".lock", "ckpt.pt", "config.json", "metrics.jsonl", "model.pt"]
     cfg = config.from_dict(json.loads((finished / "config.json").read_text()))
     saved = torch.load(finished / "model.pt", weights_only=True)
-    assert saved.keys() == {"config", "model", "tokenizer", "step", "val_loss"} and config.from_dict(saved["config"]) == cfg
-    assert saved["step"] == 8 and saved["tokenizer"]["identity"] == "byte" and saved["tokenizer"]["blob"].dtype == torch.uint8
+    assert saved.keys() == {"config", "model", "tokenizer", "step", "val_loss"}
+    assert config.from_dict(saved["config"]) == cfg
+    assert saved["step"] == 8 and saved["tokenizer"]["identity"] == "byte"
+    assert saved["tokenizer"]["blob"].dtype == torch.uint8
     rows, plan = metrics(finished), train.make_plan(cfg)
     assert [r["step"] for r in rows] == [*range(1, 9), 8] and rows[0]["loss"] == pytest.approx(math.log(257), abs=0.1)
     for row in rows[:-1]:
@@ -237,7 +241,8 @@ def test_a_folder_without_config_is_not_overwritten(names, resume, cli, data, tm
     status, stdout, err = cli("train.py", *TINY, f"--out_dir={tmp_path}", f"--data_dir={data}", f"--resume={resume}")
     assert_one_sentence(status, stdout, err)
     assert f"{tmp_path} holds {' and '.join(names)} but no config.json" in err
-    assert all((tmp_path / name).read_text() == "somebody's" for name in names) and not (tmp_path / "config.json").exists()
+    assert all((tmp_path / name).read_text() == "somebody's" for name in names)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_a_finished_run_and_other_data(cli, finished, data, tmp_path):
@@ -246,10 +251,12 @@ def test_a_finished_run_and_other_data(cli, finished, data, tmp_path):
     same = shutil.copytree(data, tmp_path / "same")
     for folder, words in ((other, f"{other} holds other training data than the run in {finished}"),
                           (tmp_path / "nowhere", "no data")):
-        status, stdout, err = cli("train.py", *TINY, *LOWRANK, f"--out_dir={finished}", "--resume=auto", f"--data_dir={folder}")
+        status, stdout, err = cli("train.py", *TINY, *LOWRANK, f"--out_dir={finished}", "--resume=auto",
+                                  f"--data_dir={folder}")
         assert_one_sentence(status, stdout, err)
         assert words in err
-    status, stdout, err = cli("train.py", *TINY, *LOWRANK, f"--out_dir={finished}", "--resume=auto", f"--data_dir={same}")
+    status, stdout, err = cli("train.py", *TINY, *LOWRANK, f"--out_dir={finished}", "--resume=auto",
+                              f"--data_dir={same}")
     assert (status, err) == (0, "") and "holds a finished run" in stdout
 
 
@@ -290,17 +297,20 @@ def test_a_longer_run_is_refused_with_the_reason_and_the_way(after, cli, data, t
         train_run(out, data)
     status, stdout, err = cli("train.py", "--resume=auto", f"--out_dir={out}", "--max_tokens=2048")
     assert_one_sentence(status, stdout, err)
-    assert "max_tokens=1024 and its learning rates depend on that" in err and f"--init_from={out}" in err and len(err) < 400
+    assert "max_tokens=1024 and its learning rates depend on that" in err
+    assert f"--init_from={out}" in err and len(err) < 400
 
 
-PROTECTED = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 1, "attn_dim": 64, "ffn_dim": 64, "block_size": 32, "vocab_size": 300,
-             "norm": "rmsnorm", "act": "relu2", "pos": "absolute", "bias": False, "tie_embeddings": False, "dropout": 0.1,
-             "ffn": "blockdense", "rank": 4, "nblocks": 2, "n_dense_layers": 2, "guide": "fixedstep", "guide_ratio": 0.25,
-             "guide_schedule": "linear", "guide_skip": True, "max_tokens": 2048, "batch_size": 16, "lr": 2e-3, "min_lr_ratio": 0.2,
-             "warmup_ratio": 0.2, "weight_decay": 0.2, "betas": (0.8, 0.9), "grad_clip": 2.0, "seed": 1, "eval_tokens": 128,
-             "dtype": "bfloat16", "init_from": "elsewhere"}
+PROTECTED = {
+    "n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 1, "attn_dim": 64, "ffn_dim": 64, "block_size": 32,
+    "vocab_size": 300, "norm": "rmsnorm", "act": "relu2", "pos": "absolute", "bias": False, "tie_embeddings": False,
+    "dropout": 0.1, "ffn": "blockdense", "rank": 4, "nblocks": 2, "n_dense_layers": 2, "guide": "fixedstep",
+    "guide_ratio": 0.25, "guide_schedule": "linear", "guide_skip": True, "max_tokens": 2048, "batch_size": 16,
+    "lr": 2e-3, "min_lr_ratio": 0.2, "warmup_ratio": 0.2, "weight_decay": 0.2, "betas": (0.8, 0.9), "grad_clip": 2.0, "seed": 1,
+    "eval_tokens": 128, "dtype": "bfloat16", "init_from": "elsewhere"}
 # read by the recipes' optimisers and model switches where this version has them
-MORE = {"optimizer", "qk_norm", "embed_norm", "embed_skip", "value_embeddings", "softcap", "rope_theta", "init", "embed_lr",
+MORE = {"optimizer", "qk_norm", "embed_norm", "embed_skip", "value_embeddings", "softcap", "rope_theta", "init",
+        "embed_lr",
         "head_lr", "vector_lr", "skip_lr", "schedule", "decay_ratio", "warmup_steps"}
 
 
@@ -321,14 +331,16 @@ def test_every_setting_is_either_protected_or_may_change(finished):
 # Weights from elsewhere, and of an unfinished run
 
 def test_init_from_starts_with_a_models_weights(cli, finished, data, tmp_path):
-    """With lr ~ 0 the result is the model; with a guide it starts at the factors' dense equivalent; the optimiser is new."""
+    """With lr ~ 0 the result is the model; with a guide too, which starts at the factors' dense equivalent."""
     old = weights(finished)
     for source in (finished, finished / "model.pt"):
-        out = train_run(tmp_path / source.name, data, *LOWRANK, f"--init_from={source}", "--lr=1e-30", "--seed=3", "--guide=fixedstep")
+        out = train_run(tmp_path / source.name, data, *LOWRANK, f"--init_from={source}", "--lr=1e-30", "--seed=3",
+                        "--guide=fixedstep")
         new = weights(out)
         assert new.keys() == old.keys() and all(torch.equal(new[k], old[k]) for k in old)
     with pytest.raises(UserError, match="init_from=elsewhere|this command says init_from="):
-        train_run(tmp_path / "model.pt", data, *LOWRANK, "--init_from=elsewhere", "--lr=1e-30", "--seed=3", "--guide=fixedstep",
+        train_run(tmp_path / "model.pt", data, *LOWRANK, "--init_from=elsewhere", "--lr=1e-30", "--seed=3",
+                  "--guide=fixedstep",
                   "--resume=auto")
 
 
@@ -336,15 +348,18 @@ def test_a_run_from_weights_resumes_by_its_checkpoint(finished, data, tmp_path, 
     flags = [*LOWRANK, f"--init_from={finished}"]
     with pytest.raises(SystemExit):
         stopped(tmp_path / "run", data, 3, monkeypatch, *flags)
-    assert_same_run(train_run(tmp_path / "run", data, *flags, "--resume=auto"), train_run(tmp_path / "whole", data, *flags))
+    assert_same_run(train_run(tmp_path / "run", data, *flags, "--resume=auto"),
+                    train_run(tmp_path / "whole", data, *flags))
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--ffn=lowrank", "--rank=4"], ["blocks.1.ffn.fc1.U", "(128, 8)", "(128, 4)"]), ([], ["blocks.1.ffn.fc1.U is (128, 8) there, none here"]),
-    ([*LOWRANK, "--vocab_size=300"], ["(257, 32)", "(300, 32)"]), ([*LOWRANK, "--n_layer=4"], ["blocks.3", "none there"])],
-    ids=lambda v: " ".join(v))
+    (["--ffn=lowrank", "--rank=4"], ["blocks.1.ffn.fc1.U", "(128, 8)", "(128, 4)"]),
+    ([], ["blocks.1.ffn.fc1.U is (128, 8) there, none here"]),
+    ([*LOWRANK, "--vocab_size=300"], ["(257, 32)", "(300, 32)"]),
+    ([*LOWRANK, "--n_layer=4"], ["blocks.3", "none there"])], ids=lambda v: " ".join(v))
 def test_weights_of_another_shape_are_refused_by_name(flags, words, cli, finished, data, tmp_path):
-    status, stdout, err = cli("train.py", *TINY, *flags, f"--init_from={finished}", f"--out_dir={tmp_path / 'run'}", f"--data_dir={data}")
+    status, stdout, err = cli("train.py", *TINY, *flags, f"--init_from={finished}", f"--out_dir={tmp_path / 'run'}",
+                              f"--data_dir={data}")
     assert_one_sentence(status, stdout, err)
     assert all(word in err for word in words) and len(err) < 400, err
 
@@ -367,7 +382,8 @@ def test_an_unfinished_run_is_sampled_and_scored(after, cli, data, tmp_path, mon
     with pytest.raises(SystemExit):
         stopped(out, data, after, monkeypatch, *GUIDED)
     gpt, cfg, saved = load(str(out), torch.device("cpu"))
-    assert saved.keys() == {"config", "tokenizer", "step", "val_loss"} and (saved["step"], saved["val_loss"]) == (after, None)
+    assert saved.keys() == {"config", "tokenizer", "step", "val_loss"}
+    assert (saved["step"], saved["val_loss"]) == (after, None)
     checkpoint = weights(out, "ckpt.pt")
     assert any(k.endswith(".W") for k in checkpoint) == (after == 2)
     assert all(torch.equal(v, checkpoint[k]) for k, v in gpt.state_dict().items())
@@ -400,10 +416,12 @@ def test_a_checkpoint_without_tokenizer_still_resumes(data, tmp_path, monkeypatc
 
 def test_wandb_gets_what_the_file_gets(data, tmp_path, monkeypatch):
     logged = []
-    fake = types.SimpleNamespace(init=lambda **kw: types.SimpleNamespace(log=lambda values, step: logged.append((step, values))))
+    fake = types.SimpleNamespace(init=lambda **kw: types.SimpleNamespace(log=lambda values,
+                                                                         step: logged.append((step, values))))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     out = train_run(tmp_path / "run", data, "--wandb=True")
-    assert logged == [(r["step"], {k: v for k, v in r.items() if v is not None}) for r in metrics(out)] and len(logged) == 9
+    assert logged == [(r["step"], {k: v for k, v in r.items() if v is not None}) for r in metrics(out)]
+    assert len(logged) == 9
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         train_run(tmp_path / "other", data, "--wandb=True")
@@ -478,7 +496,8 @@ def test_a_standing_clock_and_a_slow_step_leave_a_rate_above_0(monkeypatch, tmp_
     log.step(1, torch.tensor(3.0), 1e-3, torch.tensor(1.0), 0.0)
     clock.now += 1e6
     log.step(2, torch.tensor(3.0), 1e-3, torch.tensor(1.0), 0.0)
-    assert all(row["tokens_per_s"] > 0 for row in metrics(tmp_path)) and len(run.read_metrics(str(tmp_path / "metrics.jsonl"), 8)) == 2
+    assert all(row["tokens_per_s"] > 0 for row in metrics(tmp_path))
+    assert len(run.read_metrics(str(tmp_path / "metrics.jsonl"), 8)) == 2
 
 
 def test_the_final_validation_shows_its_progress(monkeypatch, tmp_path, capsys):
