@@ -52,6 +52,7 @@ from config import short
 from device import device_name, in_memory, on_meta, peak_flops, pick_device, set_up
 from model import GPT, build, ffn_params, flops_per_token, load, load_weights
 from optim import AdamW, MixedAdamW
+from run import perplexity
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -628,7 +629,7 @@ def score(cfg):
             raise UserError(f"the loss of the model in {cfg.out_dir} is {loss}, its training has diverged: "
                             "train again with a lower lr.")
         if ranks.master:
-            print(f"{cfg.out_dir} on {config.data_dir(cfg)}: loss {loss:.4f}, PPL {run.perplexity(loss):.2f} on "
+            print(f"{cfg.out_dir} on {config.data_dir(cfg)}: loss {loss:.4f}, PPL {perplexity(loss):.2f} on "
                   f"{short(n * trained.block_size)} tokens")
 
 

@@ -162,7 +162,7 @@ def _typed(field, value, text=None):
     if result is None and text is not None:
         result = _fits(field.type, text)  # a name that happens to read as a number: --tokenizer=123
     if result is None:
-        shown = text if text is not None else repr(value)
+        shown = f"{text if text is not None else repr(value):.80}"
         raise UserError(f"{field.name}={shown} does not fit: expected {_describe(field.type)}.")
     if field.name in PATHS:
         result = ",".join(map(os.path.expanduser, result.split(",")))
@@ -172,7 +172,7 @@ def _typed(field, value, text=None):
 def _unknown(name, known, where):
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "--help lists all settings."
-    raise UserError(f"{where} has no setting named {name}: {hint}")
+    raise UserError(f"{where} has no setting named {name:.80}: {hint}")
 
 
 def short(n) -> str:

@@ -76,6 +76,15 @@ def test_auto_ratio_is_the_papers(skip, ratios):
         assert abs(plan.guide_ratio - ratio) < 0.003 and plan.guided == round(plan.guide_ratio * plan.unique)
 
 
+def test_a_dry_run_reports_the_datas_vocabulary_where_there_is_data(cli, data, tmp_path):
+    """Else what the tokenizer's name promises; a number on the command line stays."""
+    for argv, size in (([f"--data_dir={data}"], 257), ([f"--data_dir={tmp_path}", "--tokenizer=gpt2"], 50257),
+                       ([ROOT / "config/s.py", f"--data_dir={data}", "--vocab_size=0"], 257),
+                       ([ROOT / "config/s.py", f"--data_dir={data}"], 32000)):
+        status, out, err = cli("train.py", *argv, "--dry_run=True")
+        assert (status, err) == (0, "") and json.loads(out)["vocab_size"] == size
+
+
 @pytest.mark.parametrize("flags", [*STRUCTURES.values()], ids=[*STRUCTURES])
 @pytest.mark.parametrize("guide", ["fixedflop", "fixedflop --guide_skip=True", "replay"])
 def test_fixedflop_and_its_control_cost_what_the_dense_model_costs(flags, guide):
