@@ -36,11 +36,13 @@ from typing import Literal
 class UserError(Exception):
     """A user's mistake, or a failure of the machine, in one sentence; scripts print it and exit with status 2.
 
-    Under torchrun rank 0 prints for all, unless a rank may have met it `alone`.
+    Under torchrun rank 0 prints for all, unless a rank may have met it `alone`. A sentence of more than 400 characters is
+    cut where it repeats a value or a path of more than 80.
     """
 
     def __init__(self, sentence, alone=False):
-        super().__init__(sentence)
+        cut = re.sub(r"\S{80,}", lambda word: f"{word[0][:60]}...", sentence) if len(sentence) > 400 else sentence
+        super().__init__(cut)
         self.alone = alone
 
 
@@ -162,7 +164,7 @@ def _typed(field, value, text=None):
     if result is None and text is not None:
         result = _fits(field.type, text)  # a name that happens to read as a number: --tokenizer=123
     if result is None:
-        shown = f"{text if text is not None else repr(value):.80}"
+        shown = text if text is not None else repr(value)
         raise UserError(f"{field.name}={shown} does not fit: expected {_describe(field.type)}.")
     if field.name in PATHS:
         result = ",".join(map(os.path.expanduser, result.split(",")))
@@ -172,7 +174,7 @@ def _typed(field, value, text=None):
 def _unknown(name, known, where):
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "--help lists all settings."
-    raise UserError(f"{where} has no setting named {name:.80}: {hint}")
+    raise UserError(f"{where} has no setting named {name}: {hint}")
 
 
 def short(n) -> str:
