@@ -1,5 +1,6 @@
 """Trains a model:  python train.py config/quickstart.py --ffn=lowrank --rank=64
                  torchrun --nproc_per_node=8 train.py config/xl.py --ffn=lowrank --rank=512
+Continues a run: python train.py --resume=auto --out_dir=out/xl
 
 A run is a folder: config.json, metrics.jsonl, ckpt.pt (all that an exact continuation needs), model.pt (the result).
 Which tokens a step sees, its learning rate and its guide are pure functions of (config, step). So a run can stop
@@ -22,7 +23,8 @@ class Settings:
 def read_settings(argv):
     """Command line -> (Config, Settings)."""
     cfg, settings = config.load(argv, Settings, usage=__doc__)
-    if cfg.init_from and not os.path.exists(cfg.init_from):
+    continued = os.path.exists(os.path.join(cfg.out_dir, "config.json"))
+    if cfg.init_from and not continued and not os.path.exists(cfg.init_from):
         raise UserError(f"init_from={cfg.init_from} does not exist: give a run folder or a model.pt.")
     return cfg, settings
 
@@ -184,7 +186,7 @@ def permute(index, n, key):
         for r in range(4):
             left, right = right, left ^ (mix(right ^ mix(np.uint64(key) + np.uint64(r))) & mask)
         x[todo] = (left << half) | right
-        todo = x >= n                                           # walks on along the cycle
+        todo = x >= n  # these walk on along their cycles
     return x.astype(np.int64)
 
 

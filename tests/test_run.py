@@ -344,12 +344,17 @@ def test_init_from_starts_with_a_models_weights(cli, finished, data, tmp_path):
                   "--resume=auto")
 
 
-def test_a_run_from_weights_resumes_by_its_checkpoint(finished, data, tmp_path, monkeypatch):
-    flags = [*LOWRANK, f"--init_from={finished}"]
+def test_a_run_from_weights_resumes_by_its_checkpoint(cli, finished, data, tmp_path, monkeypatch):
+    """The source is not needed any more."""
+    source = shutil.copytree(finished, tmp_path / "source")
+    flags = [*LOWRANK, f"--init_from={source}"]
     with pytest.raises(SystemExit):
         stopped(tmp_path / "run", data, 3, monkeypatch, *flags)
-    assert_same_run(train_run(tmp_path / "run", data, *flags, "--resume=auto"),
-                    train_run(tmp_path / "whole", data, *flags))
+    whole = train_run(tmp_path / "whole", data, *flags)
+    shutil.rmtree(source)
+    status, stdout, err = cli("train.py", "--resume=auto", f"--out_dir={tmp_path / 'run'}")
+    assert (status, err) == (0, "") and "continuing after step 3 of 8" in stdout
+    assert_same_run(tmp_path / "run", whole)
 
 
 @pytest.mark.parametrize("flags, words", [
