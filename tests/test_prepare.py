@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import config
+import corpus
 import prepare
 from config import Config, UserError
 from prepare import Settings, TokenFile, TokenWriter
@@ -38,7 +39,7 @@ def words(seed, n):
     return " ".join("".join(rng.choices("aeioubdkmnrst", k=rng.randrange(2, 9))) for _ in range(n))
 
 
-def corpus(n=300, seed=0):
+def some_documents(n=300, seed=0):
     return [f"{words(seed + i, 12)}.\n{words(seed - i, 9)} é 中 {i}\n" for i in range(n)]
 
 
@@ -112,16 +113,24 @@ def test_nothing_is_left_of_a_failed_writer(tmp_path):
     assert TokenFile(str(path)).tokens.tolist() == [1, 2, 3] and os.listdir(tmp_path) == ["x.bin"]
 
 
-def test_a_second_writer_is_refused_and_a_dead_ones_file_taken_over(tmp_path):
-    path = tmp_path / "x.bin"
-    with TokenWriter(str(path), 257, "byte", "a") as first:
-        with pytest.raises(UserError, match="another process is writing"):
-            TokenWriter(str(path), 257, "byte", "b")
-        first.write([7])
-    (tmp_path / "y.bin.tmp").write_bytes(b"x" * 10_000)
-    assert TokenFile(str(path)).tokens.tolist() == [7]
-    assert TokenFile(str(write_tokens(tmp_path / "y.bin", [5]))).tokens.tolist() == [5]
-    assert sorted(os.listdir(tmp_path)) == ["x.bin", "y.bin"]
+def test_a_second_writer_is_refused_and_a_dead_ones_files_are_taken_over(tmp_path, monkeypatch):
+    path, data = write_corpus(tmp_path / "a.txt", some_documents(100)), tmp_path / "data"
+    write_folder, found = prepare._write_folder, []
+
+    def second(*args):
+        again = command("--dataset=text", f"--input={path}", "--tokenizer=byte", f"--data_dir={data}")
+        found.append((again.returncode, again.stderr, os.path.exists(data)))
+        write_folder(*args)
+
+    data.mkdir()
+    for name in (".lock", "train.bin.tmp", "val.bin.tmp"):  # of a run that was killed
+        (data / name).write_bytes(b"x" * 10_000)
+    monkeypatch.setattr(prepare, "_write_folder", second)
+    train, val, _ = make(tmp_path, input=str(path))
+    (status, error, exists), = found
+    assert status == 2 and f"another process is writing {data}" in error and error.count("\n") == 1 and exists
+    assert train.count and val.count and sorted(os.listdir(data)) == ["tokenizer.bin", "train.bin", "val.bin"]
+    assert TokenFile(str(write_tokens(data / "train.bin", [5]))).tokens.tolist() == [5]
 
 
 def damaged(raw, kind):
@@ -248,7 +257,7 @@ def test_gpt2_from_ranks_merges_by_rank():
 def test_a_foreign_sentencepiece_model_is_taken_as_it_is():
     import sentencepiece
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(corpus()), model_writer=model, vocab_size=600, model_type="bpe",
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(some_documents()), model_writer=model, vocab_size=600, model_type="bpe",
                                              byte_fallback=True, minloglevel=3)  # a dummy prefix and a BOS, as LLaMA's has
     tokenizer = prepare.tokenizer_from_blob("llama", model.getvalue())
     whole = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
@@ -264,7 +273,7 @@ def test_text_files(tmp_path, suffix, opener):
     docs = ["one\r\n", "\ufefftwo\n\n", " \n\t\n", "", "a <|endoftext|> b\n<|endoftext|> \n", "last without line end"]
     with opener(tmp_path / f"a{suffix}", "wb") as f:
         f.write(b"\xef\xbb\xbf" + "<|endoftext|>\n".join(docs[:-1]).encode() + b"<|endoftext|>\r\n" + docs[-1].encode())
-    found = [text.decode() for text, last in prepare.text_documents(str(tmp_path / f"a{suffix}"), "", Counter()) if last]
+    found = [text.decode() for text, last in corpus.text_documents(str(tmp_path / f"a{suffix}"), "", Counter()) if last]
     assert found == docs
 
 
@@ -284,21 +293,21 @@ def test_jsonl_columns(tmp_path):
     for name, opener in (("a.jsonl", open), ("a.jsonl.gz", gzip.open), ("a.jsonl.xz", lzma.open)):
         with opener(tmp_path / name, "wb") as f:
             f.write("\n\n".join(map(json.dumps, rows)).encode())
-        read = lambda column: [t for t, _ in prepare.text_documents(str(tmp_path / name), column, Counter())]
+        read = lambda column: [t for t, _ in corpus.text_documents(str(tmp_path / name), column, Counter())]
         assert read("text") == [b"one", b"", b"half ?"] and read("body") == [b"x\n", b"", b"y"]
         with pytest.raises(UserError, match="line 1 has no text in the column title.*text, body"):
             read("title")
 
 
 @pytest.mark.parametrize("name, data, sentence", [
-    ("a.txt", b"ok\nno\xff\n", r"a.txt is not UTF-8 text .invalid start byte at byte 5"),
-    ("a.txt", b"x" * (1 << 20) + b"\n" + "é".encode()[:1], "is not UTF-8 text .unexpected end of data at byte 1048577"),
-    ("a.txt.xz", lzma.compress(bytes(1000))[:-20], "cannot read .*a.txt.xz: Compressed file ended"),
+    ("a.txt", b"ok\nno\xff\n", r"a.txt line 2 is not UTF-8 text .invalid start byte at byte 5"),
+    ("a.txt", b"x" * (1 << 20) + b"\n" + "é".encode()[:1], "line 2 is not UTF-8 text .unexpected end of data at byte 1048577"),
+    ("a.txt.xz", lzma.compress(bytes(1000))[:-20], "cannot read .*a.txt.xz .Compressed file ended"),
     ("a.txt.gz", b"no gzip", "cannot read .*Not a gzipped file"),
     ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl line 2 is not JSON"),
-    ("a.jsonl", b'{"text": "a\xff"}', "a.jsonl is not UTF-8 text .invalid start byte at byte 11"),
-    ("a.jsonl", b'["a"]', "line 1 has no text in the column text, it has a list"),
-    ("a.jsonl", b'{"text": 5}', "line 1 has no text in the column text, there stands a value of type int"),
+    ("a.jsonl", b'{"text": "a\xff"}', "a.jsonl line 1 is not UTF-8 text .invalid start byte at byte 11"),
+    ("a.jsonl", b'["a"]', "line 1 has no text in the column text, it is a list"),
+    ("a.jsonl", b'{"text": 5}', "line 1 has no text in the column text, its value is of type int"),
     ("a.jsonl", b'{}', "line 1 has no text in the column text, it has no column"),
     ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "a.jsonl line 1 is not JSON in UTF-8 .RecursionError")])
 def test_damaged_input_is_refused_with_its_place(tmp_path, name, data, sentence):
@@ -309,9 +318,9 @@ def test_damaged_input_is_refused_with_its_place(tmp_path, name, data, sentence)
 
 
 def test_a_json_line_over_the_limit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "LARGEST", 1000)
+    monkeypatch.setattr(corpus, "LARGEST", 1000)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a" * 987}) + "\n" + json.dumps({"text": "a" * 990}))
-    documents = prepare.text_documents(str(tmp_path / "a.jsonl"), "text", Counter())
+    documents = corpus.text_documents(str(tmp_path / "a.jsonl"), "text", Counter())
     assert len(next(documents)[0]) == 987
     with pytest.raises(UserError, match="line 2 is longer than"):
         next(documents)
@@ -320,7 +329,7 @@ def test_a_json_line_over_the_limit_is_refused(tmp_path, monkeypatch):
 def test_globs(tmp_path):
     for name in ("b.txt", "a.txt", "c.txt.gz", "c.md"):
         (tmp_path / name).touch()
-    names = lambda patterns: [os.path.basename(p) for p in prepare.text_files(",".join(str(tmp_path / p) for p in patterns))]
+    names = lambda patterns: [os.path.basename(p) for p in corpus.text_files(",".join(str(tmp_path / p) for p in patterns))]
     assert names(["c.txt.gz", "*.txt", "a.*"]) == ["c.txt.gz", "a.txt", "b.txt"]
     with pytest.raises(UserError, match=r"no file matches .*x\*.txt"):
         names(["*.txt", "x*.txt"])
@@ -348,10 +357,10 @@ def test_a_hugging_face_dataset_by_name_column_and_budget(tmp_path, monkeypatch)
 
 
 def test_a_stream_that_breaks_leaves_nothing(tmp_path, monkeypatch):
-    def broken(name, settings, seed):
+    def broken(*_):
         yield b"some text", True
         raise UserError("the stream broke off")
-    monkeypatch.setattr(prepare, "hub_documents", broken)
+    monkeypatch.setattr(corpus, "hub_documents", broken)
     with pytest.raises(UserError, match="broke off"):
         make(tmp_path, dataset="some/where")
     assert os.listdir(tmp_path) == []
@@ -359,11 +368,11 @@ def test_a_stream_that_breaks_leaves_nothing(tmp_path, monkeypatch):
 
 def test_the_shuffle_buffer_is_seeded_complete_and_bounded():
     documents = [(b"%d" % i, True) for i in range(5000)]
-    mixed = list(prepare._shuffled(iter(documents), 1, size=20_000))
+    mixed = list(corpus._shuffled(iter(documents), 1, size=20_000))
     assert mixed != documents and sorted(mixed) == sorted(documents)
-    assert mixed == list(prepare._shuffled(iter(documents), 1, size=20_000)) != list(prepare._shuffled(iter(documents), 2, size=20_000))
+    assert mixed == list(corpus._shuffled(iter(documents), 1, size=20_000)) != list(corpus._shuffled(iter(documents), 2, size=20_000))
     pulled = itertools.count()
-    stream = prepare._shuffled(((b"x" * 900, True) for _ in iter(lambda: next(pulled) < 10_000, False)), 1, size=100_000)
+    stream = corpus._shuffled(((b"x" * 900, True) for _ in iter(lambda: next(pulled) < 10_000, False)), 1, size=100_000)
     next(stream)
     assert next(pulled) <= 102
 
@@ -373,15 +382,15 @@ def test_the_shuffle_buffer_is_seeded_complete_and_bounded():
 
 def test_the_split_is_by_text_about_one_percent_and_stable():
     texts = [f"document {i}".encode() for i in range(20_000)]
-    chosen = {t for t in texts if prepare.is_validation(t, 0.01)}
+    chosen = {t for t in texts if corpus.is_validation(t, 0.01)}
     assert 140 < len(chosen) < 260
     oracle = {t for t in texts if int.from_bytes(hashlib.blake2b(t, digest_size=8).digest(), "big") / 2 ** 64 < 0.01}
-    assert chosen == oracle and all(prepare.is_validation(t + b"\n", 0.01) for t in chosen)
-    assert not any(prepare.is_validation(t, 0.0) for t in texts[:100]) and all(prepare.is_validation(t, 1.0) for t in texts[:100])
+    assert chosen == oracle and all(corpus.is_validation(t + b"\n", 0.01) for t in chosen)
+    assert not any(corpus.is_validation(t, 0.0) for t in texts[:100]) and all(corpus.is_validation(t, 1.0) for t in texts[:100])
 
 
 def test_added_documents_move_none_and_duplicates_stay_together(tmp_path):
-    few, more = corpus(400), corpus(400) + corpus(500, seed=5000) + corpus(50)
+    few, more = some_documents(400), some_documents(400) + some_documents(500, seed=5000) + some_documents(50)
     random.Random(0).shuffle(more)
     sides = []
     for name, docs in (("a", few), ("b", more)):
@@ -392,7 +401,7 @@ def test_added_documents_move_none_and_duplicates_stay_together(tmp_path):
 
 
 def test_validation_input(tmp_path):
-    docs = corpus(50)
+    docs = some_documents(50)
     a, b = write_corpus(tmp_path / "a.txt", docs[:40]), write_corpus(tmp_path / "b.txt", docs[40:])
     train, val, tokenizer = make(tmp_path, input=str(a), val_input=str(b))
     assert documents_of(train.tokens, tokenizer) == docs[:40] and documents_of(val.tokens, tokenizer) == docs[40:]
@@ -407,7 +416,7 @@ def test_validation_input(tmp_path):
 
 def test_a_validation_file_among_the_training_files_is_refused(tmp_path):
     for name in ("a.txt", "b.txt"):
-        write_corpus(tmp_path / name, corpus(50))
+        write_corpus(tmp_path / name, some_documents(50))
     (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
     for val in ("b.txt", "link.txt"):
         with pytest.raises(UserError, match="b.txt is among both --input and --val_input"):
@@ -419,7 +428,7 @@ def test_a_validation_file_among_the_training_files_is_refused(tmp_path):
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_one_document_gives_its_last_percent(tmp_path, held_out):
-    text = next(t for t in (words(i, 5000) for i in range(1000)) if prepare.is_validation(t.encode(), 0.01) == held_out)
+    text = next(t for t in (words(i, 5000) for i in range(1000)) if corpus.is_validation(t.encode(), 0.01) == held_out)
     (tmp_path / "a.txt").write_text(text)
     train, val, tokenizer = make(tmp_path, input=str(tmp_path / "a.txt"))
     train.verify(), val.verify()
@@ -428,7 +437,7 @@ def test_one_document_gives_its_last_percent(tmp_path, held_out):
 
 
 def test_empty_documents_are_skipped_and_counted(tmp_path, capfd):
-    docs = corpus(120)
+    docs = some_documents(120)
     mixed = [d for doc in docs for d in (doc, "", " \n")]
     train, val, tokenizer = make(tmp_path, input=str(write_corpus(tmp_path / "a.txt", mixed)))
     assert train.count + val.count == sum(len(d.encode()) + 1 for d in docs)
@@ -450,14 +459,13 @@ def test_cut_keeps_every_byte_and_cuts_between_lines_or_characters():
 
 
 def test_a_giant_documents_pieces_stay_on_one_side(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "LARGEST", 20_000)
+    monkeypatch.setattr(corpus, "LARGEST", 20_000)
     giants = [f"{i}\n" + "".join(f"{words(1000 * i + j, 9)}\n" for j in range(2000)) for i in range(6)]
     path = write_corpus(tmp_path / "a.txt", giants)
-    pieces = list(prepare.text_documents(str(path), "", Counter()))
+    pieces = list(corpus.text_documents(str(path), "", Counter()))
     assert len(pieces) > 24 and sum(last for _, last in pieces) == 6 and max(len(t) for t, _ in pieces) <= 20_000
     assert all(text.endswith(b"\n") for text, _ in pieces)
-    monkeypatch.setattr(prepare, "LOCAL_SHARE", 0.5)
-    train, val, tokenizer = make(tmp_path, input=str(path))
+    train, val, tokenizer = make(tmp_path, input=str(path), val_share=0.5)
     parts = documents_of(train.tokens, tokenizer), documents_of(val.tokens, tokenizer)
     assert parts[0] and parts[1] and sorted(parts[0] + parts[1]) == sorted(giants)
 
@@ -472,7 +480,7 @@ def test_a_line_without_end_is_survived(tmp_path):
 
 def test_the_bytes_do_not_depend_on_the_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "BATCH", 10_000)
-    path = write_corpus(tmp_path / "a.txt", corpus(3000))
+    path = write_corpus(tmp_path / "a.txt", some_documents(3000))
     assert path.stat().st_size > 30 * prepare.BATCH
     raw = []
     for workers in (1, 3, 8):
@@ -513,10 +521,11 @@ def test_memory_is_bounded_on_a_document_larger_than_the_limit(tmp_path):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_interruption_leaves_nothing_half_and_no_process(tmp_path, number, status):
-    path = write_corpus(tmp_path / "a.txt", corpus(2000))
+    path = write_corpus(tmp_path / "a.txt", some_documents(2000))
     # the documents never end, so the run is certainly under way
-    code = ("import itertools, time, config, prepare\n"
-            "prepare.text_documents = lambda *_: ((b'word ' * 2000, time.sleep(0.001) is None) for _ in itertools.count())\n"
+    code = ("import itertools, time, config, corpus, prepare\n"
+            "corpus.text_documents = lambda *_: ((b'word ' * 2000, time.sleep(0.001) is None) for _ in itertools.count())\n"
+            "prepare.hold_out = lambda *_: lambda text: False\n"
             "config.run(prepare.main)")
     process = subprocess.Popen([sys.executable, "-c", code, "--dataset=text", f"--input={path}", "--tokenizer=byte", "--workers=2",
                                 f"--data_dir={tmp_path}/data"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
@@ -532,7 +541,7 @@ def test_interruption_leaves_nothing_half_and_no_process(tmp_path, number, statu
     if number != signal.SIGKILL:
         assert not (tmp_path / "data").exists()
     else:
-        assert sorted(os.listdir(tmp_path / "data")) == ["train.bin.tmp", "val.bin.tmp"]
+        assert sorted(os.listdir(tmp_path / "data")) == [".lock", "train.bin.tmp", "val.bin.tmp"]
     deadline = time.time() + 5
     while any(os.path.exists(f"/proc/{pid}") and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in workers):
         assert time.time() < deadline, "a worker outlives the main process"
@@ -542,12 +551,13 @@ def test_interruption_leaves_nothing_half_and_no_process(tmp_path, number, statu
 
 
 def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch):
-    def killed(path, column, meter):
+    def killed(*_):
         yield b"text", True
         os.kill(next(iter(multiprocessing.active_children())).pid, signal.SIGKILL)
         while True:
             yield b"text" * 1000, True
-    monkeypatch.setattr(prepare, "text_documents", lambda *a: itertools.chain([(b"text" * 200_000, True)], killed(*a)))
+    monkeypatch.setattr(corpus, "text_documents", lambda *a: itertools.chain([(b"text" * 200_000, True)], killed(*a)))
+    monkeypatch.setattr(prepare, "hold_out", lambda *_: lambda text: False)
     with pytest.raises(UserError, match="worker process was killed"):
         make(tmp_path, input=str(write_corpus(tmp_path / "a.txt", ["x"])))
     assert os.listdir(tmp_path) == ["a.txt"]
@@ -557,7 +567,7 @@ def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch):
 # The data folder and the command line
 
 def test_the_command_line_from_text_to_open_data(tmp_path):
-    docs = corpus(300)
+    docs = some_documents(300)
     write_corpus(tmp_path / "a.txt", docs)
     args = ["--dataset=text", f"--input={tmp_path}/*.txt", "--tokenizer=spm:400", f"--data_dir={tmp_path}/data", "--workers=2"]
     first = command(*args)
@@ -618,7 +628,7 @@ def test_open_data_without_and_with_the_wrong_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"data/typo holds no data: run `python prepare.py --dataset=stdlib --tokenizer=spm:4096 --data_dir=data/typo`"):
         prepare.ensure_data(Config(data_dir="data/typo"))
-    a, b = write_corpus(tmp_path / "a.txt", corpus(200)), write_corpus(tmp_path / "b.txt", corpus(210))
+    a, b = write_corpus(tmp_path / "a.txt", some_documents(200)), write_corpus(tmp_path / "b.txt", some_documents(210))
     cfg = Config(dataset="text", tokenizer="byte", input=str(a))
     prepare.prepare(cfg, Settings(workers=1))
     assert prepare.open_data(cfg)[0].count == prepare.open_data(Config(dataset="text", tokenizer="byte"))[0].count > 0
