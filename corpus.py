@@ -134,8 +134,8 @@ def text_files(patterns):
             paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
         if not paths:
             kinds = f" of a kind that can be read ({', '.join(SUFFIXES)})" if os.path.isdir(pattern) else ""
-            raise UserError(f"no file{kinds} matches {pattern}: give files, folders or globs, separated by commas; "
-                            "a comma in a name is written \\,")
+            raise UserError(f"no file{kinds} matches {pattern}: give files, folders or globs, separated by commas "
+                            "(inside a name write \\, for a comma).")
         for path in paths:
             if not path.lower().endswith(SUFFIXES):
                 raise UserError(f"{path} is not of a kind that can be read: {', '.join(SUFFIXES)}.")
@@ -349,13 +349,14 @@ def choose_documents(sizes, total, share):
 
 
 class Bar(tqdm):
-    """Progress on standard error, from the second second on; in a log file every ten seconds."""
-    monitor_interval = 0  # its thread would forbid to fork workers
+    """Progress on standard error after the first second; in a log file a line every ten seconds."""
+    monitor_interval = 0  # without tqdm's thread, beside which workers could not be forked
 
     def __init__(self, what, total, unit):
-        interval = 0.2 if sys.stderr.isatty() else 10
-        super().__init__(desc=what, total=total, unit=unit, unit_scale=True, delay=1, mininterval=interval, leave=False)
+        interval, end = (0.2, "") if sys.stderr.isatty() else (10, "\n")
+        super().__init__(desc=what, total=total, unit=unit, unit_scale=True, delay=1, mininterval=interval, leave=False,
+                         bar_format="{l_bar}{bar:20}{r_bar}" + end)
 
-    def show(self, done, **values):
-        self.set_postfix(values, refresh=False)
+    def show(self, done, text=""):
+        self.set_postfix_str(text, refresh=False)
         self.update(done - self.n)

@@ -452,7 +452,7 @@ def _tokenise(source, held_out, tokenizer, writers, budgets, workers, meter):
                 meter[side] += int(np.count_nonzero(ids == tokenizer.eos))
                 meter["unknown"] += int(np.count_nonzero(ids == tokenizer.unknown))
             tokens = sum(writer.count for writer in writers)
-            bar.show(meter["done"] if source.size else tokens, documents=meter[0] + meter[1], tokens=tokens)
+            bar.show(meter["done"] if source.size else tokens, f"{meter[0] + meter[1]:,} documents, {tokens:,} tokens")
             if all(writer.count >= budget for writer, budget in zip(writers, budgets)):
                 break
 
@@ -473,8 +473,8 @@ def _warn(tokenizer, tokens, chosen, source, meter):
     """What the numbers above do not say by themselves."""
     warnings = []
     if not chosen:
-        warnings.append(f"no choice of documents is about {source.share:.2g} of the text, so its last tokens validate: "
-                        "give --val_input, another --val_share, or text in smaller documents.")
+        warnings.append(f"no choice of documents is about {source.share:.1%} of the text, so its last {source.share:.1%} "
+                        "validates: give --val_input, another --val_share, or documents that a line <|endoftext|> ends.")
     if meter["unknown"]:
         warnings.append(f"{meter['unknown']:,} of {tokens:,} tokens ({meter['unknown'] / tokens:.2%}) are unknown to "
                         f"{tokenizer.identity}: the model never sees such characters; --tokenizer=spm:VOCAB keeps all.")
@@ -526,10 +526,13 @@ def ensure_data(cfg):
 
 
 def next_command(preset, folder):
-    """The command that trains the preset on the folder as a new run; a warning where the data are few for that."""
+    """The command that trains the preset on the folder as a new run; "" and a warning where the data are too few."""
+    home = os.path.dirname(os.path.abspath(__file__))
+    home = "" if home == os.getcwd() else home
+    preset = preset or os.path.join(home, "config", "quickstart.py")
     plan, = config.load([preset])
     train, val, _ = _open_folder(folder)
-    words, out = ["python", "train.py", preset], plan.out_dir
+    words, out = ["python", os.path.join(home, "train.py"), preset], plan.out_dir
     if config.data_dir(plan) != folder:
         words.append(f"--data_dir={folder}")
         out = os.path.join("out", os.path.basename(os.path.normpath(folder)))
@@ -539,19 +542,19 @@ def next_command(preset, folder):
         words.append(f"--out_dir={out}")
     fits = min(val.count - 1, (train.count - 1) // plan.batch_size)
     if fits < plan.block_size:
-        fits = 1 << max(0, fits.bit_length() - 1)
-        words.append(f"--block_size={fits}")
-        print(f"warning: {train.count:,} + {val.count:,} tokens do not fill a step and a validation of {preset}, whose "
-              f"block_size is {plan.block_size}: give more text, or a larger --val_share.", file=sys.stderr)
-    return shlex.join(words)
+        print(f"warning: {train.count:,} training and {val.count:,} validation tokens are few for {preset} (batch_size "
+              f"{plan.batch_size}, block_size {plan.block_size}): give more text, or a larger --val_share.", file=sys.stderr)
+        words.append(f"--block_size={1 << fits.bit_length() - 1}" if fits > 0 else "")
+    return shlex.join(words) if words[-1] else ""
 
 
 def main(argv):
     cfg, settings = config.load(argv, Settings, usage=__doc__)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds as Ctrl-C does
     folder = prepare(cfg, settings)
-    preset = next((word for word in argv if word.endswith(".py") and "=" not in word), "config/quickstart.py")
-    print(f"next: {next_command(preset, folder)}")
+    preset = next((word for word in argv if word.endswith(".py") and "=" not in word), "")
+    if command := next_command(preset, folder):
+        print(f"next: {command}")
 
 
 if __name__ == "__main__":

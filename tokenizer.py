@@ -169,8 +169,8 @@ def package(name, user, instead=""):
     try:
         return importlib.import_module(name)
     except ImportError:
-        instead = instead and f", or use {instead}"
-        raise UserError(f"{user} needs the package {name}: pip install {name.partition('.')[0]}{instead}.") from None
+        name, instead = name.partition(".")[0], instead and f", or use {instead}"
+        raise UserError(f"{user} needs the package {name}: pip install {name}{instead}.") from None
 
 
 def remote(call, what, instead, seconds=40):
