@@ -1,14 +1,11 @@
-"""prepare.py: token files, tokenizers, sources, the split, workers, interruption, memory, the command line."""
-import gzip
-import hashlib
-import io
+"""prepare.py: token files, workers, interruption, memory, the data folder, the command line."""
 import itertools
-import json
-import lzma
 import multiprocessing
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -21,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corpora import ROOT, command, documents_of, make, some_documents, stdlib, words, write_corpus
+from corpora import ROOT, command, documents_of, make, some_documents, words, write_corpus
 
 import config
 import corpus
@@ -135,6 +132,42 @@ def test_verify_finds_ids_outside_the_vocabulary(tmp_path):
         f.verify()
 
 
+def test_verify_does_not_read_beyond_a_file_truncated_since(tmp_path):
+    path = write_tokens(tmp_path / "x.bin", np.arange(500_001) % 257)
+    f = TokenFile(str(path))
+    f.verify()  # an odd number of tokens
+    os.truncate(path, 4096 + 2 * 300_000)
+    with pytest.raises(UserError, match=r"x.bin is truncated: its 500001 tokens take 1004098 bytes, the file has 604096"):
+        f.verify()
+    os.remove(path)
+    with pytest.raises(UserError, match="cannot read the token file .*No such file"):
+        f.verify()
+
+
+def test_verify_finds_the_largest_id_wherever_it_stands(tmp_path):
+    for at in (0, 1, 2 ** 19 - 1, 2 ** 19, 600_000):
+        ids = np.zeros(600_001, np.int64)
+        ids[at] = 300
+        f = TokenFile(str(write_tokens(tmp_path / "x.bin", ids, 301)))
+        f.vocab_size = 300
+        with pytest.raises(UserError, match="holds the token id 300, outside its vocabulary of 300"):
+            f.verify()
+
+
+def test_verify_in_background(tmp_path):
+    good, bad = (TokenFile(str(write_tokens(tmp_path / name, np.arange(5000) % 257))) for name in ("good.bin", "bad.bin"))
+    raise_damage = prepare.verify_in_background(good, bad)
+    raise_damage(wait=True)
+    with open(bad.path, "r+b") as f:
+        f.seek(5000)
+        f.write(b"xx")
+    raise_damage = prepare.verify_in_background(good, bad)
+    with pytest.raises(UserError, match="bad.bin is damaged: its checksum"):
+        raise_damage(wait=True)
+    with pytest.raises(UserError, match="bad.bin is damaged"):
+        raise_damage()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Large documents, workers, memory, interruption
 
@@ -241,6 +274,29 @@ def test_interruption_leaves_nothing_half_and_no_process(tmp_path, number, statu
     assert train.count and sorted(os.listdir(tmp_path / "data")) == ["tokenizer.bin", "train.bin", "val.bin"]
 
 
+def test_a_process_with_threads_prepares_without_forking_itself(tmp_path):
+    path = write_corpus(tmp_path / "a.txt", some_documents(200))
+    code = ("import os, sys, threading, prepare, config\n"
+            "if __name__ == '__main__':\n"
+            "    fork = os.fork\n"
+            "    if sys.argv.pop() == 'threads':\n"
+            "        threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+            "        os.fork = lambda: sys.exit('forked')\n"
+            "    config.run(prepare.main)")
+    (tmp_path / "main.py").write_text(code)
+    for kind in ("threads", "alone"):
+        args = ["--dataset=text", f"--input={path}", "--tokenizer=spm:400", f"--data_dir={tmp_path / kind}", "--workers=2", kind]
+        done = subprocess.run([sys.executable, "-W", "error::DeprecationWarning", tmp_path / "main.py", *args], timeout=100,
+                              capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    assert (tmp_path / "alone/train.bin").read_bytes() == (tmp_path / "threads/train.bin").read_bytes()
+
+
+def test_everything_imports_without_fcntl():
+    code = "import sys; sys.modules['fcntl'] = None; import prepare, corpus, tokenizer"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch):
     def killed(*_):
         yield b"text", True
@@ -284,6 +340,10 @@ def test_the_command_line_from_text_to_open_data(tmp_path):
     (["--workers=-1"], "workers=-1"),
     (["--workers=100000"], "workers=100000 must be at most 512"),
     (["--colum=x"], "did you mean column"),
+    (["--val_share=0.6"], "val_share=0.6 must lie between 0 and 0.5"),
+    (["--val_share=-0.1"], "val_share=-0.1 must lie between 0 and 0.5"),
+    (["--dataset=refinedweb", "--val_share=0.1"], "leave it out with a remote dataset and give --val_tokens"),
+    (["--dataset=text", "--input=a.txt", "--val_input=b.txt", "--val_share=0.1"], "leave it out with --val_input"),
     (["--workers=many"], "expected a whole number"),
     (["--tokenizer=spm:50"], "cannot train 50 pieces")])
 def test_mistakes_are_one_sentence_and_status_2(tmp_path, args, sentence):
@@ -341,3 +401,158 @@ def test_ensure_data_prepares_the_standard_library_once(tmp_path, monkeypatch):
     assert tokenizer.decode(val.tokens[:-1].tolist()) and train.count > 5_000_000
     before = os.stat(train.path).st_mtime_ns
     assert prepare.ensure_data(cfg)[0].checksum == train.checksum and os.stat(train.path).st_mtime_ns == before
+
+
+def test_complete_already_compares_contents(tmp_path, capfd):
+    path = write_corpus(tmp_path / "a.txt", some_documents(200))
+    make(tmp_path, input=str(path))
+    (tmp_path / "elsewhere").mkdir()
+    times = path.stat()
+    make(tmp_path, input=shutil.copy(path, tmp_path / "elsewhere"))
+    assert "data is complete already" in capfd.readouterr().out
+    path.write_bytes(path.read_bytes().replace(b"e", b"o", 1))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UserError, match="data already holds another text, text: 1 \\+ 0 files"):
+        make(tmp_path, input=str(path))
+
+
+def test_complete_already_compares_the_tokenizers_content(tmp_path, capfd):
+    text, model = write_corpus(tmp_path / "a.txt", some_documents(200)), tmp_path / "my.model"
+    model.write_bytes(prepare.train_sentencepiece(300, some_documents()))
+    make(tmp_path, input=str(text), tokenizer=str(model))
+    make(tmp_path, input=str(text), tokenizer=str(model))
+    assert "data is complete already" in capfd.readouterr().out
+    model.write_bytes(prepare.train_sentencepiece(301, some_documents()))
+    with pytest.raises(UserError, match="data already holds another tokenizer, text: .* in my.model@"):
+        make(tmp_path, input=str(text), tokenizer=str(model))
+    with pytest.raises(UserError, match="not text: 1 .* in my.model"):
+        os.rename(tmp_path / "data", tmp_path / "text-model")
+        folder, config.data_dir = config.data_dir, lambda cfg: str(tmp_path / "text-model")
+        try:
+            prepare.open_data(Config(dataset="text", input=str(text), tokenizer=str(model)))
+        finally:
+            config.data_dir = folder
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_complete_already_verifies_the_payload(tmp_path, name):
+    path = write_corpus(tmp_path / "a.txt", some_documents(300))
+    make(tmp_path, input=str(path))
+    with open(tmp_path / "data" / name, "r+b") as f:
+        f.seek(-2, os.SEEK_END)
+        f.write(b"\0\0")
+    with pytest.raises(UserError, match=f"{name} is damaged: its checksum .* prepare it again"):
+        make(tmp_path, input=str(path))
+
+
+def test_train_bin_appears_last(tmp_path, monkeypatch):
+    path = write_corpus(tmp_path / "a.txt", some_documents(200))
+    replace, seen = os.replace, []
+
+    def recorded(old, new):
+        seen.append((os.path.basename(new), sorted(os.listdir(tmp_path / "data"))))
+        if os.path.basename(new) == "train.bin" and len(seen) < 3:
+            raise OSError("the disk is full")
+        replace(old, new)
+    monkeypatch.setattr(os, "replace", recorded)
+    with pytest.raises(UserError, match="the disk is full"):
+        make(tmp_path, input=str(path))
+    assert [name for name, _ in seen] == ["val.bin", "train.bin"] and {"val.bin", "tokenizer.bin"} <= set(seen[1][1])
+    assert sorted(os.listdir(tmp_path / "data")) == ["tokenizer.bin", "val.bin"]
+    train, val, _ = make(tmp_path, input=str(path))
+    assert train.count and val.count and sorted(os.listdir(tmp_path / "data")) == ["tokenizer.bin", "train.bin", "val.bin"]
+
+
+def test_another_sources_files_are_refused(tmp_path):
+    for name, docs, tokenizer in (("a", 200, "byte"), ("b", 210, "byte"), ("c", 200, "spm:400")):
+        make(tmp_path, name, input=str(write_corpus(tmp_path / "x.txt", some_documents(docs))), tokenizer=tokenizer)
+    for other in "bc":
+        for name in ("val.bin", "train.bin"):
+            mixed = tmp_path / f"{other}-{name}"
+            shutil.copytree(tmp_path / "a", mixed)
+            shutil.copy(tmp_path / other / name, mixed)
+            with pytest.raises(UserError, match="is mixed, val.bin being text: .* prepare it again"):
+                prepare.open_data(Config(data_dir=str(mixed)))
+    shutil.copy(tmp_path / "c" / "tokenizer.bin", tmp_path / "b")
+    shutil.copy(tmp_path / "c" / "train.bin", tmp_path / "c" / "val.bin")
+    (tmp_path / "c" / "tokenizer.bin").write_bytes(b"another")
+    with pytest.raises(UserError, match="spm:400@.* is damaged: it hashes to"):
+        prepare.open_data(Config(data_dir=str(tmp_path / "c")))
+
+
+def test_bytes_per_token_count_only_what_was_kept(tmp_path, monkeypatch, capfd):
+    def endless(*_):
+        return ((f"{i} {'é' * (i % 50)}".encode(), True) for i in itertools.count())
+    monkeypatch.setattr(corpus, "hub_documents", endless)
+    train, val, tokenizer = make(tmp_path, dataset="some/where", train_tokens=5_001, val_tokens=777)
+    assert (train.count, val.count) == (5001, 777)
+    kept = sum(len(tokenizer.decode_bytes(f.tokens.tolist())) for f in (train, val))
+    assert f"bytes/token  {kept / 5778:.3f}" in capfd.readouterr().out and kept < 5778
+
+
+def test_warnings_count_unknown_tokens_and_separators_inside_documents(tmp_path, capfd):
+    import sentencepiece
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a b c d e"] * 50), vocab_size=12, model_type="bpe",
+                                             model_prefix=str(tmp_path / "small"), minloglevel=3)
+    docs = [f"a b 漢 {'c ' * i} <|endoftext|> d<|endoftext|>\n" for i in range(150)]
+    path = write_corpus(tmp_path / "a.txt", docs)
+    train, val, tokenizer = make(tmp_path, input=str(path), tokenizer=str(tmp_path / "small.model"))
+    err = capfd.readouterr().err
+    unknown = sum(int((f.tokens == 0).sum()) for f in (train, val))
+    total = train.count + val.count
+    assert unknown >= 150 and f"warning: {unknown:,} of {total:,} tokens ({unknown / total:.2%}) are unknown to small.model@" in err
+    assert "warning: <|endoftext|> stands inside documents 300 times as plain text" in err
+    make(tmp_path, "clean", input=str(write_corpus(tmp_path / "b.txt", some_documents(300))))
+    assert capfd.readouterr().err == ""
+
+
+def tiny_preset(folder, **values):
+    values = {"n_layer": 1, "n_embd": 16, "n_head": 1, "block_size": 64, "batch_size": 2, "micro_batch_size": 2, "max_tokens": 256,
+              "device": "cpu", "resume": "auto", **values}
+    (folder / "tiny.py").write_text("".join(f"{name} = {value!r}\n" for name, value in values.items()))
+    return str(folder / "tiny.py")
+
+
+def test_the_next_command_names_a_run_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    preset = tiny_preset(tmp_path, dataset="text", tokenizer="byte", input="a.txt")
+    write_corpus(tmp_path / "a.txt", some_documents(300))
+    prepare.prepare(config.load([preset])[0], Settings(workers=1))
+    train = ["python", str(ROOT / "train.py"), preset]
+    hint = lambda folder: shlex.split(prepare.next_command(preset, folder))
+    assert hint("data/text-byte") == train  # the preset's own data
+    os.makedirs("out/tiny")
+    Path("out/tiny/config.json").touch()
+    assert hint("data/text-byte") == [*train, "--out_dir=out/tiny-2"]
+    shutil.copytree("data/text-byte", "data/my own")
+    assert hint("data/my own") == hint("data/my own/")[:3] + ["--data_dir=data/my own", "--out_dir=out/my own"]
+    for name in ("my own", "my own-2"):
+        os.makedirs(f"out/{name}")
+        Path(f"out/{name}/config.json").touch()
+    assert hint("data/my own")[-1] == "--out_dir=out/my own-3"
+
+
+@pytest.mark.parametrize("docs, values", [(300, {}), (40, {"block_size": 1024}), (60, {"batch_size": 400})])
+def test_the_next_command_trains(tmp_path, docs, values):
+    pytest.importorskip("torch")
+    preset = tiny_preset(tmp_path, **values)
+    (tmp_path / "out/data").mkdir(parents=True)
+    (tmp_path / "out/data/config.json").write_text("{}")
+    path = write_corpus(tmp_path / "a.txt", some_documents(docs))
+    done = command(preset, "--dataset=text", f"--input={path}", "--tokenizer=byte", "--data_dir=data", "--workers=1", cwd=tmp_path)
+    assert done.returncode == 0 and ("warning" in done.stderr) == bool(values), done.stderr
+    train, val = (TokenFile(str(tmp_path / "data" / name)) for name in ("train.bin", "val.bin"))
+    fits = min(val.count - 1, (train.count - 1) // values.get("batch_size", 2))
+    words = [f"--block_size={2 ** int(np.log2(fits))}"] if values else []
+    line = shlex.split(done.stdout.splitlines()[-1].removeprefix("next: "))
+    assert line[2:5] == [preset, "--data_dir=data", "--out_dir=out/data-2"] and line[5:] == words
+    line += ["--max_tokens=10000", "--final_eval_tokens=64"]
+    done = subprocess.run([sys.executable, *line[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "done" in done.stdout, done.stderr
+    assert (tmp_path / "out/data-2/model.pt").exists()
+
+
+def test_too_little_text_for_any_training_gives_no_command(tmp_path):
+    (tmp_path / "hi.txt").write_text("hi\n")
+    done = command("--dataset=text", "--input=hi.txt", "--tokenizer=byte", "--data_dir=data", "--workers=1", cwd=tmp_path)
+    assert done.returncode == 0 and "next" not in done.stdout and "3 training and 1 validation tokens are few for" in done.stderr
