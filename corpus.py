@@ -306,7 +306,7 @@ def is_validation(text, share) -> bool:
 
 
 def hold_out(source, meter):
-    """Which documents of source.train validate: a function text -> bool, or None where no choice of documents fits."""
+    """Which documents of source.train validate: a function text -> bool."""
     if source.val:
         return lambda text: False
     if not source.size:
@@ -325,7 +325,7 @@ def hold_out(source, meter):
                 sizes = Counter({k: size for k, size in sizes.items() if k < below})
             bar.show(meter["done"])
     chosen = choose_documents(sizes, total, source.share)
-    return chosen and (lambda text: document_hash(text) in chosen)
+    return lambda text: document_hash(text) in chosen
 
 
 def choose_documents(sizes, total, share):

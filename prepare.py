@@ -406,8 +406,7 @@ def make_tokenizer(name, parts, held_out):
 
 def _write_folder(folder, cfg, settings, source, meter):
     start = time.monotonic()
-    chosen = hold_out(source, meter)
-    held_out = chosen or (lambda text: False)
+    held_out = hold_out(source, meter)
     tokenizer = make_tokenizer(cfg.tokenizer, source.train, held_out)
     meter.clear()
     budgets = (sys.maxsize, sys.maxsize) if source.size else (settings.train_tokens, settings.val_tokens)
@@ -416,7 +415,7 @@ def _write_folder(folder, cfg, settings, source, meter):
     # val.bin is renamed first, as the inner block of the two
     with new(os.path.join(folder, "train.bin")) as train, new(os.path.join(folder, "val.bin")) as val:
         _tokenise(source, held_out, tokenizer, (train, val), budgets, settings.workers, meter)
-        _fill_empty_side(train, val, cfg, source, meter)
+        moved = _fill_empty_side(train, val, cfg, source, meter)
         with open(os.path.join(folder, "tokenizer.bin"), "wb") as f:
             f.write(tokenizer.blob)
             f.flush()
@@ -430,7 +429,7 @@ def _write_folder(folder, cfg, settings, source, meter):
           f"  vocabulary   {tokenizer.vocab_size:,} ({tokenizer.identity})\n"
           f"  bytes/token  {meter['bytes'] / tokens:.3f}\n"
           f"  time         {seconds:.1f} s, {meter['bytes'] / MB / seconds:.1f} MB/s")
-    _warn(tokenizer, tokens, chosen, source, meter)
+    _warn(tokenizer, tokens, moved, source, meter)
 
 
 def _tokenise(source, held_out, tokenizer, writers, budgets, workers, meter):
@@ -458,23 +457,25 @@ def _tokenise(source, held_out, tokenizer, writers, budgets, workers, meter):
 
 
 def _fill_empty_side(train, val, cfg, source, meter):
-    """Where no document validates, the end of all tokens is the validation set."""
+    """Where no document validates, the last tokens do; returns their number."""
     if not (train.count and val.count if cfg.val_input else train.count + val.count):
         bad = f", {meter['bad']:,} bad rows were skipped" if meter["bad"] else ""
         where = cfg.input if cfg.input and not train.count else cfg.val_input or cfg.dataset
         raise UserError(f"there is no text in {where}{bad}: give files that hold some.")
     if not train.count:
         val.move_tail(train, val.count)
-    if not val.count:
-        train.move_tail(val, -(-train.count // round(1 / source.share)))
+    moved = 0 if val.count else -(-train.count // round(1 / source.share))
+    if moved:
+        train.move_tail(val, moved)
+    return moved
 
 
-def _warn(tokenizer, tokens, chosen, source, meter):
-    """What the numbers above do not say by themselves."""
+def _warn(tokenizer, tokens, moved, source, meter):
+    """What the numbers above do not say by themselves; moved: tokens that became validation for want of documents."""
     warnings = []
-    if not chosen:
-        warnings.append(f"no choice of documents is about {source.share:.1%} of the text, so its last {source.share:.1%} "
-                        "validates: give --val_input, another --val_share, or documents that a line <|endoftext|> ends.")
+    if moved:
+        warnings.append(f"no choice of documents is about {source.share:.1%} of the text, so its last {moved:,} tokens "
+                        "validate: give --val_input, another --val_share, or documents that a line <|endoftext|> ends.")
     if meter["unknown"]:
         warnings.append(f"{meter['unknown']:,} of {tokens:,} tokens ({meter['unknown'] / tokens:.2%}) are unknown to "
                         f"{tokenizer.identity}: the model never sees such characters; --tokenizer=spm:VOCAB keeps all.")
@@ -543,7 +544,8 @@ def next_command(preset, folder):
     fits = min(val.count - 1, (train.count - 1) // plan.batch_size)
     if fits < plan.block_size:
         print(f"warning: {train.count:,} training and {val.count:,} validation tokens are few for {preset} (batch_size "
-              f"{plan.batch_size}, block_size {plan.block_size}): give more text, or a larger --val_share.", file=sys.stderr)
+              f"{plan.batch_size}, block_size {plan.block_size}): give more text, or a larger --val_share.",
+              file=sys.stderr)
         words.append(f"--block_size={1 << fits.bit_length() - 1}" if fits > 0 else "")
     return shlex.join(words) if words[-1] else ""
 
