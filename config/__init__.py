@@ -207,6 +207,33 @@ def read_text(path) -> str:
         raise UserError(f"cannot read {path} ({e.strerror}): give the path of a UTF-8 text file.") from None
 
 
+def text_lines(file, where, longest=1 << 20, skip=None):
+    """Yields (number, line) of a binary file: the line as UTF-8 bytes with its end, \\n or \\r\\n. A lone \\r ends no line.
+
+    A byte order mark at the start is dropped. A line over `longest` bytes comes in parts, cut between characters, under
+    one number. A line that is not UTF-8 raises UserError, or is left out and reported to skip(number) where that is given.
+    Readers of JSON lines skip blank ones (`not line.strip()`), which count in the numbers.
+    """
+    number, offset, rest = 1, 0, b""
+    while data := rest + file.readline(longest - len(rest)):
+        line, rest = data if offset else data.removeprefix(b"\xef\xbb\xbf"), b""
+        try:
+            line.decode()
+        except UnicodeDecodeError as e:
+            if e.reason == "unexpected end of data" and len(data) == longest:
+                line, rest = line[:e.start], line[e.start:]
+            elif skip:
+                skip(number)
+                line = b""
+            else:
+                at = offset + len(data) - len(line) + e.start
+                raise UserError(f"{where} line {number} is not UTF-8 text ({e.reason} at byte {at}): convert it, as with "
+                                "iconv -t utf-8.") from None
+        if line:
+            yield number, line
+        number, offset = number + data.endswith(b"\n"), offset + len(data) - len(rest)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line and presets
 
