@@ -68,7 +68,7 @@ import torch
 from config import short
 from decode import Decoder, Row, largest_batch, padded, row_key
 from device import out_of_memory, pick_device
-from merge import exact_matmuls, merge_model, ready
+from merge import exact_matmuls, prepare_model, replace_structured
 from model import load
 from run import save_beside
 from tokenizer import tokenizer_from_blob
@@ -192,7 +192,7 @@ def write_merged(path, model, cfg, saved, prompt):
         tokens = torch.cat((tokens, draws), dim=1)
     with exact_matmuls():
         before = model(tokens)
-        merge_model(model)
+        replace_structured(model)
         after = model(tokens)
     cfg.ffn, cfg.rank, cfg.nblocks, cfg.guide = "dense", 0, 0, "off"
     save_beside({**saved, "config": config.to_dict(cfg), "model": model.state_dict()}, target)
@@ -221,7 +221,7 @@ def main(path, s):
     rows = [Row(prompt, row_key(s.seed, prompt, n)) for prompt in prompts for n in range(s.n_samples)]
     dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[s.dtype]
     folder = path if os.path.isdir(path) else os.path.dirname(path)
-    ready(model, s.decode, dtype, os.path.join(folder, "decode.json"))
+    prepare_model(model, s.decode, dtype, os.path.join(folder, "decode.json"))
     in_json = bool(s.prompts or s.out)
     length = min(cfg.block_size, max(map(len, prompts)) + s.max_new_tokens)
     batch_size = fit_batch(cfg, s, len(rows), length, device, dtype) if in_json else 1

@@ -230,25 +230,25 @@ def linear(ffn, in_features, out_features, rank=0, nblocks=0, bias=True):
 # Factors beside their dense equivalent
 
 class FactorsOrMerged(nn.Module):
-    """A structured linear beside its dense equivalent; `choice` says per call which one answers."""
+    """A structured linear beside its dense equivalent; the table `speeds` (merge.SpeedTable) decides per call."""
 
-    def __init__(self, factors, merged, choice):
+    def __init__(self, factors, merged, speeds=None):
         super().__init__()
-        self.factors, self.merged, self.choice, self.shape = factors, merged, choice, shape_of(factors)
+        self.factors, self.merged, self.speeds, self.shape = factors, merged, speeds, shape_of(factors)
 
     def active(self, tokens):
-        return self.merged if self.choice.merged(self.shape, tokens) else self.factors
+        return self.merged if self.speeds.merged(self.shape, tokens) else self.factors
 
     def forward(self, x, alpha=None):
         return self.active(x.numel() // x.size(-1))(x)
 
 
 def active_linear(module, tokens):
-    """The linear that answers, where a structured one stands beside its dense equivalent."""
+    """The linear to use for this many tokens: of a FactorsOrMerged the faster one, else the module itself."""
     return module.active(tokens) if isinstance(module, FactorsOrMerged) else module
 
 
 def shape_of(linear) -> str:
-    """What a timing depends on besides the card: lowrank 2048 -> 8192, V 512x2048, U 8192x512."""
+    """What a timing depends on besides the card, as in: lowrank 2048 -> 8192, V 512x2048, U 8192x512."""
     V, U = ("x".join(map(str, w.shape)) for w in (linear.V, linear.U))
     return f"{type(linear).__name__.lower()} {linear.in_features} -> {linear.out_features}, V {V}, U {U}"

@@ -19,7 +19,7 @@ import structured
 from config import Config, UserError
 from conftest import ROOT
 from decode import Decoder, Row, row_key
-from merge import ready
+from merge import prepare_model
 from model import Cache, build, load
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
@@ -96,13 +96,13 @@ def test_factors_merged_auto_and_graphs_give_the_same_greedy_text(name, device):
     prompts = prompts_of([7, 1, 30])
     expected = [plain_greedy(make(device, **MODELS[name]), p, 20) for p in prompts]
     for kind in ("structured", "merged", "auto"):
-        model = ready(make(device, **MODELS[name]), kind, torch.float32)
+        model = prepare_model(make(device, **MODELS[name]), kind, torch.float32)
         for graphs in {False, device == "cuda"}:
             assert texts(model, prompts, settings(), 3, graphs=graphs) == expected, (kind, graphs)
 
 
 def test_prompts_in_slices_and_a_half_full_batch(monkeypatch):
-    model = ready(make(ffn="lowrank", rank=16), "structured", torch.float32)
+    model = prepare_model(make(ffn="lowrank", rank=16), "structured", torch.float32)
     prompts = prompts_of([9, 3, 12, 5, 20])
     one_by_one = [texts(model, [p], settings(), 1)[0] for p in prompts]
     monkeypatch.setattr(decode, "PREFILL", 25)
@@ -110,11 +110,11 @@ def test_prompts_in_slices_and_a_half_full_batch(monkeypatch):
 
 
 def test_a_step_looks_at_few_places_and_at_all_that_count():
-    model = ready(make(block_size=1024, n_layer=1), "structured", torch.float32)
+    model = prepare_model(make(block_size=1024, n_layer=1), "structured", torch.float32)
     decoder = Decoder(model, settings(), 1, 1024)
     seen = []
     for tokens in range(1, 1025):
-        decoder.look(tokens)
+        decoder.set_seen(tokens)
         assert tokens <= decoder.cache.seen <= tokens + 128
         seen.append(decoder.cache.seen)
     assert len(set(seen)) <= 8
@@ -145,7 +145,7 @@ def test_fused_step_in_half_precision_is_near(name):
     kernels = pytest.importorskip("ops.decode")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     exact = make(device, **{**MODELS[name], "n_layer": 2})
-    model = ready(copy.deepcopy(exact), "structured", torch.float16)
+    model = prepare_model(copy.deepcopy(exact), "structured", torch.float16)
     lengths, tokens = torch.arange(3, 3 + 25, 5, device=device), torch.randint(257, (5, 64), device=device)
     fresh, old = (Cache(model.cfg, 5, 64, device, dtype) for dtype in (torch.float16, torch.float32))
     exact.step(tokens[:, :max(lengths.tolist())], old, lengths)
@@ -191,7 +191,7 @@ def test_fused_choice_is_the_choice(given):
 # Ends
 
 def test_finish_reasons():
-    model = ready(make(), "structured", torch.float32)
+    model = prepare_model(make(), "structured", torch.float32)
     decoder = Decoder(model, settings(max_new_tokens=30), 3, 64)
     rows = [Row(p) for p in prompts_of([4, 50, 63])]
     for _ in decoder.run(rows):
@@ -205,7 +205,7 @@ def test_finish_reasons():
 
 
 def test_padded_vocabulary_is_never_chosen():
-    model = ready(make(), "structured", torch.float32)
+    model = prepare_model(make(), "structured", torch.float32)
     new = texts(model, prompts_of([5] * 8), settings(temperature=5.0), 8, n_tokens=40)
     assert max(max(row) for row in new) < 40
 
@@ -215,7 +215,7 @@ def test_padded_vocabulary_is_never_chosen():
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_samples_do_not_depend_on_batch_size_and_order(device):
-    model = ready(make(device, ffn="lowrank", rank=16), "structured", torch.float32)
+    model = prepare_model(make(device, ffn="lowrank", rank=16), "structured", torch.float32)
     s = settings(temperature=1.5, top_p=0.95, top_k=200, min_p=1e-4)
     prompts = prompts_of([3, 17, 8, 1, 30])
     alone = [texts(model, [p], s, 1)[0] for p in prompts]
@@ -263,7 +263,7 @@ def test_filters_keep_what_they_say():
 def test_auto_keeps_its_table_and_follows_it(tmp_path, monkeypatch):
     path = str(tmp_path / "decode.json")
     monkeypatch.setattr(merge, "TOKENS", [1, 4, 16])
-    ready(make(ffn="lowrank", rank=16), "auto", torch.float32, path)
+    prepare_model(make(ffn="lowrank", rank=16), "auto", torch.float32, path)
     tables = json.loads(Path(path).read_text())
     (key, modes), = tables.items()
     assert torch.__version__ in key and "float32" in key and len(modes["eager"]) == 2
@@ -272,9 +272,9 @@ def test_auto_keeps_its_table_and_follows_it(tmp_path, monkeypatch):
         modes["eager"][shape] = {"1": [2.0, 1.0], "4": [2.0, 1.0], "16": [1.0, 2.0]}
     Path(path).write_text(json.dumps(tables))
     monkeypatch.setattr(merge, "measure", lambda pairs: pytest.fail("measured again"))
-    model = ready(make(ffn="lowrank", rank=16), "auto", torch.float32, path)
+    model = prepare_model(make(ffn="lowrank", rank=16), "auto", torch.float32, path)
     pair = model.blocks[1].ffn.fc1
-    assert [model.choice.merged(pair.shape, t) for t in (1, 3, 4, 5, 16, 4096)] == [True, True, True, False, False, False]
+    assert [model.speeds.merged(pair.shape, t) for t in (1, 3, 4, 5, 16, 4096)] == [True, True, True, False, False, False]
     x = torch.randn(1, 128)
     torch.testing.assert_close(pair(x), pair.factors(x), atol=1e-4, rtol=1e-4)
     few, many = merge.step_weights(model, 1, "eager"), merge.step_weights(model, 16, "eager")
@@ -284,20 +284,20 @@ def test_auto_keeps_its_table_and_follows_it(tmp_path, monkeypatch):
     for shape in modes["eager"]:
         modes["eager"][shape] = {"1": [1.0, 2.0], "16": [1.0, 2.0]}
     Path(path).write_text(json.dumps(tables))
-    model = ready(make(ffn="lowrank", rank=16), "auto", torch.float32, path)
+    model = prepare_model(make(ffn="lowrank", rank=16), "auto", torch.float32, path)
     assert not any(isinstance(m, merge.FactorsOrMerged) for m in model.modules())  # the dense equivalents were not worth their memory
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_auto_times_the_step_that_few_sequences_take():
     """As a graph, all linears of a model go the way in which the whole step was faster."""
-    model = ready(make("cuda", **MODELS["blockshuffle, one key head"]), "auto", torch.float32)
-    rows = model.choice.times["graph"]
+    model = prepare_model(make("cuda", **MODELS["blockshuffle, one key head"]), "auto", torch.float32)
+    rows = model.speeds.times["graph"]
     for few in map(str, merge.FEW):
         assert len({tuple(row[few]) for row in rows.values()}) == 1
     assert len({tuple(row["8"]) for row in rows.values()}) == len(rows) == 2
-    with model.choice.under("graph"):
-        assert all(len({model.choice.merged(shape, tokens) for shape in rows}) == 1 for tokens in (1, 2, 3, 4))
+    with model.speeds.launched("graph"):
+        assert all(len({model.speeds.merged(shape, tokens) for shape in rows}) == 1 for tokens in (1, 2, 3, 4))
     assert merge.measure_few(model.cpu(), []) == {}
 
 
@@ -305,7 +305,7 @@ def test_table_of_another_card_is_left_alone(tmp_path, monkeypatch):
     path = tmp_path / "decode.json"
     path.write_text(json.dumps({"another card": {"eager": {}}}))
     monkeypatch.setattr(merge, "TOKENS", [1])
-    ready(make(ffn="blockshuffle", nblocks=2), "auto", torch.float32, str(path))
+    prepare_model(make(ffn="blockshuffle", nblocks=2), "auto", torch.float32, str(path))
     assert len(json.loads(path.read_text())) == 2
 
 
@@ -319,12 +319,12 @@ def test_a_damaged_table_is_one_sentence(tmp_path, monkeypatch):
     for text in ("{", "[]", "[" * 100_000, *map(json.dumps, tables)):
         path.write_text(text)
         with pytest.raises(UserError, match="decode.json is damaged: delete it"):
-            ready(make(ffn="blockshuffle", nblocks=2), "auto", torch.float32, str(path))
+            prepare_model(make(ffn="blockshuffle", nblocks=2), "auto", torch.float32, str(path))
         assert path.read_text() == text
 
 
 def test_batch_beyond_memory_names_the_largest(monkeypatch):
-    model = ready(make(), "structured", torch.float32)
+    model = prepare_model(make(), "structured", torch.float32)
     monkeypatch.setattr(decode, "free_bytes", lambda device: 2**29)
     fits = decode.largest_batch(model.cfg, 64, torch.device("cpu"), torch.float32)
     assert fits > 10

@@ -9,7 +9,7 @@ import torch
 from conftest import LOWRANK, assert_one_sentence, train_run
 from model import GPT, load
 from decode import Decoder, Row, row_key, sample_token
-from merge import ready
+from merge import prepare_model
 from sample import Settings
 
 P = torch.tensor([0.03, 0.5, 0.07, 0.25, 0.15])  # of five tokens
@@ -72,7 +72,7 @@ def finished(finished, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gpt(finished):
-    return ready(load(str(finished), torch.device("cpu"))[0], "structured", torch.float32)
+    return prepare_model(load(str(finished), torch.device("cpu"))[0], "structured", torch.float32)
 
 
 def script(monkeypatch, *ids):
