@@ -179,12 +179,16 @@ def test_a_misspelt_preset_key_ends_with_status_2_before_torch_loads(without_tor
     assert "did you mean n_layer?" in err
 
 
-@pytest.mark.parametrize("rank, alone, told", [("0", False, "error: no.\n"), ("1", False, ""), ("1", True, "error: no.\n")])
-def test_under_torchrun_rank_0_speaks_for_all(monkeypatch, capsys, rank, alone, told):
+@pytest.mark.parametrize("rank, alone, waited", [("0", False, []), ("1", False, [10.0]), ("1", True, [])])
+def test_under_torchrun_rank_0_speaks_for_all(monkeypatch, capsys, rank, alone, waited):
+    """Other ranks leave it time to, silently, and speak if it has not ended them by then."""
     def main(argv):
         raise UserError("no.", alone)
+    waits = []
+    monkeypatch.setattr(config.time, "sleep", lambda seconds: waits.append((seconds, capsys.readouterr().err)))
     monkeypatch.setenv("RANK", rank)
-    assert pytest.raises(SystemExit, config.run, main).value.code == 2 and capsys.readouterr().err == told
+    assert pytest.raises(SystemExit, config.run, main).value.code == 2 and capsys.readouterr().err == "error: no.\n"
+    assert waits == [(seconds, "") for seconds in waited]
 
 
 def test_help_lists_every_field_with_default_and_unit(without_torch):

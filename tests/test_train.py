@@ -20,10 +20,11 @@ import torch.nn.functional as F
 import config
 import curves
 import prepare
+import run
 import train
 from config import UserError
 from conftest import LOWRANK, ROOT, STRUCTURES, TINY, assert_one_sentence, train_run, write_data
-from device import Ranks
+from device import Ranks, in_memory
 from model import load
 from structured import Structured
 from test_model import random_model, reference_logits
@@ -285,7 +286,7 @@ def test_a_skipped_layers_guide_is_left_alone():
 # A run and its folder
 
 def test_a_run_leaves_its_folder(finished, data):
-    assert sorted(os.listdir(finished)) == ["ckpt.pt", "config.json", "metrics.jsonl", "model.pt"]
+    assert sorted(os.listdir(finished)) == [".lock", "ckpt.pt", "config.json", "metrics.jsonl", "model.pt"]
     cfg = config.from_dict(json.loads((finished / "config.json").read_text()))
     saved = torch.load(finished / "model.pt", weights_only=True)
     assert saved.keys() == {"config", "model", "tokenizer", "step", "val_loss"} and config.from_dict(saved["config"]) == cfg
@@ -312,7 +313,7 @@ def test_loss_alpha_and_guided_validation_of_a_guided_run(data, tmp_path, monkey
     """The logged loss is that of the step, before its update, with the alpha used; validation blends as the next step would."""
     seen = []
 
-    def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=()):
+    def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=(), show=None):
         seen.append((n_windows, None if alpha is None else alpha.item(), guided))
         return real(model, token_file, n_windows, cfg, ranks, alpha, guided)
 
@@ -385,7 +386,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(cli, data, tmp_path):
 
 
 def test_a_final_loss_that_is_not_finite_is_no_result(cli, finished, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "evaluate", lambda *args: math.nan)
+    monkeypatch.setattr(train, "evaluate", lambda *args, **kw: math.nan)
     with pytest.raises(UserError, match="validation loss is nan at step 8"):
         train_run(tmp_path / "run", data)
     assert not (tmp_path / "run" / "model.pt").exists()
@@ -398,7 +399,7 @@ def test_a_final_loss_that_is_not_finite_is_no_result(cli, finished, data, tmp_p
 
 
 def test_perplexity_has_no_largest_loss():
-    assert train.perplexity(2.0) == math.exp(2) and train.perplexity(1e4) == math.inf
+    assert run.perplexity(2.0) == math.exp(2) and run.perplexity(1e4) == math.inf
 
 
 def test_cards_and_progress_of_a_log_file(cli, data, tmp_path):
@@ -420,7 +421,7 @@ def test_wandb_gets_what_the_file_gets(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         train_run(tmp_path / "other", data, "--wandb=True")
-    assert os.listdir(tmp_path / "other") == []  # the next try finds it free
+    assert os.listdir(tmp_path / "other") == [".lock"]  # the next try finds no run
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -545,35 +546,39 @@ def test_the_runs_padded_vocabulary_is_kept(data, tmp_path, monkeypatch):
     assert len(weights(train_run(tmp_path / "run", data, "--resume=auto"))["wte.weight"]) == 300
 
 
-@pytest.mark.parametrize("line", ["[]", "3", '{"loss": 1.0}', '{"step": "1"}', '{"step": 9}', '{"step": 1, "val_loss": []}', '{"step": 1, "loss": 1.0}',
-                                  "{", 100_000 * "["])
-def test_metrics_of_another_kind_are_told(line, data, tmp_path, monkeypatch):
+ODD = ["[]", "3", '{"loss": 1.0}', '{"step": "1"}', '{"step": 9}', '{"step": 1, "val_loss": []}', '{"step": 1, "loss": 1.0}', "{",
+       100_000 * "[", '{"step": 1, "loss": 1.0, "tokens_per_s": 0.0}', '{"step": 1, "loss": 1.0, "tokens_per_s": -3.0}', "\udcff",
+       '{"step": 1, "loss": NaN, "tokens_per_s": 1.0}', '{"step": 1, "loss": 1' + 400 * "0" + ', "tokens_per_s": 1.0}']
+
+
+def test_odd_rows_of_metrics_never_block_a_resume(whole, data, tmp_path, monkeypatch, capsys):
+    """They are left out and counted; what the run wrote itself stays, and curves leaves out the same."""
+    out = tmp_path / "run"
     with pytest.raises(SystemExit):
-        stopped(tmp_path / "run", data, 3, monkeypatch)
-    path = tmp_path / "run" / "metrics.jsonl"
-    text = f"{line}\n{path.read_text()}"
-    path.write_text(text)
-    for read in (lambda: train_run(tmp_path / "run", data, "--resume=auto"), lambda: curves.read_run(str(tmp_path / "run"))):
-        with pytest.raises(UserError, match="metrics.jsonl is damaged"):
-            read()
-    assert path.read_text() == text
+        stopped(out, data, 3, monkeypatch)
+    path = out / "metrics.jsonl"
+    path.write_text("".join(f"{line}\n" for line in ODD) + path.read_text(), errors="surrogateescape")
+    counted = f"{path}: {len(ODD)} of {len(ODD) + 3} rows are damaged and are left out."
+    capsys.readouterr()
+    read = curves.read_run(str(out))
+    assert list(read.train[0]) == [1, 2, 3] and capsys.readouterr().err.splitlines() == [counted]
+    train_run(out, data, "--resume=auto")
+    assert capsys.readouterr().err.splitlines() == [counted]
+    assert_same_run(out, whole["plain"])
 
 
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(data, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as e:
         stopped(tmp_path / "run", data, 3, monkeypatch, how=signal.SIGINT)
     assert e.value.code == 130 and torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 3
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        stop = train.Stop()
+    before = signal.getsignal(signal.SIGTERM)
+    with train.Stop() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.agreed(ALONE) == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
             stop.agreed(ALONE)
-    finally:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_after_the_switch_the_guide_is_gone_from_everything(data, tmp_path, monkeypatch):
@@ -676,7 +681,7 @@ def test_what_one_of_two_processes_refuses_both_refuse(two_processes):
     """The folder is rank 0's alone to write, the damaged window of val.bin rank 1's alone to read."""
     one, other = two_processes["refusals"]
     assert one == other and len(one) == 3
-    for text, words in zip(one, ("config.json (Not a directory)", "val.bin holds the token id 999", "train.bin holds the token id 999")):
+    for text, words in zip(one, ("run (Not a directory)", "val.bin holds the token id 999", "train.bin holds the token id 999")):
         assert words in text
 
 
@@ -817,8 +822,9 @@ def test_a_full_disk_harms_nothing(data, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         stopped(out, data, 3, monkeypatch, "--resume=auto")
     before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+    monkeypatch.setattr(run, "temp_name", lambda path: f"{path}.tmp-here")
     for name in ("config.json", "metrics.jsonl", "ckpt.pt"):
-        os.symlink("/dev/full", out / f"{name}.tmp")
+        os.symlink("/dev/full", out / f"{name}.tmp-here")
         with pytest.raises(UserError, match=f"cannot write .*{name} .No space left on device.: make room"):
             train_run(out, data, "--resume=auto")
         assert sorted(os.listdir(out)) == sorted(before)
@@ -827,7 +833,7 @@ def test_a_full_disk_harms_nothing(data, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_under_the_metrics_is_one_sentence(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "open_metrics", lambda *args: open("/dev/full", "a"))
+    monkeypatch.setattr(run, "open_metrics", lambda *args: open("/dev/full", "a"))
     with pytest.raises(UserError, match="cannot write /dev/full .No space left"):
         train_run(tmp_path / "run", data)
 
@@ -838,9 +844,13 @@ def test_what_does_not_fit_into_memory_is_told(error, data, tmp_path, monkeypatc
     def fail(*args):
         raise error
     monkeypatch.setattr(train, "train_step", fail)
-    with pytest.raises(UserError, match="memory of cpu .* micro-batches of 4 x 16 tokens: lower --micro_batch_size, give --recompute=wide") as e:
+    with pytest.raises(UserError, match="memory of cpu .* micro-batches of 4 x 16 tokens: lower --micro_batch_size, or choose a smaller") as e:
         train_run(tmp_path / "run", data)
     assert f"{train.short(train.summary(tiny())['params'])} parameters" in str(e.value)
+    compiled = dataclasses.replace(ALONE, compile=True)
+    for recompute, words in (("cheap", "give --recompute=wide, or"), ("wide", "lower --micro_batch_size, or")):
+        with pytest.raises(UserError, match=words), in_memory(tiny(f"--recompute={recompute}"), compiled, 1):
+            raise error
 
 
 def test_token_ids_beyond_the_vocabulary_are_told(data, tmp_path):
