@@ -1,7 +1,7 @@
 """Factors or dense equivalent: merging structured linears, and the table of speeds behind decode=auto.
 
-`prepare_model` makes a loaded model ready for decoding. Weights are cast once. Each structured linear becomes its factors, its
-dense equivalent (the paper's pre-merge), or both: then a table measured on this card says which is faster when.
+`prepare_model` makes a loaded model ready for decoding. Weights are cast once. Each structured linear becomes its
+factors, its dense equivalent (the paper's pre-merge), or both, with a table measured on this card of which is faster.
 """
 import hashlib
 import importlib.util
