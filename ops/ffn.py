@@ -25,6 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ops.pointwise import INTERPRET, multiprocessors
+from structured import block_matmul
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -179,9 +180,7 @@ def _blocks(x, w, bias=None):
     """y = w x (+ bias) block by block, (T, B, K) x (B, N, K) -> (T, B N), by cuBLAS."""
     if w.size(0) == 1 and bias is not None:
         return torch.addmm(bias, x[:, 0], w[0].T)
-    y = x.new_empty(x.size(0), w.size(0), w.size(1))
-    torch.bmm(x.transpose(0, 1), w.transpose(1, 2), out=y.transpose(0, 1))             # strided output: no copy into token order
-    return y.view(x.size(0), -1)
+    return block_matmul(x, w).view(x.size(0), -1)
 
 
 def _dealt(x, w):

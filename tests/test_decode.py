@@ -221,8 +221,9 @@ def test_fused_choice_is_the_choice(given):
     torch.testing.assert_close(token[~near, 0], sample_token(logits, s, draw)[~near])
 
 
-def test_the_fused_sampler_takes_only_the_filters_it_knows():
+def test_the_fused_sampler_takes_only_the_filters_it_knows(monkeypatch):
     kernels = pytest.importorskip("ops.decode")
+    monkeypatch.setattr(kernels, "works", lambda *args: True, raising=False)  # whether it runs is not the question here
     on_cuda = SimpleNamespace(is_cuda=True)
     for given in (dict(temperature=0.0), dict(temperature=0.8), dict(temperature=0.8, min_p=0.1),
                   dict(temperature=0.0, top_p=0.9, top_k=2)):
