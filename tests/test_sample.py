@@ -282,7 +282,8 @@ import importlib, runpy, sys
 sys.path.insert(0, ".")
 for name in {sorted(path.stem for path in ROOT.glob("*.py"))}:
     importlib.import_module(name)
-commands = ["train.py", *{argv}, "--out_dir=out"], ["sample.py", "out", "--prompt=the", "--temperature=0", "--device=cpu"]
+sampling = ["sample.py", "out", "--prompt=the", "--temperature=0", "--device=cpu"]
+commands = ["train.py", *{argv}, "--out_dir=out"], sampling
 for argv in commands:
     sys.argv = argv
     runpy.run_path(argv[0], run_name="__main__")

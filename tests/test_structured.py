@@ -200,7 +200,7 @@ def test_merged_forward_equals_the_two_branches(kind, n, m, rest, alpha):
 
 @one_each
 def test_the_blend_is_in_float32_and_cast_once(kind, n, m, rest):
-    """bf16 factors and a guide that nearly cancel: of a blend in bf16, or with alpha in bf16, no digit would be right."""
+    """bf16 factors and a guide that nearly cancel: in bf16, or with alpha in bf16, no digit would be right."""
     layer = make(kind, 16 * n, 16 * m, rest, dtype=torch.bfloat16)
     with torch.no_grad():
         D = layer.dense_weight()
