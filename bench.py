@@ -513,7 +513,7 @@ def bench_decode(cfg, settings):
     launches = settings.launches.split(",") if device.type == "cuda" else ["eager"]
     for kind in settings.kinds.split(",") if cfg.ffn != "dense" else ["dense"]:
         model = random_model(dataclasses.replace(cfg, ffn="dense") if kind == "dense" else cfg, device)
-        merge.ready(model, "structured" if kind == "dense" else kind, dtype)
+        merge.prepare_model(model, "structured" if kind == "dense" else kind, dtype)
         for launch in launches[-1:] if settings.max_batch else launches:
             if settings.max_batch:
                 def largest():
@@ -558,7 +558,7 @@ def bench_crossover(cfg, settings):
     cfg.vocab_size = 1024
     device, dtype = decoding_place(cfg)
     model = random_model(cfg, device)
-    pairs = merge.convert(model, "auto", dtype)
+    pairs = merge.cast_and_merge(model, "auto", dtype)
     facts, began = header(device), time.perf_counter()
     choice = merge.SpeedTable(merge.load_or_measure(model, pairs))
     facts["measured_in"] = f"{time.perf_counter() - began:.1f} s"

@@ -150,3 +150,16 @@ def in_memory(cfg, ranks, params):
                         f"micro-batches of {cfg.micro_batch_size} x {cfg.block_size} tokens: "
                         f"lower --micro_batch_size, {'give --recompute=wide, ' if can_recompute else ''}"
                         "or choose a smaller model.", alone=True) from None
+
+
+def record_graph(run, pool=None):
+    """run() as a CUDA graph, whose replay() repeats its kernels. run() runs once before: nothing may compile meanwhile."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        run()
+    return graph
