@@ -126,7 +126,7 @@ def test_training_goes_on_without_a_kernel_that_fails(op, kernels, monkeypatch, 
     for _ in range(2):
         loss, ours, moved = train_step(model, tokens)
         assert loss == pytest.approx(expected, rel=2e-3)
-        assert all(((a - b).norm() / b.norm()).item() < 3e-2 for a, b in zip(ours, gradients))
+        assert all(((a - b).norm() / b.norm()).item() < (3e-2 if INTERPRET else 0.1) for a, b in zip(ours, gradients))
         assert moved == pytest.approx([1e-2] * len(moved), rel=1e-2)  # AdamW's first step is lr times the gradient's sign
     assert len(lines()) == len(kernels) and all(line.endswith("which fails here: RuntimeError: PassManager::run failed") for line in lines())
     assert all(line.startswith(op) for line in lines())

@@ -27,12 +27,17 @@ SHAPES = {
     "blockdense swiglu": dict(act="swiglu", ffn="blockdense", rank=32, nblocks=2),
 }
 
+ENTRIES = """
+void enter() { decode_step(*arguments_of_step); current->done = true; }
+extern "C" void to_bf16(const float* from, bf16* to, int n) { for (int i = 0; i < n; i++) narrow(from[i], to[i]); }
+"""
+
 
 @functools.cache
 def emulated(defines):
     folder = tempfile.mkdtemp()
     with open(f"{folder}/step.cpp", "w") as f:
-        f.write(f'#include "emulate.h"\n{kernels.source(defines)}\nvoid enter() {{ decode_step(*arguments_of_step); current->done = true; }}\n')
+        f.write(f'#include "emulate.h"\n{kernels.source(defines)}\n{ENTRIES}')
     subprocess.run(["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{ROOT}/tests", "-o", f"{folder}/step.so", f"{folder}/step.cpp"], check=True)
     return ctypes.CDLL(f"{folder}/step.so")
 
@@ -59,14 +64,14 @@ def pair(dtype, batch=1, **shape):
     return model, low, *(Cache(model.cfg, batch, model.cfg.block_size, DEVICE, m.head.weight.dtype) for m in (model, low))
 
 
-def compare(dtype, prompts, shape, steps=2, batch=1, **how):
-    """Rows of different lengths, the first the longest, each a prompt or nothing at all."""
+def compare(dtype, prompts, shape, steps=2, batch=1, shorter=37, **how):
+    """Rows of different lengths, the first the longest, each by `shorter` tokens, a prompt or nothing at all -> the step."""
     model, low, expected, cache = pair(dtype, batch, **shape)
     assert kernels.fits(low.cfg, kernels.all_matrices(low, batch), dtype, how.get("programs", 6), batch)
     step = make_step(low, cache, **how)
     tokens = torch.randint(257, (batch, model.cfg.block_size), device=DEVICE)
     for prompt in prompts:
-        lengths = (prompt - 37 * torch.arange(batch, device=DEVICE)).clamp(min=min(prompt, 1))
+        lengths = (prompt - shorter * torch.arange(batch, device=DEVICE)).clamp(min=min(prompt, 1))
         for m, c in ((model, expected), (low, cache)):
             c.position.zero_()
             if prompt:
@@ -76,6 +81,7 @@ def compare(dtype, prompts, shape, steps=2, batch=1, **how):
             near = (1e-4, 1e-4) if dtype == torch.float32 else (0.01 * reference.abs().max().item(), 0)
             torch.testing.assert_close(step(tokens[:, i:i + 1].contiguous(), cache).float(), reference, atol=near[0], rtol=near[1])
             torch.testing.assert_close(cache.position, expected.position)
+    return step
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -97,9 +103,44 @@ def test_several_sequences(name, batch):
     compare(torch.float32, (0, SHAPES[name].get("block_size", 64) - 20), SHAPES[name], batch=batch)
 
 
+@pytest.mark.parametrize("dtype, batch, programs, prompts, shorter", [
+    (torch.float32, 2, 16, (600, 200), 350), (torch.float32, 2, 8, (450,), 0), (torch.float32, 3, 24, (620, 300), 160), (torch.bfloat16, 2, 16, (500,), 250)])
+@torch.no_grad()
+def test_several_sequences_whose_heads_are_split(dtype, batch, programs, prompts, shorter):
+    """Every sequence has a number of splits of its own, as 4 and 2 or 3, 2 and 2, and fewer after a prompt that is shorter than the one before."""
+    step = compare(dtype, prompts, dict(SHAPES["long"], n_layer=1), batch=batch, shorter=shorter, programs=programs)
+    assert int(re.search("#define SPLITS (\\d+)", step.defines)[1]) >= 2
+
+
 @torch.no_grad()
 def test_several_sequences_in_bf16():
     compare(torch.bfloat16, (0, 44), SHAPES["lowrank swiglu"], batch=3)
+
+
+@pytest.mark.skipif(ON_GPU, reason="the card rounds as the emulator does: the source is the same")
+@torch.no_grad()
+def test_bf16_is_rounded_to_nearest():
+    """Bit by bit as torch does it: ties, infinities, subnormal numbers and numbers at random."""
+    g = torch.Generator().manual_seed(0)
+    ties = torch.arange(256, dtype=torch.int32) << 15 | 0x3F800000
+    bits = torch.cat([torch.randint(-2**31, 2**31, (100_000,), generator=g).to(torch.int32), ties, ties + 1, ties - 1, -ties,
+                      torch.tensor([0, 1, 0x7F800000, 0x7F7FFFFF, 0x007FFFFF, -2**31, 0x7FC00000], dtype=torch.int32)])
+    values, rounded = bits.view(torch.float32), torch.empty(len(bits), dtype=torch.bfloat16)
+    _, low, _, cache = pair(torch.bfloat16)
+    step = make_step(low, cache)
+    emulated(step.defines).to_bf16(ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(rounded.data_ptr()), len(bits))
+    torch.testing.assert_close(rounded, values.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
+@torch.no_grad()
+def test_bf16_has_no_bias():
+    """Truncated, logits, keys and values would be smaller by 0.3 % on average; rounded, they are neither smaller nor larger."""
+    model, low, expected, cache = pair(torch.bfloat16, vocab_size=2000)
+    step, ours, theirs = make_step(low, cache), [], []
+    for token in torch.randint(257, (3, 1, 1), device=DEVICE):
+        ours.append(step(token, cache).float().clone()), theirs.append(model.step(token, expected))
+    for a, b in [(torch.stack(ours), torch.stack(theirs)), *((a.float(), b) for layer in zip(cache.layers, expected.layers) for a, b in zip(*layer))]:
+        assert (a.abs().sum() / b.abs().sum() - 1).abs() < 1e-3
 
 
 @pytest.mark.parametrize("batch, shape", [(1, dict(ffn_dim=256)), (2, dict(ffn_dim=192)), (3, dict(act="swiglu", ffn_dim=160))])
