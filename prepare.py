@@ -39,7 +39,7 @@ import numpy as np
 
 import config
 from config import UserError
-from tokenizer import load_tokenizer, package, pinned, reason, remote, short_hash, tokenizer_from_blob, train_sentencepiece
+from tokenizer import label, load_tokenizer, package, pinned, reason, remote, short_hash, tokenizer_from_blob, train_sentencepiece
 
 MB = 1 << 20
 
@@ -473,8 +473,8 @@ def _progress(fraction):
 
 def check(cfg, settings):
     """Fills in the settings left empty and refuses what cannot work, before anything is read."""
-    if not re.fullmatch(r"gpt2|llama|byte|spm:[1-9]\d{0,6}|.*\.model", cfg.tokenizer):
-        raise UserError(f"tokenizer={cfg.tokenizer} is none of gpt2, llama, byte, spm:VOCAB (as spm:4096), or a path ending in .model.")
+    if not re.fullmatch(r"gpt2|llama|byte|spm:[1-9]\d{0,6}|.*\.(model|json)", cfg.tokenizer):
+        raise UserError(f"tokenizer={cfg.tokenizer} is none of gpt2, llama, byte, spm:VOCAB (as spm:4096), or a path ending in .model or .json.")
     for name in ("train_tokens", "val_tokens", "workers"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name}={getattr(settings, name)} must not be negative.")
@@ -497,7 +497,7 @@ def prepare(cfg, settings) -> str:
     source, _ = open_source(cfg, settings, Counter())
     if os.path.exists(os.path.join(folder, "train.bin")):
         train, val, _ = _open_folder(folder)
-        if (train.source, train.tokenizer.partition("@")[0]) != (source, os.path.basename(cfg.tokenizer)):
+        if (train.source, train.tokenizer.partition("@")[0]) != (source, label(cfg.tokenizer)):
             raise UserError(f"{folder} already holds {train.source} in {train.tokenizer}: give another --data_dir, or delete it.")
         print(f"{folder} is complete already: {train.count:,} + {val.count:,} tokens of {source}.")
         return folder
@@ -592,7 +592,7 @@ def open_data(cfg):
         raise UserError(f"{folder} holds no data: run `{command}` first.")
     train, val, tokenizer = _open_folder(folder)
     if not cfg.data_dir:
-        found, asked = (train.source.partition(": ")[0], train.tokenizer.partition("@")[0]), (cfg.dataset, os.path.basename(cfg.tokenizer))
+        found, asked = (train.source.partition(": ")[0], train.tokenizer.partition("@")[0]), (cfg.dataset, label(cfg.tokenizer))
         files = _describe_files(text_files(cfg.input), text_files(cfg.val_input)) if cfg.input else ""
         if found != asked or not train.source.startswith(files):
             asked = files or " in ".join(asked)

@@ -63,7 +63,7 @@ class Config:
     dataset: str = "stdlib"              # stdlib | text | refinedweb | a Hugging Face dataset's name
     input: str = ""                      # text: files or globs, separated by commas
     val_input: str = ""                  # text: the same for validation; empty: about 1 % of the documents
-    tokenizer: str = "spm:4096"          # gpt2 | llama | byte | spm:VOCAB (trained on the corpus) | a sentencepiece .model
+    tokenizer: str = "spm:4096"          # gpt2 | llama | byte | spm:VOCAB (trained on the corpus) | a path of a sentencepiece .model or a tokenizer.json
     data_dir: str = ""                   # folder of train.bin and val.bin; empty: data/<dataset>-<tokenizer>
     max_tokens: int = 100_000_000        # training tokens; more than the data has means epochs
     batch_size: int = 512                # sequences per optimiser step
