@@ -424,8 +424,8 @@ def tokenizer_files(tokenizer, block_size, target) -> dict:
     theirs.encode_special_tokens = True
     for text in PROBES:
         if theirs.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
-            raise UserError(f"the tokenizer {tokenizer.identity} cannot be written for Hugging Face: it normalises text, "
-                            f"or is not a BPE with byte fallback, so that {text!r:.40} would become other ids.")
+            raise UserError(f"the tokenizer {tokenizer.identity} cannot be written for Hugging Face: it normalises "
+                            f"text or is not a BPE with byte fallback, so that {text!r:.40} would become other ids.")
     return files | ({"tokenizer.model": tokenizer.blob} if target == "gguf" and kind in ("spm", "model") else {})
 
 
@@ -562,7 +562,7 @@ def write_hf(folder, model, cfg, saved, s):
 # ----------------------------------------------------------------------------------------------------------------------
 # In: a folder of Hugging Face's
 
-# Settings of config.json that no switch of ours expresses: {name: the value we compute, which leaving it out means too}.
+# Settings of config.json without a switch of ours: {name: the value that we compute}. Left out they mean it too.
 ONLY = {"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True, "add_cross_attention": False,
         "multi_query": True, "use_parallel_residual": False, "qk_layernorm": False, "partial_rotary_factor": 1.0,
         "quantization_config": None, "auto_map": None}

@@ -1,4 +1,4 @@
-"""Stock architectures of Hugging Face's with structured FFNs kept as factors; export.py --factors=True puts a copy beside the weights.
+"""Stock architectures of Hugging Face's with structured FFNs as factors; export.py puts a copy beside the weights.
 
 AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) loads them. Everything but the FFNs is the stock
 class; y = W x + bias of the structured linears ("Building on Efficient Foundations", arXiv 2406.16450) goes through
@@ -17,9 +17,9 @@ class Factors(nn.Module):
     def __init__(self, n, m, ffn, rank, nblocks, bias):
         super().__init__()
         self.ffn = ffn
-        q = min(n, m) // max(nblocks, 1)
-        V, U = {"lowrank": ((rank, n), (m, rank)), "blockshuffle": ((nblocks, q, n // max(nblocks, 1)), (nblocks, m // max(nblocks, 1), q)),
-                "blockdense": ((nblocks, rank // max(nblocks, 1), n // max(nblocks, 1)), (m, rank))}[ffn]
+        B = max(nblocks, 1)
+        V, U = {"lowrank": ((rank, n), (m, rank)), "blockdense": ((B, rank // B, n // B), (m, rank)),
+                "blockshuffle": ((B, min(n, m) // B, n // B), (B, m // B, min(n, m) // B))}[ffn]
         self.V, self.U = nn.Parameter(torch.empty(V)), nn.Parameter(torch.empty(U))
         self.bias = nn.Parameter(torch.zeros(m)) if bias else None
 

@@ -51,7 +51,7 @@ def fit_blockshuffle(T, b, V, U, L=None):
 
 
 def project_blocks(W, V, U, fit, C=None, sweeps=2):
-    """Fills V and U, a block of columns at a time. C couples the blocks: each is fitted again to what the others leave."""
+    """Fills V and U, a block of columns at a time. C couples the blocks: each is fitted again to what others leave."""
     columns = torch.arange(W.size(1), device=W.device).view(len(V), -1)
     D = torch.cat([fit(W[:, at], b, V, U) for b, at in enumerate(columns)], dim=1)
     for _ in range(0 if C is None else sweeps):
@@ -105,7 +105,7 @@ class Moments:
 
 
 def project_model(model, cfg, batches=()):
-    """Projects the FFNs of a dense model in place, each weighted by its inputs on batches of tokens if there are any."""
+    """Projects the FFNs of a dense model in place, weighted by their inputs on batches of tokens if there are any."""
     streams = [(model.wte(tokens), None) for tokens in batches]
     if model.wpe is not None:
         streams = [(x + model.wpe.weight[:x.size(1)], None) for x, _ in streams]
@@ -139,7 +139,7 @@ def calibration(path, model, saved, n_tokens):
 
 @torch.no_grad()
 def project_ffns(path, model, cfg, saved, s):
-    """The projection that the settings s describe, of a dense model in place; prints errors and, with a text, losses."""
+    """The projection that the settings s describe, of a dense model in place; prints errors and with a text losses."""
     if cfg.ffn != "dense":
         raise UserError(f"{path} has ffn={cfg.ffn}: only a dense model can be projected.")
     for name in ("ffn", "rank", "nblocks", "n_dense_layers"):
@@ -155,5 +155,5 @@ def project_ffns(path, model, cfg, saved, s):
         project_model(model, cfg, batches if s.weighted else ())
         after = loss() if s.calibrate else None
     if s.calibrate:
-        print(f"loss on {held_out[:, 1:].numel()} other tokens of {s.calibrate}: {before:.4f} before, {after:.4f} after "
-              f"(PPL {math.exp(before):.2f}, {math.exp(after):.2f})")
+        print(f"loss on {held_out[:, 1:].numel()} other tokens of {s.calibrate}: {before:.4f} before, {after:.4f} "
+              f"after (PPL {math.exp(before):.2f}, {math.exp(after):.2f})")

