@@ -565,7 +565,7 @@ def write_hf(folder, model, cfg, saved, s):
 # Settings of config.json without a switch of ours: {name: the value that we compute}. Left out they mean it too.
 ONLY = {"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True, "add_cross_attention": False,
         "multi_query": True, "use_parallel_residual": False, "qk_layernorm": False, "partial_rotary_factor": 1.0,
-        "quantization_config": None, "auto_map": None}
+        "auto_map": None}
 ACTS = {"silu": "swiglu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu2": "relu2"}
 ROPE_KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "intermediate_size",
              "hidden_act")
