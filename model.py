@@ -30,7 +30,7 @@ ops = importlib.import_module("ops") if importlib.util.find_spec("ops") else Sim
 # Blocks
 
 def make_norm(cfg):
-    return nn.RMSNorm(cfg.n_embd, eps=1e-5) if cfg.norm == "rmsnorm" else nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
+    return nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps) if cfg.norm == "rmsnorm" else nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.bias)
 
 
 def add_norm(x, branch, norm):
@@ -41,12 +41,12 @@ def add_norm(x, branch, norm):
     return x, norm(x).to(x.dtype)
 
 
-def rotary_table(block_size, head_size):
-    """cos and sin (block_size, 1, head_size) for rotary positions with base 10 000, halves not interleaved.
+def rotary_table(block_size, head_size, theta=10_000.0):
+    """cos and sin (block_size, 1, head_size) for rotary positions with base theta, halves not interleaved.
 
     The first half of sin is negative: (a, b) -> (a cos - b sin, b cos + a sin) is x cos + (x with its halves exchanged) sin.
     """
-    frequency = 10_000.0 ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+    frequency = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
     angle = torch.arange(block_size, dtype=torch.float64)[:, None] * frequency
     return torch.cat((angle.cos(), angle.cos()), 1).float()[:, None], torch.cat((-angle.sin(), angle.sin()), 1).float()[:, None]
 
@@ -265,7 +265,7 @@ class GPT(nn.Module):
         self.norm = make_norm(cfg)
         self.head = Dense(cfg.n_embd, cfg.vocab_size, bias=False)
         self.tie()
-        for name, table in zip(("cos", "sin"), rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head)):
+        for name, table in zip(("cos", "sin"), rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head, cfg.rope_theta)):
             self.register_buffer(name, table, persistent=False)
         self.token_loss = token_loss
 
@@ -355,7 +355,7 @@ def build(cfg, device, seed=None):
         model = GPT(cfg)
     model.to_empty(device=device)
     model.tie()  # to_empty gave each its own memory
-    cos, sin = rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head)
+    cos, sin = rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head, cfg.rope_theta)
     model.cos, model.sin = cos.to(device), sin.to(device)
     if seed is not None:
         torch.manual_seed(seed)

@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 import config
 from config import UserError
 from corpus import LOCAL_SHARE, MB, SEPARATOR, Bar, describe_files, hold_out, open_source, text_files
-from tokenizer import load_tokenizer, name_of, pinned, tokenizer_from_blob, train_sentencepiece
+from tokenizer import label, load_tokenizer, name_of, pinned, tokenizer_from_blob, train_sentencepiece
 
 
 @dataclass
@@ -313,9 +313,9 @@ def _encoded(batches, tokenizer, workers):
 
 def check(cfg, settings):
     """Fills in the settings left empty and refuses what cannot work, before anything is read."""
-    if not re.fullmatch(r"gpt2|llama|byte|spm:[1-9]\d{0,6}|.*\.model", cfg.tokenizer):
+    if not re.fullmatch(r"gpt2|llama|byte|spm:[1-9]\d{0,6}|.*\.(model|json)", cfg.tokenizer):
         raise UserError(f"tokenizer={cfg.tokenizer} is none of gpt2, llama, byte, spm:VOCAB (as spm:4096), or a path "
-                        "ending in .model.")
+                        "ending in .model or .json.")
     for name in ("train_tokens", "val_tokens", "workers"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name}={getattr(settings, name)} must not be negative.")
@@ -373,10 +373,10 @@ def _locked(folder):
 
 
 def _same_tokenizer(name, identity):
-    """Whether the setting `name` means the tokenizer of that identity: a .model file by its content, others by name."""
-    if name.endswith(".model") and os.path.isfile(name):
+    """Whether the setting `name` means the tokenizer of that identity: a file by its content, others by name."""
+    if name.endswith((".model", ".json")) and os.path.isfile(name):
         return load_tokenizer(name).identity == identity
-    return os.path.basename(name) == name_of(identity)
+    return label(name) == name_of(identity)
 
 
 def _is_complete(folder, cfg, source):

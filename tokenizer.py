@@ -1,13 +1,14 @@
 """Tokenizers: a function text -> ids, and the bytes of every id.
 
 GPT-2's and LLaMA's vocabularies are downloaded once. Sentencepiece models are read from a file or trained on the
-corpus. Data folders and models keep a tokenizer's identity and blob, which rebuild it without network.
+corpus, a tokenizer.json from a model's folder. Data folders and models keep a tokenizer's identity and blob, which rebuild it without network.
 """
 import functools
 import hashlib
 import importlib
 import io
 import itertools
+import json
 import os
 import re
 import textwrap
@@ -37,7 +38,7 @@ class Tokenizer:
 
 
 def load_tokenizer(name) -> Tokenizer:
-    """gpt2 | llama | byte | a sentencepiece .model. Raises UserError."""
+    """gpt2 | llama | byte | a sentencepiece .model | a tokenizer.json. Raises UserError."""
     if name == "byte":
         return tokenizer_from_blob("byte", b"")
     if name == "gpt2":
@@ -52,12 +53,21 @@ def load_tokenizer(name) -> Tokenizer:
             blob = f.read()
     except OSError as e:
         raise UserError(f"cannot read the tokenizer {path}: {e.strerror}.") from None
+    blob = with_eos(blob, path) if path.endswith(".json") else blob
     return tokenizer_from_blob(pinned(name, blob), blob)
 
 
+def label(name):
+    """The identity without its hash of the tokenizer that a setting names; a tokenizer.json goes by its folder."""
+    if not name.endswith(".json"):
+        return os.path.basename(name)
+    folder, file = os.path.split(os.path.abspath(name))
+    return f"hf:{os.path.basename(folder) if file == 'tokenizer.json' else file.removesuffix('.json')}"
+
+
 def pinned(name, blob):
-    """The identity of a sentencepiece model: its name and its hash."""
-    return f"{os.path.basename(name)}@{short_hash(blob)}"
+    """The identity of a tokenizer read from a file or trained here: its label and its hash."""
+    return f"{label(name)}@{short_hash(blob)}"
 
 
 def name_of(identity):
@@ -73,6 +83,8 @@ def tokenizer_from_blob(identity, blob) -> Tokenizer:
                         "prepare the data again.")
     if name == "byte":
         return Tokenizer("byte", b"", lambda text: list(text.encode()), [bytes([i]) for i in range(256)] + [b""], 256)
+    if name.startswith("hf:"):
+        return _huggingface(identity, blob)
     return _gpt2(blob) if name == "gpt2" else _sentencepiece(identity, blob)
 
 
@@ -124,6 +136,73 @@ def _sentencepiece(identity, blob):
         return list(itertools.chain.from_iterable(remembered(w) if len(w) <= 32 else encode_word(w) for w in words))
 
     return Tokenizer(identity, blob, encode, table, sp.eos_id())
+
+
+def with_eos(blob, path):
+    """The blob of a tokenizer.json: itself and one more key, the end-of-sequence token.
+
+    The other files of its folder name that token.
+    """
+    folder = os.path.dirname(path)
+    try:
+        data = json.loads(blob)
+        named = []
+        for file, key in (("tokenizer_config.json", "eos_token"), ("config.json", "eos_token_id"),
+                          ("generation_config.json", "eos_token_id")):
+            if os.path.exists(os.path.join(folder, file)):
+                with open(os.path.join(folder, file), encoding="utf-8") as f:
+                    named.append(json.load(f).get(key))
+        special = {t["id"]: t["content"] for t in data["added_tokens"]}
+        tokens = {i: t for t, i in data["model"]["vocab"].items()} | special
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} and the files beside it are not a tokenizer of Hugging Face's ({reason(e)}).") from None
+    for name in (n[0] if isinstance(n, list) else n["content"] if isinstance(n, dict) else n for n in named if n):
+        if name in tokens.values() or name in tokens:
+            return json.dumps({**data, "eos_token": tokens.get(name, name)}, ensure_ascii=False).encode()
+    raise UserError(f"no file beside {path} names its end-of-sequence token: give tokenizer_config.json an eos_token.")
+
+
+def byte_characters() -> list:
+    """The characters that stand for the bytes 0..255 in byte-level vocabularies.
+
+    Printable bytes stand for themselves, the others are numbered from 256 on.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    rest = itertools.count(256)
+    return [chr(byte if byte in printable else next(rest)) for byte in range(256)]
+
+
+def _huggingface(identity, blob):
+    """A tokenizer.json of a BPE over bytes (GPT-2, LLaMA 3), or over pieces with bytes as fallback (LLaMA 2)."""
+    library = package("tokenizers", f"tokenizer={identity}")
+    data = json.loads(blob)
+    eos, decoder = data.pop("eos_token"), json.dumps(data["decoder"])
+    if data["model"]["type"] != "BPE" or not ("ByteLevel" in decoder or "ByteFallback" in decoder):
+        raise UserError(f"{name_of(identity)} is {data['model']['type']} without bytes for every text: "
+                        "give a BPE over bytes or with byte fallback.")
+    inner = library.Tokenizer.from_str(json.dumps(data))
+    inner.encode_special_tokens = True  # they are ordinary text
+    special = {t["content"] for t in data["added_tokens"] if t["special"]} | {eos}
+    added, unknown = {t["content"] for t in data["added_tokens"]}, data["model"]["unk_token"]
+    of_character = {c: bytes([byte]) for byte, c in enumerate(byte_characters())}
+
+    def bytes_of(token):
+        if token in special:
+            return "\ufffd".encode() if token == unknown != eos else b""
+        if token in added:
+            return token.encode()
+        if "ByteLevel" in decoder:
+            return b"".join(of_character[c] for c in token)
+        is_byte = re.fullmatch("<0x[0-9A-F]{2}>", token)
+        return bytes.fromhex(token[3:5]) if is_byte else token.replace("▁", " ").encode()
+
+    vocabulary = inner.get_vocab()
+    table = [b""] * (max(vocabulary.values()) + 1)
+    for token, i in vocabulary.items():
+        table[i] = bytes_of(token)
+    piece = 1 << 16 if "ByteLevel" in decoder else 1 << 18
+    return Tokenizer(identity, blob, lambda text: inner.encode(text, add_special_tokens=False).ids, table,
+                     vocabulary[eos], piece)
 
 
 def train_sentencepiece(vocab_size, sample):

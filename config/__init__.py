@@ -62,6 +62,8 @@ class Config:
     pos: Literal["rope", "absolute"] = "rope"                # positions: rotary, or a learned table
     bias: bool = True                    # biases in linears and layer norms (the LM head never has one)
     tie_embeddings: bool = True          # LM head = token embedding
+    rope_theta: float = 10_000.0         # base of the rotary positions
+    norm_eps: float = 1e-5               # added to the variance or mean square in every norm
     dropout: float = 0.0                 # probability, on embeddings and residual branches
     # --- the FFN's linears
     ffn: Literal["dense", "lowrank", "blockshuffle", "blockdense"] = "dense"  # parametrization of fc1 and fc2
@@ -77,7 +79,7 @@ class Config:
     dataset: str = "stdlib"              # stdlib | text | refinedweb | a Hugging Face dataset's name
     input: str = ""                      # text: files or globs, separated by commas
     val_input: str = ""                  # text: the same for validation; empty: about 1 % of the documents
-    tokenizer: str = "spm:4096"          # gpt2 | llama | byte | spm:VOCAB (trained here) | a .model of sentencepiece
+    tokenizer: str = "spm:4096"          # gpt2 | llama | byte | spm:VOCAB (trained here) | a .model | a tokenizer.json
     data_dir: str = ""                   # folder of train.bin and val.bin; empty: data/<dataset>-<tokenizer>
     max_tokens: int = 100_000_000        # training tokens; more than the data has means epochs
     batch_size: int = 512                # sequences per optimiser step
@@ -396,7 +398,8 @@ def check(cfg):
         v = getattr(cfg, name)
         _require(0 <= v <= 1 and (top == "1" or v < 1), f"{name}={v} must lie between 0 and {top}.")
     _require(cfg.seed < 2**64, f"seed={cfg.seed} must be below 2^64.")
-    _require(cfg.lr > 0, f"lr={cfg.lr} must be positive.")
+    for name in ("lr", "rope_theta", "norm_eps"):
+        _require(getattr(cfg, name) > 0, f"{name}={getattr(cfg, name)} must be positive.")
     _require(all(0 <= b < 1 for b in cfg.betas), f"betas={cfg.betas} must lie in [0, 1).")
     _require(re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", cfg.device),
              f"device={cfg.device} is not one of auto, cpu, cuda, cuda:N, mps.")

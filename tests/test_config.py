@@ -154,6 +154,8 @@ MISTAKES = {
     "negative": (["--weight_decay=-1"], "weight_decay=-1", "negative"),
     "dropout": (["--dropout=1"], "dropout=1", "below 1"),
     "learning rate": (["--lr=0"], "lr=0", "positive"),
+    "rotary base": (["--rope_theta=0"], "rope_theta=0", "positive"),
+    "epsilon": (["--norm_eps=-1e-6"], "norm_eps=-1e-06", "positive"),
     "betas": (["--betas=(0.9,1.0)"], "1.0", "[0, 1)"),
     "device": (["--device=gpu"], "device=gpu", "cuda"),
     "seed": (["--seed=2e19"], "seed=2", "2^64"),

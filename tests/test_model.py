@@ -48,14 +48,14 @@ def reference_logits(cfg, params, tokens, dense=None):
 
     def norm(x, prefix):
         if cfg.norm == "rmsnorm":
-            return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * params[prefix + "weight"]
+            return x / (x.square().mean(-1, keepdim=True) + cfg.norm_eps).sqrt() * params[prefix + "weight"]
         x = x - x.mean(-1, keepdim=True)
-        y = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * params[prefix + "weight"]
+        y = x / (x.square().mean(-1, keepdim=True) + cfg.norm_eps).sqrt() * params[prefix + "weight"]
         return y + params[prefix + "bias"] if cfg.bias else y
 
-    def rotated(x):  # (B, T, head size): feature pairs (i, i + half) turn as complex numbers by t / 10000^(2 i / head size)
+    def rotated(x):  # (B, T, head size): feature pairs (i, i + half) turn as complex numbers by t / theta^(2 i / head size)
         T, half = x.size(1), x.size(2) // 2
-        turn = torch.tensor([[t * 10000.0 ** (-2 * i / (2 * half)) for i in range(half)] for t in range(T)], dtype=torch.float64)
+        turn = torch.tensor([[t * cfg.rope_theta ** (-2 * i / (2 * half)) for i in range(half)] for t in range(T)], dtype=torch.float64)
         z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(turn), turn)
         return torch.cat((z.real, z.imag), -1)
 
@@ -109,6 +109,8 @@ SWITCHES = {
     "narrow attention": ["--attn_dim=16", "--n_kv_head=1", "--ffn_dim=56", *STRUCTURES["lowrank"]],
     "absolute relu2": ["--pos=absolute", "--act=relu2", "--norm=rmsnorm", *STRUCTURES["blockshuffle"]],
     "swiglu blocks": ["--act=swiglu", "--n_dense_layers=0", "--tie_embeddings=False", *STRUCTURES["blockdense"]],
+    "theta and eps": ["--rope_theta=300", "--norm_eps=0.3", "--norm=rmsnorm"],
+    "layer norm's eps": ["--norm_eps=0.3", "--pos=absolute"],
     "swiglu shuffle": ["--act=swiglu", "--n_dense_layers=2", "--norm=layernorm", "--bias=False", *STRUCTURES["blockshuffle"]],
 }
 

@@ -1,0 +1,675 @@
+"""Hugging Face out and in:  python export.py out/quickstart --to=hf/quickstart
+                          python export.py hf/SmolLM2-135M --out_dir=out/smollm2
+
+The source is a run folder, a model.pt, or a folder of Hugging Face's (config.json, safetensors, tokenizer).
+--to=FOLDER writes it for Hugging Face's transformers and what reads their format: every structured linear merged, as
+the stock architecture that computes the same. --out_dir=FOLDER writes a model.pt, which sample.py, train.py and this
+script read. --ffn=lowrank --rank=256 projects the FFNs of a dense source onto factors on the way: the nearest in the
+weights or, with --calibrate=FILE, in the outputs on that text's activations.
+"""
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import config
+from config import UserError
+
+
+@dataclass
+class Settings:
+    to: str = ""                         # write a folder for Hugging Face's transformers
+    target: Literal["transformers", "vllm", "gguf"] = "transformers"  # reader, also --for=; gguf: llama.cpp's converter
+    dtype: Literal["float32", "bfloat16"] = "float32"        # of the weights written by --to
+    factors: bool = False                # keep the factors: a small modeling file for trust_remote_code goes with them
+    out_dir: str = ""                    # write a model.pt into this folder
+    block_size: int = 0                  # context of a model that comes from Hugging Face, tokens; 0: its own
+    ffn: Literal["dense", "lowrank", "blockshuffle", "blockdense"] = "dense"  # project the FFNs of a dense source
+    rank: int = 0                        # R of lowrank and blockdense
+    nblocks: int = 0                     # B of blockshuffle and blockdense
+    n_dense_layers: int = 1              # the first layers whose FFN stays dense
+    calibrate: str = ""                  # a text file: weigh the projection by its activations, print its loss
+    calibrate_tokens: int = 16384        # tokens of the text that the activations come from
+    weighted: bool = True                # False: the plain projection, the text for its losses only
+    device: str = "auto"                 # of the projection: auto | cpu | cuda | cuda:N | mps
+
+
+def read_settings(argv):
+    """Command line -> (path of the source, Settings)."""
+    argv = [arg.replace("--for=", "--target=", 1) if arg.startswith("--for=") else arg for arg in argv]  # a keyword
+    words, values = config.parse(argv, Settings, usage=__doc__)
+    if len(words) != 1:
+        raise UserError("give one source, a run folder, model.pt or folder of Hugging Face's; "
+                        f"{len(words)} were given.")
+    s = Settings(**values)
+    if bool(s.to) == bool(s.out_dir):
+        raise UserError("give a destination: --to=FOLDER for Hugging Face's transformers, or --out_dir=FOLDER "
+                        "for a model.pt.")
+    checks = ((("target", "dtype", "factors"), s.to, "--to=FOLDER"),
+              (("block_size",), is_hf(words[0]), "a source of Hugging Face's"),
+              (("rank", "nblocks", "n_dense_layers", "calibrate"), s.ffn != "dense", "a projection, as --ffn=lowrank"),
+              (("calibrate_tokens", "weighted"), s.calibrate, "--calibrate=FILE"))
+    for names, there, needed in checks:
+        if unused := [name for name in names if name in values and not there]:
+            raise UserError(f"{unused[0]}={values[unused[0]]} needs {needed}: give that too, or leave {unused[0]} out.")
+    if s.factors and s.target != "transformers":
+        raise UserError(f"factors=True is read by transformers only, not by {s.target}: leave one of them out.")
+    for name, least in (("block_size", 0), ("calibrate_tokens", 1)):
+        if getattr(s, name) < least:
+            raise UserError(f"{name}={getattr(s, name)} must be at least {least}.")
+    if os.path.exists(target := s.to or os.path.join(s.out_dir, "model.pt")):
+        raise UserError(f"{target} exists: move it away, or write elsewhere.")
+    if s.calibrate and not os.path.isfile(s.calibrate):
+        raise UserError(f"calibrate={s.calibrate} does not exist: give a text file.")
+    return words[0], s
+
+
+def is_hf(path) -> bool:
+    """Whether a source is a folder of Hugging Face's."""
+    return os.path.exists(os.path.join(path, "config.json")) and not os.path.exists(os.path.join(path, "model.pt"))
+
+
+if __name__ == "__main__":
+    SETTINGS = config.run(read_settings)  # a wrong setting is reported before torch loads
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from config import Config, short
+from device import pick_device
+from merge import exact_matmuls, merge_model
+from model import build, load, load_weights
+from project import project_ffns
+from run import read_json, save_beside, writing
+from tokenizer import byte_characters, load_tokenizer, package, tokenizer_from_blob
+from train import perplexity, summary
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Architectures of Hugging Face's that compute what ours does
+
+class Layout(NamedTuple):
+    """Names of the modules that a family of architectures shares."""
+    root: str
+    wte: str
+    blocks: str
+    norm1: str
+    norm2: str
+    qkv: tuple
+    proj: str
+    norm: str
+
+
+class Home(NamedTuple):
+    """An architecture: the switches it stands for, the names it gives to modules and settings."""
+    classname: str
+    pos: str
+    norm: str
+    acts: dict                           # our act -> theirs
+    ffn: tuple                           # fc1 (of swiglu: gate and value), fc2
+    eps: str                             # their name of norm_eps
+    default_eps: float = 1e-5
+    tied: bool = False                   # what a config.json without tie_word_embeddings means
+    layout: Layout = None
+    needs_bias: bool = False             # its linears cannot be without
+
+
+LLAMA = Layout("model.", "embed_tokens", "layers", "input_layernorm", "post_attention_layernorm",
+               ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj", "norm")
+GPT = Layout("transformer.", "wte", "h", "ln_1", "ln_2", ("attn.c_attn",), "attn.c_proj", "ln_f")
+GATED, PLAIN = {"swiglu": "silu"}, {"gelu": "gelu_pytorch_tanh", "relu2": "relu2"}
+GATE_UP, UP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), ("mlp.up_proj", "mlp.down_proj")
+FC = ("mlp.c_fc", "mlp.c_proj")
+HOMES = {
+    "llama": Home("LlamaForCausalLM", "rope", "rmsnorm", GATED, GATE_UP, "rms_norm_eps", 1e-6, layout=LLAMA),
+    "mistral": Home("MistralForCausalLM", "rope", "rmsnorm", GATED, GATE_UP, "rms_norm_eps", 1e-6, layout=LLAMA),
+    "qwen2": Home("Qwen2ForCausalLM", "rope", "rmsnorm", GATED, GATE_UP, "rms_norm_eps", 1e-6, layout=LLAMA),
+    "starcoder2": Home("Starcoder2ForCausalLM", "rope", "layernorm", PLAIN, FC, "norm_epsilon",
+                       tied=True, layout=LLAMA),
+    "arcee": Home("ArceeForCausalLM", "rope", "rmsnorm", PLAIN, UP, "rms_norm_eps", layout=LLAMA),
+    "stablelm": Home("StableLmForCausalLM", "rope", "layernorm", GATED, GATE_UP, "layer_norm_eps", layout=LLAMA),
+    "gpt_bigcode": Home("GPTBigCodeForCausalLM", "absolute", "layernorm", PLAIN, FC, "layer_norm_epsilon",
+                        tied=True, layout=GPT, needs_bias=True),
+    "gpt2": Home("GPT2LMHeadModel", "absolute", "layernorm", {**PLAIN, "gelu": "gelu_new"}, FC, "layer_norm_epsilon",
+                 tied=True, layout=GPT, needs_bias=True),
+}
+
+
+def head_size(cfg):
+    return cfg.attn_dim // cfg.n_head
+
+
+def can_add_heads(cfg):
+    """Whether heads of zeros make attention as wide as the model."""
+    return cfg.attn_dim <= cfg.n_embd and cfg.n_embd % head_size(cfg) == 0
+
+
+# What an architecture cannot do, or its reader for some targets: (architectures, targets or "" for all, what must hold
+# of the Config c and the kind of tokenizer t, why). The first architecture of HOMES without an obstacle is taken.
+WHOLE = "needs n_embd to be made up of heads, attn_dim stands in the way"
+LIMITS = (
+    ("qwen2", "", lambda c, t: False, "is read only"),
+    ("llama arcee", "", lambda c, t: c.n_embd % c.n_head == 0, "needs n_embd to be a multiple of n_head"),
+    ("mistral stablelm", "", lambda c, t: not c.bias, "has no biases, bias=True stands in the way"),
+    ("gpt_bigcode", "", lambda c, t: (c.n_kv_head, c.attn_dim) == (1, c.n_embd), "needs n_kv_head=1, attn_dim=n_embd"),
+    ("gpt_bigcode", "vllm gguf", lambda c, t: False, "was not tried there"),
+    ("stablelm gpt2", "", lambda c, t: can_add_heads(c), WHOLE),
+    ("starcoder2", "vllm gguf", lambda c, t: can_add_heads(c), WHOLE),
+    ("starcoder2 gpt2", "gguf", lambda c, t: c.act == "gelu", "computes gelu there, act=relu2 stands in the way"),
+    ("arcee", "vllm gguf", lambda c, t: c.act == "relu2", "computes relu2 there, act=gelu stands in the way"),
+    ("stablelm", "gguf", lambda c, t: not c.tie_embeddings, "is untied there, tie_embeddings=True stands in the way"),
+    ("gpt2", "gguf", lambda c, t: c.ffn_dim == 4 * c.n_embd, "needs ffn_dim = 4 n_embd there"),
+    ("starcoder2 stablelm gpt2", "gguf", lambda c, t: t in ("gpt2", "hf"), "needs the tokenizer gpt2 there"),
+    ("llama mistral arcee", "gguf", lambda c, t: t != "byte", "needs the tokenizer gpt2 or spm:VOCAB there, not byte"),
+)
+
+
+def choose_home(cfg, target, kind) -> str:
+    """The first architecture that computes the same and that `target` reads as it is; kind: of the tokenizer."""
+    fits = [name for name, home in HOMES.items()
+            if (cfg.pos, cfg.norm) == (home.pos, home.norm) and cfg.act in home.acts]
+    if not fits:
+        raise UserError(f"no architecture of Hugging Face's has pos={cfg.pos} with norm={cfg.norm} and act={cfg.act}: "
+                        "with learned positions there is only norm=layernorm with act=gelu or relu2.")
+    reasons = []
+    for name in fits:
+        obstacles = [why for names, targets, holds, why in LIMITS
+                     if name in names.split() and (not targets or target in targets.split()) and not holds(cfg, kind)]
+        if not obstacles:
+            return name
+        reasons += [f"{name} {obstacles[0]}"] if name != "qwen2" else []
+    raise UserError(f"no architecture expresses this model for {target}: {'; '.join(reasons)}.")
+
+
+def widened(cfg, name, target) -> Config:
+    """cfg with the heads and biases that the architecture, or its reader, cannot be without."""
+    n_head, n_kv_head, group = cfg.n_head, cfg.n_kv_head, cfg.n_head // cfg.n_kv_head
+    if name in ("stablelm", "gpt2") or name == "starcoder2" and target != "transformers":
+        n_head = cfg.n_embd // head_size(cfg)
+        n_kv_head = n_head if name == "gpt2" or n_head % group else n_head // group
+    bias = cfg.bias or HOMES[name].needs_bias or name == "starcoder2" and target == "gguf"
+    return dataclasses.replace(cfg, n_head=n_head, n_kv_head=n_kv_head, attn_dim=n_head * head_size(cfg), bias=bias)
+
+
+def hf_config(cfg, name, eos, dtype) -> dict:
+    """config.json; versions 4 and 5 of transformers read different spellings of some settings, so both stand there."""
+    home = HOMES[name]
+    values = {"architectures": [home.classname], "model_type": name, "vocab_size": cfg.vocab_size,
+              "tie_word_embeddings": cfg.tie_embeddings, "bos_token_id": eos, "eos_token_id": eos, "dtype": dtype,
+              "torch_dtype": dtype, "initializer_range": 0.02, home.eps: cfg.norm_eps}
+    if home.pos == "absolute":
+        values |= {"n_embd": cfg.n_embd, "n_layer": cfg.n_layer, "n_head": cfg.n_head, "n_inner": cfg.ffn_dim,
+                   "n_positions": cfg.block_size, "n_ctx": cfg.block_size, "activation_function": home.acts[cfg.act],
+                   "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+        return values | ({"multi_query": True} if name == "gpt_bigcode" else {})
+    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
+    biases = {"attention_bias": cfg.bias, "mlp_bias": cfg.bias}
+    own = {"llama": biases, "arcee": biases, "mistral": {"sliding_window": None},
+           "starcoder2": {"use_bias": cfg.bias, "sliding_window": None, "embedding_dropout": 0.0,
+                          "residual_dropout": 0.0},
+           "stablelm": {"use_qkv_bias": False, "qk_layernorm": False, "use_parallel_residual": False,
+                        "hidden_dropout": 0.0, "partial_rotary_factor": 1.0,
+                        "rope_parameters": {**rope, "partial_rotary_factor": 1.0}}}
+    return values | {"hidden_size": cfg.n_embd, "num_hidden_layers": cfg.n_layer, "num_attention_heads": cfg.n_head,
+                     "num_key_value_heads": cfg.n_kv_head, "head_dim": head_size(cfg), "intermediate_size": cfg.ffn_dim,
+                     "max_position_embeddings": cfg.block_size, "hidden_act": home.acts[cfg.act],
+                     "attention_dropout": 0.0, "rope_theta": cfg.rope_theta, "rope_parameters": rope, **own[name]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights: names and shapes
+
+def modules(cfg, name):
+    """Yields (our module, their modules, the rows of each): several of theirs are one of ours, row after row."""
+    home, layout = HOMES[name], HOMES[name].layout
+    yield "wte", [layout.root + layout.wte], None
+    if cfg.pos == "absolute":
+        yield "wpe", [layout.root + "wpe"], None
+    heads = [cfg.attn_dim, cfg.n_kv_head * head_size(cfg), cfg.n_kv_head * head_size(cfg)]
+    for i in range(cfg.n_layer):
+        theirs = f"{layout.root}{layout.blocks}.{i}."
+        yield f"blocks.{i}.norm1", [theirs + layout.norm1], None
+        yield f"blocks.{i}.attn.qkv", [theirs + part for part in layout.qkv], heads
+        yield f"blocks.{i}.attn.proj", [theirs + layout.proj], None
+        yield f"blocks.{i}.norm2", [theirs + layout.norm2], None
+        yield f"blocks.{i}.ffn.fc1", [theirs + part for part in home.ffn[:-1]], [cfg.ffn_dim] * 2
+        yield f"blocks.{i}.ffn.fc2", [theirs + home.ffn[-1]], None
+    yield "norm", [layout.root + layout.norm], None
+    if not cfg.tie_embeddings:
+        yield "head", ["lm_head"], None
+
+
+def our_bias(ours, cfg) -> bool:
+    return cfg.bias and ours not in ("wte", "wpe", "head") and ("norm" not in ours or cfg.norm == "layernorm")
+
+
+def their_bias(ours, cfg) -> bool:
+    """Their layer norms always have one."""
+    return "norm" in ours and cfg.norm == "layernorm" or our_bias(ours, cfg)
+
+
+def is_turned(ours, name) -> bool:
+    """GPT-2's linears hold their matrices transposed."""
+    return name == "gpt2" and (".attn." in ours or ".ffn." in ours)
+
+
+def widen_heads(weights, cfg, wide) -> dict:
+    """cfg's weights with the heads of wide: key heads repeated where groups end, then heads of zeros, which add 0."""
+    if (cfg.n_head, cfg.n_kv_head) == (wide.n_head, wide.n_kv_head):
+        return weights
+    size, group = head_size(cfg), cfg.n_head // cfg.n_kv_head
+    repeats = group // (wide.n_head // wide.n_kv_head)  # 1 where groups stay, else all of them end
+
+    def padded(t, heads):  # (fewer heads x size, ...) -> (heads x size, ...)
+        return torch.cat((t, t.new_zeros(heads * size - len(t), *t.shape[1:])))
+
+    new = dict(weights)
+    for key, t in weights.items():
+        if ".attn.qkv." in key:
+            q, k, v = t.split([cfg.attn_dim, cfg.n_kv_head * size, cfg.n_kv_head * size])
+            k, v = (x.unflatten(0, (-1, size)).repeat_interleave(repeats, 0).flatten(0, 1) for x in (k, v))
+            new[key] = torch.cat((padded(q, wide.n_head), padded(k, wide.n_kv_head), padded(v, wide.n_kv_head)))
+        elif key.endswith(".attn.proj.weight"):
+            new[key] = padded(t.T, wide.n_head).T
+    return new
+
+
+def to_hf(weights, cfg, name) -> dict:
+    """Our state dict -> theirs. Factors, where they were kept, stay mlp.fc1.V and so on."""
+    out, layout = {}, HOMES[name].layout
+    for ours, theirs, rows in modules(cfg, name):
+        if f"{ours}.V" in weights:
+            _, i, _, fc = ours.split(".")
+            out |= {f"{layout.root}{layout.blocks}.{i}.mlp.{fc}.{part}": weights[f"{ours}.{part}"]
+                    for part in ("V", "U", "bias") if f"{ours}.{part}" in weights}
+            continue
+        weight = weights[f"{ours}.weight"]
+        parts = {"weight": weight, "bias": weights.get(f"{ours}.bias", weight.new_zeros(len(weight)))}
+        for kind in ("weight", "bias") if their_bias(ours, cfg) else ("weight",):
+            for module, part in zip(theirs, parts[kind].split(rows) if len(theirs) > 1 else [parts[kind]]):
+                out[f"{module}.{kind}"] = part.T if kind == "weight" and is_turned(ours, name) else part
+    return out
+
+
+def from_hf(tensors, cfg, name) -> dict:
+    """Their tensors -> our state dict in fp32; a bias that is missing is zero. The dict is emptied."""
+    out = {}
+    for ours, theirs, rows in modules(cfg, name):
+        weights, biases = ([tensors.pop(f"{module}.{kind}", None) for module in theirs] for kind in ("weight", "bias"))
+        if any(part is None for part in weights):
+            raise UserError(f"the weights lack {theirs[0]}.weight: the folder is incomplete, or not what its "
+                            "config.json says.")
+        weights = [part.float().T if is_turned(ours, name) else part.float() for part in weights]
+        out[f"{ours}.weight"] = torch.cat(weights)[:cfg.block_size if ours == "wpe" else None].contiguous()
+        if our_bias(ours, cfg):
+            biases = [torch.zeros(len(part)) if bias is None else bias.float() for part, bias in zip(weights, biases)]
+            out[f"{ours}.bias"] = torch.cat(biases)
+    if cfg.tie_embeddings:
+        tensors.pop("lm_head.weight", None)
+        out["head.weight"] = out["wte.weight"]
+    if tensors:
+        raise UserError(f"{next(iter(tensors))}, one of {len(tensors)} tensors, has no place in a {name} model as "
+                        "config.json describes it: a model of another kind cannot be read.")
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+EOS = "<|endoftext|>"
+
+
+def kind_of(identity) -> str:
+    """byte | gpt2 | spm | model | hf"""
+    name = identity.partition("@")[0]
+    return name if name in ("byte", "gpt2") else name.partition(":")[0] if name.startswith(("spm:", "hf:")) else "model"
+
+
+def last_merge(token, ranks):
+    """The two parts that byte-pair merges of lower rank make of a token (bytes); None where they leave more."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        rank, i = min((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+        if rank >= ranks[token]:
+            return None
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def bytes_json(table, regex) -> dict:
+    """tokenizer.json of a vocabulary over bytes; table: the bytes of every id, the last one ends documents."""
+    characters, ranks = byte_characters(), {token: i for i, token in enumerate(table[:-1])}
+
+    def spelled(token):
+        return "".join(characters[byte] for byte in token)
+
+    merges = [parts for token in ranks if len(token) > 1 and (parts := last_merge(token, ranks))]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex}
+    model = {"vocab": {spelled(token): i for token, i in ranks.items()} | {EOS: len(table) - 1},
+             "merges": [[spelled(a), spelled(b)] for a, b in merges]}
+    return {"pre_tokenizer": level, "decoder": level, "model": model}
+
+
+def pieces_json(blob, spaces) -> dict:
+    """tokenizer.json of a sentencepiece BPE. spaces: its ▁ are spaces and none is put before a text, as in spm:VOCAB.
+
+    A merge makes a piece of two others; the piece's score is its rank.
+    """
+    sp = package("sentencepiece", "the tokenizer").SentencePieceProcessor()
+    sp.LoadFromSerializedProto(blob)
+    names = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
+    tests = (sp.is_control, sp.is_unknown, sp.is_byte, sp.is_unused)
+    ids = {piece: i for i, piece in enumerate(names) if not any(test(i) for test in tests)}
+    pairs = [(piece[:n], piece[n:]) for piece in ids for n in range(1, len(piece))]
+    pairs = [pair for pair in pairs if pair[0] in ids and pair[1] in ids]
+    pairs.sort(key=lambda pair: (-sp.get_score(ids[pair[0] + pair[1]]), ids[pair[0]], ids[pair[1]]))
+
+    def spelled(piece):
+        return piece.replace("▁", " ") if spaces else piece
+
+    model = {"vocab": {spelled(piece): i for i, piece in enumerate(names)}, "unk_token": names[sp.unk_id()],
+             "merges": [list(map(spelled, pair)) for pair in pairs], "fuse_unk": True, "byte_fallback": True}
+    bytes_back = [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    if spaces:
+        words = {"type": "Split", "pattern": {"Regex": " *[^ ]+| +"}, "behavior": "Isolated", "invert": False}
+        return {"pre_tokenizer": words, "decoder": {"type": "Sequence", "decoders": bytes_back}, "model": model}
+    to_line, to_space = ({"type": "Replace", "pattern": {"String": a}, "content": b} for a, b in (" ▁", "▁ "))
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    return {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, to_line]},
+            "decoder": {"type": "Sequence", "decoders": [to_space, *bytes_back, strip]}, "model": model}
+
+
+def whole_json(data, eos) -> dict:
+    """A complete tokenizer.json: eos (an id) and the unknown token are special, what `data` leaves out is off."""
+    vocabulary, unknown = data["model"]["vocab"], data["model"].get("unk_token")
+    special = sorted({token for token, i in vocabulary.items() if i == eos or token == unknown}, key=vocabulary.get)
+    added = [{"id": vocabulary[token], "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+              "normalized": False, "special": True} for token in special]
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+             **data["model"]}
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+            "pre_tokenizer": None, "post_processor": None, "decoder": None, **data, "model": model}
+
+
+PROBES = ("", " ", "a", "def f(x):\n\treturn  x ** 2 ", "  two  spaces\r\n\n", "naïve Œuvre ﬁ ① Ａ 中文 🙂 e\u0301",
+          "I'll 123456 we're", "\x00\x7f\u200b\u3000 ", "<s></s><unk>" + EOS)
+
+
+def tokenizer_files(tokenizer, block_size, target) -> dict:
+    """{file name: bytes} of a Tokenizer; UserError if Hugging Face's gives PROBES other ids."""
+    kind = kind_of(tokenizer.identity)
+    if kind == "hf":
+        data = json.loads(tokenizer.blob)
+        eos = data.pop("eos_token")
+    else:
+        data = (bytes_json(tokenizer.table, kind == "gpt2") if kind in ("byte", "gpt2") else
+                pieces_json(tokenizer.blob, kind == "spm"))
+        data = whole_json(data, tokenizer.eos)
+        eos = next(token for token, i in data["model"]["vocab"].items() if i == tokenizer.eos)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast",  # version 5 builds any other class anew, with other ids
+                "split_special_tokens": kind != "hf",          # text of ours never ends a document
+                "model_input_names": ["input_ids", "attention_mask"], "model_max_length": block_size,
+                "clean_up_tokenization_spaces": False, "add_bos_token": False, "add_eos_token": False,
+                "add_prefix_space": False, "bos_token": eos, "eos_token": eos}
+    if data["model"].get("unk_token"):
+        settings["unk_token"] = data["model"]["unk_token"]
+    files = {"tokenizer.json": json.dumps(data, ensure_ascii=False).encode(),
+             "tokenizer_config.json": json.dumps(settings, indent=2).encode()}
+    theirs = package("tokenizers", "export.py").Tokenizer.from_str(files["tokenizer.json"].decode())
+    theirs.encode_special_tokens = True
+    for text in PROBES:
+        if theirs.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
+            raise UserError(f"the tokenizer {tokenizer.identity} cannot be written for Hugging Face: it normalises "
+                            f"text or is not a BPE with byte fallback, so that {text!r:.40} would become other ids.")
+    return files | ({"tokenizer.model": tokenizer.blob} if target == "gguf" and kind in ("spm", "model") else {})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Out: the folder
+
+SHARD = 5_000_000_000  # bytes in one file of weights, at most
+MODELING = "modeling_factors.py"
+
+
+def shards(tensors, dtype) -> list:
+    """The names of the tensors, in lists of at most SHARD bytes or one tensor."""
+    files, size = [[]], 0
+    for name, t in tensors.items():
+        if files[-1] and size + t.numel() * dtype.itemsize > SHARD:
+            files, size = [*files, []], 0
+        files[-1].append(name)
+        size += t.numel() * dtype.itemsize
+    return files
+
+
+def write_json(folder, name, values):
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
+        json.dump(values, f, indent=2)
+
+
+def write_weights(folder, tensors, dtype):
+    """model.safetensors, or numbered files and their index."""
+    safetensors, index = package("safetensors", "export.py"), {}
+    from safetensors.torch import save_file
+    files = shards(tensors, dtype)
+    for n, names in enumerate(files, 1):
+        file = "model.safetensors" if len(files) == 1 else f"model-{n:05d}-of-{len(files):05d}.safetensors"
+        index |= dict.fromkeys(names, file)
+        part = {name: tensors[name].to(dtype).contiguous() for name in names}
+        try:
+            save_file(part, os.path.join(folder, file), metadata={"format": "pt"})
+        except safetensors.SafetensorError as e:
+            raise UserError(f"cannot write {folder}/{file} ({e}): make room there, or choose another folder.") from None
+    if len(files) > 1:
+        size = sum(t.numel() for t in tensors.values()) * dtype.itemsize
+        write_json(folder, "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index})
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+# license: yours to choose
+---
+
+# {title}
+
+A language model of {params} parameters: {n_layer} layers of width {n_embd}, {n_head} heads, FFN {ffn_dim}, a context of
+{block_size} tokens, a vocabulary of {vocab_size}. Architecture: `{architecture}`.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer, model = AutoTokenizer.from_pretrained({where}), AutoModelForCausalLM.from_pretrained({where}{remote})
+```
+
+## Training
+
+"""
+
+
+def model_card(title, cfg, saved, name, params, factors) -> str:
+    """README.md: what the model is, what it was trained on and how. The licence is for the user to fill in."""
+    text = CARD.format(**vars(cfg), title=title, params=short(params), architecture=name, where=json.dumps(title),
+                       remote=", trust_remote_code=True" if factors else "")
+    shape = " ".join(f"{key}={getattr(cfg, key)}" for key in ("rank", "nblocks") if getattr(cfg, key))
+    kept = "kept as factors" if factors else "merged to dense matrices for this folder"
+    structure = f"{cfg.ffn} {shape}, dense in the first {cfg.n_dense_layers} layers; {kept}"
+    facts = {"FFN": "dense" if cfg.ffn == "dense" else structure}
+    if saved["step"]:
+        plan = summary(cfg)
+        guide = f"{cfg.guide}, {plan['guided_steps']} of {plan['steps']} steps"
+        facts |= {"self-guided training": "none" if cfg.guide == "off" else guide,
+                  "data": f"{cfg.dataset}, {short(plan['unique_tokens'])} tokens",
+                  "recipe": f"{cfg.optimizer}, {saved['step']} steps of {cfg.batch_size} x {cfg.block_size} tokens, "
+                            f"lr {cfg.lr:g}, weight decay {cfg.weight_decay:g}, seed {cfg.seed}",
+                  "training FLOPs": f"{plan['train_flops']:.3g}",
+                  "validation loss": f"{saved['val_loss']:.4f} (PPL {perplexity(saved['val_loss']):.2f})"}
+    else:
+        facts["weights"] = f"from another model{'' if cfg.ffn == 'dense' else ', projected onto the FFN'}"
+    facts["tokenizer"] = saved["tokenizer"]["identity"]
+    return text + "".join(f"* {key}: {value}\n" for key, value in facts.items())
+
+
+def for_factors(values, cfg) -> dict:
+    """What config.json says besides, for MODELING."""
+    ffn = {"ffn": cfg.ffn, "rank": cfg.rank, "nblocks": cfg.nblocks, "n_dense_layers": cfg.n_dense_layers,
+           "act": cfg.act, "n_embd": cfg.n_embd, "ffn_dim": cfg.ffn_dim, "bias": cfg.bias}
+    classname = values["architectures"][0] + "WithFactors"
+    return values | {"structured_ffn": ffn, "architectures": [classname],
+                     "auto_map": {"AutoModelForCausalLM": f"{MODELING.removesuffix('.py')}.{classname}"}}
+
+
+@torch.no_grad()
+def write_hf(folder, model, cfg, saved, s):
+    """Merges the model and writes it; the folder appears whole or not at all."""
+    tokenizer = tokenizer_from_blob(saved["tokenizer"]["identity"], saved["tokenizer"]["blob"].numpy().tobytes())
+    name = choose_home(cfg, s.target, kind_of(tokenizer.identity))
+    files = tokenizer_files(tokenizer, cfg.block_size, s.target)
+    factors = s.factors and cfg.ffn != "dense"
+    if not factors:
+        with exact_matmuls():
+            merge_model(model)
+    wide = widened(cfg, name, s.target)
+    tensors = to_hf(widen_heads(model.state_dict(), cfg, wide), wide, name)
+    params = sum(t.numel() for t in tensors.values())
+    settings = hf_config(wide, name, tokenizer.eos, s.dtype)
+    if factors:
+        settings = for_factors(settings, cfg)
+        files[MODELING] = Path(__file__).with_name(MODELING).read_bytes()
+    folder = os.path.normpath(folder)
+    files["README.md"] = model_card(os.path.basename(folder), cfg, saved, name, params, factors).encode()
+    try:
+        with writing(folder):
+            os.makedirs(folder + ".tmp", exist_ok=True)
+            write_weights(folder + ".tmp", tensors, getattr(torch, s.dtype))
+            write_json(folder + ".tmp", "config.json", settings)
+            ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos)
+            write_json(folder + ".tmp", "generation_config.json", ids)
+            for file, data in files.items():
+                with open(os.path.join(folder + ".tmp", file), "wb") as f:
+                    f.write(data)
+            os.replace(folder + ".tmp", folder)
+    finally:
+        shutil.rmtree(folder + ".tmp", ignore_errors=True)
+    print(f"{folder}: architecture {name}{' with factors' if factors else ''}, {short(params)} parameters in "
+          f"{s.dtype}, for {s.target}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In: a folder of Hugging Face's
+
+# Settings of config.json without a switch of ours: {name: the value that we compute}. Left out they mean it too.
+ONLY = {"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True, "add_cross_attention": False,
+        "multi_query": True, "use_parallel_residual": False, "qk_layernorm": False, "partial_rotary_factor": 1.0,
+        "auto_map": None}
+ACTS = {"silu": "swiglu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu2": "relu2"}
+ROPE_KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "intermediate_size",
+             "hidden_act")
+GPT_KEYS = ("n_layer", "n_embd", "n_head", "n_positions", "n_inner", "activation_function")
+
+
+def check_hf_config(path, data, name, rope):
+    """Refuses what our model does not compute."""
+    for key, value in ONLY.items():
+        found = data.get(key, rope.get(key, 0.25 if (name, key) == ("stablelm", "partial_rotary_factor") else value))
+        if found != value:
+            raise UserError(f"{path} has {key}={found!s:.60}: only {key}={value} can be computed here.")
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    if scaling != "default":
+        raise UserError(f"{path} scales its rotary positions ({scaling}): only unscaled ones can be computed here.")
+    optional = () if HOMES[name].pos == "rope" else GPT_KEYS[4:]
+    for key in ("vocab_size", *(ROPE_KEYS if HOMES[name].pos == "rope" else GPT_KEYS)):
+        if key not in data and key not in optional:
+            raise UserError(f"{path} has no {key}: it is not the config.json of a {name} model.")
+
+
+def read_hf_config(path, block_size=0):
+    """config.json -> (architecture, Config; whether it has biases, the weights say)."""
+    data = read_json(path)
+    name = data.get("model_type") if isinstance(data, dict) else None
+    if name not in HOMES:
+        raise UserError(f"{path} has model_type={name}: {', '.join(HOMES)} are read.")
+    home, rope = HOMES[name], data.get("rope_parameters") or data.get("rope_scaling") or {}
+    check_hf_config(path, data, name, rope)
+    keys = ROPE_KEYS if home.pos == "rope" else GPT_KEYS
+    n_layer, n_embd, n_head, context, ffn_dim, act = map(data.get, keys)
+    if act and ACTS.get(act) not in home.acts:
+        known = ", ".join(theirs for theirs, ours in ACTS.items() if ours in home.acts)
+        raise UserError(f"{path} has {keys[-1]}={act}: only {known} can be computed here.")
+    window = data.get("sliding_window") if data.get("use_sliding_window", True) else None
+    if window and window < (block_size or context):
+        raise UserError(f"{path} has sliding_window={window}, less than the context of {block_size or context} tokens: "
+                        f"give --block_size={window}.")
+    if block_size > context and home.pos == "absolute":
+        raise UserError(f"block_size={block_size} exceeds the {context} learned positions of {path}: give fewer.")
+    values = dict(
+        n_layer=n_layer, n_embd=n_embd, n_head=n_head, attn_dim=n_head * (data.get("head_dim") or n_embd // n_head),
+        n_kv_head=1 if name == "gpt_bigcode" else data.get("num_key_value_heads") or n_head,
+        ffn_dim=ffn_dim or 4 * n_embd, block_size=block_size or context, vocab_size=data["vocab_size"],
+        norm=home.norm, pos=home.pos, act=ACTS[act] if act else "gelu", norm_eps=data.get(home.eps, home.default_eps),
+        tie_embeddings=data.get("tie_word_embeddings", home.tied),
+        rope_theta=rope.get("rope_theta", data.get("rope_theta", 10_000.0)))
+    return name, config.from_dict(values, path)
+
+
+def read_weights(folder, root) -> dict:
+    """{name: tensor} of the folder's safetensors, buffers left out; root is put before names where all lack it."""
+    safetensors, tensors = package("safetensors", "export.py"), {}
+    from safetensors.torch import load_file
+    index = os.path.join(folder, "model.safetensors.index.json")
+    files = set(read_json(index)["weight_map"].values()) if os.path.exists(index) else {"model.safetensors"}
+    for file in sorted(files):
+        path = os.path.join(folder, file)
+        if not os.path.exists(path):
+            raise UserError(f"{path} is missing: weights are read from safetensors, as transformers' save_pretrained "
+                            "writes them.")
+        try:
+            tensors |= load_file(path)
+        except safetensors.SafetensorError as e:
+            raise UserError(f"{path} is damaged: {e}.") from None
+    if not any(name.startswith(root) for name in tensors):
+        tensors = {name if name.startswith("lm_head.") else root + name: t for name, t in tensors.items()}
+    buffers = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+    return {name: t for name, t in tensors.items() if not name.endswith(buffers)}
+
+
+def read_hf(folder, block_size=0):
+    """A folder of Hugging Face's -> (model in fp32 on the CPU, its Config, the other entries of a model.pt)."""
+    name, cfg = read_hf_config(os.path.join(folder, "config.json"), block_size)
+    paths = [os.path.join(folder, file) for file in ("tokenizer.json", "tokenizer.model")]
+    cfg.tokenizer = next(filter(os.path.exists, paths), "")
+    if not cfg.tokenizer:
+        raise UserError(f"{folder} has neither tokenizer.json nor tokenizer.model: add the one of the model.")
+    tokenizer, tensors = load_tokenizer(cfg.tokenizer), read_weights(folder, HOMES[name].layout.root)
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise UserError(f"{cfg.tokenizer} has {tokenizer.vocab_size} tokens, the model {cfg.vocab_size}: "
+                        "give the tokenizer that belongs to the model.")
+    cfg.bias = any(t.any().item() for key, t in tensors.items() if key.endswith(".bias"))
+    model = build(cfg, torch.device("cpu"))
+    load_weights(model, from_hf(tensors, cfg, name), folder)
+    blob = torch.frombuffer(bytearray(tokenizer.blob), dtype=torch.uint8)
+    return model.eval(), cfg, {"step": 0, "val_loss": None, "tokenizer": {"identity": tokenizer.identity, "blob": blob}}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def main(path, s):
+    device = pick_device(s.device if s.ffn != "dense" else "cpu")
+    model, cfg, saved = read_hf(path, s.block_size) if is_hf(path) else load(path, torch.device("cpu"))
+    if s.ffn != "dense":
+        project_ffns(path, model.to(device), cfg, saved, s)
+        model.cpu()
+    if s.to:
+        return write_hf(s.to, model, cfg, saved, s)
+    target = os.path.join(s.out_dir, "model.pt")
+    save_beside({**saved, "config": config.to_dict(cfg), "model": model.state_dict()}, target)
+    print(f"{target}: {short(sum(p.numel() for p in model.parameters()))} parameters, tokenizer "
+          f"{saved['tokenizer']['identity']}; sample from it with: python sample.py {s.out_dir}")
+
+
+if __name__ == "__main__":
+    config.run(lambda argv: main(*SETTINGS))

@@ -1,0 +1,576 @@
+"""export: tokenizers, architectures and weights out and in, against transformers."""
+import dataclasses
+import importlib.util
+import io
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import config
+import export
+from config import Config, UserError
+from conftest import LOWRANK, ROOT, STRUCTURES, assert_one_sentence, train_run
+from merge import merge_model
+from model import build, load
+from run import save_beside
+from tokenizer import byte_characters, load_tokenizer, pinned, tokenizer_from_blob, train_sentencepiece
+
+CPU = torch.device("cpu")
+TEXTS = ["def main():\n    return 1", "naïve Œuvre 中文 🙂 ﷺ", "  two  spaces\t\ttabs\r\n\n\n", "</s><|endoftext|><unk>",
+         "a▁b ▁ ▁▁c", "", " ", "\x00\x7f\u200b", "I'll 123456 we're 'tis",
+         "x" * 300]
+CORPUS = [f"{a} {b} the quick brown fox's {i * 37 % 991} jumps, naïve — over\n\tthe lazy dog()" for i, (a, b) in
+          enumerate(zip("alpha beta gamma delta".split() * 25, "one two three four five".split() * 20))]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers that come in
+
+def byte_level(folder, eos="<|endoftext|>", size=400):
+    """A folder with the tokenizer.json of a BPE over bytes, as GPT-2's, SmolLM's or LLaMA 3's."""
+    tokenizers = pytest.importorskip("tokenizers")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, special_tokens=[eos],
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+                                             show_progress=False)
+    bpe.train_from_iterator(CORPUS, trainer)
+    return keep(bpe, folder, eos)
+
+
+def byte_fallback(folder, eos="</s>", size=500):
+    """The same with sentencepiece's spaces and bytes for what has no piece, as LLaMA 2's."""
+    tokenizers = pytest.importorskip("tokenizers")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    bpe.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend("▁"),
+                                                      tokenizers.normalizers.Replace(" ", "▁")])
+    D = tokenizers.decoders
+    bpe.decoder = D.Sequence([D.Replace("▁", " "), D.ByteFallback(), D.Fuse(), D.Strip(" ", 1, 0)])
+    special = ["<unk>", "<s>", eos]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size,
+                                             special_tokens=[*special, *(f"<0x{i:02X}>" for i in range(256))],
+                                             show_progress=False)
+    bpe.train_from_iterator(CORPUS, trainer)
+    data = json.loads(bpe.to_str())
+    data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] in special]  # bytes are ordinary pieces
+    return keep(tokenizers.Tokenizer.from_str(json.dumps(data)), folder, eos)
+
+
+def keep(bpe, folder, eos):
+    folder.mkdir()
+    bpe.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": eos, "lstrip": False}}))
+    return bpe
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+def test_a_tokenizer_json_gives_its_ids_and_every_byte_back(make, tmp_path):
+    bpe = make(tmp_path / "small")
+    tokenizer = load_tokenizer(str(tmp_path / "small" / "tokenizer.json"))
+    assert tokenizer.identity.startswith("hf:small@") and tokenizer.vocab_size == bpe.get_vocab_size()
+    again = tokenizer_from_blob(tokenizer.identity, tokenizer.blob)
+    bpe.encode_special_tokens = True
+    start = " " if make is byte_fallback else ""  # LLaMA's puts a space before a text
+    for text in (*TEXTS, *CORPUS):
+        ids = tokenizer.encode(text)
+        assert ids == bpe.encode(text, add_special_tokens=False).ids == again.encode(text) and tokenizer.eos not in ids
+        if "▁" not in text or make is byte_level:  # sentencepiece's spaces are underlines
+            assert tokenizer.decode_bytes(ids) == (start + text if text else "").encode()
+    assert tokenizer.decode_bytes([tokenizer.eos]) == b""
+    assert tokenizer.eos == bpe.token_to_id({byte_level: "<|endoftext|>", byte_fallback: "</s>"}[make])
+
+
+def test_the_end_of_a_document_is_named_by_one_of_the_folders_files(tmp_path):
+    byte_level(tmp_path / "small")
+    path = tmp_path / "small" / "tokenizer.json"
+    expected = load_tokenizer(str(path))
+    (path.parent / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="names its end-of-sequence token"):
+        load_tokenizer(str(path))
+    (path.parent / "config.json").write_text(json.dumps({"eos_token_id": [expected.eos, 3]}))
+    assert load_tokenizer(str(path)).identity == expected.identity
+    path.write_text("{}")
+    with pytest.raises(UserError, match="are not a tokenizer"):
+        load_tokenizer(str(path))
+
+
+def test_a_text_is_prepared_trained_on_and_sampled_with_a_tokenizer_json(cli, tmp_path):
+    byte_level(tmp_path / "small")
+    (tmp_path / "text.txt").write_text("\n".join(CORPUS))
+    argv = ["--dataset=text", f"--input={tmp_path}/text.txt", f"--tokenizer={tmp_path}/small/tokenizer.json",
+            f"--data_dir={tmp_path}/data"]
+    for _ in range(2):  # the second time it is there already
+        assert cli("prepare.py", *argv, "--workers=1")[0] == 0
+    out = train_run(tmp_path / "run", tmp_path / "data", "--max_tokens=128")
+    identity = load(str(out), CPU)[2]["tokenizer"]["identity"]
+    assert identity.startswith("hf:small@")
+    status, text, _ = cli("sample.py", out, "--prompt=naïve 中 </s>", "--max_new_tokens=4")
+    assert status == 0 and text.startswith("naïve 中 </s>")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers that go out
+
+def foreign_model():
+    """A sentencepiece model of LLaMA's kind."""
+    import sentencepiece
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=out, model_type="bpe", vocab_size=420, byte_fallback=True,
+        minloglevel=3, normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True)
+    return out.getvalue()
+
+
+def gpt2_blob(folder):
+    """Ranks of a small byte-level BPE, in GPT-2's form."""
+    byte_level(folder)
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    of_character = {c: i for i, c in enumerate(byte_characters())}
+    ranked = sorted((i, token) for token, i in vocabulary.items() if token != "<|endoftext|>")
+    return "\n".join(bytes(of_character[c] for c in token).hex() for _, token in ranked).encode()
+
+
+def tokenizer_of(kind, folder):
+    if kind == "hf":
+        byte_fallback(folder)
+        return load_tokenizer(str(folder / "tokenizer.json"))
+    blob = {"byte": lambda: b"", "gpt2": lambda: gpt2_blob(folder), "spm": lambda: train_sentencepiece(420, CORPUS),
+            "model": foreign_model}[kind]()
+    name = {"spm": "spm:420", "model": "llama.model"}.get(kind)
+    return tokenizer_from_blob(pinned(name, blob) if name else kind, blob)
+
+
+def odd_texts(n=300):
+    rng = random.Random(0)
+    kinds = ((32, 127), (0, 0x250), (0x250, 0xD800), (0xE000, 0x1FFFF))
+    return ["".join(chr(rng.randrange(*rng.choice(kinds))) for _ in range(rng.randrange(1, 30))) for _ in range(n)]
+
+
+def write_files(folder, files):
+    folder.mkdir(exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["byte", "gpt2", "spm", "model", "hf"])
+def test_transformers_reads_every_tokenizer_with_the_same_ids_and_bytes(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = tokenizer_of(kind, tmp_path / "small")
+    folder = write_files(tmp_path / "out", export.tokenizer_files(tokenizer, 64, "transformers"))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs.eos_token_id == tokenizer.eos and len(theirs) == tokenizer.vocab_size
+    for text in (*TEXTS, *CORPUS, *odd_texts()):
+        if kind == "hf" and "</s>" in text:  # their special tokens stay theirs
+            continue
+        ids = tokenizer.encode(text)
+        assert theirs(text)["input_ids"] == ids, text
+        assert theirs.decode(ids) == tokenizer.decode(ids).removeprefix(" " if kind in ("model", "hf") else "")
+
+
+def test_gpt2s_merges_are_those_it_was_trained_with(tmp_path):
+    blob = gpt2_blob(tmp_path / "small")
+    merges = json.loads((tmp_path / "small" / "tokenizer.json").read_text())["model"]["merges"]
+    written = export.bytes_json(tokenizer_from_blob("gpt2", blob).table, True)
+    assert len(merges) > 100 and written["model"]["merges"] == merges
+
+
+def test_a_tokenizer_that_normalises_is_refused():
+    import sentencepiece
+    for settings in (dict(model_type="bpe"), dict(model_type="unigram", normalization_rule_name="identity")):
+        out = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=out, vocab_size=370,
+                                                 byte_fallback=True, minloglevel=3, **settings)
+        tokenizer = tokenizer_from_blob(pinned("other.model", out.getvalue()), out.getvalue())
+        with pytest.raises(UserError, match="other.model@.* cannot be written"):
+            export.tokenizer_files(tokenizer, 64, "transformers")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models that go out
+
+LLAMA, SWIGLU, NO_BIAS, UNTIED = "--norm=rmsnorm", "--act=swiglu", "--bias=False", "--tie_embeddings=False"
+BLOCKS, SHUFFLE, RELU2, LEARNED = STRUCTURES["blockdense"], STRUCTURES["blockshuffle"], "--act=relu2", "--pos=absolute"
+ROWS = {
+    "llama": [LLAMA, SWIGLU, NO_BIAS, UNTIED, "--n_kv_head=2", "--ffn_dim=40", *LOWRANK],
+    "llama, bias, wide attention": [LLAMA, SWIGLU, "--attn_dim=48", "--rope_theta=500", "--norm_eps=1e-3", *SHUFFLE],
+    "mistral": [LLAMA, SWIGLU, NO_BIAS, "--n_embd=34", "--attn_dim=32", *LOWRANK],
+    "starcoder2": ["--n_kv_head=2", *LOWRANK],
+    "starcoder2, no bias, wide attention": [RELU2, NO_BIAS, UNTIED, "--attn_dim=48", "--rope_theta=500",
+                                            "--norm_eps=1e-3", *SHUFFLE],
+    "starcoder2, odd width": ["--n_embd=36", "--n_head=8", "--attn_dim=32", "--ffn_dim=40"],
+    "arcee": [RELU2, LLAMA, "--n_kv_head=1", *BLOCKS],
+    "arcee, gelu": [LLAMA, NO_BIAS, UNTIED, "--attn_dim=16"],
+    "stablelm": [SWIGLU, NO_BIAS, "--n_kv_head=2", "--norm_eps=1e-3", *BLOCKS],
+    "stablelm, narrow attention": [SWIGLU, NO_BIAS, UNTIED, "--n_kv_head=2", "--attn_dim=16"],
+    "stablelm, narrow, no groups": [SWIGLU, NO_BIAS, "--n_head=2", "--n_kv_head=1", "--attn_dim=12", "--n_embd=18"],
+    "gpt2": [LEARNED, *LOWRANK],
+    "gpt2, groups": [LEARNED, RELU2, NO_BIAS, UNTIED, "--n_kv_head=2", "--norm_eps=1e-3"],
+    "gpt2, narrow attention": [LEARNED, "--attn_dim=16", "--n_kv_head=2", "--ffn_dim=56"],
+    "gpt_bigcode": [LEARNED, "--n_kv_head=1", "--ffn_dim=56", *SHUFFLE],
+    "gpt_bigcode, no bias": [LEARNED, RELU2, NO_BIAS, UNTIED, "--n_kv_head=1"],
+}
+
+
+SWITCHES = [f.name for f in dataclasses.fields(Config)]
+SWITCHES = SWITCHES[:SWITCHES.index("dropout")]  # what the model computes, but for its FFNs' structure
+
+
+def tiny(*argv):
+    return config.load(["--n_layer=2", "--n_embd=32", "--n_head=4", "--block_size=48", "--vocab_size=260", *argv])[0]
+
+
+def random_model(cfg):
+    """Every parameter random, so that none could be left out unseen."""
+    model = build(cfg, CPU, seed=0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.15 * torch.randn_like(p))
+    return model.eval()
+
+
+def keep_model(path, model, identity="byte", blob=b"\0"):
+    saved = {"identity": identity, "blob": torch.frombuffer(bytearray(blob), dtype=torch.uint8)}
+    save_beside({"config": config.to_dict(model.cfg), "model": model.state_dict(), "tokenizer": saved, "step": 0,
+                 "val_loss": None}, str(path / "model.pt"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    module = pytest.importorskip("transformers")
+    module.logging.set_verbosity_error()
+    module.logging.disable_progress_bar()
+    return module
+
+
+def theirs(transformers, folder, **how):
+    """The model in a folder; no weight may be missing or left over."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **how)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@torch.no_grad()
+def assert_same(ours, model, tokens=None):
+    """Logits, and the greedy continuation."""
+    tokens = torch.randint(257, (3, 40), generator=torch.Generator().manual_seed(1)) if tokens is None else tokens
+    expected = ours(tokens)
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+    text = tokens[:1, :8]
+    greedy = model.generate(text, attention_mask=torch.ones_like(text), max_new_tokens=30, do_sample=False,
+                            eos_token_id=None, pad_token_id=0)
+    for _ in range(30):
+        text = torch.cat((text, ours.next_logits(text).argmax(1, keepdim=True)), 1)
+    assert torch.equal(greedy, text)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_architecture_computes_the_same_and_comes_back_equal(name, transformers, cli, tmp_path):
+    ours = random_model(tiny(*ROWS[name]))
+    keep_model(tmp_path / "run", ours)
+    status, out, err = cli("export.py", tmp_path / "run", f"--to={tmp_path}/hf")
+    assert status == 0 and f"architecture {name.split(',')[0]}, " in out and not err
+    model = theirs(transformers, tmp_path / "hf")
+    assert model.config.model_type == name.split(",")[0]
+    assert_same(ours, model)
+
+    assert cli("export.py", tmp_path / "hf", f"--out_dir={tmp_path}/back")[0] == 0
+    back, cfg, _ = load(str(tmp_path / "back"), CPU)
+    merge_model(ours)
+    if (cfg.n_head, cfg.n_kv_head) == (ours.cfg.n_head, ours.cfg.n_kv_head):
+        assert back.state_dict().keys() == ours.state_dict().keys()
+        assert all(torch.equal(t, ours.state_dict()[key]) for key, t in back.state_dict().items())
+        assert [n for n in SWITCHES if getattr(cfg, n) != getattr(ours.cfg, n)] == []
+    assert_same(back, model)
+
+
+@pytest.mark.parametrize("name, structure", [
+    ("llama", "lowrank"), ("llama", "blockshuffle"), ("llama", "blockdense"), ("mistral", "lowrank"), ("gpt2", "lowrank"),
+    ("starcoder2, no bias, wide attention", "blockshuffle"), ("arcee", "blockdense"), ("stablelm", "blockdense"),
+    ("gpt2, groups", "blockshuffle"), ("gpt_bigcode", "lowrank")])
+def test_the_factors_stay_behind_a_modeling_file(name, structure, transformers, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    dense = [arg for arg in ROWS[name] if not arg.startswith(("--ffn=", "--rank=", "--nblocks="))]
+    ours = random_model(tiny(*dense, *STRUCTURES[structure]))
+    keep_model(tmp_path / "run", ours)
+    assert cli("export.py", tmp_path / "run", f"--to={tmp_path}/hf", "--factors=True")[0] == 0
+    model = theirs(transformers, tmp_path / "hf", trust_remote_code=True)
+    assert_same(ours, model)
+    assert any(key.endswith("mlp.fc1.V") for key in model.state_dict())
+    status, out, err = cli("export.py", tmp_path / "hf", f"--out_dir={tmp_path}/back")
+    assert_one_sentence(status, out, err)
+    assert "auto_map" in err
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_after_guided_training_transformers_says_what_sample_says(structure, transformers, cli, data, tmp_path):
+    run = train_run(tmp_path / "run", data, *STRUCTURES[structure], "--guide=fixedstep", "--n_dense_layers=0")
+    assert cli("export.py", run, f"--to={tmp_path}/hf")[0] == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = theirs(transformers, tmp_path / "hf")
+    said = cli("sample.py", run, "--prompt=the", "--temperature=0", "--max_new_tokens=9")[1]
+    ids = model.generate(**tokenizer("the", return_tensors="pt"), max_new_tokens=9, do_sample=False)
+    assert tokenizer.decode(ids[0], skip_special_tokens=True) + "\n" == said
+    card = (tmp_path / "hf" / "README.md").read_text()
+    for words in ("license", f"{structure} ", "fixedstep, 4 of 8 steps", "1.02k tokens", "FLOPs"):
+        assert words in card
+    loss = load(str(run), CPU)[2]["val_loss"]
+    assert f"validation loss: {loss:.4f}" in card
+
+
+def test_large_models_are_written_in_shards_and_in_bfloat16(transformers, cli, tmp_path, monkeypatch):
+    ours = random_model(tiny(*ROWS["llama"]))
+    keep_model(tmp_path / "run", ours)
+    monkeypatch.setattr("export.SHARD", 20_000)
+    path, s = export.read_settings([str(tmp_path / "run"), f"--to={tmp_path}/hf", "--dtype=bfloat16"])
+    export.main(path, s)
+    files = sorted(f.name for f in (tmp_path / "hf").glob("*.safetensors"))
+    n = len(files)
+    assert n > 2 and files == [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+    assert all(f.stat().st_size < 24_000 for f in (tmp_path / "hf").glob("*.safetensors"))
+    model = theirs(transformers, tmp_path / "hf")
+    assert model.dtype == torch.bfloat16
+    assert export.main(*export.read_settings([str(tmp_path / "hf"), f"--out_dir={tmp_path}/back"])) is None
+    merge_model(ours)
+    for key, t in load(str(tmp_path / "back"), CPU)[0].state_dict().items():
+        assert torch.equal(t, ours.state_dict()[key].bfloat16().float())
+
+
+NARROW = ["--n_head=3", "--n_kv_head=3", "--attn_dim=24"]
+
+
+@pytest.mark.parametrize("argv, target, kind, expected", [
+    ([], "gguf", "gpt2", dict(bias=True)), ([NO_BIAS], "gguf", "gpt2", dict(bias=True)),
+    ([NO_BIAS], "vllm", "byte", dict(bias=False)), (NARROW, "gguf", "gpt2", dict(n_head=4, n_kv_head=4)),
+    (["--n_head=2", "--n_kv_head=1", "--attn_dim=16"], "vllm", "spm", dict(n_head=4, n_kv_head=2)),
+    (NARROW, "transformers", "spm", dict(n_head=3, n_kv_head=3)),
+    (["--n_head=3", "--n_kv_head=1", "--attn_dim=24"], "vllm", "spm", dict(n_head=4, n_kv_head=4)),
+    ([LEARNED, "--n_kv_head=1"], "vllm", "spm", dict(n_head=4, n_kv_head=4))])
+def test_a_target_gets_the_heads_and_biases_it_needs(argv, target, kind, expected, transformers, tmp_path):
+    ours = random_model(tiny(*argv))
+    name = export.choose_home(ours.cfg, target, kind)
+    wide = export.widened(ours.cfg, name, target)
+    assert {key: getattr(wide, key) for key in expected} == expected
+    values = export.hf_config(wide, name, 256, "float32")
+    tensors = export.to_hf(export.widen_heads(ours.state_dict(), ours.cfg, wide), wide, name)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
+    left = model.load_state_dict(tensors, strict=False)
+    assert not left.unexpected_keys and set(left.missing_keys) <= {"lm_head.weight"}
+    model.tie_weights()
+    assert_same(ours, model.eval())
+
+
+@pytest.mark.parametrize("argv, target, kind, words", [
+    ([LEARNED, LLAMA], "transformers", "spm", ["pos=absolute", "norm=rmsnorm"]),
+    ([LEARNED, SWIGLU], "transformers", "spm", ["act=swiglu"]),
+    ([SWIGLU], "transformers", "spm", ["stablelm", "bias=True"]),
+    ([SWIGLU, LLAMA, "--n_embd=34", "--attn_dim=32"], "vllm", "spm", ["mistral", "bias=True"]),
+    ([LLAMA, "--n_embd=34", "--attn_dim=32"], "transformers", "spm", ["arcee", "n_head"]),
+    ([LEARNED, "--attn_dim=64"], "transformers", "spm", ["gpt2", "attn_dim"]),
+    (["--attn_dim=64"], "vllm", "spm", ["starcoder2", "attn_dim"]),
+    ([RELU2], "gguf", "gpt2", ["starcoder2", "act=relu2"]), ([LLAMA], "gguf", "gpt2", ["arcee", "act=gelu"]),
+    ([LLAMA], "vllm", "gpt2", ["arcee", "act=gelu"]), ([], "gguf", "spm", ["starcoder2", "tokenizer gpt2"]),
+    ([SWIGLU, NO_BIAS], "gguf", "gpt2", ["stablelm", "tie_embeddings=True"]),
+    ([LEARNED, "--ffn_dim=64"], "gguf", "gpt2", ["gpt2", "ffn_dim"]),
+    ([LLAMA, SWIGLU], "gguf", "byte", ["llama", "byte"]), ([LEARNED, RELU2], "gguf", "gpt2", ["gpt2", "act=relu2"])])
+def test_what_none_expresses_or_its_reader_gets_wrong_is_refused(argv, target, kind, words):
+    with pytest.raises(UserError) as e:
+        export.choose_home(tiny(*argv), target, kind)
+    assert all(word in str(e.value) for word in words) and len(str(e.value)) < 400
+
+
+def test_a_sentencepiece_model_goes_to_llama_cpp_too():
+    blob = train_sentencepiece(420, CORPUS)
+    files = export.tokenizer_files(tokenizer_from_blob(pinned("spm:420", blob), blob), 64, "gguf")
+    assert files["tokenizer.model"] == blob
+
+
+def test_every_switch_of_the_model_is_known_here():
+    """A new one changes what the model computes: export.py has to express or refuse it before it is added here."""
+    assert SWITCHES == ["n_layer", "n_embd", "n_head", "n_kv_head", "attn_dim", "ffn_dim", "block_size", "vocab_size",
+                        "norm", "act", "pos", "bias", "tie_embeddings", "rope_theta", "norm_eps"]
+
+
+def test_nothing_at_the_root_hides_a_package_that_they_look_for(tmp_path):
+    """transformers and lm-eval ask whether a package is there; no file or folder of ours may answer."""
+    ours = {path.stem for path in ROOT.iterdir()
+            if path.suffix == ".py" or path.is_dir() and not path.name.startswith((".", "_"))}
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x']\n" + "".join(
+        f"import {name}\n" for name in ("torch.distributed", "torch._dynamo", "safetensors.torch", "tokenizers")
+        if importlib.util.find_spec(name.split(".")[0]))
+    if importlib.util.find_spec("transformers"):
+        asked = set()
+        for path in Path(importlib.util.find_spec("transformers").origin).parent.glob("utils/*.py"):
+            asked |= set(re.findall(r"(?:_is_package_available|find_spec|is_package_available)\(\s*[\"'](\w+)",
+                                    path.read_text()))
+        assert len(asked) > 30 and not ours & asked
+        code += "import transformers\ntransformers.LlamaForCausalLM, transformers.AutoTokenizer\n"
+    if importlib.util.find_spec("lm_eval"):
+        code += "import lm_eval.models.huggingface, lm_eval.tasks\n"
+    code += f"bad = [m for m in sys.modules.values() if str(getattr(m, '__file__', '')).startswith('{ROOT}/')]\n"
+    code += "assert not bad, bad"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models that come in
+
+SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=56,
+             vocab_size=410, max_position_embeddings=64)
+FOREIGN = {
+    "llama": ("LlamaConfig", dict(SHAPE, rms_norm_eps=1e-3, head_dim=12, attention_bias=True)),
+    "mistral": ("MistralConfig", dict(SHAPE, sliding_window=4096)),
+    "qwen2": ("Qwen2Config", dict(SHAPE, tie_word_embeddings=True)),
+    "starcoder2": ("Starcoder2Config", dict(SHAPE, use_bias=False, sliding_window=None)),
+    "arcee": ("ArceeConfig", dict(SHAPE, hidden_act="relu2")),
+    "stablelm": ("StableLmConfig", dict(SHAPE, partial_rotary_factor=1.0, use_qkv_bias=True)),
+    "gpt2": ("GPT2Config", dict(n_embd=32, n_layer=2, n_head=4, vocab_size=410, n_positions=64,
+                                layer_norm_epsilon=1e-3)),
+    "gpt2, untied": ("GPT2Config", dict(n_embd=32, n_layer=2, n_head=4, n_inner=40, vocab_size=410, n_positions=64,
+                                        tie_word_embeddings=False)),
+    "gpt_bigcode": ("GPTBigCodeConfig", dict(n_embd=32, n_layer=2, n_head=4, vocab_size=410, n_positions=64)),
+}
+
+
+def foreign(transformers, name, folder, **changes):
+    """A folder with a random model of transformers' own and a byte-level tokenizer."""
+    kind, values = FOREIGN[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**{**values, **changes}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.15 * torch.randn_like(p))
+    byte_level(folder)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_models_of_transformers_come_in(name, transformers, cli, tmp_path):
+    model = foreign(transformers, name, tmp_path / "hf")
+    status, out, err = cli("export.py", tmp_path / "hf", f"--out_dir={tmp_path}/in")
+    assert status == 0 and "tokenizer hf:hf@" in out, err
+    assert_same(load(str(tmp_path / "in"), CPU)[0], model)
+    assert cli("sample.py", tmp_path / "in", "--prompt=naïve", "--max_new_tokens=4")[0] == 0
+
+
+def test_theta_and_scaling_are_read_in_both_spellings(transformers, cli, tmp_path):
+    model = foreign(transformers, "llama", tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    values = json.loads(path.read_text())
+    for n, spelling in enumerate((dict(rope_theta=300.0),
+                                  dict(rope_parameters=dict(rope_type="default", rope_theta=300.0)))):
+        path.write_text(json.dumps({**{k: v for k, v in values.items() if not k.startswith("rope")}, **spelling}))
+        cli("export.py", tmp_path / "hf", f"--out_dir={tmp_path}/{n}")
+        assert load(str(tmp_path / str(n)), CPU)[1].rope_theta == 300.0
+    assert model.config.rms_norm_eps == load(str(tmp_path / "0"), CPU)[1].norm_eps == 1e-3
+
+
+def test_base_models_without_prefix_and_with_buffers_come_in(transformers, cli, tmp_path):
+    """As the first GPT-2 files are: no transformer. before the names, the causal mask among the weights."""
+    from safetensors.torch import load_file, save_file
+    model = foreign(transformers, "gpt2", tmp_path / "hf")
+    path = str(tmp_path / "hf" / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items() if name != "lm_head.weight"}
+    save_file(tensors | {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.1.attn.masked_bias": torch.ones(1)}, path)
+    assert cli("export.py", tmp_path / "hf", f"--out_dir={tmp_path}/in")[0] == 0
+    assert_same(load(str(tmp_path / "in"), CPU)[0], model)
+
+
+@pytest.mark.parametrize("name, changes, argv, words", [
+    ("llama", dict(rope_scaling=dict(rope_type="linear", factor=2.0)), [], ["rotary", "linear"]),
+    ("mistral", dict(sliding_window=32), [], ["sliding_window=32", "--block_size=32"]),
+    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), [], ["scale_attn_by_inverse_layer_idx=True"]),
+    ("gpt2", dict(activation_function="gelu"), [], ["activation_function=gelu", "gelu_new"]),
+    ("llama", dict(hidden_act="gelu"), [], ["hidden_act=gelu", "silu"]),
+    ("stablelm", dict(partial_rotary_factor=0.25), [], ["partial_rotary_factor=0.25"]),
+    ("gpt_bigcode", dict(multi_query=False), [], ["multi_query=False"]),
+    ("gpt2", {}, ["--block_size=65"], ["block_size=65", "64"])])
+def test_what_ours_does_not_compute_is_refused(name, changes, argv, words, transformers, cli, tmp_path):
+    foreign(transformers, name, tmp_path / "hf", **changes)
+    status, out, err = cli("export.py", tmp_path / "hf", f"--out_dir={tmp_path}/in", *argv)
+    assert_one_sentence(status, out, err)
+    assert all(word in err for word in words) and not (tmp_path / "in").exists()
+
+
+def test_a_shorter_context_makes_windows_and_positions_fit(transformers, cli, tmp_path):
+    for name, changes in (("mistral", dict(sliding_window=40)), ("gpt2", {})):
+        model = foreign(transformers, name, tmp_path / name, **changes)
+        assert cli("export.py", tmp_path / name, f"--out_dir={tmp_path}/in {name}", "--block_size=40")[0] == 0
+        ours, cfg, _ = load(str(tmp_path / f"in {name}"), CPU)
+        assert cfg.block_size == 40
+        assert_same(ours, model)
+
+
+def test_damaged_and_foreign_folders_are_one_sentence(transformers, cli, tmp_path):
+    foreign(transformers, "llama", tmp_path / "hf")
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+
+    def refused(word, **files):
+        for name, data in (kept | files).items():
+            (tmp_path / "hf" / name).unlink(missing_ok=True)
+            if data is not None:
+                (tmp_path / "hf" / name).write_bytes(data)
+        status, out, err = cli("export.py", tmp_path / "hf", f"--out_dir={tmp_path}/in")
+        assert_one_sentence(status, out, err)
+        assert word in err and not (tmp_path / "in").exists(), err
+
+    values = json.loads(kept["config.json"])
+    refused("model_type=mamba", **{"config.json": json.dumps({**values, "model_type": "mamba"}).encode()})
+    refused("has no hidden_size", **{"config.json": json.dumps({**values} | {"model_type": "llama"}).replace(
+        '"hidden_size"', '"other"').encode()})
+    refused("lack", **{"config.json": json.dumps({**values, "num_hidden_layers": 3}).encode()})
+    refused("no place", **{"config.json": json.dumps({**values, "num_hidden_layers": 1}).encode()})
+    refused("do not match", **{"config.json": json.dumps({**values, "hidden_size": 36}).encode()})
+    refused("not JSON", **{"config.json": b"{"})
+    refused("damaged", **{"model.safetensors": kept["model.safetensors"][:1000]})
+    refused("is missing", **{"model.safetensors": None})
+    refused("neither", **{"tokenizer.json": None})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+@pytest.mark.parametrize("argv, word", [
+    ([], "0 were given"), (["a", "b", "--to=c"], "2 were given"), (["a"], "--to=FOLDER"),
+    (["a", "--to=b", "--out_dir=c"], "--out_dir"), (["a", "--to=b", "--for=onnx"], "onnx"),
+    (["a", "--out_dir=b", "--dtype=bfloat16"], "dtype=bfloat16"), (["a", "--to=b", "--block_size=64"], "block_size=64"),
+    (["a", "--to=b", "--rank=3"], "rank=3"),
+    (["a", "--to=b", "--ffn=lowrank", "--rank=3", "--weighted=False"], "weighted=False"),
+    (["a", "--to=b", "--ffn=lowrank", "--rank=3", "--calibrate=no.txt"], "no.txt"),
+    (["a", "--to=.", "--for=vllm"], ". exists"), (["a", "--to=b", "--for=vllm", "--factors=True"], "vllm")])
+def test_mistakes_are_one_sentence_without_torch(without_torch, argv, word):
+    status, out, err = without_torch("export.py", *argv)
+    assert_one_sentence(status, out, err)
+    assert word in err
+
+
+def test_a_missing_model_and_a_failed_export_leave_nothing(cli, tmp_path, monkeypatch):
+    status, out, err = cli("export.py", tmp_path / "none", f"--to={tmp_path}/hf")
+    assert_one_sentence(status, out, err)
+    keep_model(tmp_path / "run", random_model(tiny()))
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("export.write_weights", full)
+    with pytest.raises(UserError, match="No space left"):
+        export.main(*export.read_settings([str(tmp_path / "run"), f"--to={tmp_path}/hf"]))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_model_of_ours_is_copied_with_its_run(cli, finished, tmp_path):
+    assert cli("export.py", finished, f"--out_dir={tmp_path}/copy")[0] == 0
+    ours, copy = load(str(finished), CPU), load(str(tmp_path / "copy"), CPU)
+    assert all(torch.equal(t, ours[0].state_dict()[key]) for key, t in copy[0].state_dict().items())
+    assert ours[2]["step"] == copy[2]["step"] == 8
