@@ -197,7 +197,7 @@ def picture(path, title, n_rows, n_columns):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    size = max(7, 4.8 * n_columns), 3.6 * n_rows + 1
+    size = max(7, 4.8 * n_columns), 3.7 * n_rows + 1.4
     figure, axes = pyplot.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
     figure.suptitle(title)
     yield axes
@@ -386,11 +386,12 @@ def draw_crossover(path, rows):
 def final_panels(rows) -> list:
     """Final validation loss against training FLOPs: a panel per size, a small point per seed, their mean large."""
     rows = [r for r in rows if r["val_loss"] is not None and r["step"] == r["steps"]]
+    rows.sort(key=lambda r: (list(COLOURS).index(r["method"].split()[0]), r["method"]))
     panels = []
     for size, part in grouped(rows, lambda r: r["size"]).items():
         methods = grouped(part, lambda r: r["method"])
         lines = {method: [(r["flops"], r["val_loss"]) for r in group] for method, group in methods.items()}
-        panels.append(Panel(f"{size}: final validation loss", "training FLOPs", "nats per token", lines, means=True))
+        panels.append(Panel(f"{size} (layers x width)", "training FLOPs", "nats per token", lines, means=True))
     return panels
 
 
@@ -419,7 +420,7 @@ def draw_curves(path, rows, below=()):
     """`below`: a second row of Panels."""
     panels = [final_panels(rows), list(below)]
     methods = {label for row in panels for panel in row for label in panel.lines}
-    draw(path, "Training runs", panels, method_looks(methods))
+    draw(path, "Final validation loss: a small point for each seed, their mean large", panels, method_looks(methods))
 
 
 DRAW = {"kernel": draw_kernel, "ffn": draw_ffn, "train": draw_train, "prefill": draw_prefill, "decode": draw_decode,
