@@ -391,7 +391,7 @@ def final_panels(rows) -> list:
     for size, part in grouped(rows, lambda r: r["size"]).items():
         methods = grouped(part, lambda r: r["method"])
         lines = {method: [(r["flops"], r["val_loss"]) for r in group] for method, group in methods.items()}
-        panels.append(Panel(f"{size} (layers x width)", "training FLOPs", "nats per token", lines, means=True))
+        panels.append(Panel(f"{size}: final validation loss", "training FLOPs", "nats per token", lines, means=True))
     return panels
 
 
@@ -420,7 +420,7 @@ def draw_curves(path, rows, below=()):
     """`below`: a second row of Panels."""
     panels = [final_panels(rows), list(below)]
     methods = {label for row in panels for panel in row for label in panel.lines}
-    draw(path, "Final validation loss: a small point for each seed, their mean large", panels, method_looks(methods))
+    draw(path, "Training runs, layers x width (small points: seeds, large: their mean)", panels, method_looks(methods))
 
 
 DRAW = {"kernel": draw_kernel, "ffn": draw_ffn, "train": draw_train, "prefill": draw_prefill, "decode": draw_decode,
