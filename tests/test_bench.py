@@ -344,6 +344,16 @@ def test_two_runs_have_a_slope_and_no_error(tmp_path):
     assert fit["slope"] == near(-0.07) and fit["std_error"] is None and fit["runs"] == 2
 
 
+def test_the_table_of_runs_is_short_and_signed(cli, tmp_path):
+    dense = write_run(tmp_path / "a", lambda c: 3 + 0 * c, max_tokens=64 * 20000, eval_interval=4)
+    low = write_run(tmp_path / "b", lambda c: 3.25 + 0 * c, max_tokens=64 * 20000, ffn="lowrank", rank=8)
+    _, stdout, _ = cli("bench.py", "curves", dense, low)
+    lines = stdout.splitlines()
+    assert lines[0].startswith("A run per line: steps finished and planned")
+    row, = [line.split() for line in lines if line.lstrip().startswith("lowrank")]
+    assert row[3:6] == ["20000", "20000", "1.28M"] and row[-3:] == ["3.350", "3.250", "+0.250"]
+
+
 def test_the_gap_is_to_dense_with_the_same_seed(tmp_path):
     scale = {"dense": (50, 51, None), "lowrank": (60, 63, 66)}  # of seeds 1, 2, 3
     runs = []
