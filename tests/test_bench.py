@@ -479,6 +479,8 @@ def test_plot_draws_rows_of_one_benchmark(cli, tmp_path):
     rows, picture = tmp_path / "rows.jsonl", tmp_path / "again.png"
     ffn = ["ffn", "--widths=32,64", "--tokens=8", "--cases=dense,lowrank32"]
     assert cli("bench.py", *ffn, *FAST, f"--json={rows}")[0] == 0
+    with open(rows, "a") as f:  # rows that are not drawn
+        f.write('{"benchmark": "ffn", "ffn": "lowrank 32 %", "note": "out of memory"}\n{"benchmark": "scaling"}\n')
     status, stdout, _ = cli("bench.py", "plot", rows, f"--plot={picture}")
     assert status == 0 and picture.read_bytes().startswith(b"\x89PNG") and str(picture) in stdout
     other = tmp_path / "other.jsonl"
