@@ -1,7 +1,8 @@
 """Tokenizers: a function text -> ids, and the bytes of every id.
 
 GPT-2's and LLaMA's vocabularies are downloaded once. Sentencepiece models are read from a file or trained on the
-corpus, a tokenizer.json from a model's folder. Data folders and models keep a tokenizer's identity and blob, which rebuild it without network.
+corpus, a tokenizer.json is read from a model's folder. Data folders and models keep a tokenizer's identity and blob,
+which rebuild it without network.
 """
 import functools
 import hashlib
