@@ -7,7 +7,6 @@ import copy
 import functools
 import importlib.util
 import logging
-import os
 from types import SimpleNamespace
 from typing import NamedTuple
 
