@@ -1,5 +1,6 @@
 """Trains a model:  python train.py config/quickstart.py --ffn=lowrank --rank=64
                  torchrun --nproc_per_node=8 train.py config/xl.py --ffn=lowrank --rank=512
+Continues a run: python train.py --resume=auto --out_dir=out/xl
 
 A run is a folder: config.json, metrics.jsonl, ckpt.pt (all that an exact continuation needs), model.pt (the result).
 Which tokens a step sees, its learning rate and its guide are pure functions of (config, step). So a run can stop
@@ -22,7 +23,8 @@ class Settings:
 def read_settings(argv):
     """Command line -> (Config, Settings)."""
     cfg, settings = config.load(argv, Settings, usage=__doc__)
-    if cfg.init_from and not os.path.exists(cfg.init_from):
+    continued = os.path.exists(os.path.join(cfg.out_dir, "config.json"))
+    if cfg.init_from and not continued and not os.path.exists(cfg.init_from):
         raise UserError(f"init_from={cfg.init_from} does not exist: give a run folder or a model.pt.")
     return cfg, settings
 
@@ -52,6 +54,7 @@ from config import short
 from device import device_name, in_memory, on_meta, peak_flops, pick_device, set_up
 from model import GPT, build, ffn_params, flops_per_token, load, load_weights
 from optim import AdamW, MixedAdamW
+from run import perplexity
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -183,7 +186,7 @@ def permute(index, n, key):
         for r in range(4):
             left, right = right, left ^ (mix(right ^ mix(np.uint64(key) + np.uint64(r))) & mask)
         x[todo] = (left << half) | right
-        todo = x >= n                                           # walks on along the cycle
+        todo = x >= n  # these walk on along their cycles
     return x.astype(np.int64)
 
 
@@ -519,7 +522,7 @@ def end_early(log, step, number):
     """After a signal and its checkpoint."""
     again = "the same command with --resume=auto continues it"
     if log.lost:
-        raise UserError(f"standard output cannot be written ({log.lost}): the run is saved after step {step}, {again}.")
+        raise UserError(f"the output cannot be written ({log.lost}): the run is saved after step {step}, {again}.")
     log.say(f"stopped after step {step} and saved; {again}")
     sys.exit(128 + number)
 
@@ -539,7 +542,7 @@ def finish(cfg, plan, ranks, model, optimizer, data, log, stop):
             run.save_model(cfg, full_weights(model, optimizer), plan.steps, data.tokenizer, val_loss)
     log.end_card(val_loss, data.n_final * cfg.block_size, train_flops(cfg, plan))
     if log.lost:
-        raise UserError(f"standard output cannot be written ({log.lost}), but the run is finished: "
+        raise UserError(f"the output cannot be written ({log.lost}), but the run is finished: "
                         f"its model is in {cfg.out_dir}.")
 
 
@@ -628,7 +631,7 @@ def score(cfg):
             raise UserError(f"the loss of the model in {cfg.out_dir} is {loss}, its training has diverged: "
                             "train again with a lower lr.")
         if ranks.master:
-            print(f"{cfg.out_dir} on {config.data_dir(cfg)}: loss {loss:.4f}, PPL {run.perplexity(loss):.2f} on "
+            print(f"{cfg.out_dir} on {config.data_dir(cfg)}: loss {loss:.4f}, PPL {perplexity(loss):.2f} on "
                   f"{short(n * trained.block_size)} tokens")
 
 

@@ -18,6 +18,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import json
 import operator
@@ -35,11 +36,13 @@ from typing import Literal
 class UserError(Exception):
     """A user's mistake, or a failure of the machine, in one sentence; scripts print it and exit with status 2.
 
-    Under torchrun rank 0 prints for all, unless a rank may have met it `alone`.
+    Under torchrun rank 0 prints for all, unless a rank may have met it `alone`. A sentence of more than 400 characters is
+    cut where it repeats a value or a path of more than 80.
     """
 
     def __init__(self, sentence, alone=False):
-        super().__init__(sentence)
+        cut = re.sub(r"\S{80,}", lambda word: f"{word[0][:60]}...", sentence) if len(sentence) > 400 else sentence
+        super().__init__(cut)
         self.alone = alone
 
 
@@ -239,7 +242,7 @@ def parse(argv, *classes, usage=""):
             sys.exit(0)
         name, equals, text = arg.removeprefix("--").partition("=")
         if not arg.startswith("-") and not (equals and name.isidentifier()):
-            words.append(arg)
+            words.append(os.path.expanduser(arg))
             continue
         if name not in fields:
             _unknown(name, fields, "the command line")
@@ -449,9 +452,13 @@ def run(main):
             raise UserError("standard output is closed: send it somewhere, as with > log.txt or > /dev/null.")
         try:
             result = main(sys.argv[1:])
-        except (OSError, SystemExit):
+        except SystemExit:
             check_output()
             raise
+        except OSError as e:
+            if e.filename is not None or e.errno not in UNWRITABLE:
+                raise
+            raise _unwritable(e)
         except UnicodeEncodeError as e:
             if e.encoding != sys.stdout.encoding or "utf" in e.encoding:
                 raise
@@ -472,12 +479,18 @@ def run(main):
         sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
 
 
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}  # a full disk, or `| head` has ended
+
+
+def _unwritable(error):
+    return UserError(f"the output cannot be written ({error.strerror}): send it where all of it fits, as with > log.txt.")
+
+
 def check_output():
-    """UserError where standard output takes no more: a full disk, or a reader that has ended, as in `| head`."""
+    """UserError where standard output takes no more; what its buffer holds is then dropped."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
-        raise UserError(f"standard output cannot be written ({e.strerror}): "
-                        "send it where all of it fits, as with > log.txt.") from None
+        raise _unwritable(e) from None
