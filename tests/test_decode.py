@@ -377,7 +377,7 @@ def test_bench_crossover_shows_what_auto_chose(cli, tmp_path):
     assert cli("bench.py", "crossover", *SMALL, f"--json={out}", f"--plot={tmp_path / 'c.png'}")[0] == 0
     for r in map(json.loads, out.read_text().splitlines()):
         chosen = r["factors_ms" if r["auto"] == "factors" else "merged_ms"]
-        assert r["behind"] == pytest.approx(chosen / min(r["factors_ms"], r["merged_ms"]) - 1)
+        assert r["slower_by"] == pytest.approx(chosen / min(r["factors_ms"], r["merged_ms"]) - 1)
         assert (r["launch"], r["of"]) == ("eager", "linear")
     assert (tmp_path / "c.png").exists()
 
