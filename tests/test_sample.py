@@ -309,7 +309,7 @@ for argv in commands:
     (["--prompts=nowhere.txt"], "nowhere.txt"),
     (["--out=/no/such/folder/x.jsonl"], "/no/such/folder/x.jsonl"), (["--n_samples=0"], "n_samples=0"),
     (["--temprature=1"], "did you mean temperature?"), (["out/second"], "2 were given"),
-    (["--device=cuda:99"], "cuda:99")])
+    (["--device=cuda:99"], "cuda:99"), (["--device=cpu", "--graphs=True"], "graphs=True needs a CUDA device")])
 def test_mistakes_are_one_sentence_and_status_2(cli, finished, argv, word):
     status, out, err = cli("sample.py", finished, *argv)
     assert_one_sentence(status, out, err)
