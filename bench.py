@@ -180,10 +180,9 @@ import torch.nn.functional as F
 import curves
 import decode
 import merge
-from device import out_of_memory, peak_flops, pick_device, set_up
+from device import out_of_memory, peak_flops, pick_device, record_graph, set_up
 from model import FFN, build, ffn_params, flops_per_token, linear_params, ops
-from report import (DRAW, Table, clocks, conditions, copy_rate, fresh, graphed, header, laps, middle, ratio, timed,
-                    within_memory)
+from report import DRAW, Table, clocks, conditions, copy_rate, fresh, header, laps, middle, ratio, timed, within_memory
 from run import read_json
 from structured import BlockShuffle, LowRank, linear
 from train import make_optimizer, nominal_vocabulary, train_step
@@ -253,7 +252,7 @@ def time_passes(call, turns, ranks, settings):
             if len(turns[0][1]) <= SHORT:
                 rounds = math.ceil(32 / len(turns))  # so that starting the graph does not count
                 eager_ms = timed(partial(run, call), ranks.device, settings)[0] / len(turns)
-            turn = graphed(lambda: [run(compiled) for _ in range(rounds)])
+            turn = record_graph(lambda: [run(compiled) for _ in range(rounds)]).replay
         ms, spread = timed(turn, ranks.device, settings)
         yield name, ms / len(turns) / rounds, spread / len(turns) / rounds, eager_ms
 

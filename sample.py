@@ -271,6 +271,8 @@ def fit_batch(cfg, s, n_rows, length, device, dtype) -> int:
 
 def main(path, s, prompts):
     device = pick_device(s.device)
+    if s.graphs is True and device.type != "cuda":
+        raise UserError(f"graphs=True needs a CUDA device, this is {device}: leave --graphs out.")
     model, cfg, saved = load(path, device)
     tokenizer = tokenizer_from_blob(saved["tokenizer"]["identity"], saved["tokenizer"]["blob"].numpy().tobytes())
     encoded = [encode(prompt, tokenizer, cfg) for prompt in prompts]
