@@ -181,10 +181,9 @@ import torch.nn.functional as F
 import curves
 import decode
 import merge
-from device import out_of_memory, peak_flops, pick_device, set_up
+from device import out_of_memory, peak_flops, pick_device, record_graph, set_up
 from model import FFN, build, ffn_params, flops_per_token, linear_params, ops
-from report import (DRAW, Table, clocks, conditions, copy_rate, fresh, graphed, header, laps, middle, ratio, timed,
-                    within_memory)
+from report import DRAW, Table, clocks, conditions, copy_rate, fresh, header, laps, middle, ratio, timed, within_memory
 from structured import BlockShuffle, LowRank, linear
 from train import make_optimizer, nominal_vocabulary, train_step
 
@@ -253,7 +252,7 @@ def time_passes(call, turns, ranks, settings):
             if len(turns[0][1]) <= SHORT:
                 rounds = math.ceil(32 / len(turns))  # so that starting the graph does not count
                 eager_ms = timed(partial(run, call), ranks.device, settings)[0] / len(turns)
-            turn = graphed(lambda: [run(compiled) for _ in range(rounds)])
+            turn = record_graph(lambda: [run(compiled) for _ in range(rounds)]).replay
         ms, spread = timed(turn, ranks.device, settings)
         yield name, ms / len(turns) / rounds, spread / len(turns) / rounds, eager_ms
 
@@ -583,7 +582,7 @@ def bench_decode(cfg, settings):
 
     for kind in names(settings, "kinds", KINDS) if cfg.ffn != "dense" else ["dense"]:
         model = random_model(dataclasses.replace(cfg, ffn="dense") if kind == "dense" else cfg, device)
-        merge.ready(model, "structured" if kind == "dense" else kind, dtype)
+        merge.prepare_model(model, "structured" if kind == "dense" else kind, dtype)
         for launch in launches[-1:] if settings.max_batch else launches:
             row = partial(decode_row, model, cfg, kind, launch, ceiling=ceiling, table=table, settings=settings)
             if settings.max_batch:
@@ -623,7 +622,7 @@ def bench_crossover(cfg, settings):
     cfg.vocab_size = 1024
     device, dtype = device_and_dtype(cfg)
     model = random_model(cfg, device)
-    pairs = merge.convert(model, "auto", dtype)
+    pairs = merge.cast_and_merge(model, "auto", dtype)
     facts, began = header(device), time.perf_counter()
     speeds = merge.SpeedTable(merge.load_or_measure(model, pairs))
     facts["measured_in"] = f"{time.perf_counter() - began:.1f} s"

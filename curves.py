@@ -13,8 +13,8 @@ import config
 from config import Config, UserError
 from model import ffn_params
 from report import Panel, Table, commit, draw_curves
-from run import read_json, read_metrics
-from train import MAY_CHANGE, make_plan, step_flops
+from run import MAY_CHANGE, read_json, read_metrics
+from train import make_plan, step_flops
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -259,7 +259,7 @@ def text_documents(path, column, meter):
 
 def _plain_text(file, path, _):
     document, new_line = bytearray(), True
-    for line in _lines(file, path):
+    for _, line in config.text_lines(file, path):
         if new_line and line.rstrip(b"\r\n") == SEPARATOR:
             yield bytes(document), True
             document.clear()
@@ -273,23 +273,8 @@ def _plain_text(file, path, _):
         yield bytes(document), True
 
 
-def _lines(file, path):
-    """Checked UTF-8, a line at a time; a line over a megabyte comes in parts cut between characters."""
-    offset, rest = 0, b""
-    while line := rest + file.readline(MB - len(rest)):
-        rest = b""
-        try:
-            line.decode()
-        except UnicodeDecodeError as e:
-            if e.reason != "unexpected end of data" or len(line) < MB:
-                raise UserError(f"{path} is not UTF-8: {e.reason} at byte {offset + e.start}; convert it first.") from None
-            line, rest = line[:e.start], line[e.start:]
-        yield line if offset else line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-        offset += len(line)
-
-
 def _json_lines(file, path, column):
-    for number, line in enumerate(iter(lambda: file.readline(LARGEST + 1), b""), 1):
+    for number, line in config.text_lines(file, path, LARGEST + 4):
         if len(line) > LARGEST:
             raise UserError(f"{path} line {number} is longer than {LARGEST // MB} MB: split that document.")
         if line.strip():

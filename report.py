@@ -54,20 +54,6 @@ def timed(run, device, settings):
     return middle(laps(lambda mark: run(), device, settings))
 
 
-def graphed(run):
-    """run() captured as a CUDA graph -> its replay, which has no gaps between kernels."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
 def fresh(device):
     """Drops what the last case left: compiled code, cached memory and the peak of memory."""
     torch._dynamo.reset()

@@ -268,6 +268,17 @@ def test_text_files(tmp_path, suffix, opener):
     assert found == docs
 
 
+@pytest.mark.parametrize("longest", [4, 5, 6, 7, 8, 50])
+def test_text_lines(longest):
+    text = "\ufeffone\rtwo é中😀\r\n\n \n" + "é中😀" * 20 + "\n\r\r\nlast \ufeff"
+    lines = list(config.text_lines(io.BytesIO(text.encode()), "x", longest))
+    assert [number for number, line in lines if line.endswith(b"\n")] == [1, 2, 3, 4, 5]
+    joined = {number: b"".join(part for n, part in lines if n == number).decode() for number, _ in lines}
+    assert list(joined.values()) == ["one\rtwo é中😀\r\n", "\n", " \n", "é中😀" * 20 + "\n", "\r\r\n", "last \ufeff"]
+    assert max(len(line) for _, line in lines) <= longest and all(line.decode() for _, line in lines)
+    assert list(config.text_lines(io.BytesIO(b"\xef\xbb\xbf"), "x")) == list(config.text_lines(io.BytesIO(b""), "x")) == []
+
+
 def test_jsonl_columns(tmp_path):
     rows = [{"text": "one", "body": "x\n"}, {"text": "", "body": None}, {"text": "half \ud800", "body": "y"}]
     for name, opener in (("a.jsonl", open), ("a.jsonl.gz", gzip.open), ("a.jsonl.xz", lzma.open)):
@@ -280,12 +291,12 @@ def test_jsonl_columns(tmp_path):
 
 
 @pytest.mark.parametrize("name, data, sentence", [
-    ("a.txt", b"ok\nno\xff\n", r"a.txt is not UTF-8: invalid start byte at byte 5"),
-    ("a.txt", b"x" * (1 << 20) + b"\n" + "é".encode()[:1], "is not UTF-8: unexpected end of data at byte 1048577"),
+    ("a.txt", b"ok\nno\xff\n", r"a.txt is not UTF-8 text .invalid start byte at byte 5"),
+    ("a.txt", b"x" * (1 << 20) + b"\n" + "é".encode()[:1], "is not UTF-8 text .unexpected end of data at byte 1048577"),
     ("a.txt.xz", lzma.compress(bytes(1000))[:-20], "cannot read .*a.txt.xz: Compressed file ended"),
     ("a.txt.gz", b"no gzip", "cannot read .*Not a gzipped file"),
     ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl line 2 is not JSON"),
-    ("a.jsonl", b'{"text": "a\xff"}', "a.jsonl line 1 is not JSON in UTF-8"),
+    ("a.jsonl", b'{"text": "a\xff"}', "a.jsonl is not UTF-8 text .invalid start byte at byte 11"),
     ("a.jsonl", b'["a"]', "line 1 has no text in the column text, it has a list"),
     ("a.jsonl", b'{"text": 5}', "line 1 has no text in the column text, there stands a value of type int"),
     ("a.jsonl", b'{}', "line 1 has no text in the column text, it has no column"),
@@ -508,7 +519,8 @@ def test_interruption_leaves_nothing_half_and_no_process(tmp_path, number, statu
             "prepare.text_documents = lambda *_: ((b'word ' * 2000, time.sleep(0.001) is None) for _ in itertools.count())\n"
             "config.run(prepare.main)")
     process = subprocess.Popen([sys.executable, "-c", code, "--dataset=text", f"--input={path}", "--tokenizer=byte", "--workers=2",
-                                f"--data_dir={tmp_path}/data"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+                                f"--data_dir={tmp_path}/data"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job ignores it
     temp = tmp_path / "data" / "train.bin.tmp"
     while not (temp.exists() and temp.stat().st_size > 2 * prepare.MB):
         assert process.poll() is None
