@@ -168,6 +168,7 @@ if __name__ == "__main__":
 
 import contextlib
 import itertools
+import json
 import math
 import time
 from functools import partial
@@ -183,7 +184,6 @@ import merge
 from device import out_of_memory, peak_flops, pick_device, record_graph, set_up
 from model import FFN, build, ffn_params, flops_per_token, linear_params, ops
 from report import DRAW, Table, clocks, conditions, copy_rate, fresh, header, laps, middle, ratio, timed, within_memory
-from run import read_json
 from structured import BlockShuffle, LowRank, linear
 from train import make_optimizer, nominal_vocabulary, train_step
 
@@ -650,9 +650,17 @@ def bench_crossover(cfg, settings):
 # ----------------------------------------------------------------------------------------------------------------------
 # plot: rows of earlier benchmarks
 
+def read_rows(path) -> list:
+    """The rows that --json wrote to a file."""
+    try:
+        return [json.loads(line) for line in config.read_text(path).splitlines() if line.strip()]
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} does not hold rows as --json writes them: one JSON object per line.") from None
+
+
 def plot_rows(paths, settings):
     """Draws rows that --json wrote, those of one benchmark."""
-    rows = [row for path in paths for row in read_json(path, lines=True) if isinstance(row, dict) and "note" not in row]
+    rows = [row for path in paths for row in read_rows(path) if isinstance(row, dict) and "note" not in row]
     kinds, launches = names(settings, "kinds", KINDS), names(settings, "launches", ("eager", "graph"))
     widths, tokens = numbers(settings, "widths"), numbers(settings, "tokens")
     rows = [r for r in rows if r.get("kind", kinds[0]) in ("dense", *kinds) and r.get("launch", launches[0]) in launches

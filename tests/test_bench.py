@@ -486,7 +486,8 @@ def test_plot_draws_rows_of_one_benchmark(cli, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(rows.read_text() + '{"benchmark": "curves"}\n')
     for argv, word in (((other,), "curves and ffn"), ((rows, "--widths=96"), "no benchmark"),
-                       ((tmp_path / "none",), "is missing")):
+                       ((tmp_path / "none",), "cannot read"), ((picture,), "UTF-8"),
+                       ((ROOT / "bench.py",), "one JSON object")):
         result = cli("bench.py", "plot", *argv, f"--plot={picture}")
         assert_one_sentence(*result)
         assert word in result[2]
