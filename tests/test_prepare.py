@@ -532,7 +532,7 @@ def test_the_next_command_names_a_run_of_its_own(tmp_path, monkeypatch):
     assert hint("data/my own")[-1] == "--out_dir=out/my own-3"
 
 
-@pytest.mark.parametrize("docs, values", [(300, {}), (40, {"block_size": 1024}), (60, {"batch_size": 400})])
+@pytest.mark.parametrize("docs, values", [(300, {}), (60, {"batch_size": 400, "block_size": 1024})])
 def test_the_next_command_trains(tmp_path, docs, values):
     pytest.importorskip("torch")
     preset = tiny_preset(tmp_path, **values)

@@ -1,11 +1,13 @@
 """tokenizer.py: round trips, sentencepiece as trained here and as given, GPT-2's merges, identities."""
 import hashlib
 import io
+import json
 import random
+from pathlib import Path
 
 import pytest
 
-from corpora import make, some_documents, stdlib, write_corpus
+from corpora import make, some_documents, write_corpus
 
 import prepare
 from config import UserError
@@ -16,9 +18,20 @@ ODD = ["", " ", "  a  ", "\n\n \n", "\ta\t\tb", "\r\n", "a\x00b", "▁ a▁▁b"
        "\ufeffa\u200b\u2028", "\ufffd\uffff", "x" * 1000 + "▁" + "y " * 50, "中文 テキスト", "self.x  =  {1234567: 'a'}\n        return\n"]
 
 
+@pytest.fixture(scope="module")
+def source():
+    """Some of the standard library's files."""
+    return [path.read_text() for path in sorted(Path(json.__file__).parent.parent.glob("[a-d]*.py"))]
+
+
+@pytest.fixture(scope="module")
+def spm(source):
+    blob = train_sentencepiece(2048, [text[i:i + 1000] for text in source for i in range(0, len(text), 1000)])
+    return prepare.tokenizer_from_blob(prepare.pinned("spm:2048", blob), blob)
+
+
 @pytest.mark.parametrize("text", ODD)
-def test_every_text_round_trips(stdlib, text):
-    spm = prepare.open_data(stdlib[0])[2]
+def test_every_text_round_trips(spm, text):
     for tokenizer in (spm, prepare.load_tokenizer("byte")):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and tokenizer.eos not in ids and all(0 <= i < tokenizer.vocab_size for i in ids)
@@ -26,23 +39,22 @@ def test_every_text_round_trips(stdlib, text):
         assert tokenizer.decode(ids + [tokenizer.eos]) == text
 
 
-def test_spm_encodes_word_by_word_what_sentencepiece_encodes_whole(stdlib):
+def test_spm_encodes_word_by_word_what_sentencepiece_encodes_whole(spm, source):
     import sentencepiece
-    tokenizer = prepare.open_data(stdlib[0])[2]
-    whole = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.blob)
+    whole = sentencepiece.SentencePieceProcessor(model_proto=spm.blob)
     rng = random.Random(0)
     parts = ["a", " ", "  ", "\n", "\t", "the", "    ", "self", ":", "é", "1", "😀", "\x00", "\r\n", "x" * 40, "<0x0A>", "</s>"]
-    for text in ["".join(rng.choices(parts, k=rng.randrange(40))) for _ in range(500)] + [t[:20_000] for t in stdlib[1][:100]]:
-        assert tokenizer.encode(text) == whole.encode(text)
+    for text in ["".join(rng.choices(parts, k=rng.randrange(40))) for _ in range(500)] + [t[:20_000] for t in source]:
+        assert spm.encode(text) == whole.encode(text)
 
 
-def test_spm_learns_line_ends_and_indentation(stdlib):
-    table = prepare.open_data(stdlib[0])[2].table
-    assert {b"\n", b" " * 4, b" " * 8} <= set(table) and any(b"\n" in piece and len(piece) > 1 for piece in table)
+def test_spm_learns_line_ends_and_indentation(spm):
+    assert {b"\n", b" " * 4, b" " * 8} <= set(spm.table)
+    assert any(b"\n" in piece and len(piece) > 1 for piece in spm.table)
 
 
-def test_blobs_rebuild_tokenizers(stdlib, tmp_path):
-    tokenizer = prepare.open_data(stdlib[0])[2]
+def test_blobs_rebuild_tokenizers(spm, tmp_path):
+    tokenizer = spm
     again = prepare.tokenizer_from_blob(tokenizer.identity, tokenizer.blob)
     assert (again.encode(ODD[-1]), again.eos, again.table) == (tokenizer.encode(ODD[-1]), tokenizer.eos, tokenizer.table)
     with pytest.raises(UserError, match="damaged"):
