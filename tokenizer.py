@@ -51,7 +51,7 @@ def load_tokenizer(name) -> Tokenizer:
         with open(path, "rb") as f:
             blob = f.read()
     except OSError as e:
-        raise UserError(f"cannot read the tokenizer {path}: {e.strerror}.") from None
+        raise UserError(f"cannot read the tokenizer {path} ({e.strerror}): give the path of a .model file.") from None
     return tokenizer_from_blob(pinned(name, blob), blob)
 
 
