@@ -263,10 +263,10 @@ def test_interruption_leaves_nothing_half_and_no_process(tmp_path, number, statu
             "corpus.text_documents = lambda *_: endless\n"
             "prepare.hold_out = lambda *_: lambda text: False\n"
             "config.run(prepare.main)")
-    process = subprocess.Popen([sys.executable, "-c", code, "--dataset=text", f"--input={path}", "--tokenizer=byte",
-                                "--workers=2",
-                                f"--data_dir={tmp_path}/data"], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "--dataset=text", f"--input={path}", "--tokenizer=byte", "--workers=2",
+         f"--data_dir={tmp_path}/data"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job ignores it
     temp = tmp_path / "data" / "train.bin.tmp"
     while not (temp.exists() and temp.stat().st_size > 2 * prepare.MB):
         assert process.poll() is None
