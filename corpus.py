@@ -31,7 +31,7 @@ MB = 1 << 20
 # ----------------------------------------------------------------------------------------------------------------------
 # Sources: generators of (UTF-8 bytes, last), where last ends a document; only text over 64 MB comes in several pieces
 
-LARGEST, HASHED = 64 * MB, 1 << 30
+LARGEST, HASHED, MANY = 64 * MB, 1 << 30, 1 << 18
 SEPARATOR = b"<|endoftext|>"
 ROWS = (".jsonl", ".jsonl.xz", ".jsonl.gz", ".jsonl.zst", ".parquet")
 SUFFIXES = (".txt", ".txt.xz", ".txt.gz", ".txt.zst", *ROWS)
@@ -320,7 +320,7 @@ def hold_out(source, meter):
                 if key < below:
                     sizes[key] += len(text)
             key = None if last else key
-            while len(sizes) > 1 << 18 and below > 4 * source.share * 2 ** 64:  # of many documents low hashes suffice
+            while len(sizes) > MANY and below > 4 * source.share * 2 ** 64:  # of many documents low hashes suffice
                 below //= 2
                 sizes = Counter({k: size for k, size in sizes.items() if k < below})
             bar.show(meter["done"])

@@ -320,7 +320,8 @@ def check(cfg, settings):
         if getattr(settings, name) < 0:
             raise UserError(f"{name}={getattr(settings, name)} must not be negative.")
     if settings.workers > MOST_WORKERS:
-        raise UserError(f"workers={settings.workers} must be at most {MOST_WORKERS}: give about one for each core.")
+        here = " on Windows" if sys.platform == "win32" else ""
+        raise UserError(f"workers={settings.workers} must be at most {MOST_WORKERS}{here}: give about one a core.")
     if cfg.dataset == "text" and not cfg.input:
         raise UserError("dataset=text needs its files: give --input=FILES (files, folders, globs, between commas).")
     if cfg.dataset != "text" and (cfg.input or cfg.val_input):

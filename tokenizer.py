@@ -53,7 +53,8 @@ def load_tokenizer(name) -> Tokenizer:
         with open(path, "rb") as f:
             blob = f.read()
     except OSError as e:
-        raise UserError(f"cannot read the tokenizer {path}: {e.strerror}.") from None
+        raise UserError(f"cannot read the tokenizer {path} ({e.strerror}): "
+                        "give the path of a .model or a tokenizer.json.") from None
     blob = with_eos(blob, path) if path.endswith(".json") else blob
     return tokenizer_from_blob(pinned(name, blob), blob)
 

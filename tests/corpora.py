@@ -1,12 +1,8 @@
 """Helpers of the tests of data: small corpora, data folders made of them, and their texts."""
-import os
 import random
-import re
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -39,7 +35,8 @@ def make(tmp_path, folder="data", **values):
 
 
 def command(*args, **kwargs):
-    return subprocess.run([sys.executable, str(ROOT / "prepare.py"), *map(str, args)], capture_output=True, text=True, timeout=60, **kwargs)
+    return subprocess.run([sys.executable, str(ROOT / "prepare.py"), *map(str, args)], capture_output=True, text=True,
+                          timeout=60, **kwargs)
 
 
 def documents_of(tokens, tokenizer):
@@ -47,19 +44,3 @@ def documents_of(tokens, tokenizer):
     ids = tokens.tolist()
     ends = [i for i, t in enumerate(ids) if t == tokenizer.eos]
     return [tokenizer.decode(ids[a + 1:b]) for a, b in zip([-1] + ends, ends)]
-
-
-@pytest.fixture(scope="session")
-def stdlib(tmp_path_factory):
-    """The default data set, its Config, and its texts read independently."""
-    cfg = Config(data_dir=str(tmp_path_factory.mktemp("stdlib") / "data"), tokenizer="spm:2048")
-    prepare.prepare(cfg, Settings())
-    root = Path(os.__file__).parent
-    unwanted = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    texts = []
-    for path in root.rglob("*.py"):
-        if not unwanted & set(path.relative_to(root).parts):
-            data = path.read_bytes()
-            cookie = re.search(rb"^#.*?coding[:=][ \t]*([-\w.]+)", b"\n".join(data.split(b"\n")[:2]), re.M)
-            texts.append(data.decode(cookie[1].decode() if cookie else "utf-8-sig"))
-    return cfg, texts
