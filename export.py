@@ -161,6 +161,7 @@ LIMITS = (
     ("starcoder2", "vllm gguf", lambda c, t: can_add_heads(c), WHOLE),
     ("starcoder2 gpt2", "gguf", lambda c, t: c.act == "gelu", "computes gelu there, act=relu2 stands in the way"),
     ("arcee", "vllm gguf", lambda c, t: c.act == "relu2", "computes relu2 there, act=gelu stands in the way"),
+    ("arcee", "gguf", lambda c, t: not c.bias, "has no biases there, bias=True stands in the way"),
     ("stablelm", "gguf", lambda c, t: not c.tie_embeddings, "is untied there, tie_embeddings=True stands in the way"),
     ("gpt2", "gguf", lambda c, t: c.ffn_dim == 4 * c.n_embd, "needs ffn_dim = 4 n_embd there"),
     ("starcoder2 stablelm gpt2", "gguf", lambda c, t: t in ("gpt2", "hf"), "needs the tokenizer gpt2 there"),

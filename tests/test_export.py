@@ -379,6 +379,7 @@ def test_a_target_gets_the_heads_and_biases_it_needs(argv, target, kind, expecte
     (["--attn_dim=64"], "vllm", "spm", ["starcoder2", "attn_dim"]),
     ([RELU2], "gguf", "gpt2", ["starcoder2", "act=relu2"]), ([LLAMA], "gguf", "gpt2", ["arcee", "act=gelu"]),
     ([LLAMA], "vllm", "gpt2", ["arcee", "act=gelu"]), ([], "gguf", "spm", ["starcoder2", "tokenizer gpt2"]),
+    ([LLAMA, RELU2], "gguf", "gpt2", ["arcee", "bias=True"]),
     ([SWIGLU, NO_BIAS], "gguf", "gpt2", ["stablelm", "tie_embeddings=True"]),
     ([LEARNED, "--ffn_dim=64"], "gguf", "gpt2", ["gpt2", "ffn_dim"]),
     ([LLAMA, SWIGLU], "gguf", "byte", ["llama", "byte"]), ([LEARNED, RELU2], "gguf", "gpt2", ["gpt2", "act=relu2"])])
