@@ -18,6 +18,7 @@ from config import Config, UserError
 from conftest import LOWRANK, ROOT, STRUCTURES, assert_one_sentence, train_run
 from merge import merge_model
 from model import build, load
+from prepare import TokenFile
 from run import save_beside
 from tokenizer import byte_characters, load_tokenizer, pinned, tokenizer_from_blob, train_sentencepiece
 
@@ -124,7 +125,8 @@ def foreign_model():
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS), model_writer=out, model_type="bpe", vocab_size=420, byte_fallback=True,
-        minloglevel=3, normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True)
+        minloglevel=3, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True)
     return out.getvalue()
 
 
@@ -294,9 +296,9 @@ def test_the_architecture_computes_the_same_and_comes_back_equal(name, transform
 
 
 @pytest.mark.parametrize("name, structure", [
-    ("llama", "lowrank"), ("llama", "blockshuffle"), ("llama", "blockdense"), ("mistral", "lowrank"), ("gpt2", "lowrank"),
-    ("starcoder2, no bias, wide attention", "blockshuffle"), ("arcee", "blockdense"), ("stablelm", "blockdense"),
-    ("gpt2, groups", "blockshuffle"), ("gpt_bigcode", "lowrank")])
+    ("llama", "lowrank"), ("llama", "blockshuffle"), ("llama", "blockdense"), ("mistral", "lowrank"),
+    ("gpt2", "lowrank"), ("starcoder2, no bias, wide attention", "blockshuffle"), ("arcee", "blockdense"),
+    ("stablelm", "blockdense"), ("gpt2, groups", "blockshuffle"), ("gpt_bigcode", "lowrank")])
 def test_the_factors_stay_behind_a_modeling_file(name, structure, transformers, cli, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     dense = [arg for arg in ROWS[name] if not arg.startswith(("--ffn=", "--rank=", "--nblocks="))]
@@ -463,6 +465,25 @@ def test_models_of_transformers_come_in(name, transformers, cli, tmp_path):
     assert status == 0 and "tokenizer hf:hf@" in out, err
     assert_same(load(str(tmp_path / "in"), CPU)[0], model)
     assert cli("sample.py", tmp_path / "in", "--prompt=naïve", "--max_new_tokens=4")[0] == 0
+
+
+def test_train_scores_a_model_that_came_in_on_text_of_its_tokenizer(transformers, cli, tmp_path):
+    model = foreign(transformers, "llama", tmp_path / "hf")
+    (tmp_path / "text.txt").write_text("\n".join(CORPUS))
+    (tmp_path / "val.txt").write_text("\n".join(CORPUS[::-1]))
+    assert cli("export.py", tmp_path / "hf", f"--out_dir={tmp_path}/in")[0] == 0
+    argv = ["--dataset=text", f"--input={tmp_path}/text.txt", f"--val_input={tmp_path}/val.txt",
+            f"--tokenizer={tmp_path}/hf/tokenizer.json"]
+    assert cli("prepare.py", *argv, f"--data_dir={tmp_path}/data", "--workers=1")[0] == 0
+    status, out, err = cli("train.py", *argv, f"--data_dir={tmp_path}/data", f"--out_dir={tmp_path}/in",
+                           "--eval_only=True", "--device=cpu", "--batch_size=16")
+    assert status == 0, err
+    val = TokenFile(str(tmp_path / "data" / "val.bin")).tokens
+    n = (len(val) - 1) // 64
+    windows = torch.from_numpy(val[:n * 64 + 1].astype("int64")).unfold(0, 65, 64)
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(windows[:, :-1]).logits.flatten(0, 1), windows[:, 1:].flatten())
+    assert n and f"loss {loss.item():.4f}" in out
 
 
 def test_theta_and_scaling_are_read_in_both_spellings(transformers, cli, tmp_path):
