@@ -97,6 +97,8 @@ def test_the_end_of_a_document_is_named_by_one_of_the_folders_files(tmp_path):
         load_tokenizer(str(path))
     (path.parent / "config.json").write_text(json.dumps({"eos_token_id": [expected.eos, 3]}))
     assert load_tokenizer(str(path)).identity == expected.identity
+    (path.parent / "config.json").write_text(json.dumps({"eos_token_id": 0}))  # StarCoder's is the first token
+    assert load_tokenizer(str(path)).eos == 0
     path.write_text("{}")
     with pytest.raises(UserError, match="are not a tokenizer"):
         load_tokenizer(str(path))
@@ -579,7 +581,14 @@ def test_mistakes_are_one_sentence_without_torch(without_torch, argv, word):
 def test_a_missing_model_and_a_failed_export_leave_nothing(cli, tmp_path, monkeypatch):
     status, out, err = cli("export.py", tmp_path / "none", f"--to={tmp_path}/hf")
     assert_one_sentence(status, out, err)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text("{}")
+    (tmp_path / "begun" / "metrics.jsonl").write_text("")
+    status, out, err = cli("export.py", tmp_path / "begun", f"--to={tmp_path}/hf")
+    assert_one_sentence(status, out, err)
+    assert "model.pt does not exist" in err  # and not that it is no folder of Hugging Face's
     keep_model(tmp_path / "run", random_model(tiny()))
+    (tmp_path / "hf.tmp").mkdir()
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
@@ -587,7 +596,7 @@ def test_a_missing_model_and_a_failed_export_leave_nothing(cli, tmp_path, monkey
     monkeypatch.setattr("export.write_weights", full)
     with pytest.raises(UserError, match="No space left"):
         export.main(*export.read_settings([str(tmp_path / "run"), f"--to={tmp_path}/hf"]))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["begun", "run"]
 
 
 def test_a_model_of_ours_is_copied_with_its_run(cli, finished, tmp_path):
