@@ -64,8 +64,9 @@ def read_settings(argv):
 
 
 def is_hf(path) -> bool:
-    """Whether a source is a folder of Hugging Face's."""
-    return os.path.exists(os.path.join(path, "config.json")) and not os.path.exists(os.path.join(path, "model.pt"))
+    """Whether a source is a folder of Hugging Face's; a run has a config.json too."""
+    config_json, *of_a_run = (os.path.exists(os.path.join(path, n)) for n in ("config.json", "model.pt", "metrics.jsonl"))
+    return config_json and not any(of_a_run)
 
 
 if __name__ == "__main__":
@@ -161,6 +162,7 @@ LIMITS = (
     ("starcoder2", "vllm gguf", lambda c, t: can_add_heads(c), WHOLE),
     ("starcoder2 gpt2", "gguf", lambda c, t: c.act == "gelu", "computes gelu there, act=relu2 stands in the way"),
     ("arcee", "vllm gguf", lambda c, t: c.act == "relu2", "computes relu2 there, act=gelu stands in the way"),
+    ("arcee", "gguf", lambda c, t: not c.bias, "has no biases there, bias=True stands in the way"),
     ("stablelm", "gguf", lambda c, t: not c.tie_embeddings, "is untied there, tie_embeddings=True stands in the way"),
     ("gpt2", "gguf", lambda c, t: c.ffn_dim == 4 * c.n_embd, "needs ffn_dim = 4 n_embd there"),
     ("starcoder2 stablelm gpt2", "gguf", lambda c, t: t in ("gpt2", "hf"), "needs the tokenizer gpt2 there"),
@@ -541,6 +543,7 @@ def write_hf(folder, model, cfg, saved, s):
         settings = for_factors(settings, cfg)
         files[MODELING] = Path(__file__).with_name(MODELING).read_bytes()
     folder = os.path.normpath(folder)
+    shutil.rmtree(folder + ".tmp", ignore_errors=True)  # of an export that was killed
     files["README.md"] = model_card(os.path.basename(folder), cfg, saved, name, params, factors).encode()
     try:
         with writing(folder):
@@ -663,6 +666,7 @@ def main(path, s):
     if s.ffn != "dense":
         project_ffns(path, model.to(device), cfg, saved, s)
         model.cpu()
+        saved |= {"step": 0, "val_loss": None}  # no longer the model that was trained
     if s.to:
         return write_hf(s.to, model, cfg, saved, s)
     target = os.path.join(s.out_dir, "model.pt")

@@ -158,7 +158,7 @@ def with_eos(blob, path):
         tokens = {i: t for t, i in data["model"]["vocab"].items()} | special
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path} and the files beside it are not a tokenizer of Hugging Face's ({reason(e)}).") from None
-    for name in (n[0] if isinstance(n, list) else n["content"] if isinstance(n, dict) else n for n in named if n):
+    for name in (n[0] if isinstance(n, list) else n["content"] if isinstance(n, dict) else n for n in named if n is not None):
         if name in tokens.values() or name in tokens:
             return json.dumps({**data, "eos_token": tokens.get(name, name)}, ensure_ascii=False).encode()
     raise UserError(f"no file beside {path} names its end-of-sequence token: give tokenizer_config.json an eos_token.")
@@ -194,7 +194,7 @@ def _huggingface(identity, blob):
         if token in added:
             return token.encode()
         if "ByteLevel" in decoder:
-            return b"".join(of_character[c] for c in token)
+            return b"".join(of_character.get(c, c.encode()) for c in token)
         is_byte = re.fullmatch("<0x[0-9A-F]{2}>", token)
         return bytes.fromhex(token[3:5]) if is_byte else token.replace("▁", " ").encode()
 

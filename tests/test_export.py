@@ -18,6 +18,7 @@ from config import Config, UserError
 from conftest import LOWRANK, ROOT, STRUCTURES, assert_one_sentence, train_run
 from merge import merge_model
 from model import build, load
+from prepare import TokenFile
 from run import save_beside
 from tokenizer import byte_characters, load_tokenizer, pinned, tokenizer_from_blob, train_sentencepiece
 
@@ -96,6 +97,8 @@ def test_the_end_of_a_document_is_named_by_one_of_the_folders_files(tmp_path):
         load_tokenizer(str(path))
     (path.parent / "config.json").write_text(json.dumps({"eos_token_id": [expected.eos, 3]}))
     assert load_tokenizer(str(path)).identity == expected.identity
+    (path.parent / "config.json").write_text(json.dumps({"eos_token_id": 0}))  # StarCoder's is the first token
+    assert load_tokenizer(str(path)).eos == 0
     path.write_text("{}")
     with pytest.raises(UserError, match="are not a tokenizer"):
         load_tokenizer(str(path))
@@ -124,7 +127,8 @@ def foreign_model():
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS), model_writer=out, model_type="bpe", vocab_size=420, byte_fallback=True,
-        minloglevel=3, normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True)
+        minloglevel=3, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True)
     return out.getvalue()
 
 
@@ -294,9 +298,9 @@ def test_the_architecture_computes_the_same_and_comes_back_equal(name, transform
 
 
 @pytest.mark.parametrize("name, structure", [
-    ("llama", "lowrank"), ("llama", "blockshuffle"), ("llama", "blockdense"), ("mistral", "lowrank"), ("gpt2", "lowrank"),
-    ("starcoder2, no bias, wide attention", "blockshuffle"), ("arcee", "blockdense"), ("stablelm", "blockdense"),
-    ("gpt2, groups", "blockshuffle"), ("gpt_bigcode", "lowrank")])
+    ("llama", "lowrank"), ("llama", "blockshuffle"), ("llama", "blockdense"), ("mistral", "lowrank"),
+    ("gpt2", "lowrank"), ("starcoder2, no bias, wide attention", "blockshuffle"), ("arcee", "blockdense"),
+    ("stablelm", "blockdense"), ("gpt2, groups", "blockshuffle"), ("gpt_bigcode", "lowrank")])
 def test_the_factors_stay_behind_a_modeling_file(name, structure, transformers, cli, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     dense = [arg for arg in ROWS[name] if not arg.startswith(("--ffn=", "--rank=", "--nblocks="))]
@@ -337,8 +341,7 @@ def test_large_models_are_written_in_shards_and_in_bfloat16(transformers, cli, t
     n = len(files)
     assert n > 2 and files == [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
     assert all(f.stat().st_size < 24_000 for f in (tmp_path / "hf").glob("*.safetensors"))
-    model = theirs(transformers, tmp_path / "hf")
-    assert model.dtype == torch.bfloat16
+    assert theirs(transformers, tmp_path / "hf", dtype="auto").dtype == torch.bfloat16
     assert export.main(*export.read_settings([str(tmp_path / "hf"), f"--out_dir={tmp_path}/back"])) is None
     merge_model(ours)
     for key, t in load(str(tmp_path / "back"), CPU)[0].state_dict().items():
@@ -379,6 +382,7 @@ def test_a_target_gets_the_heads_and_biases_it_needs(argv, target, kind, expecte
     (["--attn_dim=64"], "vllm", "spm", ["starcoder2", "attn_dim"]),
     ([RELU2], "gguf", "gpt2", ["starcoder2", "act=relu2"]), ([LLAMA], "gguf", "gpt2", ["arcee", "act=gelu"]),
     ([LLAMA], "vllm", "gpt2", ["arcee", "act=gelu"]), ([], "gguf", "spm", ["starcoder2", "tokenizer gpt2"]),
+    ([LLAMA, RELU2], "gguf", "gpt2", ["arcee", "bias=True"]),
     ([SWIGLU, NO_BIAS], "gguf", "gpt2", ["stablelm", "tie_embeddings=True"]),
     ([LEARNED, "--ffn_dim=64"], "gguf", "gpt2", ["gpt2", "ffn_dim"]),
     ([LLAMA, SWIGLU], "gguf", "byte", ["llama", "byte"]), ([LEARNED, RELU2], "gguf", "gpt2", ["gpt2", "act=relu2"])])
@@ -462,6 +466,25 @@ def test_models_of_transformers_come_in(name, transformers, cli, tmp_path):
     assert status == 0 and "tokenizer hf:hf@" in out, err
     assert_same(load(str(tmp_path / "in"), CPU)[0], model)
     assert cli("sample.py", tmp_path / "in", "--prompt=naïve", "--max_new_tokens=4")[0] == 0
+
+
+def test_train_scores_a_model_that_came_in_on_text_of_its_tokenizer(transformers, cli, tmp_path):
+    model = foreign(transformers, "llama", tmp_path / "hf")
+    (tmp_path / "text.txt").write_text("\n".join(CORPUS))
+    (tmp_path / "val.txt").write_text("\n".join(CORPUS[::-1]))
+    assert cli("export.py", tmp_path / "hf", f"--out_dir={tmp_path}/in")[0] == 0
+    argv = ["--dataset=text", f"--input={tmp_path}/text.txt", f"--val_input={tmp_path}/val.txt",
+            f"--tokenizer={tmp_path}/hf/tokenizer.json"]
+    assert cli("prepare.py", *argv, f"--data_dir={tmp_path}/data", "--workers=1")[0] == 0
+    status, out, err = cli("train.py", *argv, f"--data_dir={tmp_path}/data", f"--out_dir={tmp_path}/in",
+                           "--eval_only=True", "--device=cpu", "--batch_size=16")
+    assert status == 0, err
+    val = TokenFile(str(tmp_path / "data" / "val.bin")).tokens
+    n = (len(val) - 1) // 64
+    windows = torch.from_numpy(val[:n * 64 + 1].astype("int64")).unfold(0, 65, 64)
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(windows[:, :-1]).logits.flatten(0, 1), windows[:, 1:].flatten())
+    assert n and f"loss {loss.item():.4f}" in out
 
 
 def test_theta_and_scaling_are_read_in_both_spellings(transformers, cli, tmp_path):
@@ -558,7 +581,14 @@ def test_mistakes_are_one_sentence_without_torch(without_torch, argv, word):
 def test_a_missing_model_and_a_failed_export_leave_nothing(cli, tmp_path, monkeypatch):
     status, out, err = cli("export.py", tmp_path / "none", f"--to={tmp_path}/hf")
     assert_one_sentence(status, out, err)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text("{}")
+    (tmp_path / "begun" / "metrics.jsonl").write_text("")
+    status, out, err = cli("export.py", tmp_path / "begun", f"--to={tmp_path}/hf")
+    assert_one_sentence(status, out, err)
+    assert "model.pt does not exist" in err  # and not that it is no folder of Hugging Face's
     keep_model(tmp_path / "run", random_model(tiny()))
+    (tmp_path / "hf.tmp").mkdir()
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
@@ -566,7 +596,7 @@ def test_a_missing_model_and_a_failed_export_leave_nothing(cli, tmp_path, monkey
     monkeypatch.setattr("export.write_weights", full)
     with pytest.raises(UserError, match="No space left"):
         export.main(*export.read_settings([str(tmp_path / "run"), f"--to={tmp_path}/hf"]))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["begun", "run"]
 
 
 def test_a_model_of_ours_is_copied_with_its_run(cli, finished, tmp_path):

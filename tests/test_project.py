@@ -7,7 +7,7 @@ import torch
 import config
 import project
 from config import UserError
-from conftest import STRUCTURES, assert_one_sentence, dense_oracle
+from conftest import STRUCTURES, assert_one_sentence, dense_oracle, train_run
 from merge import merge_model
 from model import build, load
 from run import save_beside
@@ -240,6 +240,13 @@ def test_what_cannot_be_projected_is_one_sentence(cli, finished, tmp_path):
                                "--device=cpu")
         assert_one_sentence(status, out, err)
         assert word in err
+
+
+def test_a_trained_models_loss_is_not_said_of_its_projection(cli, data, tmp_path):
+    run = train_run(tmp_path / "run", data)
+    assert cli("export.py", run, f"--to={tmp_path}/hf", *STRUCTURES["lowrank"], "--device=cpu")[0] == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "projected onto the FFN" in card and "loss" not in card and "FLOPs" not in card
 
 
 def test_a_projected_model_goes_out_merged(cli, tmp_path):
