@@ -232,6 +232,16 @@ def test_the_fused_sampler_takes_only_the_filters_it_knows(monkeypatch):
         assert not kernels.can_sample(on_cuda, settings(temperature=0.8, **given)), given
 
 
+@torch.no_grad()
+def test_the_decoder_asks_whether_the_fused_sampler_knows_its_filters(monkeypatch):
+    stub = SimpleNamespace(ON=True, fused_step=lambda model, cache: None, sample="fused",
+                           can_sample=lambda token, s: s.top_p == 1)
+    monkeypatch.setattr(decode, "ops", stub)
+    model = prepare_model(make(), "structured", torch.float32)
+    for top_p, graphs, expected in ((1.0, True, "fused"), (0.9, True, None), (1.0, False, None)):
+        assert Decoder(model, settings(top_p=top_p), 1, 64, graphs=graphs).fused_sample == expected
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Ends
 

@@ -320,6 +320,7 @@ def test_params_guide_counts_the_guides_of_a_real_model():
     facts = train.summary(cfg)
     assert facts["params_guide"] == sum(p.numel() for n, p in gpt.named_parameters() if n.endswith(".W")) == 2 * 2 * 32 * 128
     assert facts["params"] == sum(p.numel() for n, p in gpt.named_parameters() if not n.endswith(".W"))
+    assert train.summary(tiny(*STRUCTURES["blockdense"]))["params_guide"] == 0
 
 
 def test_dry_run_prints_the_summary_as_one_json_line(cli):

@@ -212,6 +212,14 @@ def test_a_signal_in_the_last_step_comes_before_the_final_validation(whole_plain
     assert_same_run(train_run(tmp_path / "run", data, "--resume=auto"), whole_plain)
 
 
+def test_a_signal_while_the_last_step_is_saved_ends_the_final_validation():
+    with train.Stop() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt) as e, stop.at_once():
+            pytest.fail("it validated")
+    assert e.value.args == (signal.SIGTERM,)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Outputs that fail
 

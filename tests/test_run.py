@@ -217,6 +217,10 @@ def test_folders_are_continued_refused_or_finished(cli, finished, data, tmp_path
         status, out, err = again(*argv)
         assert_one_sentence(status, out, err)
         assert words in err and str(finished) in err
+    unfinished = shutil.copytree(finished, tmp_path / "unfinished", ignore=shutil.ignore_patterns("model.pt"))
+    status, out, err = cli("train.py", *TINY, *LOWRANK, f"--out_dir={unfinished}", f"--data_dir={data}")
+    assert_one_sentence(status, out, err)
+    assert "already holds a run" in err and "--resume=auto" in err
     status, out, err = again("--resume=auto", "--log_interval=3")
     assert status == 0 and "finished" in out and not err and before == (finished / "model.pt").read_bytes()
     for text in ("{", "[]", "3", '{"n_layer": []}', 100_000 * "["):
