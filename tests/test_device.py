@@ -79,7 +79,7 @@ def two_processes(data, tmp_path_factory, whole):
                str(folder / "worker.py")]
     torchrun = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        out, err = torchrun.communicate(timeout=60)
+        out, err = torchrun.communicate(timeout=240)
     except subprocess.TimeoutExpired:
         torchrun.terminate()  # it ends its workers
         out, err = torchrun.communicate()
