@@ -40,7 +40,7 @@ constexpr int MAX_SLOTS = 32;            // at most. More: barriers take room; f
 // Slots filled or in flight up to which two copies may be in flight; beyond it, one. Higher, copies queue before the
 // memory and activations queue after them; lower, memory idles.
 constexpr int PREFETCH_DEPTH = BATCH == 1 ? 8 : 6;
-// Slots of a mean share above which one more copy is in flight. Higher, long shares are slower; lower, short stages wait.
+// Slots of a mean share above which one more copy is in flight. Higher: long shares are slower; lower: short ones wait.
 constexpr int LONG_SHARE = 6;
 // CTAs that may still work on a stage when others start to poll. Higher, polling disturbs them; lower, it starts late.
 constexpr int EARLY = 12;
@@ -135,13 +135,13 @@ DEVICE char* shared_memory() {
 // Numbers
 
 DEVICE void unpack(const uint4& piece, float (&out)[E]) {
-    const unsigned words[4] = {piece.x, piece.y, piece.z, piece.w};
+    const unsigned bits[4] = {piece.x, piece.y, piece.z, piece.w};
     UNROLL for (int i = 0; i < 4; i++)
         if constexpr (E == 8) {  // a bf16 is the upper half of a float
-            out[2 * i] = __uint_as_float(words[i] << 16);
-            out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000);
+            out[2 * i] = __uint_as_float(bits[i] << 16);
+            out[2 * i + 1] = __uint_as_float(bits[i] & 0xffff0000);
         } else
-            out[i] = __uint_as_float(words[i]);
+            out[i] = __uint_as_float(bits[i]);
 }
 
 DEVICE float wide(bf16 a) { return __uint_as_float((unsigned)a.bits << 16); }

@@ -46,7 +46,9 @@ class Stage(NamedTuple):
 
     def by_block(self):
         """(blocks, rows, K)"""
-        return self.weights.view(self.rows, self.blocks, self.K).transpose(0, 1) if self.summed else self.weights.view(self.blocks, self.rows, self.K)
+        if self.summed:
+            return self.weights.view(self.rows, self.blocks, self.K).transpose(0, 1)
+        return self.weights.view(self.blocks, self.rows, self.K)
 
 
 def matrices(linear, batch):
@@ -62,19 +64,21 @@ def matrices(linear, batch):
     if isinstance(linear, BlockShuffle):
         _, s, r = U.shape
         return [Stage(V, q, p, blocks, blocks), Stage(U, s, r, blocks, s)]
-    parts = 1
-    while blocks == 1 and linear.in_features > linear.out_features and batch * p // parts > WIDEST and p % (32 * parts) == 0:
+    parts, narrows = 1, blocks == 1 and linear.in_features > linear.out_features
+    while narrows and batch * p // parts > WIDEST and p % (32 * parts) == 0:
         parts *= 2
     return [Stage(V, q, p // parts, blocks * parts, blocks * parts * q, parts > 1), Stage(U, *U.shape, 1, len(U))]
 
 
 def linears(model, batch):
     """[(qkv, proj, fc1, fc2)] of the layers, as active for `batch` tokens."""
-    return [(b.attn.qkv, b.attn.proj, active_linear(b.ffn.fc1, batch), active_linear(b.ffn.fc2, batch)) for b in model.blocks]
+    return [(b.attn.qkv, b.attn.proj, active_linear(b.ffn.fc1, batch), active_linear(b.ffn.fc2, batch))
+            for b in model.blocks]
 
 
 def all_matrices(model, batch=1):
-    return [m for layer in linears(model, batch) for linear in layer for m in matrices(linear, batch)] + matrices(model.head, batch)
+    of_layers = [m for layer in linears(model, batch) for linear in layer for m in matrices(linear, batch)]
+    return of_layers + matrices(model.head, batch)
 
 
 def usable(model, batch) -> bool:
@@ -83,11 +87,12 @@ def usable(model, batch) -> bool:
     if weight.device.type != "cuda" or torch.version.hip is not None:
         return False
     card = torch.cuda.get_device_properties(weight.device)
-    return card.major >= 9 and fits(model.cfg, all_matrices(model, batch), weight.dtype, card.multi_processor_count, batch) and bindings()
+    parts, grid = all_matrices(model, batch), card.multi_processor_count
+    return card.major >= 9 and fits(model.cfg, parts, weight.dtype, grid, batch) and bindings()
 
 
 def fits(cfg, parts, dtype, grid, batch=1) -> bool:
-    """Whether `grid` thread blocks can hold the matrices: rows of whole 16-byte pieces, none longer than a slot, rows of
+    """Whether `grid` thread blocks can compute a step: rows of whole 16-byte pieces, none longer than a slot, rows of
     qkv for each thread block, a thread block for each block of a matrix, inputs that registers hold."""
     size, D = dtype.itemsize, cfg.attn_dim // cfg.n_head
     return (dtype in (torch.bfloat16, torch.float32) and D * size in (32, 64, 128, 256, 512) and parts[0].rows >= grid
@@ -100,7 +105,7 @@ def bindings() -> bool:
     """Whether NVIDIA's Python bindings are there; torch 2.10 and newer installs them with CUDA."""
     found = all(importlib.util.find_spec(name) for name in ("cuda", "cuda.bindings"))
     if not found:
-        log_once("decoding of a few sequences takes a kernel per linear, not one per step: the package cuda-bindings is not installed")
+        log_once("decoding of a few sequences is slower than it could be: the package cuda-bindings is not installed")
     return found
 
 
@@ -136,11 +141,12 @@ def constants(model, batch, grid, warps, slot):
     runs = [f"layers<{kinds[i]}>(producer, {i}, {j});" for i, j in zip(starts, starts[1:] + [cfg.n_layer])]
     qkv, proj = model.blocks[0].attn.qkv, model.blocks[0].attn.proj
     values = dict(
-        BATCH=batch, Weight="bf16" if model.head.weight.dtype == torch.bfloat16 else "float", GRID=grid, WARPS=warps, SLOT=slot,
-        N=cfg.n_embd, HEADS=cfg.n_head, KV=cfg.n_kv_head, D=cfg.attn_dim // cfg.n_head, LAYERS=cfg.n_layer,
+        BATCH=batch, Weight="bf16" if model.head.weight.dtype == torch.bfloat16 else "float", GRID=grid, WARPS=warps,
+        SLOT=slot, N=cfg.n_embd, HEADS=cfg.n_head, KV=cfg.n_kv_head, D=cfg.attn_dim // cfg.n_head, LAYERS=cfg.n_layer,
         SPLITS=min(MAX_SPLITS, 1 << max(grid // (batch * cfg.n_head), 1).bit_length() - 1), COPIES=COPIES,
         ROPE=int(cfg.pos == "rope"), RMS=int(cfg.norm == "rmsnorm"), ACT=ACTIVATIONS[cfg.act],
-        QKV=matrix(matrices(qkv, batch)[0]), PROJ=matrix(matrices(proj, batch)[0]), HEAD=matrix(matrices(model.head, batch)[0]),
+        QKV=matrix(matrices(qkv, batch)[0]), PROJ=matrix(matrices(proj, batch)[0]),
+        HEAD=matrix(matrices(model.head, batch)[0]),
         STAGES=2 + sum(1 + sum(len(matrices(m, batch)) for m in layer) for layer in linears(model, batch)))
     lines = [f"#define {name} {value}\n" for name, value in values.items()]
     return "".join(lines) + f"#define LAYERS_OF(producer) {' '.join(runs)}\n"
@@ -181,9 +187,10 @@ def compile_source(text, architecture) -> bytes:
 
 @functools.cache
 def binary(defines, capability) -> bytes:
-    """The kernel for cards of a capability such as (9, 0). It takes seconds to compile, so the user's cache keeps it, after
-    its checksum."""
-    text, architecture = source(defines), "sm_{}{}".format(*capability) + ("a" if capability == (9, 0) else "")  # for setmaxnreg
+    """The kernel for cards of a capability such as (9, 0). Compiling takes seconds, so the user's cache keeps it."""
+    text, architecture = source(defines), "sm_{}{}".format(*capability)
+    if capability == (9, 0):
+        architecture += "a"  # for setmaxnreg
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     key = hashlib.sha256(f"{compiler()} {architecture} {text}".encode()).hexdigest()[:32]
     path = os.path.join(cache, "structured-ffn", f"{key}.cubin")
@@ -192,7 +199,8 @@ def binary(defines, capability) -> bytes:
         if checksum == hashlib.sha256(code).digest():
             return code
     code = compile_source(text, architecture)
-    with contextlib.suppress(UserError), atomic_write(path) as temp, open(temp, "wb") as f:  # without it the next run compiles again
+    # Without a place for the file the next run compiles again
+    with contextlib.suppress(UserError), atomic_write(path) as temp, open(temp, "wb") as f:
         f.write(hashlib.sha256(code).digest() + code)
     return code
 
@@ -211,7 +219,8 @@ def compiled(defines, device):
     module = checked(driver.cuModuleLoadData(binary(defines, torch.cuda.get_device_capability(device))))
     kernel = checked(driver.cuModuleGetFunction(module, b"decode_step"))
     shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    checked(driver.cuFuncSetAttribute(kernel, driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
+    largest = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    checked(driver.cuFuncSetAttribute(kernel, largest, shared))
     return kernel, shared
 
 
@@ -229,7 +238,8 @@ def launch(defines, grid, threads, arguments, device):
     with torch.cuda.device(device):
         kernel, shared = compiled(defines, device)
         stream = torch.cuda.current_stream().cuda_stream
-        checked(driver.cuLaunchCooperativeKernel(kernel, grid, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers)))
+        checked(driver.cuLaunchCooperativeKernel(kernel, grid, 1, 1, threads, 1, 1, shared, stream,
+                                                 ctypes.addressof(pointers)))
 
 
 class Step:
@@ -248,8 +258,8 @@ class Step:
         self.layer_vectors, self.head_vectors = self.vectors()
         self.table = self.addresses()
         self.defines = constants(model, self.batch, self.grid, warps, max(slot, 1 << (longest - 1).bit_length()))
-        factored = [parts for layer in linears(model, self.batch) for parts in (matrices(m, self.batch) for m in layer) if len(parts) == 2]
-        rank = max([1] + [parts[0].rows * parts[0].blocks for parts in factored])
+        parts = [matrices(m, self.batch) for layer in linears(model, self.batch) for m in layer]
+        rank = max([1] + [first.rows * first.blocks for first, *second in parts if second])
 
         def row_of(n):  # tagged floats
             span = 512 // weight.element_size()
@@ -264,15 +274,16 @@ class Step:
         self.counter = torch.zeros(2, device=self.device, dtype=torch.long)
 
     def vectors(self):
-        """([of each layer], of the head): norms and biases in float32, as megakernel.cu reads them; what a model lacks is zero."""
+        """([of each layer], of the head): norms and biases in float32 for megakernel.cu; what a model lacks is zero."""
         def bias(linear):
             return torch.zeros(linear.out_features, device=self.device) if linear.bias is None else linear.bias.float()
 
         def normed(norm, linear):
             parts = matrices(linear, self.batch)
-            vectors = torch.stack([v.double() for v in (norm.weight, getattr(norm, "bias", None)) if v is not None])  # (1 or 2, N)
+            own = norm.weight, getattr(norm, "bias", None)
+            vectors = torch.stack([v.double() for v in own if v is not None])                   # (1 or 2, N)
             vectors = vectors.view(-1, parts[0].blocks, parts[0].K).permute(1, 2, 0)            # (blocks, K, 1 or 2)
-            rows = parts[0].by_block().split(1024, dim=1)                                       # in parts, to save memory
+            rows = parts[0].by_block().split(1024, dim=1)                                       # in parts: less memory
             products = torch.cat([w.double() @ vectors for w in rows], dim=1)
             by_place = products.reshape(-1, parts[0].spread, products.size(-1)).transpose(0, 1).flatten(0, 1)
             of_gain, *of_shift = by_place.float().unbind(1)
@@ -284,7 +295,8 @@ class Step:
         return [torch.cat(parts) for parts in layers], torch.cat(normed(self.model.norm, self.model.head))
 
     def addresses(self):
-        """(n_layer, 9): qkv, proj, fc1's V and U, fc2's V and U, k, v and vectors of every layer; a single matrix stands twice."""
+        """(n_layer, 9): qkv, proj, fc1's V and U, fc2's V and U, k, v, vectors of a layer; a single matrix stands
+        twice."""
         rows = []
         layers = zip(linears(self.model, self.batch), self.cache.layers, self.layer_vectors)
         for (qkv, proj, *fcs), cache, vectors in layers:

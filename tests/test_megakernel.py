@@ -1,4 +1,5 @@
-"""ops/megakernel: one kernel is model.step. Without CUDA the kernel itself runs on the CPU (emulate.h): its threads, barriers and copies in random order."""
+"""ops/megakernel: one kernel is model.step. Without CUDA the kernel itself runs on the CPU (emulate.h): its threads,
+barriers and copies in random order."""
 import copy
 import ctypes
 import functools
@@ -65,7 +66,8 @@ def pair(dtype, batch=1, **shape):
 
 
 def compare(dtype, prompts, shape, steps=2, batch=1, shorter=37, **how):
-    """Rows of different lengths, the first the longest, each by `shorter` tokens, a prompt or nothing at all -> the step."""
+    """Rows of different lengths, the first the longest, each by `shorter` tokens, a prompt or nothing at all -> the
+    step."""
     model, low, expected, cache = pair(dtype, batch, **shape)
     assert kernels.fits(low.cfg, kernels.all_matrices(low, batch), dtype, how.get("grid", 6), batch)
     step = make_step(low, cache, **how)
@@ -107,7 +109,8 @@ def test_several_sequences(name, batch):
     (torch.float32, 2, 16, (600, 200), 350), (torch.float32, 2, 8, (450,), 0), (torch.float32, 3, 24, (620, 300), 160), (torch.bfloat16, 2, 16, (500,), 250)])
 @torch.no_grad()
 def test_several_sequences_whose_heads_are_split(dtype, batch, grid, prompts, shorter):
-    """Every sequence has a number of splits of its own, as 4 and 2 or 3, 2 and 2, and fewer after a prompt that is shorter than the one before."""
+    """Every sequence has a number of splits of its own, as 4 and 2 or 3, 2 and 2, and fewer after a prompt that is
+    shorter than the one before."""
     step = compare(dtype, prompts, dict(SHAPES["long"], n_layer=1), batch=batch, shorter=shorter, grid=grid)
     assert int(re.search("#define SPLITS (\\d+)", step.defines)[1]) >= 2
 
@@ -134,7 +137,8 @@ def test_bf16_is_rounded_to_nearest():
 
 @torch.no_grad()
 def test_bf16_has_no_bias():
-    """Truncated, logits, keys and values would be smaller by 0.3 % on average; rounded, they are neither smaller nor larger."""
+    """Truncated, logits, keys and values would be smaller by 0.3 % on average; rounded, they are neither smaller nor
+    larger."""
     model, low, expected, cache = pair(torch.bfloat16, vocab_size=2000)
     step, ours, theirs = make_step(low, cache), [], []
     for token in torch.randint(257, (3, 1, 1), device=DEVICE):
@@ -179,7 +183,8 @@ def test_a_full_cache_stays_full():
 @pytest.mark.parametrize("grid, warps, shared", [(1, 2, 60_000), (2, 4, 100_000), (4, 8, 100_000), (90, 1, 45_000)])
 @torch.no_grad()
 def test_any_number_of_thread_blocks(grid, warps, shared):
-    """One, so few that a program sums its rows in several rounds, and so many that most have none; a ring of two or three slots."""
+    """One, so few that a program sums its rows in several rounds, and so many that most have none; a ring of two or
+    three slots."""
     shape = dict(MODELS["blockshuffle, one key head"], nblocks=1) if grid == 1 else MODELS["blockshuffle, one key head"]
     shape = dict(shape, nblocks=2) if grid == 2 else shape
     compare(torch.float32, (44,), dict(shape, n_layer=1), steps=1, grid=grid, warps=warps, shared=shared)
@@ -205,7 +210,8 @@ def test_the_order_of_threads_does_not_matter():
 
 
 def test_a_compiled_kernel_is_kept(tmp_path, monkeypatch):
-    """Until the source or the compiler changes; a damaged file is replaced, and without a place to keep it, it is compiled."""
+    """Until the source or the compiler changes; a damaged file is replaced, and without a place to keep it, it is
+    compiled."""
     compiled = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(kernels, "compiler", lambda: "a compiler")
