@@ -157,8 +157,10 @@ def with_eos(blob, path):
         special = {t["id"]: t["content"] for t in data["added_tokens"]}
         tokens = {i: t for t, i in data["model"]["vocab"].items()} | special
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path} and the files beside it are not a tokenizer of Hugging Face's ({reason(e)}).") from None
-    for name in (n[0] if isinstance(n, list) else n["content"] if isinstance(n, dict) else n for n in named if n is not None):
+        raise UserError(f"{path} and the files beside it are not a tokenizer of Hugging Face's ({reason(e)}): "
+                        "give a folder that transformers loads.") from None
+    for name in filter(lambda n: n is not None, named):
+        name = name[0] if isinstance(name, list) else name["content"] if isinstance(name, dict) else name
         if name in tokens.values() or name in tokens:
             return json.dumps({**data, "eos_token": tokens.get(name, name)}, ensure_ascii=False).encode()
     raise UserError(f"no file beside {path} names its end-of-sequence token: give tokenizer_config.json an eos_token.")

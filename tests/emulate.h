@@ -1,4 +1,4 @@
-// What ops/megakernel.cu needs of a GPU, for a CPU: every thread of every program is a fiber, all in one thread of the host. A fiber
+// What ops/megakernel.cu needs of a GPU, for a CPU: every thread of every thread block is a fiber, all in one thread of the host. A fiber
 // runs until it has to wait; which warp goes next is drawn at random. The copy engine copies when it likes, in any order.
 #include <cmath>
 #include <cstdint>
@@ -26,7 +26,7 @@ struct Meeting {  // of n fibers
 };
 struct Block {
     std::vector<char> memory;
-    Meeting all, computing;
+    Meeting all, consumers;
     std::vector<Meeting> warps;
     std::vector<float> shuffled;  // [generation of the warp % 2][thread]
 };
@@ -60,7 +60,7 @@ inline void meet(Meeting& m) {
 inline Meeting& my_warp() { return my_block().warps[threadIdx.x / 32]; }
 inline void __syncthreads() { meet(my_block().all); }
 inline void __syncwarp() { meet(my_warp()); }
-inline void sync() { meet(my_block().computing); }
+inline void sync_consumers() { meet(my_block().consumers); }
 inline float shuffle(float value, int mask) {
     float* values = my_block().shuffled.data() + my_warp().generation % 2 * blockDim.x;
     values[threadIdx.x] = value;
@@ -89,13 +89,13 @@ inline void copy_async(void* to, const void* from, int bytes, unsigned long long
 inline void pause() { yield(); }
 inline void more_registers() {}
 inline void fewer_registers() {}
-inline void arrive(unsigned long long* counter) { ++*counter; }
-inline unsigned long long arrivals(const unsigned long long* counter) { return *counter; }
-inline void count(unsigned* counter) { ++*counter; }
-inline unsigned counted(const unsigned* counter) { return *counter + (random_numbers() % 8 ? 0 : 1 << 20); }  // a hint may be wrong
-inline void write(unsigned* to, unsigned word) { *to = word; }
-inline unsigned read(const unsigned* from) { return *from; }
-inline void read_four(unsigned (&words)[4], const unsigned* from) { memcpy(words, from, 16); }
+inline void add_release(unsigned long long* counter) { ++*counter; }
+inline unsigned long long load_acquire(const unsigned long long* counter) { return *counter; }
+inline void add_relaxed(unsigned* counter) { ++*counter; }
+inline unsigned load_hint(const unsigned* counter) { return *counter + (random_numbers() % 8 ? 0 : 1 << 20); }  // a hint may be wrong
+inline void store_relaxed(unsigned* to, unsigned value) { *to = value; }
+inline unsigned load_relaxed(const unsigned* from) { return *from; }
+inline void load_relaxed(unsigned (&values)[4], const unsigned* from) { memcpy(values, from, 16); }
 inline unsigned shared_bytes() { return my_block().memory.size() - 128; }
 inline char* shared_memory() { return (char*)(((uintptr_t)my_block().memory.data() + 127) / 128 * 128); }
 
@@ -111,7 +111,7 @@ struct Arguments;
 static Arguments* arguments_of_step;
 void enter();
 
-extern "C" void launch(int grid, int threads, int shared, int computing, unsigned seed, void* arguments) {
+extern "C" void launch(int grid, int threads, int shared, int consumers, unsigned seed, void* arguments) {
     arguments_of_step = (Arguments*)arguments;
     random_numbers.seed(seed);
     blockDim.x = threads;
@@ -119,7 +119,7 @@ extern "C" void launch(int grid, int threads, int shared, int computing, unsigne
     fibers = std::vector<Fiber>(grid * threads);
     for (auto& b : blocks) {
         b.memory = std::vector<char>(shared + 128, (char)0xff);  // NaN until something is written
-        b.all.n = threads, b.computing.n = computing;
+        b.all.n = threads, b.consumers.n = consumers;
         b.warps.resize(threads / 32);
         for (auto& w : b.warps) w.n = 32;
         b.shuffled.resize(2 * threads);
@@ -143,7 +143,7 @@ extern "C" void launch(int grid, int threads, int shared, int computing, unsigne
         size_t first = random_numbers() % (fibers.size() / 32) * 32;  // of a warp, which runs until it waits for others
         Block& block = blocks[fibers[first].block.x];
         unsigned met, turns = 1 + random_numbers() % 32;
-        auto meetings = [&] { return block.all.generation + block.computing.generation + block.warps[first % threads / 32].generation; };
+        auto meetings = [&] { return block.all.generation + block.consumers.generation + block.warps[first % threads / 32].generation; };
         do {
             met = meetings();
             for (size_t i = first; i < first + 32; i++) {

@@ -45,7 +45,8 @@ class Driver:
 
 @pytest.fixture
 def card(monkeypatch):
-    """card(capability): kernels compile for it and are not launched -> {name: the compiled kernels' hashes}, filled from then on."""
+    """card(capability): kernels compile for it and are not launched -> {name: the compiled kernels' hashes}, filled
+    from then on."""
     def become(capability):
         compiled, run = {}, JITFunction.run
 

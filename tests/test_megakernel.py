@@ -1,4 +1,5 @@
-"""ops/megakernel: one kernel is model.step. Without CUDA the kernel itself runs on the CPU (emulate.h): its threads, barriers and copies in random order."""
+"""ops/megakernel: one kernel is model.step. Without CUDA the kernel itself runs on the CPU (emulate.h): its threads,
+barriers and copies in random order."""
 import copy
 import ctypes
 import functools
@@ -42,14 +43,14 @@ def emulated(defines):
     return ctypes.CDLL(f"{folder}/step.so")
 
 
-def make_step(model, cache, programs=6, warps=2, seed=1, shared=100_000):
-    """On CUDA as it is used; on a CPU with few programs and warps, which a generator of random numbers mixes."""
-    def launch(defines, programs, threads, arguments, device):
-        emulated(defines).launch(programs, threads, shared, threads - 32 * kernels.FETCHERS, seed, ctypes.byref(arguments))
+def make_step(model, cache, grid=6, warps=2, seed=1, shared=100_000):
+    """On CUDA as it is used; on a CPU with few thread blocks and warps, in a random order."""
+    def launch(defines, grid, threads, arguments, device):
+        emulated(defines).launch(grid, threads, shared, threads - 32 * kernels.PRODUCER_WARPS, seed, ctypes.byref(arguments))
 
     if ON_GPU:  # every program has rows of qkv
         return kernels.Step(model, cache, min(torch.cuda.get_device_properties(0).multi_processor_count, model.blocks[0].attn.qkv.out_features))
-    return kernels.Step(model, cache, programs, warps, launch=launch)
+    return kernels.Step(model, cache, grid, warps, launch=launch)
 
 
 def pair(dtype, batch=1, **shape):
@@ -65,9 +66,10 @@ def pair(dtype, batch=1, **shape):
 
 
 def compare(dtype, prompts, shape, steps=2, batch=1, shorter=37, **how):
-    """Rows of different lengths, the first the longest, each by `shorter` tokens, a prompt or nothing at all -> the step."""
+    """Rows of different lengths, the first the longest, each by `shorter` tokens, a prompt or nothing at all -> the
+    step."""
     model, low, expected, cache = pair(dtype, batch, **shape)
-    assert kernels.fits(low.cfg, kernels.all_matrices(low, batch), dtype, how.get("programs", 6), batch)
+    assert kernels.fits(low.cfg, kernels.all_matrices(low, batch), dtype, how.get("grid", 6), batch)
     step = make_step(low, cache, **how)
     tokens = torch.randint(257, (batch, model.cfg.block_size), device=DEVICE)
     for prompt in prompts:
@@ -103,12 +105,13 @@ def test_several_sequences(name, batch):
     compare(torch.float32, (0, SHAPES[name].get("block_size", 64) - 20), SHAPES[name], batch=batch)
 
 
-@pytest.mark.parametrize("dtype, batch, programs, prompts, shorter", [
+@pytest.mark.parametrize("dtype, batch, grid, prompts, shorter", [
     (torch.float32, 2, 16, (600, 200), 350), (torch.float32, 2, 8, (450,), 0), (torch.float32, 3, 24, (620, 300), 160), (torch.bfloat16, 2, 16, (500,), 250)])
 @torch.no_grad()
-def test_several_sequences_whose_heads_are_split(dtype, batch, programs, prompts, shorter):
-    """Every sequence has a number of splits of its own, as 4 and 2 or 3, 2 and 2, and fewer after a prompt that is shorter than the one before."""
-    step = compare(dtype, prompts, dict(SHAPES["long"], n_layer=1), batch=batch, shorter=shorter, programs=programs)
+def test_several_sequences_whose_heads_are_split(dtype, batch, grid, prompts, shorter):
+    """Every sequence has a number of splits of its own, as 4 and 2 or 3, 2 and 2, and fewer after a prompt that is
+    shorter than the one before."""
+    step = compare(dtype, prompts, dict(SHAPES["long"], n_layer=1), batch=batch, shorter=shorter, grid=grid)
     assert int(re.search("#define SPLITS (\\d+)", step.defines)[1]) >= 2
 
 
@@ -134,7 +137,8 @@ def test_bf16_is_rounded_to_nearest():
 
 @torch.no_grad()
 def test_bf16_has_no_bias():
-    """Truncated, logits, keys and values would be smaller by 0.3 % on average; rounded, they are neither smaller nor larger."""
+    """Truncated, logits, keys and values would be smaller by 0.3 % on average; rounded, they are neither smaller nor
+    larger."""
     model, low, expected, cache = pair(torch.bfloat16, vocab_size=2000)
     step, ours, theirs = make_step(low, cache), [], []
     for token in torch.randint(257, (3, 1, 1), device=DEVICE):
@@ -145,7 +149,7 @@ def test_bf16_has_no_bias():
 
 @pytest.mark.parametrize("batch, shape", [(1, dict(ffn_dim=256)), (2, dict(ffn_dim=192)), (3, dict(act="swiglu", ffn_dim=160))])
 @torch.no_grad()
-def test_programs_share_the_columns_of_long_rows(batch, shape, monkeypatch):
+def test_thread_blocks_share_the_columns_of_long_rows(batch, shape, monkeypatch):
     monkeypatch.setattr(kernels, "WIDEST", 64)
     shape = dict(ffn="lowrank", rank=20, **shape)
     assert kernels.matrices(make(DEVICE, **shape).blocks[-1].ffn.fc2, batch)[0].blocks == (4 if batch < 3 else 2)
@@ -154,18 +158,18 @@ def test_programs_share_the_columns_of_long_rows(batch, shape, monkeypatch):
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @torch.no_grad()
-def test_programs_come_and_go(steps):
+def test_splits_come_and_go(steps):
     """One program a head or several, in turn: whatever lay about from launches before, none takes it for new."""
-    compare(torch.float32, (300, 0, 130, 70, 500, 3, 200), dict(SHAPES["long"], n_layer=1), steps, programs=8)
+    compare(torch.float32, (300, 0, 130, 70, 500, 3, 200), dict(SHAPES["long"], n_layer=1), steps, grid=8)
 
 
 @torch.no_grad()
 def test_the_count_of_stages_overflows():
     model, low, expected, cache = pair(torch.float32)
     step = make_step(low, cache)
-    stages = int(re.search("#define STAGES (\\d+)", step.defines)[1]) * step.programs
+    stages = int(re.search("#define STAGES (\\d+)", step.defines)[1]) * step.grid
     launches = 2 * (2**32 // stages // 2)  # it overflows in the first or the second step
-    step.counter.copy_(torch.tensor([launches * step.programs, launches * stages % 2**32]))
+    step.counter.copy_(torch.tensor([launches * step.grid, launches * stages % 2**32]))
     for token in torch.randint(257, (3, 1, 1), device=DEVICE):
         torch.testing.assert_close(step(token, cache), model.step(token, expected), atol=1e-4, rtol=1e-4)
 
@@ -175,14 +179,15 @@ def test_a_full_cache_stays_full():
     compare(torch.float32, (62,), MODELS["dense"], steps=2)
 
 
-@pytest.mark.skipif(ON_GPU, reason="there the card says how many programs there are")
-@pytest.mark.parametrize("programs, warps, shared", [(1, 2, 60_000), (2, 4, 100_000), (4, 8, 100_000), (90, 1, 45_000)])
+@pytest.mark.skipif(ON_GPU, reason="there the card sets the number of thread blocks")
+@pytest.mark.parametrize("grid, warps, shared", [(1, 2, 60_000), (2, 4, 100_000), (4, 8, 100_000), (90, 1, 45_000)])
 @torch.no_grad()
-def test_any_number_of_programs(programs, warps, shared):
-    """One, so few that a program sums its rows in several rounds, and so many that most have none; a ring of two or three slots."""
-    shape = dict(MODELS["blockshuffle, one key head"], nblocks=1) if programs == 1 else MODELS["blockshuffle, one key head"]
-    shape = dict(shape, nblocks=2) if programs == 2 else shape
-    compare(torch.float32, (44,), dict(shape, n_layer=1), steps=1, programs=programs, warps=warps, shared=shared)
+def test_any_number_of_thread_blocks(grid, warps, shared):
+    """One, so few that a program sums its rows in several rounds, and so many that most have none; a ring of two or
+    three slots."""
+    shape = dict(MODELS["blockshuffle, one key head"], nblocks=1) if grid == 1 else MODELS["blockshuffle, one key head"]
+    shape = dict(shape, nblocks=2) if grid == 2 else shape
+    compare(torch.float32, (44,), dict(shape, n_layer=1), steps=1, grid=grid, warps=warps, shared=shared)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -205,7 +210,8 @@ def test_the_order_of_threads_does_not_matter():
 
 
 def test_a_compiled_kernel_is_kept(tmp_path, monkeypatch):
-    """Until the source or the compiler changes; a damaged file is replaced, and without a place to keep it, it is compiled."""
+    """Until the source or the compiler changes; a damaged file is replaced, and without a place to keep it, it is
+    compiled."""
     compiled = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(kernels, "compiler", lambda: "a compiler")

@@ -1,4 +1,5 @@
-"""The FFN kernels against float64, on a Hopper card in bf16 and anywhere in Triton's interpreter (TRITON_INTERPRET=1) in fp16."""
+"""The FFN kernels against float64, on a Hopper card in bf16 and anywhere in Triton's interpreter (TRITON_INTERPRET=1)
+in fp16."""
 import copy
 import importlib.util
 import os
@@ -103,12 +104,13 @@ def test_flops():
 
 
 def test_slope_byte():
-    """Forward keeps gelu's slope as a byte, which backward multiplies by: to 1/400 of gelu's slope, 0 and 1 exactly, without a bias."""
+    """Forward keeps gelu's slope as a byte, which backward multiplies by: to 1/400 of gelu's slope, 0 and 1 exactly,
+    without a bias."""
     a = torch.linspace(-6, 6, 640, device=DEVICE).to(DTYPE)
-    x = F.one_hot(torch.zeros(640, 1, dtype=torch.long, device=DEVICE), 32).to(DTYPE)                         # (T, 1, K)
-    w, bias = x[:64].transpose(0, 1).contiguous(), torch.zeros(64, device=DEVICE, dtype=DTYPE)                # (1, N, K)
+    x = F.one_hot(torch.zeros(640, 1, dtype=torch.long, device=DEVICE), 32).to(DTYPE)  # (T, 1, K)
+    w, bias = x[:64].transpose(0, 1).contiguous(), torch.zeros(64, device=DEVICE, dtype=DTYPE)  # (1, N, K)
     hidden, slope, _ = ffn._launch(x * a[:, None, None], w, 64, 64, ffn.NARROW, "forward", "gelu", bias, save=True)
-    grad = ffn._launch(x, w, 64, 64, ffn.SLIM, "backward", "gelu", slope=slope)[0].double()                 # 1 x the slope
+    grad = ffn._launch(x, w, 64, 64, ffn.SLIM, "backward", "gelu", slope=slope)[0].double()  # 1 x the slope
     exact = a.double().requires_grad_()
     gelu = F.gelu(exact, approximate="tanh")
     (wanted,) = torch.autograd.grad(gelu.sum(), exact)
@@ -239,7 +241,8 @@ def test_a_compiled_model_with_kernels_is_the_model(norm, recompute, monkeypatch
 @pytest.mark.parametrize("rope", [True, False])
 @torch.no_grad()
 def test_attention_of_one_token(rope):
-    """Rows of 0 to 150 tokens: a row attends to its own places and no more, a query head to its group's keys; only the new place is written."""
+    """Rows of 0 to 150 tokens: a row attends to its own places and no more, a query head to its group's keys; only the
+    new place is written."""
     torch.manual_seed(0)
     position, heads, kv, D, length = torch.tensor([0, 1, 63, 64, 65, 150], device=DEVICE), 6, 2, 32, 160
     B = len(position)
@@ -268,7 +271,8 @@ def test_attention_of_one_token(rope):
     (4, 10, 48, False, "gelu", ""), (4, 10, 48, True, "relu2", "layernorm"), (3, 8, 16, True, "", "rmsnorm")])
 @torch.no_grad()
 def test_linear_on_few_tokens(blocks, M, K, shuffled, act, norm, tokens):
-    """Against a float64 matmul per block; shuffled, block g reads entries g, g + blocks, ... and writes places g, g + blocks, ..."""
+    """Against a float64 matmul per block; shuffled, block g reads entries g, g + blocks, ... and writes places g, g +
+    blocks, ..."""
     if INTERPRET and M > 2000 and tokens == (3 if M < 4000 else 1):
         pytest.skip("slow in the interpreter")
     torch.manual_seed(0)
