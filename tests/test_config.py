@@ -311,12 +311,14 @@ FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full 
 
 
 @FULL
-@pytest.mark.parametrize("argv", [
-    ["train.py", "--help"], ["train.py", *TINY, "--vocab_size=257", "--dry_run=True"], ["bench.py", "--help"],
-    ["sample.py", "--help"], ["prepare.py", "--help"]], ids=lambda argv: f"{argv[0]} {argv[-1]}")
-def test_a_full_output_is_one_sentence_in_every_script(argv):
+@pytest.mark.parametrize("argv, unbuffered", [
+    (["train.py", "--help"], ""), (["train.py", *TINY, "--vocab_size=257", "--dry_run=True"], ""),
+    (["train.py", "--help"], "1"), (["bench.py", "--help"], ""), (["sample.py", "--help"], "1"),
+    (["prepare.py", "--help"], "")], ids=lambda v: f"{v[0]} {v[-1]}" if v and v != "1" else v)
+def test_a_full_output_is_one_sentence_in_every_script(argv, unbuffered):
+    """The failure comes with the print, or when the buffer is flushed at the end."""
     with open("/dev/full", "w") as full:
-        process = start(*argv, stdout=full)
+        process = start(*argv, stdout=full, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
         assert_stream_sentence(process.wait(60), process.stderr.read(), "the output cannot be written (No space left")
         process.stderr.close()
 
