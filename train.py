@@ -469,6 +469,8 @@ def train(cfg, ranks, state, data):
     with ranks.agree():
         log = run.Log(cfg, ranks, step, step_flops(cfg, plan))
     log.show(start_card(cfg, plan, ranks, data))
+    # Checksums of large files take minutes: a thread reads them beside the first steps, and no damage is saved.
+    raise_damage = prepare.verify_in_background(*(data.train, data.val) if ranks.master else ())
     if step:
         log.say(f"continuing after step {step} of {plan.steps}")
     alpha = torch.ones((), device=ranks.device)  # a tensor, so that a new value compiles nothing
@@ -503,11 +505,14 @@ def train(cfg, ranks, state, data):
                 with log.pause(), ranks.agree():
                     if validating:
                         validate(cfg, plan, ranks, model, data, log, step, alpha)
+                    raise_damage()
                     if saving and ranks.master:
                         run.save_checkpoint(cfg, full_weights(model, optimizer), step, data.tokenizer,
                                             data.train.checksum, moments(model, optimizer))
             if stopping:
                 end_early(log, step, stopping)
+        with ranks.agree():
+            raise_damage(wait=True)
         finish(cfg, plan, ranks, model, optimizer, data, log, stop)
 
 
@@ -615,6 +620,7 @@ def score(cfg):
     device = pick_device(cfg.device)
     model, trained, saved = load(cfg.out_dir, device)
     _, val_file, tokenizer = prepare.open_data(cfg)
+    val_file.verify()
     if tokenizer.identity != saved["tokenizer"]["identity"]:
         raise UserError(f"the model in {cfg.out_dir} was trained with the tokenizer {saved['tokenizer']['identity']}, "
                         f"{config.data_dir(cfg)} holds tokens of {tokenizer.identity}: "

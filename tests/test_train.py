@@ -693,3 +693,21 @@ def test_cuda_compiled_steps_equal_eager_steps():
         losses.append([train.train_step(gpt, optimizer, b, cfg, ranks, 1e-3, alpha, guided)[0].item()
                        for b, guided in zip(batches, ((1, 2), (1,), (2,), ()))])
     assert losses[0] == pytest.approx(losses[1], abs=0.02) and losses[0][0] == pytest.approx(math.log(512), abs=0.1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Damaged data
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_damaged_data_ends_a_run_before_a_model_is_saved(cli, data, tmp_path, name):
+    folder = set_token(copy_data(data, tmp_path / "data"), name, 100, 7)
+    status, _, err = cli("train.py", *TINY, f"--data_dir={folder}", f"--out_dir={tmp_path}/out")
+    assert status == 2 and f"{name} is damaged" in err and "Traceback" not in err
+    assert not (tmp_path / "out" / "model.pt").exists()
+
+
+def test_a_damaged_validation_file_is_not_scored(cli, data, finished, tmp_path):
+    folder = set_token(copy_data(data, tmp_path / "data"), "val.bin", 100, 7)
+    status, out, err = cli("train.py", "--eval_only=True", f"--out_dir={finished}", f"--data_dir={folder}",
+                           "--device=cpu")
+    assert status == 2 and "val.bin is damaged" in err and not out
