@@ -32,6 +32,10 @@ def make_norm(cfg):
     return nn.RMSNorm(cfg.n_embd, eps=1e-5) if cfg.norm == "rmsnorm" else nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
 
 
+def rms_norm(x):
+    return F.rms_norm(x, x.shape[-1:], eps=1e-5).to(x.dtype)
+
+
 def add_norm(x, branch, norm):
     """(x + branch, its norm); branch None adds nothing."""
     if ops.ON and ops.can_add_norm(x):
@@ -40,12 +44,12 @@ def add_norm(x, branch, norm):
     return x, norm(x).to(x.dtype)
 
 
-def rotary_table(block_size, head_size):
-    """cos and sin (block_size, 1, head_size) for rotary positions with base 10 000, halves not interleaved.
+def rotary_table(block_size, head_size, theta=10_000.0):
+    """cos and sin (block_size, 1, head_size) for rotary positions with base theta, halves not interleaved.
 
     The first half of sin is negative: (a, b) -> (a cos - b sin, b cos + a sin) is x cos + (x with its halves exchanged) sin.
     """
-    frequency = 10_000.0 ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+    frequency = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
     angle = torch.arange(block_size, dtype=torch.float64)[:, None] * frequency
     return torch.cat((angle.cos(), angle.cos()), 1).float()[:, None], torch.cat((-angle.sin(), angle.sin()), 1).float()[:, None]
 
@@ -55,17 +59,31 @@ def rotate(x, cos, sin):  # x (B, T, heads, head_size)
     return (x * cos + torch.cat((b, a), dim=-1) * sin).to(x.dtype)
 
 
+GATED = 16  # entries of x that the gate of the value embeddings reads
+
+
+def has_values(cfg, layer) -> bool:
+    """Every other layer, the last one too."""
+    return cfg.value_embeddings and (cfg.n_layer - 1 - layer) % 2 == 0
+
+
 class Attention(nn.Module):
     """Causal self-attention; n_kv_head < n_head shares keys and values among groups of query heads."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, layer):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_size = cfg.n_head, cfg.n_kv_head, cfg.attn_dim // cfg.n_head
-        self.rope = cfg.pos == "rope"
+        self.rope, self.qk_norm = cfg.pos == "rope", cfg.qk_norm
         self.qkv = Dense(cfg.n_embd, (cfg.n_head + 2 * cfg.n_kv_head) * self.head_size, bias=cfg.bias)
         self.proj = Dense(cfg.attn_dim, cfg.n_embd, bias=cfg.bias)
+        if has_values(cfg, layer):
+            self.values = nn.Embedding(cfg.vocab_size, cfg.n_kv_head * self.head_size)
+            self.gate = nn.Linear(GATED, cfg.n_kv_head, bias=False)
+        else:
+            self.values = self.gate = None
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin, values=None, cache=None):
+        """x (B, T, n_embd) -> the same. values (B, T, n_kv_head x head_size): each key head adds 3 sigmoid(gate) x its part to v."""
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_size)                                        # (B, T, heads, head_size)
         if self.rope and ops.ON and ops.can_rotate(qkv, cos):
@@ -74,6 +92,11 @@ class Attention(nn.Module):
             q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
             if self.rope:
                 q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.qk_norm:  # a rotation changes no norm, so this may come after it
+            q, k = rms_norm(q) * self.qk_norm, rms_norm(k) * self.qk_norm
+        if values is not None:
+            gate = 3 * torch.sigmoid(self.gate(x[..., :GATED]))                                 # (B, T, n_kv_head)
+            v = v + (gate[..., None] * values.view_as(v)).to(v.dtype)
         if cache is not None:
             return self.proj(cache.attend(q, k, v).reshape(B, T, -1))
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
@@ -121,26 +144,29 @@ def what_to_keep(wide, ctx, op, *args, **kwargs):
 class Block(nn.Module):
     def __init__(self, cfg, layer):
         super().__init__()
-        self.norm1, self.attn = make_norm(cfg), Attention(cfg)
+        self.a, self.b = (nn.Parameter(torch.empty(())) for _ in range(2)) if cfg.embed_skip else (None, None)
+        self.norm1, self.attn = make_norm(cfg), Attention(cfg, layer)
         self.norm2, self.ffn = make_norm(cfg), FFN(cfg, "dense" if layer < cfg.n_dense_layers else cfg.ffn)
         self.dropout, self.recompute = cfg.dropout, cfg.recompute
         self.wide = cfg.n_hidden if cfg.recompute == "wide" else 0
 
-    def forward(self, x, branch, cos, sin, alpha=None, cache=None):
+    def forward(self, x, branch, cos, sin, alpha=None, values=None, x0=None, cache=None):
         """The residual stream x (B, T, n_embd) and what the block before adds to it, or None -> the same of this block.
 
         So every addition meets the norm behind it. alpha: weight of the guide in this layer's FFN, a 0-d tensor, or None for the
-        factors alone.
+        factors alone. values: of the value embeddings; x0 (B, T, n_embd): the token embeddings, for embed_skip.
         """
+        if self.a is not None:
+            x, branch = self.a * (x if branch is None else x + branch) + self.b * x0, None
         x, h = add_norm(x, branch, self.norm1)
         if torch.compiler.is_compiling() and self.recompute != "off" and torch.is_grad_enabled():
             contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(what_to_keep, self.wide))
-            return checkpoint(self.body, x, h, cos, sin, alpha, use_reentrant=False, context_fn=contexts)
-        return self.body(x, h, cos, sin, alpha, cache)
+            return checkpoint(self.body, x, h, cos, sin, alpha, values, use_reentrant=False, context_fn=contexts)
+        return self.body(x, h, cos, sin, alpha, values, cache)
 
-    def body(self, x, h, cos, sin, alpha=None, cache=None):
+    def body(self, x, h, cos, sin, alpha=None, values=None, cache=None):
         """x and its norm h -> x + attention(h), ffn(norm of that)."""
-        x, h = add_norm(x, F.dropout(self.attn(h, cos, sin, cache), self.dropout, self.training), self.norm2)
+        x, h = add_norm(x, F.dropout(self.attn(h, cos, sin, values, cache), self.dropout, self.training), self.norm2)
         return x, F.dropout(self.ffn(h, alpha), self.dropout, self.training)
 
 
@@ -200,15 +226,20 @@ class LayerCache(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------------------
 # LM head and cross-entropy, a chunk of tokens at a time
 
-def token_loss(logits, targets, scale):
+def token_loss(logits, targets, scale, softcap=0.0):
     """Cross-entropy (C,) of logits (C, V) in float32, and scale x its gradient in the logits' dtype; targets < 0 count nothing."""
     logits32 = logits.float()
+    if softcap:
+        bent = torch.tanh(logits32 / softcap)
+        logits32 = softcap * bent
     kept = targets >= 0
     picked = targets.clamp(min=0)[:, None]                                                      # (C, 1)
     logz = logits32.logsumexp(dim=1, keepdim=True)
     loss = (logz - logits32.gather(1, picked))[:, 0] * kept
     one_hot = torch.arange(logits.size(1), device=logits.device) == picked                      # (C, V)
     grad = ((logits32 - logz).exp() - one_hot.float()) * (kept * scale)[:, None]
+    if softcap:
+        grad = grad * (1 - bent * bent)
     return loss, grad.to(logits.dtype)
 
 
@@ -221,14 +252,14 @@ class LMLoss(torch.autograd.Function):
     CHUNK = 8192  # tokens, or twice as many where the gradient needs no buffer of its own; below, the matmuls lose speed
 
     @staticmethod
-    def forward(ctx, h, weight, targets, token_loss):
+    def forward(ctx, h, weight, targets, token_loss, softcap=0.0):
         w = weight.to(h.dtype)
         training = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         scale = 1.0 / (targets >= 0).sum().clamp(min=1)
         loss = torch.zeros((), device=h.device, dtype=torch.float32)
         grad_h = torch.empty_like(h) if training else None
         grad_w = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if training else None
-        in_place = ops.ON and ops.can_token_loss(h)
+        in_place = ops.ON and ops.can_token_loss(h) and not softcap
         chunk = LMLoss.CHUNK * (2 if in_place else 1)
         for i in range(0, len(h), chunk):
             rows = slice(i, i + chunk)
@@ -236,7 +267,7 @@ class LMLoss(torch.autograd.Function):
             if in_place:
                 losses, grad = ops.token_loss(logits, targets[rows], scale, training)       # (C,), (C, V)
             else:
-                losses, grad = token_loss(logits, targets[rows], scale)
+                losses, grad = token_loss(logits, targets[rows], scale, softcap)
             loss += losses.sum()
             if training:
                 torch.mm(grad, w, out=grad_h[rows])
@@ -248,7 +279,7 @@ class LMLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad_loss.to(grad_h.dtype), (grad_w * grad_loss).to(ctx.weight_dtype), None, None
+        return grad_h * grad_loss.to(grad_h.dtype), (grad_w * grad_loss).to(ctx.weight_dtype), None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -264,7 +295,7 @@ class GPT(nn.Module):
         self.norm = make_norm(cfg)
         self.head = Dense(cfg.n_embd, cfg.vocab_size, bias=False)
         self.tie()
-        for name, table in zip(("cos", "sin"), rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head)):
+        for name, table in zip(("cos", "sin"), rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head, cfg.rope_theta)):
             self.register_buffer(name, table, persistent=False)
         self.token_loss = token_loss
 
@@ -274,7 +305,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, std=0.02):
-        """As in the paper: matrices N(0, std^2), biases 0, norms 1, structured linears their own way."""
+        """As in the paper: matrices N(0, std^2), biases 0, norms 1, structured linears their own way; init=zero then changes some."""
+        zero = self.cfg.init == "zero"
+        std = self.cfg.n_embd ** -0.5 if zero else std
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=std)
@@ -283,14 +316,41 @@ class GPT(nn.Module):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
             if isinstance(module, Structured):
-                module.reset_parameters(std)
+                module.reset_parameters(0.4 * std if zero else std)
+        for layer, block in enumerate(self.blocks if self.cfg.embed_skip else ()):
+            depth = layer / max(1, self.cfg.n_layer - 1)
+            block.a.fill_(1.15 - 0.1 * depth)  # early layers weigh more, and see more of the embeddings
+            block.b.fill_(0.2 - 0.15 * depth)
+        if zero:
+            self.init_zero()
         return self
+
+    def init_zero(self):
+        """What a branch adds is 0 at first: the last matrix or factor of attention and FFN. So are the gates' logits, and almost the head's."""
+        for block in self.blocks:
+            fc1, fc2 = block.ffn.fc1, block.ffn.fc2
+            for last in (block.attn.proj.weight, fc2.U if isinstance(fc2, Structured) else fc2.weight):
+                nn.init.zeros_(last)
+            if not isinstance(fc1, Structured):
+                fc1.weight.mul_(0.4)
+            if block.attn.gate is not None:
+                nn.init.zeros_(block.attn.gate.weight)
+        if not self.cfg.tie_embeddings:
+            nn.init.normal_(self.wte.weight)
+            nn.init.normal_(self.head.weight, std=0.001)
+
+    def embed(self, tokens):
+        """tokens (B, T) -> their embeddings, (B, T, n_embd), and of each layer its value embeddings or None."""
+        x = self.wte(tokens)
+        if self.cfg.embed_norm:
+            x = rms_norm(x)
+        return x, [None if block.attn.values is None else block.attn.values(tokens) for block in self.blocks]
 
     def hidden(self, tokens, alpha=None, guided=()):
         """tokens (B, T) -> what the LM head reads, (B, T, n_embd). `guided`: the layers that use their guide, with weight alpha."""
         T = tokens.size(1)
         assert T <= self.cfg.block_size, f"{T} tokens exceed block_size {self.cfg.block_size}"
-        x = self.wte(tokens)
+        x, values = self.embed(tokens)
         if self.wpe is not None:
             x = x + self.wpe.weight[:T]
         kind = x.device.type
@@ -298,22 +358,26 @@ class GPT(nn.Module):
             x = x.to(torch.get_autocast_dtype(kind))  # the residual stream in the matmuls' precision
         x = F.dropout(x, self.cfg.dropout, self.training)
         cos, sin = self.cos[:T], self.sin[:T]
-        branch = None
+        x0, branch = x if self.cfg.embed_skip else None, None
         for layer, block in enumerate(self.blocks):
-            x, branch = block(x, branch, cos, sin, alpha if layer in guided else None)
+            x, branch = block(x, branch, cos, sin, alpha if layer in guided else None, values[layer], x0)
         return add_norm(x, branch, self.norm)[1]
 
     def forward(self, tokens, targets=None, alpha=None, guided=()):
         """tokens (B, T) -> logits (B, T, vocab_size); with targets (B, T): their mean cross-entropy, negative ones left out."""
         h = self.hidden(tokens, alpha, guided)
         if targets is None:
-            return self.head(h)
+            return self.logits(h)
         weight = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()  # in a validation LMLoss forms no gradients
-        return LMLoss.apply(h.flatten(0, 1), weight, targets.flatten(), self.token_loss)
+        return LMLoss.apply(h.flatten(0, 1), weight, targets.flatten(), self.token_loss, self.cfg.softcap)
 
     def next_logits(self, tokens):
         """tokens (B, T) -> logits (B, vocab_size) of the token that follows."""
-        return self.head(self.hidden(tokens)[:, -1])
+        return self.logits(self.hidden(tokens)[:, -1])
+
+    def logits(self, h):
+        logits, cap = self.head(h), self.cfg.softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def step(self, tokens, cache, lengths=None):
         """The decoding forward: each row's next tokens (B, T) -> logits (B, vocab_size) of what follows them.
@@ -323,17 +387,17 @@ class GPT(nn.Module):
         """
         B, T = tokens.shape
         place = cache.position[:, None] + torch.arange(T, device=tokens.device)                 # (B, T)
-        x = self.wte(tokens)
+        x, values = self.embed(tokens)
         if self.wpe is not None:
             x = x + self.wpe(place)
         cos, sin = self.cos[place], self.sin[place]                                             # (B, T, 1, head_size)
-        mask, branch = cache.mask(), None
-        for block, layer in zip(self.blocks, cache.layers):
-            x, branch = block(x, branch, cos, sin, cache=LayerCache(*layer, cache.position, mask))
+        mask, x0, branch = cache.mask(), x if self.cfg.embed_skip else None, None
+        for block, layer, value in zip(self.blocks, cache.layers, values):
+            x, branch = block(x, branch, cos, sin, values=value, x0=x0, cache=LayerCache(*layer, cache.position, mask))
         last = torch.full_like(cache.position, T - 1) if lengths is None else lengths - 1
         row = torch.arange(B, device=x.device)
         cache.advance(1 if lengths is None else lengths)
-        return self.head(add_norm(x[row, last], branch[row, last], self.norm)[1])
+        return self.logits(add_norm(x[row, last], branch[row, last], self.norm)[1])
 
     def compile_parts(self):
         """torch.compile, block by block: equal blocks share one compilation, and parameters keep their names."""
@@ -354,7 +418,7 @@ def build(cfg, device, seed=None):
         model = GPT(cfg)
     model.to_empty(device=device)
     model.tie()  # to_empty gave each its own memory
-    cos, sin = rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head)
+    cos, sin = rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head, cfg.rope_theta)
     model.cos, model.sin = cos.to(device), sin.to(device)
     if seed is not None:
         torch.manual_seed(seed)
@@ -404,4 +468,5 @@ def flops_per_token(cfg, ffn=None):
     head_size = cfg.attn_dim // cfg.n_head
     attention = cfg.n_embd * (2 * cfg.attn_dim + 2 * cfg.n_kv_head * head_size)                 # qkv and proj
     products = 2 * cfg.block_size * cfg.attn_dim                                                # scores and values
-    return 2 * (cfg.n_layer * (attention + products) + ffn_params(cfg, ffn) + cfg.vocab_size * cfg.n_embd)
+    gates = sum(has_values(cfg, layer) for layer in range(cfg.n_layer)) * GATED * cfg.n_kv_head
+    return 2 * (cfg.n_layer * (attention + products) + gates + ffn_params(cfg, ffn) + cfg.vocab_size * cfg.n_embd)

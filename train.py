@@ -40,7 +40,7 @@ import prepare
 from config import Config, UserError, short
 from device import device_name, in_memory, peak_flops, pick_device, set_up
 from model import GPT, build, ffn_params, flops_per_token, load, load_weights
-from optim import AdamW, MixedAdamW
+from optim import AdamW, MixedAdamW, Muon
 from run import atomic_write, read_checkpoint, read_json, read_metrics, save_beside, writing
 
 
@@ -85,12 +85,14 @@ def make_plan(cfg) -> Plan:
 
 
 def lr_at(cfg, plan, step) -> float:
-    """Learning rate of step 0, 1, ...: linear warm-up, then cosine to min_lr_ratio x lr."""
-    warmup = round(cfg.warmup_ratio * plan.steps)
+    """Learning rate of step 0, 1, ...: linear warm-up, constant, then a cosine or a line to min_lr_ratio x lr over the last decay_ratio of the steps."""
+    warmup = min(cfg.warmup_steps, plan.steps) or round(cfg.warmup_ratio * plan.steps)
     if step < warmup:
         return cfg.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, plan.steps - warmup)
-    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+    start = max(warmup, plan.steps - round(cfg.decay_ratio * plan.steps))
+    progress = max(0, step - start) / max(1, plan.steps - start)
+    left = 1 - progress if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left)
 
 
 def alpha_at(cfg, plan, step) -> float:
@@ -227,9 +229,12 @@ def batches(cfg, plan, tokens, n_windows, steps, ranks):
 # Model, optimiser, one step
 
 def make_optimizer(cfg, model, ranks):
-    """AdamW; for bf16 on CUDA the model's matrices become bf16 here, cast once per step instead of in every forward."""
+    """AdamW or Muon; for bf16 on CUDA the model's matrices become bf16 here, cast once per step instead of in every forward."""
+    mixed = ranks.device.type == "cuda" and ranks.dtype is torch.bfloat16
     settings = dict(lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
-    if ranks.device.type == "cuda" and ranks.dtype is torch.bfloat16:
+    if cfg.optimizer == "muon":
+        return Muon(model, cfg, mixed, ranks.compile)
+    if mixed:
         return MixedAdamW(model.parameters(), **settings)
     return AdamW(model.parameters(), fused=ranks.device.type in ("cpu", "cuda"), **settings)
 
@@ -256,7 +261,7 @@ def end_guide(model, optimizer):
 def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, guided=()):
     """One optimiser step over (n_micro, micro_batch, T + 1) tokens -> (mean loss of this rank, gradient norm), both 0-d on the device."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("ratio", 1)
     n, total = len(micro_batches), 0.0
     for i, batch in enumerate(micro_batches):
         last = i == n - 1

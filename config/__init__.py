@@ -46,6 +46,13 @@ class Config:
     pos: Literal["rope", "absolute"] = "rope"                # positions: rotary, or a learned table
     bias: bool = True                    # biases in linears and layer norms (the LM head never has one)
     tie_embeddings: bool = True          # LM head = token embedding
+    qk_norm: float = 0.0                 # RMS norm of every head's queries and keys, times this; 0: none
+    embed_norm: bool = False             # RMS norm of the token embeddings
+    embed_skip: bool = False             # before every block x <- a x + b (token embeddings), a and b learned
+    value_embeddings: bool = False       # every other layer adds a gated embedding of the token to the values of its attention
+    softcap: float = 0.0                 # logits become softcap x tanh(logits / softcap); 0: they stay
+    rope_theta: float = 10_000.0         # base of the rotary positions
+    init: Literal["paper", "zero"] = "paper"                 # paper: N(0, 0.02^2); zero: branches start at 0, the rest follows the width
     dropout: float = 0.0                 # probability, on embeddings and residual branches
     # --- the FFN's linears
     ffn: Literal["dense", "lowrank", "blockshuffle", "blockdense"] = "dense"  # parametrization of fc1 and fc2
@@ -67,11 +74,18 @@ class Config:
     batch_size: int = 512                # sequences per optimiser step
     micro_batch_size: int = 16           # sequences per forward, per process
     # --- the optimiser
-    optimizer: Literal["adamw"] = "adamw"                    # fused where the device has it
-    lr: float = 6e-4                     # peak learning rate
+    optimizer: Literal["adamw", "muon"] = "adamw"            # muon: on the matrices of the blocks, AdamW on the rest
+    lr: float | Literal["auto"] = 6e-4   # peak learning rate; of the matrices with muon, where auto is the rule of muon_rates
+    embed_lr: float | Literal["auto"] = "auto"               # muon: of embeddings
+    head_lr: float | Literal["auto"] = "auto"                # muon: of the LM head
+    vector_lr: float | Literal["auto"] = "auto"              # muon: of norms, biases, gates and the a of embed_skip
+    skip_lr: float | Literal["auto"] = "auto"                # muon: of the b of embed_skip
+    schedule: Literal["cosine", "linear"] = "cosine"         # how the learning rate falls
+    decay_ratio: float = 1.0             # share of the steps, the last, over which it falls; 1: all after the warm-up
     min_lr_ratio: float = 0.1            # final / peak learning rate
-    warmup_ratio: float = 0.1            # share of the steps with linear warm-up; cosine afterwards
-    weight_decay: float = 0.1            # decoupled, on every parameter
+    warmup_ratio: float = 0.1            # share of the steps with linear warm-up
+    warmup_steps: int = 0                # steps of warm-up; 0: by warmup_ratio
+    weight_decay: float | Literal["auto"] = 0.1              # decoupled; adamw: on every parameter; muon: on matrices, where auto is the rule
     betas: tuple[float, float] = (0.9, 0.999)                # of AdamW
     grad_clip: float = 1.0               # largest global gradient norm; 0: no clipping
     seed: int = 1005                     # of initialisation, data order, skip draws
@@ -315,14 +329,15 @@ def check(cfg):
     for name in ("n_layer", "n_embd", "n_head", "block_size", "max_tokens", "batch_size", "micro_batch_size", "log_interval",
                  "eval_tokens", "final_eval_tokens"):
         _require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)} must be at least 1.")
-    for name in ("n_kv_head", "attn_dim", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval", "save_interval", "weight_decay",
-                 "grad_clip", "seed"):
+    for name in ("n_kv_head", "attn_dim", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval", "save_interval", "grad_clip",
+                 "seed", "warmup_steps", "qk_norm", "softcap"):
         _require(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)} must not be negative.")
-    for name, top in (("dropout", "below 1"), ("min_lr_ratio", "1"), ("warmup_ratio", "1")):
+    for name, top in (("dropout", "below 1"), ("min_lr_ratio", "1"), ("warmup_ratio", "1"), ("decay_ratio", "1")):
         v = getattr(cfg, name)
         _require(0 <= v <= 1 and (top == "1" or v < 1), f"{name}={v} must lie between 0 and {top}.")
     _require(cfg.seed < 2**64, f"seed={cfg.seed} must be below 2^64.")
-    _require(cfg.lr > 0, f"lr={cfg.lr} must be positive.")
+    _require(cfg.rope_theta > 0, f"rope_theta={cfg.rope_theta} must be positive.")
+    _check_optimizer(cfg)
     _require(all(0 <= b < 1 for b in cfg.betas), f"betas={cfg.betas} must lie in [0, 1).")
     _require(re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", cfg.device), f"device={cfg.device} is not one of auto, cpu, cuda, cuda:N, mps.")
 
@@ -340,6 +355,40 @@ def check(cfg):
         _require(cfg.ffn != "dense", f"guide={cfg.guide} needs a structured ffn (lowrank, blockshuffle, blockdense), this one is dense.")
         _require(cfg.n_dense_layers < cfg.n_layer, f"guide={cfg.guide} needs a structured layer, but n_dense_layers={cfg.n_dense_layers} keeps all {cfg.n_layer} dense.")
         _require(cfg.guide_ratio == "auto" or 0 < cfg.guide_ratio <= 1, f"guide_ratio={cfg.guide_ratio} must be auto or lie in (0, 1].")
+
+
+RATES = ("lr", "embed_lr", "head_lr", "vector_lr", "skip_lr", "weight_decay")
+
+
+def _check_optimizer(cfg):
+    """Positive rates; with muon `auto` is filled in by the rule, adamw has one rate for all."""
+    if cfg.optimizer == "muon":
+        for name, value in muon_rates(cfg).items():
+            setattr(cfg, name, value if getattr(cfg, name) == "auto" else getattr(cfg, name))
+    for name in RATES:
+        value = getattr(cfg, name)
+        if cfg.optimizer == "adamw" and name not in ("lr", "weight_decay"):
+            _require(value == "auto", f"{name}={value} needs optimizer=muon: adamw has one rate, lr, for all parameters.")
+            continue
+        _require(value != "auto", f"{name}=auto needs optimizer=muon: give a number.")
+        _require(value > 0 or name == "weight_decay" and value == 0, f"{name}={value} must {'not be negative' if name == 'weight_decay' else 'be positive'}.")
+
+
+def muon_rates(cfg) -> dict:
+    """The scaling rule: rates of the width, the tokens of a step and the number of steps.
+
+        b = sqrt(tokens a step / 2^19)      the noise of a gradient falls with the tokens that it is averaged over
+        lr         0.02 b                   an update has the spectral norm lr sqrt(max(1, rows / columns)) at every width and depth
+        embed_lr   0.3 b sqrt(768 / n_embd) AdamW moves every entry alike, so the norm of a row's change grows with its length
+        head_lr    0.008 b sqrt(768 / n_embd)
+        vector_lr  0.005 b, skip_lr 0.5 b
+        decay      14 / (lr steps)          weights forget what is older than steps / 14, whatever the rate and the length of the run
+    """
+    tokens = cfg.batch_size * cfg.block_size
+    b, width, steps = (tokens / 2**19) ** 0.5, (768 / cfg.n_embd) ** 0.5, max(1, cfg.max_tokens // tokens)
+    lr = 0.02 * b if cfg.lr == "auto" else cfg.lr
+    return {"lr": lr, "embed_lr": 0.3 * b * width, "head_lr": 0.008 * b * width, "vector_lr": 0.005 * b, "skip_lr": 0.5 * b,
+            "weight_decay": 14 / (max(lr, 1e-300) * steps)}
 
 
 def _check_ffn(cfg):
