@@ -139,8 +139,8 @@ def polar(x, polynomials=POLAR_EXPRESS, margin=1.02):
 def nesterov(grads, momentum, scale, mu, dtype):
     """momentum <- mu momentum + (1 - mu) grads, in place; returns the step that looks one ahead. All (K, m, n)."""
     grads = grads.float() * scale
-    momentum.lerp_(grads, 1 - mu)
-    return torch.lerp(grads, momentum, mu).to(dtype)
+    momentum.add_((1 - mu) * (grads - momentum))
+    return (grads + mu * (momentum - grads)).to(dtype)
 
 
 def descend(weights, step, rate, decay):

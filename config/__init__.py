@@ -107,6 +107,11 @@ class Config:
     kernels: bool = True                 # Triton kernels for structured FFNs where they fit (Hopper, half precision, gelu or relu2), else plain torch
 
     @property
+    def extras(self) -> list:
+        """Names of the parts that the paper's model lacks: the decoding kernels know none of them."""
+        return [name for name in ("qk_norm", "embed_norm", "embed_skip", "value_embeddings", "softcap") if getattr(self, name)]
+
+    @property
     def n_hidden(self) -> int:
         """Rows of fc1: SwiGLU's gate and value are one matrix."""
         return 2 * self.ffn_dim if self.act == "swiglu" else self.ffn_dim

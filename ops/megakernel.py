@@ -80,6 +80,8 @@ def usable(model, batch) -> bool:
     weight = model.head.weight
     if weight.device.type != "cuda" or torch.version.hip is not None:
         return False
+    if model.cfg.extras:
+        return bool(slower(f"its kernels have no {', '.join(model.cfg.extras)}"))
     card = torch.cuda.get_device_properties(weight.device)
     return card.major >= 9 and fits(model.cfg, all_matrices(model, batch), weight.dtype, card.multi_processor_count, batch) and bindings()
 
