@@ -87,13 +87,13 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_size)                                        # (B, T, heads, head_size)
         if self.rope and ops.ON and ops.can_rotate(qkv, cos):
-            q, k, v = ops.split_rotated(qkv, cos, sin, self.n_head, self.n_kv_head)
+            q, k, v, _ = ops.split_rotated(qkv, cos, sin, self.n_head, self.n_kv_head, self.qk_norm)
         else:
             q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+            if self.qk_norm:
+                q, k = rms_norm(q) * self.qk_norm, rms_norm(k) * self.qk_norm
             if self.rope:
                 q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if self.qk_norm:  # a rotation changes no norm, so this may come after it
-            q, k = rms_norm(q) * self.qk_norm, rms_norm(k) * self.qk_norm
         if values is not None:
             gate = 3 * torch.sigmoid(self.gate(x[..., :GATED]))                                 # (B, T, n_kv_head)
             v = v + (gate[..., None] * values.view_as(v)).to(v.dtype)
@@ -226,20 +226,15 @@ class LayerCache(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------------------
 # LM head and cross-entropy, a chunk of tokens at a time
 
-def token_loss(logits, targets, scale, softcap=0.0):
+def token_loss(logits, targets, scale):
     """Cross-entropy (C,) of logits (C, V) in float32, and scale x its gradient in the logits' dtype; targets < 0 count nothing."""
     logits32 = logits.float()
-    if softcap:
-        bent = torch.tanh(logits32 / softcap)
-        logits32 = softcap * bent
     kept = targets >= 0
     picked = targets.clamp(min=0)[:, None]                                                      # (C, 1)
     logz = logits32.logsumexp(dim=1, keepdim=True)
     loss = (logz - logits32.gather(1, picked))[:, 0] * kept
     one_hot = torch.arange(logits.size(1), device=logits.device) == picked                      # (C, V)
     grad = ((logits32 - logz).exp() - one_hot.float()) * (kept * scale)[:, None]
-    if softcap:
-        grad = grad * (1 - bent * bent)
     return loss, grad.to(logits.dtype)
 
 
@@ -252,14 +247,14 @@ class LMLoss(torch.autograd.Function):
     CHUNK = 8192  # tokens, or twice as many where the gradient needs no buffer of its own; below, the matmuls lose speed
 
     @staticmethod
-    def forward(ctx, h, weight, targets, token_loss, softcap=0.0):
+    def forward(ctx, h, weight, targets, token_loss):
         w = weight.to(h.dtype)
         training = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         scale = 1.0 / (targets >= 0).sum().clamp(min=1)
         loss = torch.zeros((), device=h.device, dtype=torch.float32)
         grad_h = torch.empty_like(h) if training else None
         grad_w = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if training else None
-        in_place = ops.ON and ops.can_token_loss(h) and not softcap
+        in_place = ops.ON and ops.can_token_loss(h)
         chunk = LMLoss.CHUNK * (2 if in_place else 1)
         for i in range(0, len(h), chunk):
             rows = slice(i, i + chunk)
@@ -267,7 +262,7 @@ class LMLoss(torch.autograd.Function):
             if in_place:
                 losses, grad = ops.token_loss(logits, targets[rows], scale, training)       # (C,), (C, V)
             else:
-                losses, grad = token_loss(logits, targets[rows], scale, softcap)
+                losses, grad = token_loss(logits, targets[rows], scale)
             loss += losses.sum()
             if training:
                 torch.mm(grad, w, out=grad_h[rows])
@@ -279,7 +274,7 @@ class LMLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad_loss.to(grad_h.dtype), (grad_w * grad_loss).to(ctx.weight_dtype), None, None, None
+        return grad_h * grad_loss.to(grad_h.dtype), (grad_w * grad_loss).to(ctx.weight_dtype), None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -367,17 +362,13 @@ class GPT(nn.Module):
         """tokens (B, T) -> logits (B, T, vocab_size); with targets (B, T): their mean cross-entropy, negative ones left out."""
         h = self.hidden(tokens, alpha, guided)
         if targets is None:
-            return self.logits(h)
+            return self.head(h)
         weight = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()  # in a validation LMLoss forms no gradients
-        return LMLoss.apply(h.flatten(0, 1), weight, targets.flatten(), self.token_loss, self.cfg.softcap)
+        return LMLoss.apply(h.flatten(0, 1), weight, targets.flatten(), self.token_loss)
 
     def next_logits(self, tokens):
         """tokens (B, T) -> logits (B, vocab_size) of the token that follows."""
-        return self.logits(self.hidden(tokens)[:, -1])
-
-    def logits(self, h):
-        logits, cap = self.head(h), self.cfg.softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
+        return self.head(self.hidden(tokens)[:, -1])
 
     def step(self, tokens, cache, lengths=None):
         """The decoding forward: each row's next tokens (B, T) -> logits (B, vocab_size) of what follows them.
@@ -397,7 +388,7 @@ class GPT(nn.Module):
         last = torch.full_like(cache.position, T - 1) if lengths is None else lengths - 1
         row = torch.arange(B, device=x.device)
         cache.advance(1 if lengths is None else lengths)
-        return self.logits(add_norm(x[row, last], branch[row, last], self.norm)[1])
+        return self.head(add_norm(x[row, last], branch[row, last], self.norm)[1])
 
     def compile_parts(self):
         """torch.compile, block by block: equal blocks share one compilation, and parameters keep their names."""
@@ -405,6 +396,7 @@ class GPT(nn.Module):
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # it warns of in-place operations, a block has none
         for block in self.blocks:
             block.compile()
+        self.embed = torch.compile(self.embed)  # the gradient of a table is one pass of sums, not a sort of the tokens
         self.token_loss = torch.compile(token_loss)
 
     def structured_linears(self):

@@ -144,16 +144,15 @@ def nesterov(grads, momentum, scale, mu, dtype):
 
 
 def descend(weights, step, rate, decay):
-    """weights -= rate step + decay weights, in place; the decay leaves out what the step moves away from 0 anyway. All (K, m, n)."""
+    """weights -= rate step + decay weights, in place, all (K, m, n). The decay leaves out what the step moves towards 0 anyway.
+
+    The vectors along the longer side of a step get one norm, that of its mean if the step were exactly orthogonal: every neuron moves alike.
+    """
     step = step.float()
+    rows = step.size(-2) >= step.size(-1)
+    share = min(step.shape[1:]) / max(step.shape[1:])
+    step = step * (share ** 0.5 / step.norm(dim=-1 if rows else -2, keepdim=True).clamp_min(1e-7))
     weights.sub_(rate * step + decay * weights * (step * weights > 0))
-
-
-def balance(step):
-    """step (K, m, n) with rows, or columns where there are more of them, of one norm, and its own norm: every neuron moves alike."""
-    step = step.float()
-    norms = step.norm(dim=-1 if step.size(-2) >= step.size(-1) else -2, keepdim=True)
-    return step * (step.norm(dim=(-2, -1), keepdim=True) / (norms * norms.size(-2 if step.size(-2) >= step.size(-1) else -1) ** 0.5 + 1e-7))
 
 
 class Muon(MixedAdamW):
@@ -170,24 +169,25 @@ class Muon(MixedAdamW):
         self.rows = {block.attn.qkv.weight: [n * block.attn.head_size for n in (cfg.n_head, cfg.n_kv_head, cfg.n_kv_head)] for block in model.blocks}
         self.dtype = torch.bfloat16 if mixed else torch.float32
         self.nesterov, self.descend = (torch.compile(f, dynamic=False) if compile else f for f in (nesterov, descend))
+        self.momentum, self.decay = 0.95, cfg.weight_decay  # train moves them
         super().__init__(muon_groups(model, cfg), cfg.lr, cfg.betas, 0.0, eps=1e-10, mixed=mixed)
 
     def first_state(self, p, group):
-        return dict(momentum=torch.zeros_like(p)) if "momentum" in group else super().first_state(p, group)
+        return dict(momentum=torch.zeros_like(p)) if group.get("muon") else super().first_state(p, group)
 
     def matrices(self, p, t):
         """t, of p's shape, as the matrices that are orthogonalised each by itself."""
         return t.unbind() if t.dim() == 3 else t.split(self.rows[p]) if p in self.rows else (t,)
 
     def update_group(self, number, group, scale):
-        if "momentum" not in group:
+        if not group.get("muon"):
             return super().update_group(number, group, scale)
         shapes = {}
         for p in group["params"]:
             if p.grad is not None:
                 for pieces in zip(*(self.matrices(p, t.detach()) for t in (p.grad, self.state[p]["momentum"], self.master(p), p))):
                     shapes.setdefault(pieces[0].shape, []).append(pieces)
-        lr, mu, decay = (torch.tensor(v) for v in (group["lr"], group["momentum"], group["lr"] * group["weight_decay"]))  # no constants of the compiled code
+        lr, mu, decay = (torch.tensor(v) for v in (group["lr"], self.momentum, group["lr"] * self.decay))  # constants would be compiled anew
         for (rows, columns), pieces in shapes.items():
             grads, momenta, weights, copies = (list(tensors) for tensors in zip(*pieces))
             momentum, weight = torch.stack(momenta), torch.stack(weights)
@@ -213,11 +213,12 @@ class Muon(MixedAdamW):
 def muon_groups(model, cfg):
     """Groups of a model's parameters; ratio: of their rate to cfg.lr, which the schedule moves."""
     names = {p: name for name, p in model.named_parameters()}  # a tied head counts as an embedding
-    kinds = {"matrix": [], "embed": [], "head": [], "vector": [], "skip": []}
+    kinds = {"matrix": [], "embed": [], "values": [], "head": [], "vector": [], "skip": []}
     for p, name in names.items():
-        kind = ("head" if name.startswith("head.") else "embed" if name.startswith(("wte.", "wpe.")) or ".values." in name else
+        kind = ("head" if name.startswith("head.") else "embed" if name.startswith(("wte.", "wpe.")) else "values" if ".values." in name else
                 "skip" if name.endswith(".b") else "matrix" if p.dim() > 1 and ".gate." not in name else "vector")
         kinds[kind].append(p)
-    adam = {"embed": (cfg.embed_lr, (0.8, 0.995)), "head": (cfg.head_lr, (0.8, 0.96)), "vector": (cfg.vector_lr, (0.8, 0.95)), "skip": (cfg.skip_lr, (0.96, 0.95))}
-    groups = [dict(params=kinds[kind], ratio=lr / cfg.lr, betas=betas) for kind, (lr, betas) in adam.items()]
-    return [dict(params=kinds["matrix"], ratio=1.0, momentum=0.95, weight_decay=cfg.weight_decay)] + [g for g in groups if g["params"]]
+    betas = {"embed": (0.8, 0.995), "values": (0.8, 0.995), "head": (0.8, 0.96), "vector": (0.8, 0.95), "skip": (0.96, 0.95)}
+    rates = {"embed": cfg.embed_lr, "values": 0.5 * cfg.embed_lr, "head": cfg.head_lr, "vector": cfg.vector_lr, "skip": cfg.skip_lr}
+    groups = [dict(params=kinds[kind], ratio=lr / cfg.lr, betas=betas[kind], weight_decay=0.01 * (kind == "values")) for kind, lr in rates.items()]
+    return [dict(params=kinds["matrix"], ratio=1.0, muon=True)] + [g for g in groups if g["params"]]

@@ -84,15 +84,30 @@ def make_plan(cfg) -> Plan:
                 guided=0 if cfg.guide == "replay" else count, guide_ratio=ratio)
 
 
+def fallen(cfg, plan, step) -> float:
+    """How much of the learning rate's fall lies behind step 0, 1, ...: 0 until the last decay_ratio of the steps, then up to 1."""
+    start = max(warmup_steps(cfg, plan), plan.steps - round(cfg.decay_ratio * plan.steps))
+    return max(0, step - start) / max(1, plan.steps - start)
+
+
+def warmup_steps(cfg, plan) -> int:
+    return min(cfg.warmup_steps, plan.steps) or round(cfg.warmup_ratio * plan.steps)
+
+
 def lr_at(cfg, plan, step) -> float:
-    """Learning rate of step 0, 1, ...: linear warm-up, constant, then a cosine or a line to min_lr_ratio x lr over the last decay_ratio of the steps."""
-    warmup = min(cfg.warmup_steps, plan.steps) or round(cfg.warmup_ratio * plan.steps)
+    """Learning rate of step 0, 1, ...: linear warm-up, constant, then a cosine or a line to min_lr_ratio x lr."""
+    warmup, t = warmup_steps(cfg, plan), fallen(cfg, plan, step)
     if step < warmup:
         return cfg.lr * (step + 1) / warmup
-    start = max(warmup, plan.steps - round(cfg.decay_ratio * plan.steps))
-    progress = max(0, step - start) / max(1, plan.steps - start)
-    left = 1 - progress if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - t if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * t))
     return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left)
+
+
+def muon_at(cfg, plan, step) -> tuple:
+    """(momentum, weight decay) of Muon. The momentum is low while gradients turn quickly, and while the rate falls; the decay
+    falls to 0 as a cosine: late weights have no time to grow back."""
+    momentum = 0.85 + 0.12 * min(1, step / 400) - 0.07 * fallen(cfg, plan, step)
+    return momentum, cfg.weight_decay * 0.5 * (1 + math.cos(math.pi * step / plan.steps))
 
 
 def alpha_at(cfg, plan, step) -> float:
@@ -139,7 +154,7 @@ def summary(cfg) -> dict:
             "steps": plan.steps, "unique_steps": plan.unique, "guided_steps": plan.guided, "guide_ratio": round(plan.guide_ratio, 4),
             "tokens": plan.steps * tokens, "unique_tokens": plan.unique * tokens, "train_flops": float(f"{sum(flops.values()):.6g}"),
             "train_flops_by_phase": {k: float(f"{v:.6g}") for k, v in flops.items() if v}, "flops_per_token": flops_per_token(cfg),
-            "vocab_size": cfg.vocab_size}
+            "vocab_size": cfg.vocab_size, "rates": {name: getattr(cfg, name) for name in config.RATES if getattr(cfg, name) != "auto"}}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -229,7 +244,7 @@ def batches(cfg, plan, tokens, n_windows, steps, ranks):
 # Model, optimiser, one step
 
 def make_optimizer(cfg, model, ranks):
-    """AdamW or Muon; for bf16 on CUDA the model's matrices become bf16 here, cast once per step instead of in every forward."""
+    """AdamW or Muon; for bf16 on CUDA the model's matrices become bf16 here, cast once per step, not in every forward."""
     mixed = ranks.device.type == "cuda" and ranks.dtype is torch.bfloat16
     settings = dict(lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
     if cfg.optimizer == "muon":
@@ -589,6 +604,8 @@ def train(cfg, ranks, state, train_file, val_file, tokenizer):
         lr, a, guided = lr_at(cfg, plan, step), alpha_at(cfg, plan, step), guided_layers(cfg, plan, step)
         if cfg.dropout:
             torch.manual_seed(dropout_seed(cfg, step, ranks.rank))
+        if cfg.optimizer == "muon":
+            optimizer.momentum, optimizer.decay = muon_at(cfg, plan, step)
         loss, norm = train_step(wrapped, optimizer, batch.to(ranks.device, non_blocking=True), cfg, ranks, lr, alpha.fill_(a), guided)
         step += 1
         if step == plan.guided:

@@ -1,6 +1,6 @@
 """Settings: one dataclass, one loader.
 
-A preset (config/*.py) is a file of plain assignments; it is parsed, never executed. Dataclass defaults < preset < command
+A preset (config/*.py) is a file of plain assignments; it is parsed, never executed. Dataclass defaults < presets < command
 line. Every script reads the same Config with the same loader; what only one script needs is a small dataclass beside its main.
 The comment behind a field is its help text: `python train.py --help` prints them.
 """
@@ -50,7 +50,6 @@ class Config:
     embed_norm: bool = False             # RMS norm of the token embeddings
     embed_skip: bool = False             # before every block x <- a x + b (token embeddings), a and b learned
     value_embeddings: bool = False       # every other layer adds a gated embedding of the token to the values of its attention
-    softcap: float = 0.0                 # logits become softcap x tanh(logits / softcap); 0: they stay
     rope_theta: float = 10_000.0         # base of the rotary positions
     init: Literal["paper", "zero"] = "paper"                 # paper: N(0, 0.02^2); zero: branches start at 0, the rest follows the width
     dropout: float = 0.0                 # probability, on embeddings and residual branches
@@ -109,7 +108,7 @@ class Config:
     @property
     def extras(self) -> list:
         """Names of the parts that the paper's model lacks: the decoding kernels know none of them."""
-        return [name for name in ("qk_norm", "embed_norm", "embed_skip", "value_embeddings", "softcap") if getattr(self, name)]
+        return [name for name in ("qk_norm", "embed_norm", "embed_skip", "value_embeddings") if getattr(self, name)]
 
     @property
     def n_hidden(self) -> int:
@@ -283,20 +282,18 @@ def read_preset(path) -> dict:
 
 
 def load(argv, *settings, usage=""):
-    """Reads `[preset.py] name=value ...` into a complete, checked Config and one instance of each settings dataclass.
+    """Reads `[preset.py ...] name=value ...` into a complete, checked Config and one instance of each settings dataclass.
 
-    Returns (config, *instances); raises UserError.
+    Of several presets a later one has the last word, as in config/s.py config/recipe.py. Returns (config, *instances); raises UserError.
     """
     words, values = parse(argv, Config, *settings, usage=usage)
-    if len(words) > 1:
-        raise UserError(f"one preset is read, {len(words)} were given: {' '.join(words)}; settings are written --name=value.")
-    if words and not words[0].endswith(".py"):
-        raise UserError(f"{words[0]} is neither a preset (config/NAME.py) nor a setting (--name=value).")
-    cfg = Config(**(read_preset(words[0]) if words else {}))
+    for word in words:
+        _require(word.endswith(".py"), f"{word} is neither a preset (config/NAME.py) nor a setting (--name=value).")
+    cfg = Config(**{name: value for word in words for name, value in read_preset(word).items()})
     extra = [cls() for cls in settings]
     for name, value in values.items():
         setattr(next(obj for obj in (cfg, *extra) if hasattr(obj, name)), name, value)
-    cfg.out_dir = cfg.out_dir or os.path.join("out", os.path.basename(words[0])[:-3] if words else "run")
+    cfg.out_dir = cfg.out_dir or os.path.join("out", "-".join(os.path.basename(word)[:-3] for word in words) or "run")
     check(cfg)
     return (cfg, *extra)
 
@@ -335,7 +332,7 @@ def check(cfg):
                  "eval_tokens", "final_eval_tokens"):
         _require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)} must be at least 1.")
     for name in ("n_kv_head", "attn_dim", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval", "save_interval", "grad_clip",
-                 "seed", "warmup_steps", "qk_norm", "softcap"):
+                 "seed", "warmup_steps", "qk_norm"):
         _require(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)} must not be negative.")
     for name, top in (("dropout", "below 1"), ("min_lr_ratio", "1"), ("warmup_ratio", "1"), ("decay_ratio", "1")):
         v = getattr(cfg, name)
@@ -380,20 +377,25 @@ def _check_optimizer(cfg):
 
 
 def muon_rates(cfg) -> dict:
-    """The scaling rule: rates of the width, the tokens of a step and the number of steps.
+    """The scaling rule: Muon's rates from the width, the tokens of a step and the number of steps.
 
-        b = sqrt(tokens a step / 2^19)      the noise of a gradient falls with the tokens that it is averaged over
-        lr         0.02 b                   an update has the spectral norm lr sqrt(max(1, rows / columns)) at every width and depth
-        embed_lr   0.3 b sqrt(768 / n_embd) AdamW moves every entry alike, so the norm of a row's change grows with its length
+        b = (tokens of a step / 2^19)^(1/3)       gradients averaged over more tokens carry further
+        lr         0.02 b                         an update has spectral norm lr sqrt(max(1, rows / columns)) at every size
+        embed_lr   0.3 b sqrt(768 / n_embd)       AdamW moves every entry alike, so a wide row by more
         head_lr    0.008 b sqrt(768 / n_embd)
-        vector_lr  0.005 b, skip_lr 0.5 b
-        decay      14 / (lr steps)          weights forget what is older than steps / 14, whatever the rate and the length of the run
+        vector_lr  0.005 b,  skip_lr 0.5 b
+        weight_decay  14 / (lr steps)             weights forget what lies further back than a 14th of the run
+
+    Initialisation follows the width too (init=zero in model.py). At 2^19 tokens a step the constants are nanochat's, tuned there
+    at 12 to 26 layers; at 2^15, 8 layers x 768 and 60M tokens the cube root gives the 1.5 times more than its square root
+    that were ahead in docs/experiments.md. Everything else is extrapolation.
     """
     tokens = cfg.batch_size * cfg.block_size
-    b, width, steps = (tokens / 2**19) ** 0.5, (768 / cfg.n_embd) ** 0.5, max(1, cfg.max_tokens // tokens)
+    b, width, steps = (tokens / 2**19) ** (1 / 3), (768 / cfg.n_embd) ** 0.5, max(1, cfg.max_tokens // tokens)
     lr = 0.02 * b if cfg.lr == "auto" else cfg.lr
-    return {"lr": lr, "embed_lr": 0.3 * b * width, "head_lr": 0.008 * b * width, "vector_lr": 0.005 * b, "skip_lr": 0.5 * b,
-            "weight_decay": 14 / (max(lr, 1e-300) * steps)}
+    rates = {"lr": lr, "embed_lr": 0.3 * b * width, "head_lr": 0.008 * b * width, "vector_lr": 0.005 * b, "skip_lr": 0.5 * b,
+             "weight_decay": 14 / (max(lr, 1e-300) * steps)}
+    return {name: float(f"{rate:.4g}") for name, rate in rates.items()}
 
 
 def _check_ffn(cfg):
