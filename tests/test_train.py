@@ -77,6 +77,24 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
     assert train.lr_at(dataclasses.replace(cfg, warmup_ratio=1.0), plan, 99) == 1e-3
 
 
+def test_a_line_to_zero_over_the_last_part_of_the_steps():
+    cfg = tiny("--max_tokens=12800", "--lr=1e-3", "--warmup_steps=4", "--schedule=linear", "--decay_ratio=0.5", "--min_lr_ratio=0")  # 100 steps
+    plan = train.make_plan(cfg)
+    lr = [train.lr_at(cfg, plan, step) for step in range(100)]
+    assert lr[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3]) and lr[4:51] == [1e-3] * 47
+    assert lr[75] == pytest.approx(5e-4) and lr[99] == pytest.approx(2e-5)
+    late = dataclasses.replace(cfg, warmup_steps=60, min_lr_ratio=0.1)  # the warm-up ends after the fall would begin
+    assert train.lr_at(late, plan, 60) == 1e-3 and train.lr_at(late, plan, 80) == pytest.approx(0.55e-3)
+
+
+def test_muons_momentum_rises_and_falls_and_its_decay_ends():
+    cfg = tiny("--max_tokens=128000", "--optimizer=muon", "--lr=0.01", "--weight_decay=0.8", "--decay_ratio=0.4", "--warmup_ratio=0")  # 1000 steps
+    plan = train.make_plan(cfg)
+    momentum, decay = zip(*(train.muon_at(cfg, plan, step) for step in (0, 200, 400, 600, 800, 999)))
+    assert momentum == pytest.approx([0.85, 0.91, 0.97, 0.97, 0.935, 0.90], abs=2e-4)
+    assert decay[0] == 0.8 and decay[1] == pytest.approx(0.8 * 0.9045, rel=1e-3) and decay[5] < 1e-5
+
+
 def test_alpha_falls_from_one_to_zero():
     root = math.sqrt(0.5)
     for schedule, values in (("cosine", (1, 0.5 + 0.5 * root, 0.5, 0.5 - 0.5 * root)), ("linear", (1, 0.75, 0.5, 0.25))):
@@ -484,7 +502,9 @@ def assert_same_run(out, other):
 
 
 RUNS = {"plain": [], "always": [*LOWRANK, "--guide=fixedflop", "--guide_ratio=0.5"],
-        "guided": [*GUIDED, "--dropout=0.1", "--eval_interval=3"]}
+        "guided": [*GUIDED, "--dropout=0.1", "--eval_interval=3"],
+        "muon": [*GUIDED, "--optimizer=muon", "--lr=0.01", "--weight_decay=auto", "--schedule=linear", "--warmup_steps=2", "--qk_norm=1.2",
+                 "--embed_skip=True", "--value_embeddings=True"]}
 
 
 @pytest.fixture(scope="module")
@@ -496,7 +516,7 @@ def whole(data, tmp_path_factory):
 
 @pytest.mark.parametrize("name, stops", [
     ("plain", [3]), ("always", [3]), ("guided", [2]), ("guided", [4]), ("guided", [6]), ("guided", [8]), ("guided", [10]),
-    ("guided", [1, 4, 5, 9, 11])], ids=str)
+    ("guided", [1, 4, 5, 9, 11]), ("muon", [2, 6])], ids=str)
 def test_resume_equals_no_interruption(name, stops, whole, data, tmp_path, monkeypatch, capsys):
     """guided: 2 is before the switch, 4 at it, 6 after it, 8 before the replay, 10 inside it; dropout is on."""
     out = tmp_path / "run"
@@ -633,7 +653,7 @@ def two_processes(data, tmp_path_factory, whole):
     folder = tmp_path_factory.mktemp("ddp")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         stopped(folder / "moved", data, 3, patch, *GUIDED)
-    flags = {"plain": [], "guided": GUIDED, "always": RUNS["always"], "moved": [*GUIDED, "--resume=auto"]}
+    flags = {"plain": [], "guided": GUIDED, "always": RUNS["always"], "moved": [*GUIDED, "--resume=auto"], "muon": RUNS["muon"]}
     runs = [[*TINY, f"--out_dir={folder / name}", f"--data_dir={data}", *argv] for name, argv in flags.items()]
     damaged = [set_token(copy_data(data, folder / name), name, 155, 999) for name in ("val.bin", "train.bin")]  # in window 9, rank 1's in validation
     bad = [[*TINY, f"--out_dir={folder / 'runs.json' / 'run'}", f"--data_dir={data}"]]  # below a file
@@ -654,7 +674,7 @@ def two_processes(data, tmp_path_factory, whole):
 
 def test_two_processes_equal_one(two_processes, whole, data, tmp_path):
     """plain, guided with and without guide_skip, and a guided run that one process began and two finished."""
-    one = {"plain": whole["plain"], "always": whole["always"], "guided": train_run(tmp_path / "guided", data, *GUIDED)}
+    one = {"plain": whole["plain"], "always": whole["always"], "muon": whole["muon"], "guided": train_run(tmp_path / "guided", data, *GUIDED)}
     one["moved"] = one["guided"]
     for name, out in one.items():
         a, b = (torch.load(folder / "model.pt", weights_only=True) for folder in (out, two_processes[name]))
@@ -669,7 +689,7 @@ def test_two_processes_equal_one(two_processes, whole, data, tmp_path):
 
 def test_one_of_two_processes_speaks(two_processes):
     out = two_processes["stdout"]
-    assert out.count("2 x cpu") == out.count("done     validation loss") == 4 and out.count("continuing after step 3 of 12") == 1
+    assert out.count("2 x cpu") == out.count("done     validation loss") == 5 and out.count("continuing after step 3 of 12") == 1
 
 
 def test_what_one_of_two_processes_refuses_both_refuse(two_processes):
@@ -715,8 +735,8 @@ def test_one_compilation_per_phase_and_variant(data, tmp_path, monkeypatch):
     for _, guided in after:
         seen |= {"dense"} | {"guided" if layer in guided else "plain" for layer in (1, 2)}
         variants.append(len(seen))
-    others = after[0][0] - variants[0]  # the loss, perhaps the last norm
-    assert seen == {"dense", "guided", "plain"} and 1 <= others <= 2
+    others = after[0][0] - variants[0]  # the embeddings, the loss, perhaps the last norm
+    assert seen == {"dense", "guided", "plain"} and 2 <= others <= 3
     assert [count for count, _ in after] == [n + others for n in variants]
     assert len(graphs) - after[-1][0] == 2 + others - 1  # the last validation: a dense block, a plain one, not the loss
     torch._dynamo.reset()
