@@ -83,7 +83,8 @@ class Attention(nn.Module):
             self.values = self.gate = None
 
     def forward(self, x, cos, sin, values=None, cache=None):
-        """x (B, T, n_embd) -> the same. values (B, T, n_kv_head x head_size): each key head adds 3 sigmoid(gate) x its part to v."""
+        """x (B, T, n_embd) -> the same. values (B, T, n_kv_head x head_size): every key head adds its part to v, times
+        3 sigmoid(gate)."""
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_size)                                        # (B, T, heads, head_size)
         if self.rope and ops.ON and ops.can_rotate(qkv, cos):
@@ -290,7 +291,8 @@ class GPT(nn.Module):
         self.norm = make_norm(cfg)
         self.head = Dense(cfg.n_embd, cfg.vocab_size, bias=False)
         self.tie()
-        for name, table in zip(("cos", "sin"), rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head, cfg.rope_theta)):
+        tables = rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head, cfg.rope_theta)
+        for name, table in zip(("cos", "sin"), tables):
             self.register_buffer(name, table, persistent=False)
         self.token_loss = token_loss
 
@@ -300,7 +302,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, std=0.02):
-        """As in the paper: matrices N(0, std^2), biases 0, norms 1, structured linears their own way; init=zero then changes some."""
+        """As in the paper: matrices N(0, std^2), biases 0, norms 1, structured linears their own way.
+
+        With init=zero std is 1 / sqrt(n_embd), and init_zero changes some.
+        """
         zero = self.cfg.init == "zero"
         std = self.cfg.n_embd ** -0.5 if zero else std
         for module in self.modules():
@@ -321,7 +326,8 @@ class GPT(nn.Module):
         return self
 
     def init_zero(self):
-        """What a branch adds is 0 at first: the last matrix or factor of attention and FFN. So are the gates' logits, and almost the head's."""
+        """The last matrix or factor of attention and FFN is 0, so a block adds nothing at first; so are the gates, and
+        almost the head: the first loss is log(vocab_size)."""
         for block in self.blocks:
             fc1, fc2 = block.ffn.fc1, block.ffn.fc2
             for last in (block.attn.proj.weight, fc2.U if isinstance(fc2, Structured) else fc2.weight):

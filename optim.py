@@ -1,8 +1,8 @@
 """AdamW and Muon with gradient clipping, behind one face: step(max_norm), carry, master.
 
-`AdamW` is torch's. `MixedAdamW` is for bf16 training: the model's matrices are bf16, cast once per optimiser step, and the fp32
-masters live here. A step reads each gradient once, as bf16, and writes the new bf16 weights beside the masters. `Muon` is
-MixedAdamW on embeddings, head and vectors, and on the matrices of the blocks the orthogonalised momentum.
+`AdamW` is torch's. `MixedAdamW` is for bf16 training: the model's matrices are bf16, cast once per optimiser step, and
+the fp32 masters live here. A step reads each gradient once, as bf16, and writes new bf16 weights beside the masters.
+`Muon` is MixedAdamW on embeddings, head and vectors; the matrices of the blocks move by the orthogonalised momentum.
 """
 import math
 
@@ -43,7 +43,7 @@ class MixedAdamW(torch.optim.Optimizer):
 
     def __init__(self, params, lr, betas, weight_decay, eps=1e-8, mixed=True):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps))
-        self.sums, self.tables = {}, {}                         # tables: of the fused update, for the vectors and the matrices of each group
+        self.sums, self.tables = {}, {}  # tables: of the fused update, of each group's vectors and of its matrices
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p].update(self.first_state(p, group))
@@ -83,7 +83,8 @@ class MixedAdamW(torch.optim.Optimizer):
             self.state[p]["step"] += p.grad is not None
         if ops.ON and ops.can_adamw(scale):
             for mixed in (False, True):
-                self.update_fused([p for p in group["params"] if ("master" in self.state[p]) is mixed], (number, mixed), scale, group)
+                params = [p for p in group["params"] if ("master" in self.state[p]) is mixed]
+                self.update_fused(params, (number, mixed), scale, group)
         else:
             self.update([p for p in group["params"] if p.grad is not None], scale, group)
 
@@ -99,10 +100,12 @@ class MixedAdamW(torch.optim.Optimizer):
         key = tuple(map(id, params))
         if self.tables.get(table, (None,))[0] != key:  # at the start, and when the guides have left
             states = [self.state[p] for p in params]
-            self.tables[table] = key, ops.adamw_tables([self.master(p).data for p in params], [p.data for p in params] if table[1] else None,
-                                                           [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states])
+            copies = [p.data for p in params] if table[1] else None
+            first, second = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+            self.tables[table] = key, ops.adamw_tables([self.master(p).data for p in params], copies, first, second)
         corrections = [(0.0, 1.0) if p.grad is None else self.corrections(p, group) for p in params]
-        ops.adamw(self.tables[table][1], [p.grad for p in params], corrections, scale, group["lr"] * group["weight_decay"], group["betas"], group["eps"])
+        ops.adamw(self.tables[table][1], [p.grad for p in params], corrections, scale,
+                  group["lr"] * group["weight_decay"], group["betas"], group["eps"])
 
     def update(self, params, scale, group):
         """The same in plain torch."""
@@ -119,18 +122,21 @@ class MixedAdamW(torch.optim.Optimizer):
 # ----------------------------------------------------------------------------------------------------------------------
 # Muon
 
-# Polar Express (arXiv 2505.16932): five odd polynomials a x + b x^3 + c x^5 that together take singular values of [0.001, 1] close to 1
-POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-                 (3.8916678022926607, -2.772484153217685, 0.5060648178503393), (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+# Polar Express (arXiv 2505.16932): odd polynomials a x + b x^3 + c x^5, which one after the other bring singular values
+# between 0.001 and 1 close to 1
+POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+                 (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                 (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+                 (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
                  (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 
 
 def polar(x, polynomials=POLAR_EXPRESS, margin=1.02):
-    """x (K, m, n) = U S V^T -> about U V^T, matrix by matrix, in x's precision. The margin covers the rounding of bf16."""
+    """x (K, m, n) = U S V^T -> about U V^T, matrix by matrix, in x's precision; the margin covers bf16's rounding."""
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * margin + 1e-7)
     tall = x.size(-2) > x.size(-1)
     for a, b, c in polynomials:
-        gram = x.mT @ x if tall else x @ x.mT                                                   # of the smaller side
+        gram = x.mT @ x if tall else x @ x.mT  # of the smaller side
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, x, poly, beta=a) if tall else torch.baddbmm(x, poly, x, beta=a)
     return x
@@ -144,9 +150,10 @@ def nesterov(grads, momentum, scale, mu, dtype):
 
 
 def descend(weights, step, rate, decay):
-    """weights -= rate step + decay weights, in place, all (K, m, n). The decay leaves out what the step moves towards 0 anyway.
+    """weights -= rate step + decay weights, in place, all (K, m, n); no decay where the step leads away from 0.
 
-    The vectors along the longer side of a step get one norm, that of its mean if the step were exactly orthogonal: every neuron moves alike.
+    The m rows of a tall step, or the n columns of a wide one, get one norm, which an orthogonal step has in the mean:
+    so every hidden unit moves alike.
     """
     step = step.float()
     rows = step.size(-2) >= step.size(-1)
@@ -160,13 +167,14 @@ class Muon(MixedAdamW):
 
         M <- mu M + (1 - mu) G        W <- W - lr sqrt(max(1, rows / columns)) polar(mu M + (1 - mu) G) - lr decay W
 
-    Queries, keys and values are matrices of their own, and so is every block of a three-dimensional factor. Equal shapes are
-    orthogonalised in one batch; of several ranks each takes its share of the batch, and all get all of it. state[p] of a
-    matrix: momentum, and `master` with `mixed`.
+    Queries, keys and values are matrices of their own, and so is every block of a 3-D factor. Equal shapes are
+    orthogonalised in one batch; of several ranks each takes its share of the batch, and all get all of it. state[p]
+    of a matrix: momentum, and with `mixed` master.
     """
 
     def __init__(self, model, cfg, mixed, compile=False):
-        self.rows = {block.attn.qkv.weight: [n * block.attn.head_size for n in (cfg.n_head, cfg.n_kv_head, cfg.n_kv_head)] for block in model.blocks}
+        heads = cfg.n_head, cfg.n_kv_head, cfg.n_kv_head
+        self.rows = {block.attn.qkv.weight: [n * block.attn.head_size for n in heads] for block in model.blocks}
         self.dtype = torch.bfloat16 if mixed else torch.float32
         self.nesterov, self.descend = (torch.compile(f, dynamic=False) if compile else f for f in (nesterov, descend))
         self.momentum, self.decay = 0.95, cfg.weight_decay  # train moves them
@@ -185,9 +193,11 @@ class Muon(MixedAdamW):
         shapes = {}
         for p in group["params"]:
             if p.grad is not None:
-                for pieces in zip(*(self.matrices(p, t.detach()) for t in (p.grad, self.state[p]["momentum"], self.master(p), p))):
+                tensors = p.grad, self.state[p]["momentum"], self.master(p), p
+                for pieces in zip(*(self.matrices(p, t.detach()) for t in tensors)):
                     shapes.setdefault(pieces[0].shape, []).append(pieces)
-        lr, mu, decay = (torch.tensor(v) for v in (group["lr"], self.momentum, group["lr"] * self.decay))  # constants would be compiled anew
+        # tensors, since a new number would be a new compilation
+        lr, mu, decay = (torch.tensor(v) for v in (group["lr"], self.momentum, group["lr"] * self.decay))
         for (rows, columns), pieces in shapes.items():
             grads, momenta, weights, copies = (list(tensors) for tensors in zip(*pieces))
             momentum, weight = torch.stack(momenta), torch.stack(weights)
@@ -210,15 +220,30 @@ class Muon(MixedAdamW):
         return whole[:len(x)]
 
 
+def kind_of(name, p) -> str:
+    """Which of Muon's groups a parameter belongs to. A head that is the embedding counts as one."""
+    if name.startswith(("wte.", "wpe.")):
+        return "embed"
+    if name.startswith("head."):
+        return "head"
+    if ".values." in name:
+        return "values"
+    if name.endswith(".b"):  # of embed_skip
+        return "skip"
+    return "matrix" if p.dim() > 1 and ".gate." not in name else "vector"
+
+
 def muon_groups(model, cfg):
-    """Groups of a model's parameters; ratio: of their rate to cfg.lr, which the schedule moves."""
-    names = {p: name for name, p in model.named_parameters()}  # a tied head counts as an embedding
-    kinds = {"matrix": [], "embed": [], "values": [], "head": [], "vector": [], "skip": []}
-    for p, name in names.items():
-        kind = ("head" if name.startswith("head.") else "embed" if name.startswith(("wte.", "wpe.")) else "values" if ".values." in name else
-                "skip" if name.endswith(".b") else "matrix" if p.dim() > 1 and ".gate." not in name else "vector")
-        kinds[kind].append(p)
-    betas = {"embed": (0.8, 0.995), "values": (0.8, 0.995), "head": (0.8, 0.96), "vector": (0.8, 0.95), "skip": (0.96, 0.95)}
-    rates = {"embed": cfg.embed_lr, "values": 0.5 * cfg.embed_lr, "head": cfg.head_lr, "vector": cfg.vector_lr, "skip": cfg.skip_lr}
-    groups = [dict(params=kinds[kind], ratio=lr / cfg.lr, betas=betas[kind], weight_decay=0.01 * (kind == "values")) for kind, lr in rates.items()]
-    return [dict(params=kinds["matrix"], ratio=1.0, muon=True)] + [g for g in groups if g["params"]]
+    """Groups of a model's parameters; ratio: of their rate to cfg.lr, which the schedule moves.
+
+    The embeddings' second moments are long, since most rows of a table have a gradient now and then only.
+    """
+    kinds = {}
+    for name, p in model.named_parameters():
+        kinds.setdefault(kind_of(name, p), []).append(p)
+    adamw = {"embed": (cfg.embed_lr, (0.8, 0.995), 0.0), "values": (0.5 * cfg.embed_lr, (0.8, 0.995), 0.01),
+             "head": (cfg.head_lr, (0.8, 0.96), 0.0), "vector": (cfg.vector_lr, (0.8, 0.95), 0.0),
+             "skip": (cfg.skip_lr, (0.96, 0.95), 0.0)}
+    groups = [dict(params=kinds[kind], ratio=lr / cfg.lr, betas=betas, weight_decay=decay)
+              for kind, (lr, betas, decay) in adamw.items() if kind in kinds]
+    return [dict(params=kinds["matrix"], ratio=1.0, muon=True), *groups]

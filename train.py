@@ -85,7 +85,7 @@ def make_plan(cfg) -> Plan:
 
 
 def fallen(cfg, plan, step) -> float:
-    """How much of the learning rate's fall lies behind step 0, 1, ...: 0 until the last decay_ratio of the steps, then up to 1."""
+    """How far the learning rate has fallen at step 0, 1, ...: 0 until the last decay_ratio of the steps, then to 1."""
     start = max(warmup_steps(cfg, plan), plan.steps - round(cfg.decay_ratio * plan.steps))
     return max(0, step - start) / max(1, plan.steps - start)
 
@@ -104,8 +104,8 @@ def lr_at(cfg, plan, step) -> float:
 
 
 def muon_at(cfg, plan, step) -> tuple:
-    """(momentum, weight decay) of Muon. The momentum is low while gradients turn quickly, and while the rate falls; the decay
-    falls to 0 as a cosine: late weights have no time to grow back."""
+    """(momentum, weight decay) of Muon: the momentum is low while gradients turn quickly and again as the rate falls;
+    the decay goes to 0 as a cosine, since late in a run weights have no time to grow back."""
     momentum = 0.85 + 0.12 * min(1, step / 400) - 0.07 * fallen(cfg, plan, step)
     return momentum, cfg.weight_decay * 0.5 * (1 + math.cos(math.pi * step / plan.steps))
 
@@ -154,7 +154,8 @@ def summary(cfg) -> dict:
             "steps": plan.steps, "unique_steps": plan.unique, "guided_steps": plan.guided, "guide_ratio": round(plan.guide_ratio, 4),
             "tokens": plan.steps * tokens, "unique_tokens": plan.unique * tokens, "train_flops": float(f"{sum(flops.values()):.6g}"),
             "train_flops_by_phase": {k: float(f"{v:.6g}") for k, v in flops.items() if v}, "flops_per_token": flops_per_token(cfg),
-            "vocab_size": cfg.vocab_size, "rates": {name: getattr(cfg, name) for name in config.RATES if getattr(cfg, name) != "auto"}}
+            "vocab_size": cfg.vocab_size,
+            "rates": {name: getattr(cfg, name) for name in config.RATES if getattr(cfg, name) != "auto"}}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def batches(cfg, plan, tokens, n_windows, steps, ranks):
 # Model, optimiser, one step
 
 def make_optimizer(cfg, model, ranks):
-    """AdamW or Muon; for bf16 on CUDA the model's matrices become bf16 here, cast once per step, not in every forward."""
+    """AdamW or Muon; for bf16 on CUDA the model's matrices become bf16, cast once per step, not in every forward."""
     mixed = ranks.device.type == "cuda" and ranks.dtype is torch.bfloat16
     settings = dict(lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
     if cfg.optimizer == "muon":

@@ -1,7 +1,8 @@
 """Settings: one dataclass, one loader.
 
-A preset (config/*.py) is a file of plain assignments; it is parsed, never executed. Dataclass defaults < presets < command
-line. Every script reads the same Config with the same loader; what only one script needs is a small dataclass beside its main.
+A preset (config/*.py) is a file of plain assignments; it is parsed, never executed. Dataclass defaults < presets <
+command line. Every script reads the same Config with the same loader; what only one script needs is a small dataclass
+beside its main.
 The comment behind a field is its help text: `python train.py --help` prints them.
 """
 import ast
@@ -49,9 +50,9 @@ class Config:
     qk_norm: float = 0.0                 # RMS norm of every head's queries and keys, times this; 0: none
     embed_norm: bool = False             # RMS norm of the token embeddings
     embed_skip: bool = False             # before every block x <- a x + b (token embeddings), a and b learned
-    value_embeddings: bool = False       # every other layer adds a gated embedding of the token to the values of its attention
+    value_embeddings: bool = False       # every other layer adds a gated embedding of the token to its values
     rope_theta: float = 10_000.0         # base of the rotary positions
-    init: Literal["paper", "zero"] = "paper"                 # paper: N(0, 0.02^2); zero: branches start at 0, the rest follows the width
+    init: Literal["paper", "zero"] = "paper"                 # paper: N(0, 0.02^2); zero: branches 0, rest by width
     dropout: float = 0.0                 # probability, on embeddings and residual branches
     # --- the FFN's linears
     ffn: Literal["dense", "lowrank", "blockshuffle", "blockdense"] = "dense"  # parametrization of fc1 and fc2
@@ -74,7 +75,7 @@ class Config:
     micro_batch_size: int = 16           # sequences per forward, per process
     # --- the optimiser
     optimizer: Literal["adamw", "muon"] = "adamw"            # muon: on the matrices of the blocks, AdamW on the rest
-    lr: float | Literal["auto"] = 6e-4   # peak learning rate; of the matrices with muon, where auto is the rule of muon_rates
+    lr: float | Literal["auto"] = 6e-4   # peak learning rate; muon: of matrices, auto is the rule of muon_rates
     embed_lr: float | Literal["auto"] = "auto"               # muon: of embeddings
     head_lr: float | Literal["auto"] = "auto"                # muon: of the LM head
     vector_lr: float | Literal["auto"] = "auto"              # muon: of norms, biases, gates and the a of embed_skip
@@ -84,7 +85,7 @@ class Config:
     min_lr_ratio: float = 0.1            # final / peak learning rate
     warmup_ratio: float = 0.1            # share of the steps with linear warm-up
     warmup_steps: int = 0                # steps of warm-up; 0: by warmup_ratio
-    weight_decay: float | Literal["auto"] = 0.1              # decoupled; adamw: on every parameter; muon: on matrices, where auto is the rule
+    weight_decay: float | Literal["auto"] = 0.1              # decoupled; adamw: on all; muon: on matrices, or auto
     betas: tuple[float, float] = (0.9, 0.999)                # of AdamW
     grad_clip: float = 1.0               # largest global gradient norm; 0: no clipping
     seed: int = 1005                     # of initialisation, data order, skip draws
@@ -282,9 +283,10 @@ def read_preset(path) -> dict:
 
 
 def load(argv, *settings, usage=""):
-    """Reads `[preset.py ...] name=value ...` into a complete, checked Config and one instance of each settings dataclass.
+    """Reads `[preset.py ...] name=value ...` into a complete, checked Config and one of each settings dataclass.
 
-    Of several presets a later one has the last word, as in config/s.py config/recipe.py. Returns (config, *instances); raises UserError.
+    Of several presets a later one has the last word, as in config/s.py config/recipe.py. Returns (config, *instances);
+    raises UserError.
     """
     words, values = parse(argv, Config, *settings, usage=usage)
     for word in words:
@@ -331,8 +333,8 @@ def check(cfg):
     for name in ("n_layer", "n_embd", "n_head", "block_size", "max_tokens", "batch_size", "micro_batch_size", "log_interval",
                  "eval_tokens", "final_eval_tokens"):
         _require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)} must be at least 1.")
-    for name in ("n_kv_head", "attn_dim", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval", "save_interval", "grad_clip",
-                 "seed", "warmup_steps", "qk_norm"):
+    for name in ("n_kv_head", "attn_dim", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval", "save_interval",
+                 "grad_clip", "seed", "warmup_steps", "qk_norm"):
         _require(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)} must not be negative.")
     for name, top in (("dropout", "below 1"), ("min_lr_ratio", "1"), ("warmup_ratio", "1"), ("decay_ratio", "1")):
         v = getattr(cfg, name)
@@ -370,31 +372,34 @@ def _check_optimizer(cfg):
     for name in RATES:
         value = getattr(cfg, name)
         if cfg.optimizer == "adamw" and name not in ("lr", "weight_decay"):
-            _require(value == "auto", f"{name}={value} needs optimizer=muon: adamw has one rate, lr, for all parameters.")
+            _require(value == "auto", f"{name}={value} needs optimizer=muon: adamw has one rate, lr, for all.")
             continue
         _require(value != "auto", f"{name}=auto needs optimizer=muon: give a number.")
-        _require(value > 0 or name == "weight_decay" and value == 0, f"{name}={value} must {'not be negative' if name == 'weight_decay' else 'be positive'}.")
+        if name == "weight_decay":
+            _require(value >= 0, f"{name}={value} must not be negative.")
+        else:
+            _require(value > 0, f"{name}={value} must be positive.")
 
 
 def muon_rates(cfg) -> dict:
     """The scaling rule: Muon's rates from the width, the tokens of a step and the number of steps.
 
         b = (tokens of a step / 2^19)^(1/3)       gradients averaged over more tokens carry further
-        lr         0.02 b                         an update has spectral norm lr sqrt(max(1, rows / columns)) at every size
+        lr         0.02 b                         an update's spectral norm is lr sqrt(max(1, rows / columns))
         embed_lr   0.3 b sqrt(768 / n_embd)       AdamW moves every entry alike, so a wide row by more
         head_lr    0.008 b sqrt(768 / n_embd)
         vector_lr  0.005 b,  skip_lr 0.5 b
         weight_decay  14 / (lr steps)             weights forget what lies further back than a 14th of the run
 
-    Initialisation follows the width too (init=zero in model.py). At 2^19 tokens a step the constants are nanochat's, tuned there
-    at 12 to 26 layers; at 2^15, 8 layers x 768 and 60M tokens the cube root gives the 1.5 times more than its square root
-    that were ahead in docs/experiments.md. Everything else is extrapolation.
+    Initialisation follows the width too (init=zero in model.py). At 2^19 tokens a step the constants are nanochat's,
+    tuned there at 12 to 26 layers; at 2^15, 8 layers x 768 and 60M tokens, 1.5 times more than the square root of the
+    batch were ahead (docs/experiments.md), which the cube root gives. Everything else is extrapolation.
     """
     tokens = cfg.batch_size * cfg.block_size
     b, width, steps = (tokens / 2**19) ** (1 / 3), (768 / cfg.n_embd) ** 0.5, max(1, cfg.max_tokens // tokens)
     lr = 0.02 * b if cfg.lr == "auto" else cfg.lr
-    rates = {"lr": lr, "embed_lr": 0.3 * b * width, "head_lr": 0.008 * b * width, "vector_lr": 0.005 * b, "skip_lr": 0.5 * b,
-             "weight_decay": 14 / (max(lr, 1e-300) * steps)}
+    rates = {"lr": lr, "embed_lr": 0.3 * b * width, "head_lr": 0.008 * b * width, "vector_lr": 0.005 * b,
+             "skip_lr": 0.5 * b, "weight_decay": 14 / (max(lr, 1e-300) * steps)}
     return {name: float(f"{rate:.4g}") for name, rate in rates.items()}
 
 

@@ -1,4 +1,7 @@
-"""How to train, on top of a size:  python train.py config/s.py config/recipe.py.  No stock architecture has all of its parts."""
+"""The recommended recipe, on top of a size:  python train.py config/s.py config/recipe.py
+
+No stock architecture has all of its parts.
+"""
 norm = "rmsnorm"
 act = "relu2"                # as good as SwiGLU at equal parameters, and without a third matrix
 bias = False

@@ -1,7 +1,9 @@
-"""The same for models that Hugging Face's qwen3 expresses:  python train.py config/s.py config/recipe_stock.py --ffn_dim=2048
+"""The recipe for models that Hugging Face's qwen3 expresses:
 
-The norm of the embeddings goes into their table, 1.2 into the weights of the q and k norms. ffn_dim: 8/3 of the width, so that
-SwiGLU's three matrices have the parameters of the two of 4 x the width.
+    python train.py config/s.py config/recipe_stock.py --ffn_dim=2048
+
+ffn_dim: 8/3 of the width, so that SwiGLU's three matrices have the parameters of two of 4 x the width. In qwen3 the
+norm of the embeddings goes into their table, qk_norm into the weights of the q and k norms.
 """
 norm = "rmsnorm"
 act = "swiglu"               # qwen3's FFN is gated

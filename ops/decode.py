@@ -266,9 +266,10 @@ def add_norm(x, pending, norm):
 
 
 def can_step(model, cache) -> bool:
-    """Whether `step` can take this model's steps: the parts of the paper's model, head sizes that attention's tiles have."""
+    """Whether `step` can take this model's steps: no parts but the paper's, head sizes that attention's tiles have."""
     cfg = model.cfg
-    return (cache.position.is_cuda or INTERPRET) and not cfg.extras and cfg.attn_dim // cfg.n_head in (32, 64, 128, 256) and cfg.n_head // cfg.n_kv_head <= 32
+    heads = cfg.attn_dim // cfg.n_head in (32, 64, 128, 256) and cfg.n_head // cfg.n_kv_head <= 32
+    return (cache.position.is_cuda or INTERPRET) and heads and not cfg.extras
 
 
 def ffn(block, x):

@@ -22,11 +22,12 @@ def multiprocessors(device):
 # Rotary positions: q, k and v cut out of one tensor and put together again, turned on the way
 
 @triton.jit
-def _copy_heads(source, target, c, s, source_head, target_head, normed, scale, gain, heads, H: tl.constexpr, HEADS: tl.constexpr, TURN: tl.constexpr,
-                NORM: tl.constexpr, BACK: tl.constexpr):
+def _copy_heads(source, target, c, s, source_head, target_head, normed, scale, gain, heads, H: tl.constexpr,
+                HEADS: tl.constexpr, TURN: tl.constexpr, NORM: tl.constexpr, BACK: tl.constexpr):
     """heads vectors (2 H,), the halves a, b of each as (a c - b s, b c + a s) with TURN.
 
-    With NORM to root mean square `gain`, whose factors go to scale (heads,); BACK: gradients of the vectors `normed`, with NORM turned into those before the norm.
+    NORM: brought to root mean square `gain` before; the factors of that go to scale (heads,). With BACK they are read
+    there, and the gradients of the vectors `normed` become those of what was normed.
     """
     head, h = tl.arange(0, HEADS)[:, None], tl.arange(0, H)[None, :]
     ok = head < heads
@@ -50,14 +51,16 @@ def _copy_heads(source, target, c, s, source_head, target_head, normed, scale, g
 
 
 @triton.jit
-def _rotate(qkv, q, k, v, cos, sin, normed_q, normed_k, scale, gain, T, qb, qt, qh, kb, kt, kh, vb, vt, vh, Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr,
-            HEADS: tl.constexpr, KV_HEADS: tl.constexpr, NORM: tl.constexpr, BACK: tl.constexpr):
-    """One token: qkv (B, T, Q + 2 KV, 2 H) -> q, k, v by their strides; BACK: from q, k, v into qkv, turned the other way."""
+def _rotate(qkv, q, k, v, cos, sin, normed_q, normed_k, scale, gain, T, qb, qt, qh, kb, kt, kh, vb, vt, vh,
+            Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+            NORM: tl.constexpr, BACK: tl.constexpr):
+    """One token: qkv (B, T, Q + 2 KV, 2 H) -> q, k, v by their strides; BACK: from q, k, v into qkv, turned back."""
     token = tl.program_id(0).to(tl.int64)
     b, t = token // T, token % T
     h = tl.arange(0, H)[None, :]
     c, s = tl.load(cos + t * 2 * H + h), tl.load(sin + t * 2 * H + H + h)              # (1, H); the second half of sin is positive
-    packed = qkv + token * (Q + 2 * KV) * 2 * H
+    of_q = qkv + token * (Q + 2 * KV) * 2 * H
+    of_k, of_v = of_q + Q * 2 * H, of_q + (Q + KV) * 2 * H
     q += b * qb + t * qt
     k += b * kb + t * kt
     v += b * vb + t * vt
@@ -65,20 +68,21 @@ def _rotate(qkv, q, k, v, cos, sin, normed_q, normed_k, scale, gain, T, qb, qt, 
     normed_q += token * Q * 2 * H
     normed_k += token * KV * 2 * H
     if BACK:
-        _copy_heads(q, packed, c, -s, qh, 2 * H, normed_q, scale, gain, Q, H, HEADS, True, NORM, True)
-        _copy_heads(k, packed + Q * 2 * H, c, -s, kh, 2 * H, normed_k, scale + Q, gain, KV, H, KV_HEADS, True, NORM, True)
-        _copy_heads(v, packed + (Q + KV) * 2 * H, c, s, vh, 2 * H, normed_k, scale, gain, KV, H, KV_HEADS, False, False, True)
+        _copy_heads(q, of_q, c, -s, qh, 2 * H, normed_q, scale, gain, Q, H, HEADS, True, NORM, True)
+        _copy_heads(k, of_k, c, -s, kh, 2 * H, normed_k, scale + Q, gain, KV, H, KV_HEADS, True, NORM, True)
+        _copy_heads(v, of_v, c, s, vh, 2 * H, normed_k, scale, gain, KV, H, KV_HEADS, False, False, True)
     else:
-        _copy_heads(packed, q, c, s, 2 * H, qh, normed_q, scale, gain, Q, H, HEADS, True, NORM, False)
-        _copy_heads(packed + Q * 2 * H, k, c, s, 2 * H, kh, normed_k, scale + Q, gain, KV, H, KV_HEADS, True, NORM, False)
-        _copy_heads(packed + (Q + KV) * 2 * H, v, c, s, 2 * H, vh, normed_k, scale, gain, KV, H, KV_HEADS, False, False, False)
+        _copy_heads(of_q, q, c, s, 2 * H, qh, normed_q, scale, gain, Q, H, HEADS, True, NORM, False)
+        _copy_heads(of_k, k, c, s, 2 * H, kh, normed_k, scale + Q, gain, KV, H, KV_HEADS, True, NORM, False)
+        _copy_heads(of_v, v, c, s, 2 * H, vh, normed_k, scale, gain, KV, H, KV_HEADS, False, False, False)
 
 
 def _launch_rotate(qkv, q, k, v, cos, sin, normed_q, normed_k, scale, gain, back):
     B, T, n_head, size = q.shape
     strides = [t.stride(i) for t in (q, k, v) for i in range(3)]
-    _rotate[(B * T,)](qkv, q, k, v, cos, sin, normed_q, normed_k, scale, gain, T, *strides, n_head, k.size(2), size // 2, triton.next_power_of_2(n_head),
-                      triton.next_power_of_2(k.size(2)), gain > 0, back, num_warps=4)
+    _rotate[(B * T,)](qkv, q, k, v, cos, sin, normed_q, normed_k, scale, gain, T, *strides, n_head, k.size(2),
+                      size // 2, triton.next_power_of_2(n_head), triton.next_power_of_2(k.size(2)), gain > 0, back,
+                      num_warps=4)
 
 
 def can_rotate(qkv, cos) -> bool:
@@ -88,10 +92,12 @@ def can_rotate(qkv, cos) -> bool:
 
 
 @torch.library.custom_op("structured::split_rotated", mutates_args=())
-def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int, gain: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """qkv (B, T, heads, size) -> q (B, T, n_head, size) and k (B, T, n_kv_head, size) turned by their positions, v; tables of model.rotary_table.
+def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int, gain: float
+                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """qkv (B, T, heads, size) -> q (B, T, n_head, size) and k (B, T, n_kv_head, size) turned by their positions, v.
 
-    With a gain above 0 the root mean square of every q and k is gain. The last result is for backward: the factors of these norms.
+    cos and sin are model.rotary_table's. With a gain above 0 every q and k first gets the root mean square gain. The
+    last result is for backward: the factors (B, T, n_head + n_kv_head) of these norms.
     """
     B, T, _, size = qkv.shape
     q, k, v = (qkv.new_empty(B, T, heads, size) for heads in (n_head, n_kv_head, n_kv_head))
@@ -107,7 +113,8 @@ def _(qkv, cos, sin, n_head, n_kv_head, gain):
 
 
 @torch.library.custom_op("structured::join_rotated", mutates_args=())
-def join_rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, normed_q: Tensor, normed_k: Tensor, scale: Tensor, gain: float) -> Tensor:
+def join_rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, normed_q: Tensor, normed_k: Tensor,
+                 scale: Tensor, gain: float) -> Tensor:
     """The gradient of qkv from those of q, k, v; normed_q, normed_k, scale are what split_rotated returned."""
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     qkv = q.new_empty(*q.shape[:2], q.size(2) + 2 * k.size(2), q.size(3))

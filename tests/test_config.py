@@ -91,13 +91,14 @@ def test_every_preset_loads(path):
 
 
 def test_a_later_preset_has_the_last_word(tmp_path):
-    size, recipe = preset(tmp_path, "n_layer = 3\nlr = 1e-4\n", "size.py"), preset(tmp_path, "lr = 2e-4\ndropout = 0.1\n", "how.py")
+    size = preset(tmp_path, "n_layer = 3\nlr = 1e-4\n", "size.py")
+    recipe = preset(tmp_path, "lr = 2e-4\ndropout = 0.1\n", "how.py")
     cfg, = config.load([size, recipe, "--dropout=0.2"])
     assert (cfg.n_layer, cfg.lr, cfg.dropout, cfg.out_dir) == (3, 2e-4, 0.2, os.path.join("out", "size-how"))
 
 
 def test_rates_of_muon_follow_the_rule_or_the_user():
-    base = ["--optimizer=muon", "--n_embd=3072", "--batch_size=64", "--max_tokens=65536000"]  # 2^16 tokens a step, 1000 steps
+    base = ["--optimizer=muon", "--n_embd=3072", "--batch_size=64", "--max_tokens=65536000"]  # 1000 x 2^16 tokens
     cfg, = config.load([*base, "--lr=auto", "--weight_decay=auto", "--head_lr=0.5"])
     assert cfg.lr == pytest.approx(0.01) and cfg.weight_decay == pytest.approx(1.4)
     assert cfg.embed_lr == pytest.approx(0.3 / 4) and cfg.head_lr == 0.5 and cfg.skip_lr == pytest.approx(0.25)

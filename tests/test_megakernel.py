@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from ops import megakernel as kernels
 from conftest import ROOT
 from model import Cache
+from ops.decode import can_step
 from test_decode import MODELS, make
 
 ON_GPU = torch.cuda.is_available()
@@ -186,6 +188,17 @@ def test_a_compiled_kernel_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(files[1]))
     assert binary() == b"sm_90a 6" and binary() == b"sm_90a 7"
     kernels.binary.cache_clear()
+
+
+@pytest.mark.parametrize("part", [dict(qk_norm=1.2), dict(embed_norm=True), dict(embed_skip=True),
+                                  dict(value_embeddings=True)], ids=str)
+def test_parts_that_no_decoding_kernel_has_are_left_to_plain_torch(part, capsys):
+    model, weight = make(n_layer=2, **part), SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    kernels.slower.cache_clear()
+    assert not kernels.usable(SimpleNamespace(cfg=model.cfg, head=SimpleNamespace(weight=weight)), 1)
+    assert f"no {next(iter(part))}" in capsys.readouterr().err
+    position = SimpleNamespace(is_cuda=True)
+    assert [can_step(m, SimpleNamespace(position=position)) for m in (model, make(n_layer=2))] == [False, True]
 
 
 @pytest.mark.parametrize("shape, dtype, fits", [

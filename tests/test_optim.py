@@ -9,6 +9,7 @@ import torch.nn as nn
 import config
 import model as model_file
 import optim
+from conftest import STRUCTURES
 from optim import AdamW, MixedAdamW, total_norm
 
 CUDA = torch.cuda.is_available()
@@ -116,8 +117,9 @@ def svd_polar(x):
 
 
 def muon_model(*argv):
-    cfg, = config.load(["--n_layer=2", "--n_embd=32", "--n_head=4", "--n_kv_head=2", "--block_size=16", "--vocab_size=61", "--optimizer=muon", "--lr=0.01",
-                        "--weight_decay=0.5", "--norm=rmsnorm", "--tie_embeddings=False", *argv])
+    cfg, = config.load(["--n_layer=2", "--n_embd=32", "--n_head=4", "--n_kv_head=2", "--block_size=16",
+                        "--vocab_size=61", "--norm=rmsnorm", "--tie_embeddings=False", "--optimizer=muon", "--lr=0.01",
+                        "--weight_decay=0.5", *argv])
     return cfg, model_file.build(cfg, torch.device("cpu"), seed=0)
 
 
@@ -139,15 +141,16 @@ def test_momentum_and_polar_are_torchs_muon(shape):
     momentum, newton_schulz = torch.zeros(1, *shape), ((3.4445, -4.775, 2.0315),) * 5
     for _ in range(3):
         before, p.grad = p.detach().clone(), torch.randn(shape)
-        step = optim.polar(optim.nesterov(p.grad[None].clone(), momentum, torch.ones(()), 0.95, torch.bfloat16), newton_schulz, margin=1.0)
+        ahead = optim.nesterov(p.grad[None].clone(), momentum, torch.ones(()), 0.95, torch.bfloat16)
+        step = optim.polar(ahead, newton_schulz, margin=1.0)
         theirs.step()
         change = before - p.detach()
         assert ((max(1, shape[0] / shape[1]) ** 0.5 * step[0].float() - change).norm() / change.norm()).item() < 2e-2
 
 
-@pytest.mark.parametrize("structure", [(), ("--ffn=lowrank", "--rank=8"), ("--ffn=blockshuffle", "--nblocks=4"), ("--ffn=blockdense", "--rank=8", "--nblocks=2")])
+@pytest.mark.parametrize("structure", [[], *STRUCTURES.values()])
 def test_a_step_of_muon_matrix_by_matrix_in_float64(structure, monkeypatch):
-    """Every matrix of the blocks, queries, keys and values apart, every block of a factor, against the update written with an SVD."""
+    """Queries, keys, values and every block of a factor apart, against the update written with an SVD."""
     polar = optim.polar
     monkeypatch.setattr(optim, "polar", lambda x: polar(x.double(), EXACT).float())
     cfg, model = muon_model(*structure)
@@ -166,7 +169,7 @@ def test_a_step_of_muon_matrix_by_matrix_in_float64(structure, monkeypatch):
             g, mu = grads[n].double(), ours.momentum
             momenta[n] = mu * momenta[n] + (1 - mu) * g
             ahead = (1 - mu) * g + mu * momenta[n]
-            pieces = ahead.split((32, 16, 16)) if n.endswith("qkv.weight") else ahead.unbind() if ahead.dim() == 3 else (ahead,)
+            pieces = ahead.unbind() if ahead.dim() == 3 else ahead.split((32, 16, 16) if "qkv" in n else len(ahead))
             moves = []
             for x in pieces:
                 o = svd_polar(x)
@@ -181,15 +184,18 @@ def test_a_step_of_muon_matrix_by_matrix_in_float64(structure, monkeypatch):
 
 
 def test_every_parameter_has_one_group_and_its_rate():
-    cfg, model = muon_model("--value_embeddings=True", "--embed_skip=True", "--pos=absolute", "--embed_lr=0.3", "--head_lr=0.008", "--vector_lr=0.005", "--skip_lr=0.5")
+    cfg, model = muon_model("--value_embeddings=True", "--embed_skip=True", "--pos=absolute", "--embed_lr=0.3",
+                            "--head_lr=0.008", "--vector_lr=0.005", "--skip_lr=0.5")
     groups, names = optim.muon_groups(model, cfg), {p: n for n, p in model.named_parameters()}
     rate = {names[p]: group["ratio"] * cfg.lr for group in groups for p in group["params"]}
     assert sorted(rate) == sorted(names.values()) and sum(len(g["params"]) for g in groups) == len(names)
-    expected = {"wte.weight": 0.3, "wpe.weight": 0.3, "blocks.1.attn.values.weight": 0.15, "head.weight": 0.008, "norm.weight": 0.005, "blocks.0.attn.qkv.bias": 0.005,
-                "blocks.1.attn.gate.weight": 0.005, "blocks.0.a": 0.005, "blocks.0.b": 0.5, "blocks.0.attn.qkv.weight": 0.01, "blocks.0.ffn.fc2.weight": 0.01}
+    expected = {"wte.weight": 0.3, "wpe.weight": 0.3, "blocks.1.attn.values.weight": 0.15, "head.weight": 0.008,
+                "norm.weight": 0.005, "blocks.0.attn.qkv.bias": 0.005, "blocks.1.attn.gate.weight": 0.005,
+                "blocks.0.a": 0.005, "blocks.0.b": 0.5, "blocks.0.attn.qkv.weight": 0.01,
+                "blocks.0.ffn.fc2.weight": 0.01}
     assert {n: rate[n] for n in expected} == pytest.approx(expected)
-    tied, = config.load(["--n_layer=1", "--n_embd=32", "--n_head=4", "--vocab_size=61", "--optimizer=muon", "--lr=auto", "--weight_decay=auto"])
-    assert len(optim.muon_groups(model_file.build(tied, torch.device("cpu"), 0), tied)) == 3  # matrices, embeddings that are the head too, vectors
+    cfg, tied = muon_model("--tie_embeddings=True")
+    assert len(optim.muon_groups(tied, cfg)) == 3  # matrices, the embedding that is the head too, vectors
 
 
 def test_mixed_muon_keeps_masters_and_leaves_parameters_without_gradient_alone():

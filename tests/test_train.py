@@ -78,7 +78,8 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
 
 
 def test_a_line_to_zero_over_the_last_part_of_the_steps():
-    cfg = tiny("--max_tokens=12800", "--lr=1e-3", "--warmup_steps=4", "--schedule=linear", "--decay_ratio=0.5", "--min_lr_ratio=0")  # 100 steps
+    cfg = tiny("--max_tokens=12800", "--lr=1e-3", "--warmup_steps=4", "--schedule=linear", "--decay_ratio=0.5",
+               "--min_lr_ratio=0")  # 100 steps
     plan = train.make_plan(cfg)
     lr = [train.lr_at(cfg, plan, step) for step in range(100)]
     assert lr[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3]) and lr[4:51] == [1e-3] * 47
@@ -88,7 +89,8 @@ def test_a_line_to_zero_over_the_last_part_of_the_steps():
 
 
 def test_muons_momentum_rises_and_falls_and_its_decay_ends():
-    cfg = tiny("--max_tokens=128000", "--optimizer=muon", "--lr=0.01", "--weight_decay=0.8", "--decay_ratio=0.4", "--warmup_ratio=0")  # 1000 steps
+    cfg = tiny("--max_tokens=128000", "--optimizer=muon", "--lr=0.01", "--weight_decay=0.8", "--decay_ratio=0.4",
+               "--warmup_ratio=0")  # 1000 steps
     plan = train.make_plan(cfg)
     momentum, decay = zip(*(train.muon_at(cfg, plan, step) for step in (0, 200, 400, 600, 800, 999)))
     assert momentum == pytest.approx([0.85, 0.91, 0.97, 0.97, 0.935, 0.90], abs=2e-4)
@@ -503,8 +505,8 @@ def assert_same_run(out, other):
 
 RUNS = {"plain": [], "always": [*LOWRANK, "--guide=fixedflop", "--guide_ratio=0.5"],
         "guided": [*GUIDED, "--dropout=0.1", "--eval_interval=3"],
-        "muon": [*GUIDED, "--optimizer=muon", "--lr=0.01", "--weight_decay=auto", "--schedule=linear", "--warmup_steps=2", "--qk_norm=1.2",
-                 "--embed_skip=True", "--value_embeddings=True"]}
+        "muon": [*GUIDED, "--optimizer=muon", "--lr=0.01", "--weight_decay=auto", "--schedule=linear",
+                 "--warmup_steps=2", "--qk_norm=1.2", "--embed_skip=True", "--value_embeddings=True"]}
 
 
 @pytest.fixture(scope="module")
@@ -653,7 +655,8 @@ def two_processes(data, tmp_path_factory, whole):
     folder = tmp_path_factory.mktemp("ddp")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         stopped(folder / "moved", data, 3, patch, *GUIDED)
-    flags = {"plain": [], "guided": GUIDED, "always": RUNS["always"], "moved": [*GUIDED, "--resume=auto"], "muon": RUNS["muon"]}
+    flags = {"plain": [], "guided": GUIDED, "always": RUNS["always"], "moved": [*GUIDED, "--resume=auto"],
+             "muon": RUNS["muon"]}
     runs = [[*TINY, f"--out_dir={folder / name}", f"--data_dir={data}", *argv] for name, argv in flags.items()]
     damaged = [set_token(copy_data(data, folder / name), name, 155, 999) for name in ("val.bin", "train.bin")]  # in window 9, rank 1's in validation
     bad = [[*TINY, f"--out_dir={folder / 'runs.json' / 'run'}", f"--data_dir={data}"]]  # below a file
@@ -674,7 +677,8 @@ def two_processes(data, tmp_path_factory, whole):
 
 def test_two_processes_equal_one(two_processes, whole, data, tmp_path):
     """plain, guided with and without guide_skip, and a guided run that one process began and two finished."""
-    one = {"plain": whole["plain"], "always": whole["always"], "muon": whole["muon"], "guided": train_run(tmp_path / "guided", data, *GUIDED)}
+    one = {name: whole[name] for name in ("plain", "always", "muon")}
+    one["guided"] = train_run(tmp_path / "guided", data, *GUIDED)
     one["moved"] = one["guided"]
     for name, out in one.items():
         a, b = (torch.load(folder / "model.pt", weights_only=True) for folder in (out, two_processes[name]))
@@ -689,7 +693,8 @@ def test_two_processes_equal_one(two_processes, whole, data, tmp_path):
 
 def test_one_of_two_processes_speaks(two_processes):
     out = two_processes["stdout"]
-    assert out.count("2 x cpu") == out.count("done     validation loss") == 5 and out.count("continuing after step 3 of 12") == 1
+    assert out.count("2 x cpu") == out.count("done     validation loss") == 5
+    assert out.count("continuing after step 3 of 12") == 1
 
 
 def test_what_one_of_two_processes_refuses_both_refuse(two_processes):
