@@ -296,10 +296,10 @@ def add_norm(x, pending, norm):
 
 
 def can_step(model, cache) -> bool:
-    """Whether `step` can compute this model's steps: head sizes that attention's tiles have."""
+    """Whether `step` can compute this model's steps: no parts but the paper's, and tiles for its heads."""
     cfg = model.cfg
     D, group = cfg.attn_dim // cfg.n_head, cfg.n_head // cfg.n_kv_head
-    if not (cache.position.is_cuda or INTERPRET) or D not in (32, 64, 128, 256) or group > 32:
+    if not (cache.position.is_cuda or INTERPRET) or D not in (32, 64, 128, 256) or group > 32 or cfg.extras:
         return False
     if len(cache.position) <= MAX_TOKENS and not works("linear on few tokens", _try_linear):
         return False

@@ -86,6 +86,9 @@ def usable(model, batch) -> bool:
     weight = model.head.weight
     if weight.device.type != "cuda" or torch.version.hip is not None:
         return False
+    if model.cfg.extras:
+        log_once(f"decoding of few sequences: plain torch, since the kernels have no {', '.join(model.cfg.extras)}")
+        return False
     card = torch.cuda.get_device_properties(weight.device)
     parts, grid = all_matrices(model, batch), card.multi_processor_count
     return card.major >= 9 and fits(model.cfg, parts, weight.dtype, grid, batch) and bindings()

@@ -31,47 +31,67 @@ def _half_precision(x) -> bool:
 # Rotary positions: q, k and v cut out of one tensor and joined again, rotated on the way
 
 @triton.jit
-def _copy_heads(source, target, c, s, source_head, target_head, heads, H: tl.constexpr, HEADS: tl.constexpr,
-                TURN: tl.constexpr):
-    """heads vectors (2 H,), the halves a, b of each as (a c - b s, b c + a s) with TURN."""
+def _copy_heads(source, target, c, s, source_head, target_head, normed, scale, gain, heads, H: tl.constexpr,
+                HEADS: tl.constexpr, TURN: tl.constexpr, NORM: tl.constexpr, BACK: tl.constexpr):
+    """heads vectors (2 H,), the halves a, b of each as (a c - b s, b c + a s) with TURN.
+
+    NORM: brought to root mean square `gain` before; the factors of that go to scale (heads,). With BACK they are read
+    there, and the gradients of the vectors `normed` become those of what was normed.
+    """
     head, h = tl.arange(0, HEADS)[:, None], tl.arange(0, H)[None, :]
     ok = head < heads
-    a = tl.load(source + head * source_head + h, mask=ok)                              # (HEADS, H)
-    b = tl.load(source + head * source_head + H + h, mask=ok)
+    a = tl.load(source + head * source_head + h, mask=ok, other=0.0)                   # (HEADS, H)
+    b = tl.load(source + head * source_head + H + h, mask=ok, other=0.0)
     if TURN:
         a, b = a.to(tl.float32), b.to(tl.float32)
+        if NORM and BACK:  # x = n / r: dx = r (dn - n mean(dn n))
+            r = tl.load(scale + head, mask=ok, other=0.0)
+            na = tl.load(normed + head * 2 * H + h, mask=ok, other=0.0).to(tl.float32) / gain
+            nb = tl.load(normed + head * 2 * H + H + h, mask=ok, other=0.0).to(tl.float32) / gain
+            dot = tl.sum(a * na + b * nb, 1)[:, None] / (2 * H)
+            a, b = r * gain * (a - na * dot), r * gain * (b - nb * dot)
+        if NORM and not BACK:
+            r = tl.rsqrt(tl.sum(a * a + b * b, 1)[:, None] / (2 * H) + 1e-5)
+            tl.store(scale + head, r, mask=ok)
+            a, b = a * r * gain, b * r * gain
         a, b = a * c - b * s, b * c + a * s
     tl.store(target + head * target_head + h, a.to(target.dtype.element_ty), mask=ok)
     tl.store(target + head * target_head + H + h, b.to(target.dtype.element_ty), mask=ok)
 
 
 @triton.jit
-def _rotate(qkv, q, k, v, cos, sin, T, qb, qt, qh, kb, kt, kh, vb, vt, vh, Q: tl.constexpr, KV: tl.constexpr,
-            H: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BACK: tl.constexpr):
-    """One token: qkv (B, T, Q + 2 KV, 2 H) -> q, k, v by their strides; BACK: from q, k, v into qkv, rotated back."""
+def _rotate(qkv, q, k, v, cos, sin, normed_q, normed_k, scale, gain, T, qb, qt, qh, kb, kt, kh, vb, vt, vh,
+            Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+            NORM: tl.constexpr, BACK: tl.constexpr):
+    """One token: qkv (B, T, Q + 2 KV, 2 H) -> q, k, v by their strides; BACK: from q, k, v into qkv, turned back."""
     token = tl.program_id(0).to(tl.int64)
     b, t = token // T, token % T
     h = tl.arange(0, H)[None, :]
     c, s = tl.load(cos + t * 2 * H + h), tl.load(sin + t * 2 * H + H + h)  # (1, H); sin's second half is positive
-    packed = qkv + token * (Q + 2 * KV) * 2 * H
+    of_q = qkv + token * (Q + 2 * KV) * 2 * H
+    of_k, of_v = of_q + Q * 2 * H, of_q + (Q + KV) * 2 * H
     q += b * qb + t * qt
     k += b * kb + t * kt
     v += b * vb + t * vt
+    scale += token * (Q + KV)
+    normed_q += token * Q * 2 * H
+    normed_k += token * KV * 2 * H
     if BACK:
-        _copy_heads(q, packed, c, -s, qh, 2 * H, Q, H, HEADS, True)
-        _copy_heads(k, packed + Q * 2 * H, c, -s, kh, 2 * H, KV, H, KV_HEADS, True)
-        _copy_heads(v, packed + (Q + KV) * 2 * H, c, s, vh, 2 * H, KV, H, KV_HEADS, False)
+        _copy_heads(q, of_q, c, -s, qh, 2 * H, normed_q, scale, gain, Q, H, HEADS, True, NORM, True)
+        _copy_heads(k, of_k, c, -s, kh, 2 * H, normed_k, scale + Q, gain, KV, H, KV_HEADS, True, NORM, True)
+        _copy_heads(v, of_v, c, s, vh, 2 * H, normed_k, scale, gain, KV, H, KV_HEADS, False, False, True)
     else:
-        _copy_heads(packed, q, c, s, 2 * H, qh, Q, H, HEADS, True)
-        _copy_heads(packed + Q * 2 * H, k, c, s, 2 * H, kh, KV, H, KV_HEADS, True)
-        _copy_heads(packed + (Q + KV) * 2 * H, v, c, s, 2 * H, vh, KV, H, KV_HEADS, False)
+        _copy_heads(of_q, q, c, s, 2 * H, qh, normed_q, scale, gain, Q, H, HEADS, True, NORM, False)
+        _copy_heads(of_k, k, c, s, 2 * H, kh, normed_k, scale + Q, gain, KV, H, KV_HEADS, True, NORM, False)
+        _copy_heads(of_v, v, c, s, 2 * H, vh, normed_k, scale, gain, KV, H, KV_HEADS, False, False, False)
 
 
-def _launch_rotate(qkv, q, k, v, cos, sin, back):
+def _launch_rotate(qkv, q, k, v, cos, sin, normed_q, normed_k, scale, gain, back):
     B, T, n_head, size = q.shape
     strides = [t.stride(i) for t in (q, k, v) for i in range(3)]
-    _rotate[(B * T,)](qkv, q, k, v, cos, sin, T, *strides, n_head, k.size(2), size // 2, triton.next_power_of_2(n_head),
-                      triton.next_power_of_2(k.size(2)), back, num_warps=4)
+    _rotate[(B * T,)](qkv, q, k, v, cos, sin, normed_q, normed_k, scale, gain, T, *strides, n_head, k.size(2),
+                      size // 2, triton.next_power_of_2(n_head), triton.next_power_of_2(k.size(2)), gain > 0, back,
+                      num_warps=4)
 
 
 def can_rotate(qkv, cos) -> bool:
@@ -83,49 +103,58 @@ def can_rotate(qkv, cos) -> bool:
 
 def _try_rotate():
     qkv, table = torch.zeros(1, 1, 3, 32, **TRIAL), torch.zeros(1, 1, 32, device=TRIAL["device"])
-    join_rotated(*split_rotated(qkv, table, table, 1, 1), table, table)
+    q, k, v, scale = split_rotated(qkv, table, table, 1, 1, 1.0)
+    join_rotated(q, k, v, table, table, q, k, scale, 1.0)
 
 
 @torch.library.custom_op("structured::split_rotated", mutates_args=())
-def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv (B, T, heads, size) -> q (B, T, n_head, size) and k (B, T, n_kv_head, size) rotated by position, and v.
+def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int, gain: float
+                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """qkv (B, T, heads, size) -> q (B, T, n_head, size) and k (B, T, n_kv_head, size) turned by their positions, v.
 
-    cos, sin: model.rotary_table.
+    cos and sin are model.rotary_table's. With a gain above 0 every q and k first gets the root mean square gain. The
+    last result is for backward: the factors (B, T, n_head + n_kv_head) of these norms.
     """
     B, T, _, size = qkv.shape
     q, k, v = (qkv.new_empty(B, T, heads, size) for heads in (n_head, n_kv_head, n_kv_head))
-    _launch_rotate(qkv.contiguous(), q, k, v, cos, sin, False)
-    return q, k, v
+    scale = qkv.new_empty(B, T, n_head + n_kv_head if gain > 0 else 0, dtype=torch.float32)
+    _launch_rotate(qkv.contiguous(), q, k, v, cos, sin, q, k, scale, gain, False)
+    return q, k, v, scale
 
 
 @split_rotated.register_fake
-def _(qkv, cos, sin, n_head, n_kv_head):
-    return tuple(qkv.new_empty(*qkv.shape[:2], heads, qkv.size(3)) for heads in (n_head, n_kv_head, n_kv_head))
+def _(qkv, cos, sin, n_head, n_kv_head, gain):
+    scale = qkv.new_empty(*qkv.shape[:2], n_head + n_kv_head if gain > 0 else 0, dtype=torch.float32)
+    return *(qkv.new_empty(*qkv.shape[:2], heads, qkv.size(3)) for heads in (n_head, n_kv_head, n_kv_head)), scale
 
 
 @torch.library.custom_op("structured::join_rotated", mutates_args=())
-def join_rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The gradient of qkv from those of q, k, v."""
+def join_rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, normed_q: Tensor, normed_k: Tensor,
+                 scale: Tensor, gain: float) -> Tensor:
+    """The gradient of qkv from those of q, k, v; normed_q, normed_k, scale are what split_rotated returned."""
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     qkv = q.new_empty(*q.shape[:2], q.size(2) + 2 * k.size(2), q.size(3))
-    _launch_rotate(qkv, q, k, v, cos, sin, True)
+    _launch_rotate(qkv, q, k, v, cos, sin, normed_q, normed_k, scale, gain, True)
     return qkv
 
 
 @join_rotated.register_fake
-def _(q, k, v, cos, sin):
+def _(q, k, v, cos, sin, normed_q, normed_k, scale, gain):
     return q.new_empty(*q.shape[:2], q.size(2) + 2 * k.size(2), q.size(3))
 
 
-def _save_tables(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[1:3])
+def _save_rotated(ctx, inputs, output):
+    _, cos, sin, _, _, ctx.gain = inputs
+    q, k, _, scale = output
+    ctx.mark_non_differentiable(scale)
+    ctx.save_for_backward(cos, sin, *((q, k, scale) if ctx.gain > 0 else (scale,) * 3))
 
 
-def _split_rotated_grads(ctx, *grads):
-    return join_rotated(*grads, *ctx.saved_tensors), None, None, None, None
+def _rotated_grads(ctx, q, k, v, _):
+    return join_rotated(q, k, v, *ctx.saved_tensors, ctx.gain), None, None, None, None, None
 
 
-split_rotated.register_autograd(_split_rotated_grads, setup_context=_save_tables)
+split_rotated.register_autograd(_rotated_grads, setup_context=_save_rotated)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

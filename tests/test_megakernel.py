@@ -7,13 +7,17 @@ import re
 import shutil
 import subprocess
 import tempfile
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from ops import megakernel as kernels
 from conftest import ROOT
 from model import Cache
+from ops import fallback
+from ops import megakernel as kernels
+from ops.decode import can_step
 from test_decode import MODELS, make
 
 ON_GPU = torch.cuda.is_available()
@@ -233,6 +237,21 @@ def test_a_compiled_kernel_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(files[1]))
     assert binary() == b"sm_90a 6" and binary() == b"sm_90a 7"
     kernels.binary.cache_clear()
+
+
+@pytest.mark.parametrize("part", [dict(qk_norm=1.2), dict(embed_norm=True), dict(embed_skip=True),
+                                  dict(value_embeddings=True)], ids=str)
+def test_parts_that_no_decoding_kernel_has_are_left_to_plain_torch(part, caplog, monkeypatch):
+    model, weight = make(n_layer=2, **part), SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(fallback, "_logged", set())
+    monkeypatch.setattr("ops.decode.works", lambda *_: True)
+    assert not kernels.usable(SimpleNamespace(cfg=model.cfg, head=SimpleNamespace(weight=weight)), 1)
+    assert f"no {next(iter(part))}" in caplog.text
+    plain = make(n_layer=2)
+    cache = Cache(plain.cfg, 2, 16, torch.device("cpu"), torch.float32)
+    cache.position = MagicMock(is_cuda=True)
+    cache.position.__len__.return_value = 2
+    assert [can_step(m, cache) for m in (model, plain)] == [False, True]
 
 
 @pytest.mark.parametrize("shape, dtype, fits", [

@@ -146,16 +146,19 @@ def test_one_log_line_and_no_graph_break_when_it_does_not_fit(caplog):
     assert len([r for r in caplog.records if r.name == "ops"]) == 1
 
 
+@pytest.mark.parametrize("gain", [0.0, 1.2])
 @pytest.mark.parametrize("n_head, n_kv_head, size", [(4, 4, 32), (6, 2, 64), (3, 1, 128)])
-def test_split_rotated_is_rotate_on_slices(n_head, n_kv_head, size):
+def test_split_rotated_is_rotate_on_slices(n_head, n_kv_head, size, gain):
     torch.manual_seed(0)
     cos, sin = (t.to(DEVICE) for t in rotary_table(9, size))
     qkv = torch.randn(2, 9, n_head + 2 * n_kv_head, size, device=DEVICE).to(DTYPE).requires_grad_()
     exact = qkv.detach().double().requires_grad_()
     assert pointwise.can_rotate(qkv, cos)
     poison()
-    ours = pointwise.split_rotated(qkv, cos, sin, n_head, n_kv_head)
+    ours = pointwise.split_rotated(qkv, cos, sin, n_head, n_kv_head, gain)[:3]
     q, k, v = exact.split((n_head, n_kv_head, n_kv_head), dim=2)
+    if gain:
+        q, k = (gain * t / (t.square().mean(-1, keepdim=True) + 1e-5).sqrt() for t in (q, k))
     theirs = rotate(q, cos.double(), sin.double()), rotate(k, cos.double(), sin.double()), v
     grads = [torch.randn(2, t.size(2), 9, size, device=DEVICE).to(DTYPE).transpose(1, 2) for t in theirs]  # as attention leaves them
     torch.autograd.backward(ours, grads), torch.autograd.backward(theirs, [g.double() for g in grads])

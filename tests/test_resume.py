@@ -19,9 +19,8 @@ from structured import Structured
 # Resume
 
 @pytest.mark.parametrize("name, stops", [
-    ("plain", [3]), ("always", [3]), ("guided", [2]), ("guided", [4]), ("guided", [6]), ("guided", [8]), ("guided",
-                                                                                                          [10]),
-    ("guided", [1, 4, 5, 9, 11])], ids=str)
+    ("plain", [3]), ("always", [3]), ("guided", [2]), ("guided", [4]), ("guided", [6]), ("guided", [8]),
+    ("guided", [10]), ("guided", [1, 4, 5, 9, 11]), ("muon", [2, 6])], ids=str)
 def test_resume_equals_no_interruption(name, stops, whole, data, tmp_path, monkeypatch, capsys):
     """guided: 2 is before the switch, 4 at it, 6 after it, 8 before the replay, 10 inside it; dropout is on."""
     out = tmp_path / "run"
