@@ -70,14 +70,14 @@ def pair(dtype, batch=1, **shape):
 
 
 def compare(dtype, prompts, shape, steps=2, batch=1, shorter=37, **how):
-    """Rows of different lengths, the first the longest, each by `shorter` tokens, a prompt or nothing at all -> the
-    step."""
+    """Rows of different lengths, each by `shorter` tokens (negative: the last is the longest), or empty -> the step."""
     model, low, expected, cache = pair(dtype, batch, **shape)
     assert kernels.fits(low.cfg, kernels.all_matrices(low, batch), dtype, how.get("grid", 6), batch)
     step = make_step(low, cache, **how)
     tokens = torch.randint(257, (batch, model.cfg.block_size), device=DEVICE)
     for prompt in prompts:
-        lengths = (prompt - shorter * torch.arange(batch, device=DEVICE)).clamp(min=min(prompt, 1))
+        rows = torch.arange(batch, device=DEVICE)
+        lengths = (prompt - abs(shorter) * (rows if shorter >= 0 else rows.flip(0))).clamp(min=min(prompt, 1))
         for m, c in ((model, expected), (low, cache)):
             c.position.zero_()
             if prompt:
@@ -113,7 +113,8 @@ def test_several_sequences(name, batch):
 
 
 @pytest.mark.parametrize("dtype, batch, grid, prompts, shorter", [
-    (torch.float32, 2, 16, (600, 200), 350), (torch.float32, 2, 8, (450,), 0), (torch.float32, 3, 24, (620, 300), 160),
+    (torch.float32, 2, 16, (600, 200), 350), (torch.float32, 2, 8, (450,), 0),
+    (torch.float32, 2, 16, (600,), -350), (torch.float32, 3, 24, (620, 300), 160),
     (torch.bfloat16, 2, 16, (500,), 250)])
 @torch.no_grad()
 def test_several_sequences_whose_heads_are_split(dtype, batch, grid, prompts, shorter):
@@ -195,8 +196,7 @@ def test_a_full_cache_stays_full():
 @pytest.mark.parametrize("grid, warps, shared", [(1, 2, 60_000), (2, 4, 100_000), (4, 8, 100_000), (90, 1, 45_000)])
 @torch.no_grad()
 def test_any_number_of_thread_blocks(grid, warps, shared):
-    """One, so few that a thread block sums its rows in several rounds, and so many that most have none; a ring of two or
-    three slots."""
+    """One; so few that each sums its rows in several rounds; so many that most have none. A ring of 2 or 3 slots."""
     shape = dict(MODELS["blockshuffle, one key head"], nblocks=1) if grid == 1 else MODELS["blockshuffle, one key head"]
     shape = dict(shape, nblocks=2) if grid == 2 else shape
     compare(torch.float32, (44,), dict(shape, n_layer=1), steps=1, grid=grid, warps=warps, shared=shared)
