@@ -461,7 +461,8 @@ UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}  
 
 
 def _unwritable(error):
-    return UserError(f"the output cannot be written ({error.strerror}): send it where all of it fits, as with > log.txt.")
+    return UserError(f"the output cannot be written ({error.strerror}): "
+                     "send it where all of it fits, as with > log.txt.")
 
 
 def check_output():
