@@ -36,8 +36,8 @@ from typing import Literal
 class UserError(Exception):
     """A user's mistake, or a failure of the machine, in one sentence; scripts print it and exit with status 2.
 
-    Under torchrun rank 0 prints for all, unless a rank may have met it `alone`. A sentence of more than 400 characters is
-    cut where it repeats a value or a path of more than 80.
+    Under torchrun rank 0 prints for all, unless a rank may have met it `alone`. In a sentence of more than 400
+    characters, values and paths of more than 80 are cut.
     """
 
     def __init__(self, sentence, alone=False):
@@ -543,11 +543,12 @@ def run(main):
         sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
 
 
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}  # a full disk, or `| head` has ended
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}  # a full disk, or `| head` ended
 
 
 def _unwritable(error):
-    return UserError(f"the output cannot be written ({error.strerror}): send it where all of it fits, as with > log.txt.")
+    return UserError(f"the output cannot be written ({error.strerror}): "
+                     "send it where all of it fits, as with > log.txt.")
 
 
 def check_output():

@@ -31,7 +31,7 @@ enum Activation { GELU, RELU2, SWIGLU };
 enum Input { PLAIN, NORMED, PARTS, GATED };
 typedef unsigned long long u64;
 #define UNROLL _Pragma("unroll")
-#define ROLL _Pragma("unroll 1")         // a loop that is not to be unrolled: code is fetched again in every layer
+#define ROLL _Pragma("unroll 1")         // a loop that is not to be unrolled: its code is loaded again in every layer
 typedef unsigned Tagged;                 // a float of an activation whose last two bits are its epoch
 
 constexpr int THREADS = 32 * WARPS;      // of the consumer warps
@@ -210,7 +210,7 @@ DEVICE constexpr int least(int a, int b) { return a < b ? a : b; }
 DEVICE constexpr int most(int a, int b) { return a > b ? a : b; }
 DEVICE constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
-// Rows whose sums a warp reduces together. Higher, the code grows, and every layer fetches it again; lower, shuffles
+// Rows whose sums a warp reduces together. Higher, the code grows, and every layer loads it again; lower, shuffles
 // repeat.
 constexpr int SUMS = BATCH == 1 ? 32 : 4;
 

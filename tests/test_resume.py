@@ -207,7 +207,8 @@ def test_a_signal_in_the_last_step_comes_before_the_final_validation(whole_plain
     with monkeypatch.context() as patch, pytest.raises((SystemExit, KeyboardInterrupt)) as e:
         patch.setattr(train, "evaluate", lambda *args, **kw: pytest.fail("it validated"))
         stopped(tmp_path / "run", data, 8, monkeypatch)
-    assert e.type is SystemExit and e.value.code == 143 and torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 8
+    assert e.type is SystemExit and e.value.code == 143
+    assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 8
     assert_same_run(train_run(tmp_path / "run", data, "--resume=auto"), whole_plain)
 
 
