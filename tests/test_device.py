@@ -47,6 +47,7 @@ try:
 except SystemExit as e:
     status = e.code
 train.train_step, refusals = step, []
+train.prepare.verify_in_background = lambda *files: lambda wait=False: None  # before it has found what a rank finds
 for argv in bad:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
