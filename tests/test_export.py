@@ -185,6 +185,8 @@ def test_gpt2s_merges_are_those_it_was_trained_with(tmp_path):
     merges = json.loads((tmp_path / "small" / "tokenizer.json").read_text())["model"]["merges"]
     written = export.bytes_json(tokenizer_from_blob("gpt2", blob).table, True)
     assert len(merges) > 100 and written["model"]["merges"] == merges
+    ranks = {token: i for i, token in enumerate((b"a", b"b", b"c", b"bc", b"abc", b"cab"))}
+    assert export.last_merge(b"abc", ranks) == [b"a", b"bc"] and export.last_merge(b"cab", ranks) is None  # no ca, no ab
 
 
 def test_a_tokenizer_that_normalises_is_refused():
