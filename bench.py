@@ -1,17 +1,19 @@
 """Measures efficiency:  python bench.py kernel|ffn|train|prefill|decode|crossover [preset.py] [--name=value ...]
                       python bench.py curves out/RUN ...
+                      python bench.py plot ROWS.jsonl ... --plot=PICTURE.png
 
     kernel     one structured linear: einsum, bmm, ours, and the dense matmul that it replaces
-    ffn        one FFN, dense and structured, over widths and over tokens
-    train      whole optimiser steps, dense against structured, plain and guided: tokens/s, MFU, memory, where the time goes
+    ffn        one FFN, dense and structured, over widths and over numbers of tokens
+    train      whole optimizer steps, dense and structured, plain and guided: tokens/s, MFU, memory, where the time goes
     prefill    forward of whole prompts
-    decode     generation, token by token: forms of the FFN, eager and as a graph, over batch sizes; --max_batch=True: the most tokens/s
-    crossover  factors against dense equivalents over the number of tokens: what decode=auto chooses from, and how well
-    curves     losses of training runs against tokens, FLOPs and seconds; loss against FLOPs over sizes
+    decode     generation, token by token, over batch sizes; --max_batch=True: the highest tokens/s
+    crossover  factors against dense equivalents over the number of tokens: the table behind decode=auto
+    curves     training runs side by side: final losses, their difference to dense, fits of loss against FLOPs
+    plot       the picture of rows that --json wrote; --kinds, --launches, --widths and --tokens select among them
 
-Every comparison is timed in one run, on random data. --json=PATH appends one JSON line per row, --plot=PATH.png draws them. Kernel to
-prefill compare the FFNs of --cases; without it dense and the one of the command line, or, if that is dense, the paper's structures.
-Decode and crossover take the command line's structure.
+Speeds are measured on random data. --json=PATH appends one JSON line per row, --plot=PATH.png draws the rows.
+kernel, ffn, train and prefill compare the FFNs of --cases. Without it they compare dense and the FFN of the command
+line, or, if that one is dense, the paper's structures. decode and crossover take the command line's structure.
 """
 import dataclasses
 import importlib.util
@@ -23,27 +25,28 @@ from dataclasses import dataclass
 import config
 from config import Config, UserError
 
-COMMANDS = ("kernel", "ffn", "train", "prefill", "decode", "crossover", "curves")
+COMMANDS = ("kernel", "ffn", "train", "prefill", "decode", "crossover", "curves", "plot")
 PICTURES = (".png", ".pdf", ".svg")
 CASES = ("dense", *(ffn + share for ffn in ("lowrank", "blockshuffle", "blockdense") for share in ("63", "32")))
+KINDS = ("dense", "structured", "merged", "auto")
 
 
 @dataclass
 class Settings:
     json: str = ""                       # append one JSON line per row to this file
-    plot: str = ""                       # write a picture of the table to this file: .png, .pdf or .svg
-    cases: str = ""                      # FFNs to compare, as in dense,lowrank32,blockshuffle63 (the paper's, at 32 or 63 %); all: all of them
+    plot: str = ""                       # write a picture of the rows to this file: .png, .pdf or .svg
+    cases: str = ""                      # FFNs to compare, as in dense,lowrank32 (the paper's, at 32 or 63 %), or all
     widths: str = ""                     # kernel, ffn: widths, as in 768,2048; empty: the preset's, or a sweep
-    tokens: str = ""                     # kernel, ffn: tokens in a call, as in 1,64,30720; prefill: lengths of prompts; empty: a sweep
-    batches: str = ""                    # prefill, decode: prompts in a call; empty: 1,16, in decode 1,16,256
-    kinds: str = "dense,structured,merged,auto"  # decode: forms of the FFN
-    launches: str = "eager,graph"        # decode: how a step is launched
+    tokens: str = ""                     # kernel, ffn: tokens in a call; prefill: lengths of prompts; empty: a sweep
+    batches: str = ""                    # prefill, decode: batch sizes; empty: 1,16, in decode 1,16,256
+    kinds: str = ",".join(KINDS)         # decode: forms of the FFN
+    launches: str = "eager,graph"        # decode: how a step is launched; graph needs CUDA
     prompt_tokens: int = 1               # decode: length of the prompts; 1 is no prompt
     new_tokens: int = 256                # decode: tokens to generate
-    plain: bool = False                  # train: beside every case the same model in plain torch, nothing of ours but the structured linears
-    max_batch: bool = False              # decode: double the batch until it brings nothing or nothing more fits
-    repeats: int = 0                     # timed repetitions, of which median and interquartile range are told; 0: 20 on a GPU, 5 on the CPU
-    warmup: int = 0                      # repetitions before, compilation included; 0: 5 on a GPU, 1 on the CPU
+    plain: bool = False                  # train: beside each case the same model in plain torch
+    max_batch: bool = False              # decode: double the batch while tokens/s rise and memory suffices
+    repeats: int = 0                     # timed repetitions; rows hold their median; 0: 20 on a GPU, 5 on a CPU
+    warmup: int = 0                      # repetitions before, compilation included; 0: 5 on a GPU, 1 on a CPU
 
 
 def numbers(settings, name) -> list:
@@ -55,12 +58,22 @@ def numbers(settings, name) -> list:
     return [int(item) for item in items]
 
 
+def names(settings, name, known) -> list:
+    """The words of a setting such as --kinds=dense,auto."""
+    words = getattr(settings, name).replace(" ", "").split(",")
+    if not set(words) <= set(known):
+        raise UserError(f"{name}={getattr(settings, name)} does not fit: expected some of {', '.join(known)}, "
+                        "separated by commas.")
+    return words
+
+
 def with_case(cfg, case) -> Config:
-    """cfg with the FFN that a name of CASES means at its width: the paper's ranks and blocks, its ratios at other widths."""
+    """cfg with the FFN of a name of CASES: the paper's ranks and blocks at its widths, its ratios at others."""
     ffn, share = (case, "") if case == "dense" else (case[:-2], case[-2:])
-    half = 2 if share == "32" else 1
-    rank, nblocks = {"dense": (0, 0), "lowrank": (cfg.n_embd // 2 // half, 0), "blockshuffle": (0, 2 * half),
-                     "blockdense": (2 * cfg.n_embd // 3 // half, 2) if cfg.n_embd in (768, 1536) else (3 * cfg.n_embd // 4 // half, 4)}[ffn]
+    half, width = 2 if share == "32" else 1, cfg.n_embd
+    blockdense = (2 * width // 3 // half, 2) if width in (768, 1536) else (3 * width // 4 // half, 4)
+    rank, nblocks = {"dense": (0, 0), "lowrank": (width // 2 // half, 0), "blockshuffle": (0, 2 * half),
+                     "blockdense": blockdense}[ffn]
     cfg = dataclasses.replace(cfg, ffn=ffn, rank=rank, nblocks=nblocks, guide=cfg.guide if share else "off")
     config.check(cfg)
     return cfg
@@ -69,45 +82,47 @@ def with_case(cfg, case) -> Config:
 def compared(cfg, settings, width=None) -> dict:
     """{label: config} of the FFNs to compare, dense first; with a width, of one FFN of that width."""
     if width:
-        cfg = dataclasses.replace(cfg, n_embd=width, ffn_dim=width * cfg.ffn_dim // cfg.n_embd, n_head=1, n_kv_head=1, attn_dim=2, guide="off")
+        cfg = dataclasses.replace(cfg, n_embd=width, ffn_dim=width * cfg.ffn_dim // cfg.n_embd, n_head=1, n_kv_head=1,
+                                  attn_dim=2, guide="off")
         config.check(cfg)
     if not settings.cases and cfg.ffn != "dense":
         return {"dense": with_case(cfg, "dense"), ffn_name(cfg): cfg}
-    default = CASES if width else [case for case in CASES if not case.endswith("63")]
-    names = CASES if settings.cases == "all" else settings.cases.replace(" ", "").split(",") if settings.cases else default
-    for name in names:
-        if name not in CASES:
-            raise UserError(f"cases={settings.cases} does not fit: {name} is none of {', '.join(CASES)}.")
-    return {name if name == "dense" else f"{name[:-2]} {name[-2:]} %": with_case(cfg, name) for name in sorted(names, key=CASES.index)}
+    cases = CASES if width else [case for case in CASES if not case.endswith("63")]
+    if settings.cases:
+        cases = CASES if settings.cases == "all" else names(settings, "cases", CASES)
+    cases = sorted(cases, key=CASES.index)
+    return {case if case == "dense" else f"{case[:-2]} {case[-2:]} %": with_case(cfg, case) for case in cases}
 
 
 def ffn_name(cfg) -> str:
-    return cfg.ffn + (f" R={cfg.rank}" if cfg.ffn in ("lowrank", "blockdense") else "") + (f" B={cfg.nblocks}" if cfg.ffn.startswith("block") else "")
+    rank = f" R={cfg.rank}" if cfg.ffn in ("lowrank", "blockdense") else ""
+    return cfg.ffn + rank + (f" B={cfg.nblocks}" if cfg.ffn.startswith("block") else "")
 
 
 def read_settings(argv):
-    """Command line -> (command, Config or run folders, Settings)."""
+    """Command line -> (command, Config or paths, Settings)."""
     if not argv or argv[0] in ("-h", "--help"):
         config.load(["--help"], Settings, usage=__doc__)
     command = argv[0]
     if command not in COMMANDS:
         raise UserError(f"{command} is not a benchmark: choose one of {', '.join(COMMANDS)}.")
-    if command == "curves":
+    if command in ("curves", "plot"):
         subject, values = config.parse(argv[1:], Settings, usage=__doc__)
         settings = Settings(**values)
-        if not subject:
+        if command == "curves" and not subject:
             raise UserError("curves needs the folder of at least one run: python bench.py curves out/NAME ...")
+        if command == "plot" and not (subject and settings.plot):
+            raise UserError("plot draws rows that --json wrote: give their file and --plot=NAME.png.")
     else:
-        alike = [a.replace("micro_batch_size", "batch_size") for a in argv if re.fullmatch(r"(--)?micro_batch_size=[1-9].*", a)]
-        subject, settings = config.load([*argv[1:], *alike], Settings, usage=__doc__)  # a step here is one micro-batch
-        if not settings.widths and any(a.endswith(".py") or a.removeprefix("--").startswith(("n_embd=", "ffn=")) for a in argv):
-            settings.widths = str(subject.n_embd)
-        widths, *_ = (numbers(settings, name) for name in ("widths", "tokens", "batches"))
-        for width in (widths or [subject.n_embd]) if command in ("kernel", "ffn") else [None] * (command in ("train", "prefill")):
-            compared(subject, settings, width)
-        if command == "crossover" and (subject.ffn == "dense" or subject.n_dense_layers >= subject.n_layer):
-            raise UserError(f"crossover compares structured FFNs with their dense equivalents, and ffn={subject.ffn} with n_dense_layers={subject.n_dense_layers} of "
-                            f"n_layer={subject.n_layer} has none: give ffn=lowrank, blockshuffle or blockdense, and fewer n_dense_layers than n_layer.")
+        # A step here is one micro-batch, so micro_batch_size sets batch_size too.
+        sizes = [a for a in argv if re.fullmatch(r"(--)?micro_batch_size=[1-9].*", a)]
+        alike = [a.replace("micro_batch_size", "batch_size") for a in sizes]
+        subject, settings = config.load([*argv[1:], *alike], Settings, usage=__doc__)
+        one_width = any(a.endswith(".py") or a.removeprefix("--").startswith(("n_embd=", "ffn=")) for a in argv)
+        settings.widths = settings.widths or str(subject.n_embd) * one_width
+        check_subject(command, subject, settings)
+    names(settings, "kinds", KINDS)
+    names(settings, "launches", ("eager", "graph"))
     for name in ("repeats", "warmup"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name}={getattr(settings, name)} must not be negative: 0 chooses a number.")
@@ -115,8 +130,27 @@ def read_settings(argv):
     return command, subject, settings
 
 
+def check_subject(command, cfg, settings):
+    """UserError for sizes and cases that the command cannot measure."""
+    widths, *_ = (numbers(settings, name) for name in ("widths", "tokens", "batches"))
+    if command in ("kernel", "ffn"):
+        for width in widths or [cfg.n_embd]:
+            compared(cfg, settings, width)
+    elif command in ("train", "prefill"):
+        compared(cfg, settings)
+    if command == "crossover" and (cfg.ffn == "dense" or cfg.n_dense_layers >= cfg.n_layer):
+        raise UserError("crossover compares structured FFNs with their dense equivalents, and "
+                        f"ffn={cfg.ffn} with n_dense_layers={cfg.n_dense_layers} of n_layer={cfg.n_layer} has none: "
+                        "give ffn=lowrank, blockshuffle or blockdense, and fewer n_dense_layers than n_layer.")
+    length = settings.prompt_tokens + settings.new_tokens
+    if command == "decode" and (length > cfg.block_size or settings.prompt_tokens < 1 or settings.new_tokens < 2):
+        raise UserError(f"prompt_tokens={settings.prompt_tokens} and new_tokens={settings.new_tokens} must be at least "
+                        f"1 and 2 and together fit into block_size={cfg.block_size}.")
+
+
 def check_output(settings):
-    """UserError for a file that could not be written in the end."""
+    """Expands ~ in the output paths; UserError for a file that cannot be written."""
+    settings.json, settings.plot = map(os.path.expanduser, (settings.json, settings.plot))
     for path in filter(None, (settings.json, settings.plot)):
         folder = os.path.dirname(path) or "."
         if not os.path.isdir(folder):
@@ -130,13 +164,15 @@ def check_output(settings):
 
 
 if __name__ == "__main__":
-    SETTINGS = config.run(read_settings)  # a wrong setting is told before torch loads
+    SETTINGS = config.run(read_settings)  # before torch loads, so that a mistake is reported at once
 
 import contextlib
 import itertools
+import json
 import math
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -145,37 +181,40 @@ import torch.nn.functional as F
 import curves
 import decode
 import merge
-from curves import draw_points, draw_speedups, draw_split
-from device import out_of_memory, peak_flops, pick_device, set_up
+from device import out_of_memory, peak_flops, pick_device, record_graph, set_up
 from model import FFN, build, ffn_params, flops_per_token, linear_params, ops
-from report import Table, clocks, commit, conditions, copy_rate, fresh, graphed, header, laps, middle, ratio, timed, within_memory
-from sample import Settings as Sampling
+from report import DRAW, Table, clocks, conditions, copy_rate, fresh, header, laps, middle, ratio, timed, within_memory
 from structured import BlockShuffle, LowRank, linear
 from train import make_optimizer, nominal_vocabulary, train_step
 
 PASSES = {"forward": 1, "forward+backward": 3}  # and how many times the forward's FLOPs
-SHORT = 4096  # tokens, up to which launching kernels can take longer than running them
+SHORT = 4096  # tokens; up to this many, launching kernels can take longer than running them
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What kernel and ffn share: the sweep, copies that take turns, and one row per pass
+# What kernel and ffn share: the sweep, copies that run in turn, and one row per pass
 
 LONG = 30720  # tokens of a call that fills the card
-GPU_SWEEP = ((768, 1024, 1536, 2048, 3072, 4096, 5120), LONG), ((2048, 3072, 5120, 6144), (1, 4, 16, 64, 256, 1024, 4096))
+GPU_SWEEP = (((768, 1024, 1536, 2048, 3072, 4096, 5120), LONG),
+             ((2048, 3072, 5120, 6144), (1, 4, 16, 64, 256, 1024, 4096)))
 CPU_SWEEP = ((128, 256), 512), ((256,), (1, 16, 256))
 
 
 def sweep(settings, device) -> list:
     """[(what varies, width, tokens)]: the command line's lists crossed, or else over widths and then over tokens."""
-    (widths, long), (token_widths, token_counts) = GPU_SWEEP if device.type == "cuda" else CPU_SWEEP
-    asked_widths, asked_tokens = numbers(settings, "widths"), numbers(settings, "tokens")
-    if asked_widths or asked_tokens:
-        return [("tokens" if len(asked_tokens) > 1 else "width", w, t) for w in asked_widths or token_widths for t in asked_tokens or [long]]
-    return [("width", w, long) for w in widths] + [("tokens", w, t) for w in token_widths for t in token_counts]
+    (all_widths, long), (token_widths, token_counts) = GPU_SWEEP if device.type == "cuda" else CPU_SWEEP
+    widths, tokens = numbers(settings, "widths"), numbers(settings, "tokens")
+    if widths or tokens:
+        varies = "tokens" if len(tokens) > 1 else "width"
+        return [(varies, w, t) for w in widths or token_widths for t in tokens or [long]]
+    return [("width", w, long) for w in all_widths] + [("tokens", w, t) for w in token_widths for t in token_counts]
 
 
 def copies(make, tokens, n_in, n_out, ranks) -> list:
-    """[(module, x, dy)] to run in turn: together over twice the L2 cache, so that none finds its data there; weights in the matmuls' precision."""
+    """[(module, x, dy)] to run in turn, with weights in the matmuls' precision.
+
+    Together they exceed twice the L2 cache, so that none finds its data there.
+    """
     def one():
         with torch.device("meta"):
             module = make()
@@ -192,10 +231,10 @@ def copies(make, tokens, n_in, n_out, ranks) -> list:
 
 
 def time_passes(call, turns, ranks, settings):
-    """Yields (pass, ms, spread, eager_ms) of one call(module, x), the copies taking turns.
+    """Yields (pass, ms, spread, eager_ms) of one call(module, x), the copies running in turn.
 
-    On a GPU they are replayed from a CUDA graph, so that the host's pace does not count; eager_ms is a short call not compiled and
-    launched from Python.
+    On a GPU they are replayed from a CUDA graph, which leaves the host's time out. eager_ms is a short call that is not
+    compiled and is launched from Python.
     """
     def forward(f):
         with torch.no_grad():
@@ -213,34 +252,38 @@ def time_passes(call, turns, ranks, settings):
             if len(turns[0][1]) <= SHORT:
                 rounds = math.ceil(32 / len(turns))  # so that starting the graph does not count
                 eager_ms = timed(partial(run, call), ranks.device, settings)[0] / len(turns)
-            turn = graphed(lambda: [run(compiled) for _ in range(rounds)])
+            turn = record_graph(lambda: [run(compiled) for _ in range(rounds)]).replay
         ms, spread = timed(turn, ranks.device, settings)
         yield name, ms / len(turns) / rounds, spread / len(turns) / rounds, eager_ms
 
 
-COLUMNS = {"pass": 16, "ms": 8, "spread": 8, "tflops": 7, "of_matmul": 9, "speedup": 7, "floor_ms": 8, "bytes_ms": 8, "over_floor": 10, "eager_ms": 8}
+COLUMNS = {"pass": 16, "ms": 8, "spread": 8, "tflops": 7, "of_matmul": 9, "speedup": 7, "floor_ms": 8, "bytes_ms": 8,
+           "over_floor": 10, "eager_ms": 8}
 
 
-def measure(table, call, make, n_in, n_out, multiply_adds, dense_ms, ranks, settings, **names):
-    """Times call(make(), x) and writes a row per pass; dense_ms {pass: ms} is filled by the dense case, which comes first.
+def measure(table, call, make, n_in, n_out, multiply_adds, dense_ms, ranks, settings, **case):
+    """Times call(make(), x) and writes a row per pass. The dense case comes first and fills dense_ms {pass: ms}.
 
-    floor_ms = FLOPs / the measured matmul rate; bytes_ms = weights, input, output and their gradients once / the measured copy
-    rate; over_floor = ms / the larger of the two; speedup = dense ms / ms.
+    floor_ms = FLOPs / the measured matmul rate. bytes_ms = weights, input, output and their gradients, each once / the
+    measured copy rate. over_floor = ms / the larger of the two. speedup = dense ms / ms.
     """
     fresh(ranks.device)
-    tokens, rates = names["tokens"], table.facts
-    with within_memory(table, **names):
+    tokens, rates = case["tokens"], table.facts
+    with within_memory(table, **case):
         turns = copies(make, tokens, n_in, n_out, ranks)
         weights = sum(p.numel() for p in turns[0][0].parameters())
         for passed, ms, spread, eager_ms in time_passes(call, turns, ranks, settings):
-            if names["ffn"] == "dense":
+            if case["ffn"] == "dense":
                 dense_ms[passed] = ms
             flops = 2 * tokens * multiply_adds * PASSES[passed]
-            moved = weights + tokens * (n_in + n_out) if passed == "forward" else 3 * weights + tokens * (3 * n_in + 2 * n_out)
+            moved = weights + tokens * (n_in + n_out)
+            if passed != "forward":
+                moved = 3 * weights + tokens * (3 * n_in + 2 * n_out)
             floor_ms = flops / rates["matmul_tflops"] / 1e9
             bytes_ms = moved * ranks.dtype.itemsize / rates["copy_tb_per_s"] / 1e9
-            table.row(**names, **{"pass": passed}, ms=ms, spread=spread, flops=flops, tflops=flops / ms / 1e9, of_matmul=floor_ms / ms,
-                      speedup=ratio(dense_ms.get(passed), ms), floor_ms=floor_ms, bytes_ms=bytes_ms, over_floor=ms / max(floor_ms, bytes_ms), eager_ms=eager_ms)
+            table.row(**case, **{"pass": passed}, ms=ms, spread=spread, flops=flops, tflops=flops / ms / 1e9,
+                      of_matmul=floor_ms / ms, speedup=ratio(dense_ms.get(passed), ms), floor_ms=floor_ms,
+                      bytes_ms=bytes_ms, over_floor=ms / max(floor_ms, bytes_ms), eager_ms=eager_ms)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -261,7 +304,7 @@ def by_einsum(linear, x):
 
 
 def by_bmm(linear, x):
-    """The same with plain matmuls and bmm, which wants blocks first: the copies around it are the point of comparison."""
+    """The same with plain matmuls and bmm. bmm needs the blocks as first dimension: the copies for that count."""
     if isinstance(linear, LowRank):
         t = x @ linear.V.T
     else:
@@ -282,21 +325,23 @@ def ours(module, x):
 def bench_kernel(cfg, settings):
     """Both directions of an FFN: fc1 up, fc2 down."""
     ranks = set_up(cfg)
-    table = Table({"linear": 6, "width": 5, "tokens": 6, "ffn": 15, "rank": 4, "nblocks": 7, "by": 6, **COLUMNS}, conditions(ranks, settings, rates=True), settings)
+    columns = {"linear": 6, "width": 5, "tokens": 6, "ffn": 15, "rank": 4, "nblocks": 7, "by": 6, **COLUMNS}
+    table = Table(columns, conditions(ranks, settings, rates=True), settings)
     if not (settings.widths or settings.tokens):
-        settings = dataclasses.replace(settings, widths="768,1024,1536,2048" if ranks.device.type == "cuda" else "128,256")
+        widths = "768,1024,1536,2048" if ranks.device.type == "cuda" else "128,256"
+        settings = dataclasses.replace(settings, widths=widths)
     for varies, width, tokens in sweep(settings, ranks.device):
         for name in ("fc1", "fc2"):
             dense_ms = {}
             for label, case in compared(cfg, settings, width).items():
                 n, m = (case.n_embd, case.n_hidden) if name == "fc1" else (case.ffn_dim, case.n_embd)
                 shape = case.ffn, n, m, case.rank, case.nblocks
-                for by, call in {"dense": ours}.items() if case.ffn == "dense" else {"einsum": by_einsum, "bmm": by_bmm, "ours": ours}.items():
-                    measure(table, call, lambda: linear(*shape, case.bias), n, m, linear_params(*shape), dense_ms, ranks, settings, benchmark="kernel",
-                            sweep=varies, linear=name, width=width, tokens=tokens, ffn=label, rank=case.rank, nblocks=case.nblocks, by=by)
-    if settings.plot:
-        draw_speedups(settings.plot, f"One linear, forward + backward: {table.card()}", [r for r in table.rows if r["pass"] != "forward"],
-                      lambda r: (r["linear"], f"{r['linear']}, {r['ffn'].split()[0]}"), lambda r: f"{r['by']} {r['ffn'].partition(' ')[2]}")
+                ways = {"dense": ours} if case.ffn == "dense" else {"einsum": by_einsum, "bmm": by_bmm, "ours": ours}
+                for by, call in ways.items():
+                    measure(table, call, lambda: linear(*shape, case.bias), n, m, linear_params(*shape), dense_ms,
+                            ranks, settings, benchmark="kernel", sweep=varies, linear=name, width=width,
+                            tokens=tokens, ffn=label, rank=case.rank, nblocks=case.nblocks, by=by)
+    return table
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -305,51 +350,53 @@ def bench_kernel(cfg, settings):
 def bench_ffn(cfg, settings):
     """model.FFN with its activation and biases, over widths at many tokens and over tokens."""
     ranks = set_up(cfg)
-    table = Table({"width": 5, "tokens": 6, "ffn": 15, "rank": 4, "nblocks": 7, **COLUMNS}, conditions(ranks, settings, rates=True), settings)
+    columns = {"width": 5, "tokens": 6, "ffn": 15, "rank": 4, "nblocks": 7, **COLUMNS}
+    table = Table(columns, conditions(ranks, settings, rates=True), settings)
     for varies, width, tokens in sweep(settings, ranks.device):
         dense_ms = {}
         for label, case in compared(cfg, settings, width).items():
             multiply_adds = ffn_params(dataclasses.replace(case, n_layer=1, n_dense_layers=0))
-            measure(table, ours, lambda: FFN(case, case.ffn), width, width, multiply_adds, dense_ms, ranks, settings, benchmark="ffn", sweep=varies,
-                    width=width, tokens=tokens, ffn=label, rank=case.rank, nblocks=case.nblocks, act=case.act)
-    if settings.plot:
-        draw_speedups(settings.plot, f"FFN, {cfg.act}: {table.card()}", table.rows, lambda r: (r["pass"], r["pass"]), lambda r: r["ffn"])
+            measure(table, ours, lambda: FFN(case, case.ffn), width, width, multiply_adds, dense_ms, ranks, settings,
+                    benchmark="ffn", sweep=varies, width=width, tokens=tokens, ffn=label, rank=case.rank,
+                    nblocks=case.nblocks, act=case.act)
+    return table
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# train: whole optimiser steps
+# train: whole optimizer steps
 
 def bench_train(cfg, settings):
     """One micro-batch per step; the step is train.py's own. With a guide in cfg every structure also runs guided."""
     cfg.vocab_size = cfg.vocab_size or nominal_vocabulary(cfg.tokenizer)
     cfg.batch_size = cfg.micro_batch_size
     ranks = set_up(cfg)
-    columns = {"ffn": 24, "guided": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "speedup": 7, "mfu": 7, "gib": 6, "forward_ms": 10, "backward_ms": 11,
-               "optimizer_ms": 12, "clock": 9}
+    columns = {"ffn": 24, "guided": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "speedup": 7, "mfu": 7, "gib": 6,
+               "forward_ms": 10, "backward_ms": 11, "optimizer_ms": 12, "clock": 9}
     table = Table(columns, conditions(ranks, settings), settings)
     for label, case in compared(cfg, settings).items():
-        kinds = ["ours", *["guided"] * (case.guide in ("fixedstep", "fixedflop")), *["plain"] * settings.plain]
-        for kind in kinds:
-            name = label + ", plain" * (kind == "plain")
-            with without_kernels(kind == "plain"), within_memory(table, benchmark="train", ffn=name, guided=kind == "guided"):
-                train_row(name, case, kind, ranks, table, settings)
-    if settings.plot and table.rows:
-        draw_split(settings.plot, f"Training step, {cfg.n_layer} layers x {cfg.n_embd}, {cfg.micro_batch_size} x {cfg.block_size} tokens\n{table.card()}", table.rows)
+        guided = case.guide in ("fixedstep", "fixedflop")
+        for kind in ("ours", *["guided"] * guided, *["plain"] * settings.plain):
+            plain, row = kind == "plain", {"benchmark": "train", "ffn": label, "guided": kind == "guided"}
+            row["ffn"] += ", plain" * plain
+            with without_kernels(plain), within_memory(table, **row):
+                train_row(row, case, plain, ranks, table, settings)
+    return table
 
 
 def plain_torch(model, cfg, ranks):
-    """What a user would write without this project: fp32 weights under autocast, all logits at once, torch's AdamW, one torch.compile.
+    """The model as one would write it in plain torch: fp32 weights under autocast, all logits at once, torch's AdamW.
 
-    -> (a model for train_step, its optimiser). ops.ON must be False while it runs.
+    torch.compile takes the whole model at once. -> (a model for train_step, its optimizer); ops.ON must be False.
     """
     def loss(tokens, targets, alpha=None, guided=()):
         return F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten())
-    return torch.compile(loss) if ranks.compile else loss, make_optimizer(cfg, model, dataclasses.replace(ranks, dtype=torch.float32))
+    optimizer = make_optimizer(cfg, model, dataclasses.replace(ranks, dtype=torch.float32))
+    return torch.compile(loss) if ranks.compile else loss, optimizer
 
 
 @contextlib.contextmanager
 def without_kernels(wanted):
-    """No Triton kernel of training runs inside, if that is wanted."""
+    """With `wanted`, no fused kernel runs inside."""
     before = ops.ON
     ops.ON = before and not wanted
     try:
@@ -358,10 +405,10 @@ def without_kernels(wanted):
         ops.ON = before
 
 
-def train_row(label, cfg, kind, ranks, table, settings):
-    """kind: ours | guided | plain. The parts of the row are those of the steps themselves, so that they add up to it."""
+def train_row(row, cfg, plain, ranks, table, settings):
+    """row: the names that go into the table's row."""
     fresh(ranks.device)
-    guided, plain = kind == "guided", kind == "plain"
+    guided = row["guided"]
     cfg = dataclasses.replace(cfg, kernels=False, recompute="off") if plain else cfg
     model = build(cfg, ranks.device, cfg.seed)
     if guided:
@@ -370,14 +417,36 @@ def train_row(label, cfg, kind, ranks, table, settings):
     wrapped, optimizer = plain_torch(model, cfg, ranks) if plain else (model, make_optimizer(cfg, model, ranks))
     if ranks.compile and not plain:
         model.compile_parts()
-    batches = itertools.cycle(torch.randint(cfg.vocab_size, (8, 1, cfg.micro_batch_size, cfg.block_size + 1), device=ranks.device))
+    size = 8, 1, cfg.micro_batch_size, cfg.block_size + 1
+    batches = itertools.cycle(torch.randint(cfg.vocab_size, size, device=ranks.device))
+    step = marked_step(wrapped, optimizer, batches, cfg, ranks, guided)
+
+    times = laps(step, ranks.device, settings)                                                  # (repeats, 3)
+    ms, spread = middle(times.sum(1))
+    forward_ms, backward_ms, optimizer_ms = (times.sum(0) * ms / times.sum()).tolist()          # they add up to ms
+    gib = clock = None
+    if ranks.device.type == "cuda":
+        gib = torch.cuda.max_memory_allocated() / 2**30
+        for _ in range(5):
+            step(lambda: None)
+        clock = clocks(ranks.device, "clocks.sm")  # read while those steps run: under load the clock falls
+    rate = cfg.micro_batch_size * cfg.block_size / ms * 1e3
+    flops = 3 * flops_per_token(cfg, "dense" if guided else None)
+    dense = next((r["ms"] for r in table.rows if r["ffn"] == "dense"), ms if cfg.ffn == "dense" else None)
+    table.row(**row, ms=ms, spread=spread, tokens_per_s=round(rate), speedup=ratio(dense, ms), flops_per_token=flops,
+              mfu=ratio(flops * rate, peak_flops(ranks.device)), gib=gib, forward_ms=forward_ms,
+              backward_ms=backward_ms, optimizer_ms=optimizer_ms, clock=clock, config=config.to_dict(cfg))
+
+
+def marked_step(model, optimizer, batches, cfg, ranks, guided):
+    """train.train_step as step(mark), which marks the ends of forward and backward."""
     alpha = torch.full((), 0.5, device=ranks.device)
     layers = tuple(range(cfg.n_dense_layers, cfg.n_layer)) if guided else ()
     update = optimizer.step
 
     def step(mark):
         def forward(*inputs):
-            loss = wrapped(*inputs)
+            loss = model(*inputs)
             mark()
             return loss
 
@@ -387,22 +456,7 @@ def train_row(label, cfg, kind, ranks, table, settings):
 
         optimizer.step = marked_update
         train_step(forward, optimizer, next(batches), cfg, ranks, 1e-4, alpha, layers)
-
-    times = laps(step, ranks.device, settings)                                                  # (repeats, 3)
-    ms, spread = middle(times.sum(1))
-    forward_ms, backward_ms, optimizer_ms = (times.sum(0) * ms / times.sum()).tolist()          # the median step, divided as all of them are
-    gib = clock = None
-    if ranks.device.type == "cuda":
-        gib = torch.cuda.max_memory_allocated() / 2**30
-        for _ in range(5):
-            step(lambda: None)
-        clock = clocks(ranks.device, "clocks.sm")  # while those run: under load it falls
-    rate = cfg.micro_batch_size * cfg.block_size / ms * 1e3
-    flops = 3 * flops_per_token(cfg, "dense" if guided else None)
-    dense = next((r["ms"] for r in table.rows if r["ffn"] == "dense"), ms if cfg.ffn == "dense" else None)
-    table.row(benchmark="train", ffn=label, guided=guided, ms=ms, spread=spread, tokens_per_s=round(rate), speedup=ratio(dense, ms), flops_per_token=flops,
-              mfu=ratio(flops * rate, peak_flops(ranks.device)), gib=gib, forward_ms=forward_ms, backward_ms=backward_ms,
-              optimizer_ms=optimizer_ms, clock=clock, config=config.to_dict(cfg))
+    return step
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -410,13 +464,14 @@ def train_row(label, cfg, kind, ranks, table, settings):
 
 @torch.no_grad()
 def bench_prefill(cfg, settings):
-    """Prompts -> the logits of the token that follows each, nothing kept for decoding; weights in the matmuls' precision."""
+    """Prompts -> the logits of the next token of each, without a KV cache; weights in the matmuls' precision."""
     lengths = numbers(settings, "tokens") or sorted({min(n, cfg.block_size) for n in (128, 512, cfg.block_size)})
     cfg.vocab_size = cfg.vocab_size or nominal_vocabulary(cfg.tokenizer)
     cfg.block_size = max(lengths)
     ranks = set_up(cfg)
-    table = Table({"ffn": 20, "batch": 5, "prompt": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "speedup": 7, "tflops": 7, "mfu": 7, "gib": 6},
-                  conditions(ranks, settings), settings)
+    columns = {"ffn": 20, "batch": 5, "prompt": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "speedup": 7, "tflops": 7,
+               "mfu": 7, "gib": 6}
+    table = Table(columns, conditions(ranks, settings), settings)
     dense_ms = {}
     for label, case in compared(cfg, settings).items():
         with within_memory(table, benchmark="prefill", ffn=label):
@@ -428,36 +483,37 @@ def bench_prefill(cfg, settings):
             for batch, length in itertools.product(numbers(settings, "batches") or (1, 16), lengths):
                 with within_memory(table, benchmark="prefill", ffn=label, batch=batch, prompt=length):
                     prefill_row(label, case, model, batch, length, dense_ms, ranks, table, settings)
-    if settings.plot and table.rows:
-        points = [(f"batch {r['batch']}", r["ffn"], r["prompt"], r["tokens_per_s"]) for r in table.rows]
-        draw_points(settings.plot, f"Prefill, {cfg.n_layer} layers x {cfg.n_embd}: {table.card()}", "tokens in the prompt", "tokens/s", points)
+    return table
 
 
 def prefill_row(label, cfg, model, batch, length, dense_ms, ranks, table, settings):
-    fresh(ranks.device)  # every length compiled for itself
+    fresh(ranks.device)  # every length is compiled anew
     prompts = itertools.cycle(torch.randint(cfg.vocab_size, (4, batch, length), device=ranks.device))
     ms, spread = timed(lambda: model.head(model.hidden(next(prompts))[:, -1]), ranks.device, settings)
     if cfg.ffn == "dense":
         dense_ms[batch, length] = ms
     head = 2 * cfg.vocab_size * cfg.n_embd  # of the last token only
     flops = batch * (length * (flops_per_token(dataclasses.replace(cfg, block_size=length)) - head) + head)
-    table.row(benchmark="prefill", ffn=label, batch=batch, prompt=length, ms=ms, spread=spread, tokens_per_s=round(batch * length / ms * 1e3),
-              speedup=ratio(dense_ms.get((batch, length)), ms), flops=flops, tflops=flops / ms / 1e9, mfu=ratio(flops / ms * 1e3, peak_flops(ranks.device)),
-              gib=torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else None, config=config.to_dict(cfg))
+    gib = torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else None
+    table.row(benchmark="prefill", ffn=label, batch=batch, prompt=length, ms=ms, spread=spread,
+              tokens_per_s=round(batch * length / ms * 1e3), speedup=ratio(dense_ms.get((batch, length)), ms),
+              flops=flops, tflops=flops / ms / 1e9, mfu=ratio(flops / ms * 1e3, peak_flops(ranks.device)), gib=gib,
+              config=config.to_dict(cfg))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# decode: sample.py's own loop, on random weights
+# decode: the decoding loop of sample.py, on random weights
 
-def decoding_place(cfg):
-    """Device and precision, as sample.py chooses them."""
+def device_and_dtype(cfg):
+    """As sample.py chooses them."""
     device = pick_device(cfg.device)
-    return device, torch.float32 if cfg.dtype == "float32" or cfg.dtype == "auto" and device.type != "cuda" else torch.bfloat16
+    full = cfg.dtype == "float32" or cfg.dtype == "auto" and device.type != "cuda"
+    return device, torch.float32 if full else torch.bfloat16
 
 
 @torch.no_grad()
 def random_model(cfg, device):
-    """Weights of no meaning, but none zero; faster than the true initialisation of large factors."""
+    """Random weights, none of them zero. Faster than the true initialization of large factors."""
     model = build(cfg, device)
     torch.manual_seed(cfg.seed)
     for name, p in model.named_parameters():
@@ -481,7 +537,8 @@ def decode_row(model, cfg, kind, launch, batch, ceiling, table, settings):
     """Times one case; returns its tokens/s."""
     fresh(model.head.weight.device)
     length = settings.prompt_tokens + settings.new_tokens
-    decoder = decode.Decoder(model, Sampling(temperature=0.0, max_new_tokens=settings.new_tokens), batch, length, graphs=launch == "graph")
+    greedy = SimpleNamespace(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, max_new_tokens=settings.new_tokens)
+    decoder = decode.Decoder(model, greedy, batch, length, graphs=launch == "graph")
     generation(decoder, cfg, batch, settings)
     runs = [generation(decoder, cfg, batch, settings) for _ in range(settings.repeats or 3)]
     first, each = (statistics.median(column) for column in zip(*runs))
@@ -489,49 +546,56 @@ def decode_row(model, cfg, kind, launch, batch, ceiling, table, settings):
     kv = batch * decode.token_bytes(cfg, model.head.weight.dtype) * (settings.prompt_tokens + settings.new_tokens / 2)
     rate = batch * settings.new_tokens / (first + each * (settings.new_tokens - 1))
     gbs = (weights + kv) / each / 1e9
-    table.row(ffn=ffn_name(model.cfg), kind=kind, launch=launch, batch=batch, per_user=rate / batch, tokens_per_s=round(rate), first_ms=first * 1e3,
-              ms=each * 1e3, gb_s=gbs, share=gbs / ceiling, weights_mb=weights / 1e6, kv_mb=kv / 1e6, benchmark="decode",
-              prompt_tokens=settings.prompt_tokens, new_tokens=settings.new_tokens, config=config.to_dict(cfg))
+    table.row(ffn=ffn_name(model.cfg), kind=kind, launch=launch, batch=batch, per_user=rate / batch,
+              tokens_per_s=round(rate), first_ms=first * 1e3, ms=each * 1e3, gb_s=gbs, share=gbs / ceiling,
+              weights_mb=weights / 1e6, kv_mb=kv / 1e6, benchmark="decode", prompt_tokens=settings.prompt_tokens,
+              new_tokens=settings.new_tokens, config=config.to_dict(cfg))
     return rate
 
 
+def launches_on(device, settings) -> list:
+    """--launches without what this device has not; one line says so."""
+    launches = names(settings, "launches", ("eager", "graph"))
+    if device.type == "cuda" or launches == ["eager"]:
+        return launches
+    print(f"device {device.type} has no CUDA graphs: every step runs eager.", flush=True)
+    return ["eager"]
+
+
 def bench_decode(cfg, settings):
-    """ms: per token after the first; share: of the copy rate, by the bytes a step cannot avoid: the weights and, on average, half the final cache."""
+    """Prints per case: ms per token after the first, GB/s, and their share of the copy rate.
+
+    GB/s counts the bytes that a step has to read: the weights and, on average, half of the final cache.
+    """
     cfg.vocab_size = cfg.vocab_size or nominal_vocabulary(cfg.tokenizer)
-    length = settings.prompt_tokens + settings.new_tokens
-    if length > cfg.block_size or settings.prompt_tokens < 1 or settings.new_tokens < 2:
-        raise UserError(f"prompt_tokens={settings.prompt_tokens} and new_tokens={settings.new_tokens} must be at least 1 and 2 "
-                        f"and together fit into block_size={cfg.block_size}.")
-    for name, known in (("kinds", ("dense", "structured", "merged", "auto")), ("launches", ("eager", "graph"))):
-        if not set(getattr(settings, name).split(",")) <= set(known):
-            raise UserError(f"{name}={getattr(settings, name)} does not fit: expected some of {', '.join(known)}, separated by commas.")
-    device, dtype = decoding_place(cfg)
-    ceiling = copy_rate(device, settings)
-    columns = {"ffn": 18, "kind": 10, "launch": 6, "batch": 6, "per_user": 8, "tokens_per_s": 12, "first_ms": 8, "ms": 8, "gb_s": 7, "share": 7,
-               "weights_mb": 10, "kv_mb": 8}
-    table = Table(columns, {**header(device), "copy": f"{ceiling:.0f} GB/s", "dtype": str(dtype).removeprefix("torch.")}, settings)
-    launches = settings.launches.split(",") if device.type == "cuda" else ["eager"]
-    for kind in settings.kinds.split(",") if cfg.ffn != "dense" else ["dense"]:
+    device, dtype = device_and_dtype(cfg)
+    launches, ceiling = launches_on(device, settings), copy_rate(device, settings)
+    length = decode.padded(settings.prompt_tokens + settings.new_tokens, cfg.block_size)
+    columns = {"ffn": 18, "kind": 10, "launch": 6, "batch": 6, "per_user": 8, "tokens_per_s": 12, "first_ms": 8,
+               "ms": 8, "gb_s": 7, "share": 7, "weights_mb": 10, "kv_mb": 8}
+    facts = {**header(device), "copy": f"{ceiling:.0f} GB/s", "dtype": str(dtype).removeprefix("torch.")}
+    table = Table(columns, facts, settings)
+
+    def largest():
+        fresh(device)
+        return decode.largest_batch(cfg, length, device, dtype)
+
+    for kind in names(settings, "kinds", KINDS) if cfg.ffn != "dense" else ["dense"]:
         model = random_model(dataclasses.replace(cfg, ffn="dense") if kind == "dense" else cfg, device)
-        merge.ready(model, "structured" if kind == "dense" else kind, dtype)
+        merge.prepare_model(model, "structured" if kind == "dense" else kind, dtype)
         for launch in launches[-1:] if settings.max_batch else launches:
+            row = partial(decode_row, model, cfg, kind, launch, ceiling=ceiling, table=table, settings=settings)
             if settings.max_batch:
-                def largest():
-                    fresh(device)
-                    return decode.largest_batch(cfg, decode.padded(length, cfg.block_size), device, dtype)
-                most_tokens(lambda batch: decode_row(model, cfg, kind, launch, batch, ceiling, table, settings), largest, device)
-                continue
-            for batch in numbers(settings, "batches") or (1, 16, 256):
-                decode_row(model, cfg, kind, launch, batch, ceiling, table, settings)
-        del model
-    if settings.plot:
-        title = f"Decoding, {cfg.n_layer} layers x {cfg.n_embd}, {ffn_name(cfg)}\n{table.facts['device']}, {table.facts['dtype']}"
-        points = [(r["launch"], r["kind"], r["batch"], r["tokens_per_s"]) for r in table.rows]
-        draw_points(settings.plot, title, "batch", "tokens/s", points, sharey=True)
+                highest_rate(row, largest, device)
+            else:
+                for batch in numbers(settings, "batches") or (1, 16, 256):
+                    row(batch)
+        del model, row
+    return table
 
 
-def most_tokens(rate_of, largest, device):
-    """Doubles the batch while that brings 1 % or more, then says what was best of what fits."""
+def highest_rate(rate_of, largest, device):
+    """Doubles the batch while that brings 1 % or more, then prints the best of what fits."""
     fits = largest()
     if not fits:
         raise UserError("not a single sequence fits beside the weights: give fewer new_tokens, or a smaller model.")
@@ -540,81 +604,89 @@ def most_tokens(rate_of, largest, device):
         rates[batch] = rate_of(batch)
         batch *= 2
     if batch > fits and fits not in rates:
-        fits = largest() or fits  # what ran before may have left memory in pieces
+        fits = largest() or fits  # earlier batches may have fragmented the memory
         rates[fits] = rate_of(fits)
     best = max(rates, key=rates.get)
     print(f"most: {rates[best]:.0f} tokens/s at batch {best}; the largest batch that fits is {fits}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# crossover: what decode=auto chooses from
+# crossover: the table behind decode=auto
 
 def bench_crossover(cfg, settings):
-    """Milliseconds of one linear; behind: how much longer auto's choice takes than the better one, both timed anew.
+    """Milliseconds of one linear. slower_by: the time of auto's form over that of the better one - 1, timed anew.
 
-    of: the linear by itself, or of the step: where a graph's step for few sequences is a single kernel, auto goes by that, and a
-    linear's time is its equal share.
+    of: a linear by itself, or the step. For few sequences the captured step is a single kernel. Then auto compares
+    whole steps, and a linear's time is its equal share.
     """
     cfg.vocab_size = 1024
-    device, dtype = decoding_place(cfg)
+    device, dtype = device_and_dtype(cfg)
     model = random_model(cfg, device)
-    pairs = merge.convert(model, "auto", dtype)
+    pairs = merge.cast_and_merge(model, "auto", dtype)
     facts, began = header(device), time.perf_counter()
-    choice = merge.SpeedTable(merge.load_or_measure(model, pairs))
+    speeds = merge.SpeedTable(merge.load_or_measure(model, pairs))
     facts["measured_in"] = f"{time.perf_counter() - began:.1f} s"
-    again = merge.measure(pairs, sorted({*merge.TOKENS, *((a + b) // 2 for a, b in itertools.pairwise(merge.TOKENS))}))
+    between = ((a + b) // 2 for a, b in itertools.pairwise(merge.TOKENS))
+    again = merge.measure(pairs, sorted({*merge.TOKENS, *between}))
     of_step = merge.measure_few(model, pairs, range(1, max(merge.FEW) + 1))
     for tokens, rows in of_step.items():
         for shape, ms in rows.items():
             again["graph"][shape][tokens] = ms
-    table = Table({"linear": 60, "launch": 6, "tokens": 6, "of": 6, "factors_ms": 10, "merged_ms": 10, "speedup": 8, "auto": 8, "behind": 8}, facts, settings)
-    for mode, rows in again.items():
-        choice.mode = mode
-        for shape, row in rows.items():
+    columns = {"linear": 60, "launch": 6, "tokens": 6, "of": 6, "factors_ms": 10, "merged_ms": 10, "speedup": 8,
+               "auto": 8, "slower_by": 9}
+    table = Table(columns, facts, settings)
+    for mode, shapes in again.items():
+        speeds.mode = mode
+        for shape, row in shapes.items():
             for tokens, (factors, merged) in row.items():
-                chosen = choice.merged(shape, int(tokens))
+                auto = "merged" if speeds.merged(shape, int(tokens)) else "factors"
+                slower_by = {"merged": merged, "factors": factors}[auto] / min(factors, merged) - 1
                 of = "step" if mode == "graph" and tokens in of_step else "linear"
-                table.row(linear=shape, launch=mode, tokens=int(tokens), of=of, factors_ms=factors, merged_ms=merged, speedup=merged / factors,
-                          auto="merged" if chosen else "factors", behind=(merged if chosen else factors) / min(factors, merged) - 1, benchmark="crossover")
-    if settings.plot:
-        points = [(r["launch"], r["linear"].split(", V")[0], r["tokens"], r["speedup"]) for r in table.rows]
-        draw_points(settings.plot, f"{ffn_name(cfg)}: {facts['device']}", "tokens", "time of the dense equivalent / of the factors", points, sharey=True)
+                table.row(linear=shape, launch=mode, tokens=int(tokens), of=of, factors_ms=factors, merged_ms=merged,
+                          speedup=merged / factors, auto=auto, slower_by=slower_by, benchmark="crossover")
+    return table
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# curves: training runs
+# plot: rows of earlier benchmarks
 
-def bench_curves(paths, settings):
-    """Tables of final losses and of the fits, and the picture; curves.py reads the runs."""
-    runs = [curves.read_run(path) for path in paths]
-    curves.name_runs(runs)
-    columns = {"run": max(len(r.label) for r in runs), "step": 8, "steps": 8, "tokens": 10, "flops": 10, "seconds": 9, "train_loss": 10, "val_loss": 9, "to_dense": 9}
-    table = Table(columns, {"commit": commit()}, settings)
-    for r in runs:
-        tokens, flops, seconds = (float(spent[r.last - 1]) for spent in r.axes.values())
-        table.row(benchmark="curves", run=r.label, path=r.path, method=r.method, step=r.last, steps=r.steps, tokens=tokens, flops=flops, seconds=seconds,
-                  train_loss=float(r.train[1][-1]), val_loss=float(r.val[1][-1]) if len(r.val[1]) else None, to_dense=curves.gap_to_dense(r, runs))
-    for r in runs:
-        if r.final is None:
-            print(f"{r.path} stands at step {r.last} of {r.steps}: drawn as far as it goes, left out of differences and fits.")
-    fits = curves.fit_scaling(runs)
-    if fits:
-        table = Table({"method": max(len(f["method"]) for f in fits), "runs": 4, "slope": 10, "std_error": 10, "at_1e18": 8}, table.facts, settings)
-        for fit in fits:
-            table.row(benchmark="scaling", **fit)
-    if settings.plot:
-        curves.draw_runs(settings.plot, runs, fits)
+def read_rows(path) -> list:
+    """The rows that --json wrote to a file."""
+    try:
+        return [json.loads(line) for line in config.read_text(path).splitlines() if line.strip()]
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} does not hold rows as --json writes them: one JSON object per line.") from None
+
+
+def plot_rows(paths, settings):
+    """Draws rows that --json wrote, those of one benchmark."""
+    rows = [row for path in paths for row in read_rows(path) if isinstance(row, dict) and "note" not in row]
+    kinds, launches = names(settings, "kinds", KINDS), names(settings, "launches", ("eager", "graph"))
+    widths, tokens = numbers(settings, "widths"), numbers(settings, "tokens")
+    rows = [r for r in rows if r.get("kind", kinds[0]) in ("dense", *kinds) and r.get("launch", launches[0]) in launches
+            and (not widths or r.get("width", r.get("config", {}).get("n_embd")) in widths)
+            and (not tokens or r.get("tokens") in tokens)]
+    found = sorted({str(r.get("benchmark")) for r in rows} - {"scaling"})
+    if len(found) != 1 or found[0] not in DRAW:
+        raise UserError(f"{', '.join(paths)} has rows of {' and '.join(found) or 'no benchmark'} with these settings: "
+                        f"give rows of one of {', '.join(DRAW)}.")
+    DRAW[found[0]](settings.plot, [r for r in rows if r["benchmark"] == found[0]])
+
+
+BENCHMARKS = {"kernel": bench_kernel, "ffn": bench_ffn, "train": bench_train, "prefill": bench_prefill,
+              "decode": bench_decode, "crossover": bench_crossover, "curves": curves.compare, "plot": plot_rows}
 
 
 def main(command, subject, settings):
-    benchmark = {"kernel": bench_kernel, "ffn": bench_ffn, "train": bench_train, "prefill": bench_prefill, "decode": bench_decode,
-                 "crossover": bench_crossover, "curves": bench_curves}[command]
     try:
-        benchmark(subject, settings)
+        table = BENCHMARKS[command](subject, settings)
     except RuntimeError as e:
         if not out_of_memory(e):
             raise
-        raise UserError(f"the memory does not hold what {command} needs here: give a smaller model, batch or number of tokens.") from None
+        raise UserError(f"the memory does not hold what {command} needs here: give a smaller model, batch or number "
+                        "of tokens.") from None
+    if table and settings.plot and table.rows:
+        DRAW[command](settings.plot, table.rows)
 
 
 if __name__ == "__main__":

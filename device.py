@@ -1,4 +1,4 @@
-"""Where a run takes place: device, precision, ranks and their process group, peak FLOP/s, memory that does not suffice."""
+"""Where a program runs: device, precision, ranks and their process group, peak FLOP/s, out-of-memory."""
 import contextlib
 import os
 import time
@@ -35,7 +35,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def agree(self):
-        """What one rank refuses in here all refuse, in its words; and none goes on before the others."""
+        """A UserError of one rank becomes that of all ranks, which leave the block together."""
         refusal = ""
         try:
             yield
@@ -51,9 +51,10 @@ class Ranks:
         return self
 
     def __exit__(self, kind, e, _):
-        """Out of the process group, where all ranks end; where one fails, the others may never come."""
+        """Leaves the process group where all ranks end together. Where one fails alone, the others might never come."""
         if self.world > 1 and (kind in (None, SystemExit) or kind is UserError and not e.alone):
-            time.sleep(0.1)  # gloo's thread needs Python's lock once more for the last all_reduce; without, one exit in ten aborts
+            # gloo's thread needs Python's lock for the last all_reduce: without a pause one exit in ten aborts
+            time.sleep(0.1)
             dist.destroy_process_group()
 
 
@@ -69,12 +70,36 @@ def pick_device(name):
     return device
 
 
+def pick_dtype(name, device):
+    """torch.dtype of a setting `dtype`: auto is bfloat16 on CUDA and float32 elsewhere."""
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+class ShapesOnly(torch.overrides.TorchFunctionMode):
+    """Calls of torch.nn.init do nothing, and arange counts on the host: on meta both import torch's compiler, 1.5 s."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **({"device": "cpu", **kwargs} if func is torch.arange else kwargs))
+
+
+@contextlib.contextmanager
+def on_meta():
+    """A module built in here has shapes but no memory."""
+    with torch.device("meta"), ShapesOnly():
+        yield
+
+
 def set_up(cfg) -> Ranks:
     """Device, precision and, under torchrun, the process group (nccl on CUDA, gloo on CPU)."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if cfg.batch_size % (cfg.micro_batch_size * world):
-        raise UserError(f"batch_size={cfg.batch_size} does not divide among {world} processes x micro_batch_size={cfg.micro_batch_size} "
-                        f"= {cfg.micro_batch_size * world} sequences: change one of them.")
+        raise UserError(f"batch_size={cfg.batch_size} does not divide among {world} processes x "
+                        f"micro_batch_size={cfg.micro_batch_size} = {cfg.micro_batch_size * world} sequences: "
+                        "change one of them.")
     device = pick_device(cfg.device)
     if device.type == "cuda":
         device = torch.device("cuda", device.index if device.index is not None and world == 1 else local)
@@ -82,18 +107,18 @@ def set_up(cfg) -> Ranks:
         torch.set_float32_matmul_precision("high")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    on_cuda = device.type == "cuda"
-    dtype = {"auto": torch.bfloat16 if on_cuda else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
-    return Ranks(rank, world, device, dtype, on_cuda if cfg.compile == "auto" else cfg.compile)
+    compile = device.type == "cuda" if cfg.compile == "auto" else cfg.compile
+    return Ranks(rank, world, device, pick_dtype(cfg.dtype, device), compile)
 
 
 def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H20": 148e12, "GH200": 989e12, "B200": 2250e12,
-              "A100": 312e12, "A800": 312e12, "A40": 150e12, "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
-              "RTX 6000 Ada": 364e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12}
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H20": 148e12, "GH200": 989e12,
+              "B200": 2250e12, "A100": 312e12, "A800": 312e12, "A40": 150e12, "A10G": 70e12, "L40S": 362e12,
+              "L40": 181e12, "L4": 121e12, "RTX 6000 Ada": 364e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+              "V100": 125e12}
 
 
 def peak_flops(device):
@@ -101,22 +126,40 @@ def peak_flops(device):
     if device.type != "cuda":
         return None
     words = torch.cuda.get_device_name(device).replace("-", " ")
-    return next((PEAK_FLOPS[name] for name in sorted(PEAK_FLOPS, key=len, reverse=True) if f" {name} " in f" {words} "), None)
+    longest_first = sorted(PEAK_FLOPS, key=len, reverse=True)
+    return next((PEAK_FLOPS[name] for name in longest_first if f" {name} " in f" {words} "), None)
 
 
 def out_of_memory(error) -> bool:
     """torch has RuntimeErrors of several kinds for it, and a failed recording of a graph hides them behind its own."""
-    return error is not None and (isinstance(error, MemoryError) or any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+    return error is not None and (isinstance(error, MemoryError)
+                                  or any(words in str(error) for words in ("out of memory", "can't allocate memory"))
                                   or out_of_memory(error.__context__))
 
 
 @contextlib.contextmanager
-def in_memory(cfg, device, params):
-    """What did not fit, where memory does not suffice."""
+def in_memory(cfg, ranks, params):
+    """Turns out-of-memory into one sentence that says what does not fit."""
     try:
         yield
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e):
             raise
-        raise UserError(f"the memory of {device} does not hold this model of {short(params)} parameters with micro-batches of {cfg.micro_batch_size} x "
-                        f"{cfg.block_size} tokens: lower --micro_batch_size, give --recompute=wide, or choose a smaller model.", alone=True) from None
+        can_recompute = ranks.compile and cfg.recompute != "wide"
+        raise UserError(f"the memory of {ranks.device} does not hold this model of {short(params)} parameters with "
+                        f"micro-batches of {cfg.micro_batch_size} x {cfg.block_size} tokens: "
+                        f"lower --micro_batch_size, {'give --recompute=wide, ' if can_recompute else ''}"
+                        "or choose a smaller model.", alone=True) from None
+
+
+def record_graph(run, pool=None):
+    """run() as a CUDA graph, whose replay() repeats its kernels. run() runs once before: nothing may compile meanwhile."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        run()
+    return graph

@@ -65,8 +65,8 @@ def read_settings(argv):
 
 def is_hf(path) -> bool:
     """Whether a source is a folder of Hugging Face's; a run has a config.json too."""
-    config_json, *of_a_run = (os.path.exists(os.path.join(path, n)) for n in ("config.json", "model.pt", "metrics.jsonl"))
-    return config_json and not any(of_a_run)
+    there, *of_a_run = (os.path.exists(os.path.join(path, n)) for n in ("config.json", "model.pt", "metrics.jsonl"))
+    return there and not any(of_a_run)
 
 
 if __name__ == "__main__":
@@ -82,12 +82,12 @@ import torch
 
 from config import Config, short
 from device import pick_device
-from merge import exact_matmuls, merge_model
+from merge import exact_matmuls, replace_structured
 from model import build, load, load_weights
 from project import project_ffns
-from run import read_json, save_beside, writing
+from run import perplexity, read_json, save_beside, writing
 from tokenizer import byte_characters, load_tokenizer, package, tokenizer_from_blob
-from train import perplexity, summary
+from train import summary
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -506,10 +506,11 @@ def model_card(title, cfg, saved, name, params, factors) -> str:
         guide = f"{cfg.guide}, {plan['guided_steps']} of {plan['steps']} steps"
         facts |= {"self-guided training": "none" if cfg.guide == "off" else guide,
                   "data": f"{cfg.dataset}, {short(plan['unique_tokens'])} tokens",
-                  "recipe": f"{cfg.optimizer}, {saved['step']} steps of {cfg.batch_size} x {cfg.block_size} tokens, "
-                            f"lr {cfg.lr:g}, weight decay {cfg.weight_decay:g}, seed {cfg.seed}",
-                  "training FLOPs": f"{plan['train_flops']:.3g}",
-                  "validation loss": f"{saved['val_loss']:.4f} (PPL {perplexity(saved['val_loss']):.2f})"}
+                  "recipe": f"{cfg.optimizer}, {saved['step']} of {plan['steps']} steps of {cfg.batch_size} x "
+                            f"{cfg.block_size} tokens, lr {cfg.lr:g}, weight decay {cfg.weight_decay:g}, seed {cfg.seed}"}
+        if saved["val_loss"] is not None:  # the run is finished
+            facts |= {"training FLOPs": f"{plan['train_flops']:.3g}",
+                      "validation loss": f"{saved['val_loss']:.4f} (PPL {perplexity(saved['val_loss']):.2f})"}
     else:
         facts["weights"] = f"from another model{'' if cfg.ffn == 'dense' else ', projected onto the FFN'}"
     facts["tokenizer"] = saved["tokenizer"]["identity"]
@@ -534,7 +535,7 @@ def write_hf(folder, model, cfg, saved, s):
     factors = s.factors and cfg.ffn != "dense"
     if not factors:
         with exact_matmuls():
-            merge_model(model)
+            replace_structured(model)
     wide = widened(cfg, name, s.target)
     tensors = to_hf(widen_heads(model.state_dict(), cfg, wide), wide, name)
     params = sum(t.numel() for t in tensors.values())

@@ -1,7 +1,7 @@
 """Factors or dense equivalent: merging structured linears, and the table of speeds behind decode=auto.
 
-`ready` makes a loaded model fit for decoding: weights cast once, and each structured linear as its factors, merged to its dense
-equivalent (the paper's pre-merge), or both with a table, measured on this card, of which is faster for how many tokens.
+`prepare_model` makes a loaded model ready for decoding. Weights are cast once. Each structured linear becomes its
+factors, its dense equivalent (the paper's pre-merge), or both, with a table measured on this card of which is faster.
 """
 import hashlib
 import importlib.util
@@ -17,26 +17,30 @@ import torch
 import torch.nn as nn
 
 from config import UserError
+from device import record_graph
 from model import Cache, ops
 from run import atomic_write
 from structured import Dense, FactorsOrMerged, Structured
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Merging
+
 @torch.no_grad()
 def merge(linear) -> Dense:
-    """The dense linear that a structured one is, formed in the precision of its factors."""
+    """The dense equivalent of a structured linear, formed in the precision of its factors."""
     dense = Dense(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
     dense.weight = nn.Parameter(linear.dense_weight(), requires_grad=False)
     dense.bias = linear.bias
     return dense
 
 
-def merge_model(model, instead=merge):
-    """Puts dense equivalents, or what instead(linear) gives, in the place of all structured linears."""
+def replace_structured(model, replacement=merge):
+    """Replaces every structured linear by replacement(linear)."""
     for block in model.blocks:
         for name, linear in list(block.ffn.named_children()):
             if isinstance(linear, Structured):
-                setattr(block.ffn, name, instead(linear))
+                setattr(block.ffn, name, replacement(linear))
 
 
 @contextmanager
@@ -48,26 +52,85 @@ def exact_matmuls():
     torch.set_float32_matmul_precision(before)
 
 
-def modes(device) -> tuple:
-    """How a linear may be launched there."""
+@torch.no_grad()
+def cast_and_merge(model, decode, dtype) -> list:
+    """Gives a model in fp32 the form `decode` and the precision dtype, in place.
+
+    Returns its FactorsOrMerged modules (of decode=auto); their table of speeds is still to come.
+    """
+    for block in model.blocks:
+        block.ffn.kernels = False  # the fused FFN of training: for many tokens, and for factors alone
+    with exact_matmuls():  # merged before the cast: the product is rounded once
+        if decode == "merged":
+            replace_structured(model)
+        elif decode == "auto":
+            replace_structured(model, lambda linear: FactorsOrMerged(linear, merge(linear).to(dtype)))
+    cos, sin = model.cos, model.sin
+    model.to(dtype).requires_grad_(False).eval()
+    model.cos, model.sin = cos, sin  # positions stay exact: bf16 has 8 bits for an angle
+    return [module for module in model.modules() if isinstance(module, FactorsOrMerged)]
+
+
+@torch.no_grad()
+def prepare_model(model, decode, dtype, table=None):
+    """Makes a model in fp32 ready for decoding, in place, and returns it.
+
+    decode: structured | merged | auto; table: the file that keeps auto's speeds.
+    """
+    pairs = cast_and_merge(model, decode, dtype)
+    model.speeds = SpeedTable(load_or_measure(model, pairs, table) if pairs else {})
+    for pair in pairs:
+        pair.speeds = model.speeds
+    drop_unused(model)
+    return model
+
+
+def drop_unused(model):
+    """Where one of factors and dense equivalent is faster for every number of tokens, only that one stays in memory."""
+    for block in model.blocks:
+        for name, pair in list(block.ffn.named_children()):
+            if isinstance(pair, FactorsOrMerged):
+                times = [ms for rows in model.speeds.times.values() for ms in rows[pair.shape].values()]
+                wins = [merged < factors for factors, merged in times]
+                if not any(wins) or all(wins):
+                    setattr(block.ffn, name, pair.merged if any(wins) else pair.factors)
+
+
+def step_weights(model, tokens, launch) -> int:
+    """Bytes of weights that a step on `tokens` tokens reads, each once. An embedding's few rows are not counted."""
+    unread = {id(table.weight) for table in (model.wte, model.wpe) if table is not None} - {id(model.head.weight)}
+    with model.speeds.launched(launch):
+        for pair in (module for module in model.modules() if isinstance(module, FactorsOrMerged)):
+            merged = model.speeds.merged(pair.shape, tokens)
+            unread |= {id(pair.factors.V), id(pair.factors.U)} if merged else {id(pair.merged.weight)}
+    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in unread)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table of speeds
+
+FEW = 1, 2, 4  # sequences whose step may be a single kernel
+# Numbers of tokens that are timed; a matmul's time may jump between neighbours
+TOKENS = [*FEW, 8, 16, 32, 64, *(n << i for i in range(6) for n in (96, 128))]
+
+
+def launches(device) -> tuple:
+    """The ways to launch a linear there: one by one from Python, or within a CUDA graph."""
     return ("eager", "graph") if device.type == "cuda" else ("eager",)
 
 
-FEW = 1, 2, 4  # sequences whose step may be a single kernel
-TOKENS = [*FEW, 8, 16, 32, 64, *(n << i for i in range(6) for n in (96, 128))]  # that are timed: a matmul's time may jump between them
-
-
 class SpeedTable:
-    """For each kind of linear the milliseconds of factors and merged over the number of tokens, launched one by one or as a graph.
+    """Milliseconds of factors and merged, for each shape of linear and way to launch it, over the number of tokens.
 
-    times {"graph" | "eager": {shape: {tokens: [factors, merged]}}}. The next larger number of tokens decides for those between, as
-    matmuls pad to tiles; the largest for all beyond.
+    times {"graph" | "eager": {shape: {tokens: [factors, merged]}}}. A number of tokens that was not timed goes by the
+    next larger one, as matmuls pad to tiles; beyond the largest, by the largest.
     """
 
     def __init__(self, times):
         self.times, self.mode, self.known = times, "eager", {}
 
     def merged(self, shape, tokens) -> bool:
+        """Whether the dense equivalent is the faster one."""
         key = self.mode, shape, tokens
         if key not in self.known:
             row = {int(size): ms for size, ms in self.times[self.mode][shape].items()}
@@ -76,16 +139,86 @@ class SpeedTable:
         return self.known[key]
 
     @contextmanager
-    def under(self, mode):
+    def launched(self, mode):
+        """Inside, the answers are for linears launched this way."""
         before, self.mode = self.mode, mode
         yield
         self.mode = before
 
 
-def timed_linears(linears, x, graph) -> float:
-    """Milliseconds of one linear on x, the mean over all of them: they take turns, so that weights come from memory as in a model.
+def table_key(device, dtype) -> str:
+    """What measured times hold for: card, versions (those of our kernels too), precision."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} x{torch.get_num_threads()}"
+    parts = [card, f"torch {torch.__version__}"]
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton"):
+            import triton
+            parts.append(f"triton {triton.__version__}")
+        folder, names = Path(__file__).with_name("ops"), ("decode.py", "megakernel.cu") if ops.ON else ()
+        sources = b"".join(folder.joinpath(name).read_bytes() for name in names)
+        parts.append(f"kernels {hashlib.sha256(sources).hexdigest()[:8]}")
+    return ", ".join(parts + [str(dtype).removeprefix("torch.")])
 
-    graph: as the decoding step runs it.
+
+def is_row(row) -> bool:
+    """Whether row is {tokens: [factors, merged]} with a positive time each; another structure raises."""
+    return bool(row) and all(int(tokens) > 0 and 0 < factors < math.inf and 0 < merged < math.inf
+                             for tokens, (factors, merged) in row.items())
+
+
+def read_table(path, key, modes) -> tuple:
+    """(all tables of the file at path, the shapes that its table for `key` holds in all modes)."""
+    try:
+        with open(path) as f:
+            tables = json.load(f)
+        if key not in tables.keys():
+            return tables, set()
+        rows = [tables[key].get(mode, {}) for mode in modes]
+        if not all(is_row(row) for shapes in rows for row in shapes.values()):
+            raise ValueError
+        return tables, set.intersection(*map(set, rows))
+    except OSError as e:
+        raise UserError(f"cannot read {path} ({e.strerror}): delete it, and the speeds in it are measured "
+                        "again.") from None
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{path} is damaged: delete it, and the speeds of factors and dense equivalents are measured "
+                        "again.") from None
+
+
+def load_or_measure(model, pairs, path=None) -> dict:
+    """SpeedTable.times for a model's FactorsOrMerged modules.
+
+    From the file at path if it has them for this card, these versions and shapes; else measured, and kept there.
+    """
+    weight = pairs[0].factors.V
+    key, tables, known = table_key(weight.device, weight.dtype), {}, set()
+    if path and os.path.isfile(path):
+        tables, known = read_table(path, key, launches(weight.device))
+    if {pair.shape for pair in pairs} <= known:
+        return tables[key]
+    new = measure(pairs)
+    for batch, rows in measure_few(model, pairs).items():
+        for shape, ms in rows.items():
+            new["graph"][shape][batch] = ms
+    kept = tables.setdefault(key, {})
+    for mode, rows in new.items():
+        kept.setdefault(mode, {}).update(rows)
+    if path:
+        try:
+            with atomic_write(path) as temp, open(temp, "w") as f:
+                json.dump(tables, f, indent=1)
+        except UserError as e:
+            print(f"the table of speeds is not kept: {e}", file=sys.stderr)
+    return kept
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+def time_linears(linears, x, graph) -> float:
+    """Milliseconds of one linear on x: the mean over all in turn, so that weights come from memory as in a model.
+
+    graph: launched as the decoding step in a CUDA graph does it.
     """
     fused = graph and ops.ON and ops.can_layer(x)
 
@@ -101,19 +234,14 @@ def timed_linears(linears, x, graph) -> float:
             once()
             times.append(time.perf_counter() - began)
         return min(times) * 1e3 / len(linears)
-    return timed_on_gpu(once, graph) / len(linears)
+    return time_on_gpu(once, graph) / len(linears)
 
 
-def timed_on_gpu(once, graph) -> float:
-    """Milliseconds of once(), launched from Python or as a graph: the least of five, since whatever disturbs only adds."""
+def time_on_gpu(once, graph) -> float:
+    """Milliseconds of once(), launched from Python or as a graph: the least of five, since disturbances only add."""
     once()
     torch.cuda.synchronize()
-    run = once
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            once()
-        run = captured.replay
+    run = record_graph(once).replay if graph else once
     run()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
     marks[0].record()
@@ -126,44 +254,47 @@ def timed_on_gpu(once, graph) -> float:
 
 @torch.no_grad()
 def measure(pairs, sizes=()) -> dict:
-    """SpeedTable.times of a model's FactorsOrMerged modules, as they stand on their device, for TOKENS or other `sizes`; some seconds."""
+    """SpeedTable.times of FactorsOrMerged modules on their device, for TOKENS or other `sizes`; takes some seconds."""
     device, dtype = pairs[0].factors.V.device, pairs[0].factors.V.dtype
-    times = {mode: {} for mode in modes(device)}
+    times = {mode: {} for mode in launches(device)}
     for shape in sorted({pair.shape for pair in pairs}):
         group = [pair for pair in pairs if pair.shape == shape]
+        linears = [pair.factors for pair in group], [pair.merged for pair in group]
         for mode in times:
             row = times[mode][shape] = {}
             for tokens in sizes or TOKENS:
                 x = torch.randn(tokens, group[0].factors.in_features, device=device, dtype=dtype)
-                rounds = [[timed_linears([getattr(pair, kind) for pair in group], x, mode == "graph") for kind in ("factors", "merged")]
-                          for _ in range(2)]
+                rounds = [[time_linears(kind, x, mode == "graph") for kind in linears] for _ in range(2)]
                 row[str(tokens)] = [min(ms) for ms in zip(*rounds)]
                 if device.type != "cuda" and tokens >= 64 and max(row[str(tokens)]) * len(group) > 250:
-                    break  # long calls keep the order of these
+                    break  # so slow that more tokens would take long and show the same order
     return times
 
 
-def let_all(pairs, merged):
-    """All factors answer from now on, or all dense equivalents, as in a graph."""
-    choice = SpeedTable({"graph": {pair.shape: {"1": [1 + merged, 2 - merged]} for pair in pairs}})
-    choice.mode = "graph"
+def use_everywhere(pairs, merged):
+    """From now on a CUDA graph uses all dense equivalents, or all factors."""
+    speeds = SpeedTable({"graph": {pair.shape: {"1": [1 + merged, 2 - merged]} for pair in pairs}})
+    speeds.mode = "graph"
     for pair in pairs:
-        pair.choice = choice
+        pair.speeds = speeds
 
 
 @torch.no_grad()
 def measure_few(model, pairs, sizes=FEW) -> dict:
-    """{batch: {shape: [factors, merged]}} where the step is a single kernel: milliseconds of the whole step, each linear's equal share."""
+    """{batch: {shape: [factors, merged]}} where the step is a single kernel.
+
+    Only the whole step can be timed there; each linear gets an equal share of its milliseconds.
+    """
     device, few = model.head.weight.device, {}
     if not ops.ON or device.type != "cuda":
         return few
-    single = ops.megakernel
-    caches = {batch: Cache(model.cfg, batch, min(256, model.cfg.block_size), device, model.head.weight.dtype) for batch in sizes}
+    single, length = ops.megakernel, min(256, model.cfg.block_size)
+    caches = {batch: Cache(model.cfg, batch, length, device, model.head.weight.dtype) for batch in sizes}
 
     def steps(make):
         made = {}
         for merged in (0, 1):
-            let_all(pairs, merged)
+            use_everywhere(pairs, merged)
             made |= {(batch, merged): make(model, cache) for batch, cache in caches.items()}
         return made
 
@@ -173,105 +304,9 @@ def measure_few(model, pairs, sizes=FEW) -> dict:
         if any(isinstance(found[batch, merged], single.Step) for merged in (0, 1)):
             token, times = torch.zeros(batch, 1, dtype=torch.long, device=device), ([], [])
             for merged in (0, 1, 0, 1):
-                let_all(pairs, merged)
+                use_everywhere(pairs, merged)
                 cache.position.zero_()
-                times[merged].append(timed_on_gpu(lambda: [found[batch, merged](token, cache) for _ in range(10)], True) / 10 / len(pairs))
+                ten_steps = time_on_gpu(lambda: [found[batch, merged](token, cache) for _ in range(10)], True)
+                times[merged].append(ten_steps / 10 / len(pairs))
             few[str(batch)] = {pair.shape: [min(ms) for ms in times] for pair in pairs}
     return few
-
-
-def table_key(device, dtype) -> str:
-    """Card, versions, our own kernels' too, and precision: what a table of times holds for."""
-    parts = [torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} x{torch.get_num_threads()}", f"torch {torch.__version__}"]
-    if device.type == "cuda":
-        if importlib.util.find_spec("triton"):
-            import triton
-            parts.append(f"triton {triton.__version__}")
-        sources = b"".join(Path(__file__).with_name("ops").joinpath(name).read_bytes() for name in ("decode.py", "megakernel.cu")) if ops.ON else b""
-        parts.append(f"kernels {hashlib.sha256(sources).hexdigest()[:8]}")
-    return ", ".join(parts + [str(dtype).removeprefix("torch.")])
-
-
-def shapes_of(times) -> set:
-    """The shapes that SpeedTable.times holds; what is no such table raises ValueError, TypeError or AttributeError."""
-    for rows in times.values():
-        for row in rows.values():
-            if not row or not all(int(tokens) > 0 and 0 < factors < math.inf and 0 < merged < math.inf for tokens, (factors, merged) in row.items()):
-                raise ValueError
-    return set.intersection(*map(set, times.values()))
-
-
-def load_or_measure(model, pairs, path=None) -> dict:
-    """SpeedTable.times of a model's FactorsOrMerged modules: from the file at path if it holds them for this card, these versions and shapes, else
-    measured and kept there."""
-    weight = pairs[0].factors.V
-    key, tables, known = table_key(weight.device, weight.dtype), {}, set()
-    if path and os.path.isfile(path):
-        try:
-            with open(path) as f:
-                tables = json.load(f)
-            known = shapes_of({mode: tables[key].get(mode, {}) for mode in modes(weight.device)}) if key in tables.keys() else known
-        except OSError as e:
-            raise UserError(f"cannot read {path} ({e.strerror}): delete it, and the speeds in it are measured again.") from None
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{path} is damaged: delete it, and the speeds of factors and dense equivalents are measured again.") from None
-    if not {pair.shape for pair in pairs} <= known:
-        new = measure(pairs)
-        for batch, rows in measure_few(model, pairs).items():
-            for shape, ms in rows.items():
-                new["graph"][shape][batch] = ms
-        kept = tables.setdefault(key, {})
-        for mode, rows in new.items():
-            kept.setdefault(mode, {}).update(rows)
-        if path:
-            try:
-                with atomic_write(path) as temp, open(temp, "w") as f:
-                    json.dump(tables, f, indent=1)
-            except UserError as e:
-                print(f"the table of speeds is not kept: {e}", file=sys.stderr)
-    return tables[key]
-
-
-@torch.no_grad()
-def convert(model, decode, dtype) -> list:
-    """Turns a model in fp32 into the given form and precision, in place; returns its FactorsOrMerged modules, whose choice is still to come."""
-    for block in model.blocks:
-        block.ffn.kernels = False  # training's, for many tokens and factors alone
-    with exact_matmuls():
-        if decode != "structured":
-            merge_model(model, merge if decode == "merged" else lambda linear: FactorsOrMerged(linear, merge(linear).to(dtype), None))
-    cos, sin = model.cos, model.sin
-    model.to(dtype).requires_grad_(False).eval()
-    model.cos, model.sin = cos, sin  # positions keep their digits
-    return [module for module in model.modules() if isinstance(module, FactorsOrMerged)]
-
-
-@torch.no_grad()
-def ready(model, decode, dtype, table=None):
-    """Makes a model in fp32 fit for decoding, in place. decode: structured | merged | auto; table: auto's file. Returns the model."""
-    pairs = convert(model, decode, dtype)
-    model.choice = choice = SpeedTable(load_or_measure(model, pairs, table) if pairs else {})
-    for pair in pairs:
-        pair.choice = choice
-    drop_unused(model, choice)
-    return model
-
-
-def drop_unused(model, choice):
-    """A dense equivalent that is never the faster one need not be held, nor factors that never are."""
-    for block in model.blocks:
-        for name, pair in list(block.ffn.named_children()):
-            if isinstance(pair, FactorsOrMerged):
-                wins = [merged < factors for rows in choice.times.values() for factors, merged in rows[pair.shape].values()]
-                if not any(wins) or all(wins):
-                    setattr(block.ffn, name, pair.merged if any(wins) else pair.factors)
-
-
-def step_weights(model, tokens, mode) -> int:
-    """Bytes of weights that a step on `tokens` tokens reads, each once; of an embedding only the rows looked up, not counted."""
-    unread = {id(table.weight) for table in (model.wte, model.wpe) if table is not None} - {id(model.head.weight)}
-    with model.choice.under(mode):
-        for pair in (module for module in model.modules() if isinstance(module, FactorsOrMerged)):
-            merged = model.choice.merged(pair.shape, tokens)
-            unread |= {id(pair.factors.V), id(pair.factors.U)} if merged else {id(pair.merged.weight)}
-    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in unread)

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import config
 from config import Config, UserError
-from run import read_checkpoint
+from device import on_meta
+from run import read_model
 from structured import Dense, Structured, linear
 
 # Fused kernels: without the folder all of the model is plain torch.
@@ -350,7 +351,7 @@ class GPT(nn.Module):
 
 def build(cfg, device, seed=None):
     """A GPT on `device` without a detour over the host; initialised if a seed is given, else its weights await load_state_dict."""
-    with torch.device("meta"):
+    with on_meta():
         model = GPT(cfg)
     model.to_empty(device=device)
     model.tie()  # to_empty gave each its own memory
@@ -370,9 +371,8 @@ def load_weights(model, weights, path):
 
 
 def load(path, device):
-    """model.pt, or the run folder that holds it -> (model ready to use, config, the file's other entries)."""
-    path = os.path.join(path, "model.pt") if os.path.isdir(path) else path
-    saved = read_checkpoint(path, "model.pt")
+    """model.pt, or a run folder, finished or not -> (model ready to use, config, the file's other entries)."""
+    path, saved = read_model(path)
     if not isinstance(saved["tokenizer"].get("identity"), str) or not torch.is_tensor(saved["tokenizer"].get("blob")):
         raise UserError(f"{path} is not the model.pt of a run: its tokenizer lacks identity or blob.")
     cfg = config.from_dict(saved["config"], path)

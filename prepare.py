@@ -2,51 +2,44 @@
 
     python prepare.py [preset.py] [--name=value ...]
 
-    python prepare.py --dataset=stdlib                                   # the Python standard library, always there
+    python prepare.py --dataset=stdlib                        # Python's standard library, which every machine has
     python prepare.py --dataset=text --input='texts/*.txt.xz' --tokenizer=spm:16384 --data_dir=data/mine
-    python prepare.py config/s.py                                        # RefinedWeb in LLaMA's vocabulary
+    python prepare.py config/s.py                             # RefinedWeb in LLaMA's vocabulary
 
-Writes train.bin, val.bin and the tokenizer into data_dir, all or nothing. The chapters: token files, sources, the validation
-split, tokenising on all cores, the data folder. tokenizer.py has the tokenizers.
+Writes train.bin, val.bin and the tokenizer into data_dir, all or nothing. corpus.py reads the text and splits it,
+tokenizer.py has the tokenizers.
 """
 import contextlib
-import fcntl
 import functools
-import glob
-import gzip
-import hashlib
-import io
 import itertools
 import json
-import lzma
 import multiprocessing
 import os
-import random
 import re
 import shlex
 import signal
 import sys
-import textwrap
 import threading
 import time
-import tokenize
 import zlib
 from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 import config
 from config import UserError
-from tokenizer import label, load_tokenizer, package, pinned, reason, remote, short_hash, tokenizer_from_blob, train_sentencepiece
-
-MB = 1 << 20
+from corpus import LOCAL_SHARE, MB, SEPARATOR, Bar, describe_files, hold_out, open_source, text_files
+from tokenizer import load_tokenizer, name_of, pinned, tokenizer_from_blob, train_sentencepiece
 
 
 @dataclass
 class Settings:
-    column: str = ""                     # field with the text in JSONL and datasets; empty: text (refinedweb: content)
+    column: str = ""                     # field with a row's text, a.b: b inside a; empty: text (refinedweb: content)
+    skip_bad_rows: bool = False          # leave out rows without text in the column and report their number
+    val_share: float = 0.0               # share of local text to hold out without val_input; 0: 0.01 (stdlib: 0.03)
     hf_config: str = ""                  # a Hugging Face dataset's configuration
     hf_split: str = "train"              # and its split
     train_tokens: int = 0                # training tokens to take from a remote dataset; 0: max_tokens
@@ -62,10 +55,9 @@ AGAIN = "delete its folder and prepare it again"
 
 
 class TokenWriter:
-    """Writes a token file beside its place and renames it there when the with block ends well; otherwise nothing is left.
+    """Writes a token file under a temporary name and renames it when the with block ends well; else nothing is left.
 
-    write(ids) appends; ids outside the vocabulary raise UserError. `count` is the number of tokens so far. The unfinished file
-    is locked: a second writer is refused, while what a killed one left is taken over.
+    write(ids) appends; ids outside the vocabulary raise UserError. `count` is the number of tokens so far.
     """
 
     def __init__(self, path, vocab_size, tokenizer, source):
@@ -73,22 +65,14 @@ class TokenWriter:
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self.count = self.checksum = 0
         self.temp = path + ".tmp"
-        self.file = os.fdopen(os.open(self.temp, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = not os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.temp))  # another one finished meanwhile
-        except (BlockingIOError, FileNotFoundError):
-            taken = True
-        if taken:
-            self.file.close()
-            raise UserError(f"another process is writing {path} at this moment: let it finish.")
-        self.file.truncate(0)
+        self.file = open(self.temp, "w+b")
         self.file.seek(HEADER)
 
     def write(self, ids):
         ids = np.asarray(ids)
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            raise UserError(f"{self.path}: token ids {ids.min()} to {ids.max()} do not fit the vocabulary of {self.vocab_size}.")
+            raise UserError(f"{self.path}: token ids {ids.min()} to {ids.max()} do not fit the vocabulary of "
+                            f"{self.vocab_size}: the tokenizer and its table disagree.")
         data = ids.astype(self.dtype).tobytes()
         self.file.write(data)
         self.checksum = zlib.crc32(data, self.checksum)
@@ -111,25 +95,24 @@ class TokenWriter:
         return self
 
     def __exit__(self, failure, *_):
-        finished = False
         try:
             if failure is None:
-                fields = {name: getattr(self, name) for name in ("vocab_size", "tokenizer", "source", "count", "checksum")}
+                fields = {f: getattr(self, f) for f in ("vocab_size", "tokenizer", "source", "count", "checksum")}
                 body = json.dumps({"dtype": self.dtype.name, **fields}).encode().ljust(HEADER - 21)
                 self.file.seek(0)
                 self.file.write(b"tokenfile %d %08x " % (VERSION, zlib.crc32(body)) + body)
                 self.file.flush()
                 os.fsync(self.file.fileno())
+                self.file.close()
                 os.replace(self.temp, self.path)
-                finished = True
         finally:
-            if not finished:
-                os.remove(self.temp)
             self.file.close()
+            with contextlib.suppress(FileNotFoundError):  # renamed
+                os.remove(self.temp)
 
 
 class TokenFile:
-    """A token file opened for reading; the header is checked against the file's size at once, the payload by verify().
+    """A token file opened for reading; its header and size are checked here, its payload by verify().
 
     Attributes: tokens (read-only memmap, (count,)), vocab_size, tokenizer (identity), source, count, checksum, path.
     Raises UserError with one sentence that says what is wrong with the file.
@@ -142,12 +125,13 @@ class TokenFile:
             with open(path, "rb") as f:
                 head = f.read(HEADER)
         except OSError as e:
-            raise UserError(f"cannot open the token file {path}: {e.strerror}.") from None
+            raise UserError(f"cannot open the token file {path} ({e.strerror}): prepare the data first.") from None
         magic, version, crc, body = (*head.split(b" ", 3), b"", b"", b"")[:4]
         if magic != b"tokenfile" or not version.isdigit():
-            raise UserError(f"{path} is not a token file: it lacks the header that prepare.py writes.")
+            raise UserError(f"{path} is not a token file: it lacks the header that prepare.py writes; {AGAIN}.")
         if int(version) > VERSION:
-            raise UserError(f"{path} is a token file of version {int(version)}, this code reads up to {VERSION}: update the code.")
+            raise UserError(f"{path} is a token file of version {int(version)}, this code reads up to {VERSION}: "
+                            "update the code.")
         if len(head) < HEADER:
             raise UserError(f"{path} is truncated: its header takes {HEADER} bytes, the file has {size}; {AGAIN}.")
         if crc != b"%08x" % zlib.crc32(body):
@@ -155,204 +139,72 @@ class TokenFile:
         fields = json.loads(body)
         dtype = np.dtype(fields.pop("dtype")).newbyteorder("<")
         self.vocab_size, self.tokenizer, self.source, self.count, self.checksum = fields.values()
-        expected = HEADER + self.count * dtype.itemsize
-        if size != expected:
-            wrong = "truncated" if size < expected else "too long"
-            raise UserError(f"{path} is {wrong}: its {self.count} tokens take {expected} bytes, the file has {size}; {AGAIN}.")
+        self._check_size(size, HEADER + self.count * dtype.itemsize)
         self.tokens = np.memmap(path, dtype, "r", HEADER, (self.count,)) if self.count else np.empty(0, dtype)
 
+    def _check_size(self, size, expected):
+        if size != expected:
+            wrong = "truncated" if size < expected else "too long"
+            raise UserError(f"{self.path} is {wrong}: its {self.count} tokens take {expected} bytes, the file has "
+                            f"{size}; {AGAIN}.")
+
     def verify(self):
-        """Reads everything: UserError unless the checksum fits and every id lies in the vocabulary."""
-        crc = top = 0
-        for start in range(0, self.count, MB):
-            part = self.tokens[start:start + MB]
-            crc, top = zlib.crc32(part, crc), max(top, int(part.max()))
-        if crc != self.checksum:
-            raise UserError(f"{self.path} is damaged: its checksum is {crc:08x}, its header says {self.checksum:08x}; {AGAIN}.")
-        if top >= self.vocab_size:
-            raise UserError(f"{self.path} holds the token id {top}, outside its vocabulary of {self.vocab_size}; {AGAIN}.")
+        """Reads everything: UserError unless size and checksum fit and every id lies in the vocabulary.
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Sources: generators of (bytes of UTF-8, last), where last ends a document; only text over 64 MB comes in several pieces
-
-LARGEST = 64 * MB
-SEPARATOR = b"<|endoftext|>"
-SUFFIXES = (".txt", ".txt.xz", ".txt.gz", ".jsonl", ".jsonl.xz", ".jsonl.gz")
-STDLIB, NOT_STDLIB = os.path.dirname(os.__file__), {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-LOCAL_SHARE = 0.01  # of the documents, for validation
-
-
-def open_source(cfg, settings, meter):
-    """(description, [(parts, validation share), ...]); a part is a lazy generator of documents, one a file or a dataset.
-
-    The description stands in the token files, `dataset: details`; an equal one means the same text. meter is a Counter: total
-    and done are bytes of local files (total stays 0 for a remote one), empty counts documents without text.
-    """
-    if cfg.dataset == "stdlib":
-        names = glob.glob("**/*.py", root_dir=STDLIB, recursive=True)
-        files = [os.path.join(STDLIB, name) for name in sorted(names) if not NOT_STDLIB & set(name.split(os.sep))]
-        meter["total"] = sum(map(os.path.getsize, files))
-        share = 5 * LOCAL_SHARE  # few documents: a steadier validation loss
-        return f"stdlib: Python {sys.version.split()[0]}, {len(files)} files", [([stdlib_documents(files, meter)], share)]
-    if cfg.dataset == "text":
-        files, val_files = text_files(cfg.input), text_files(cfg.val_input)
-        held_out = set(map(os.path.realpath, val_files))
-        for path in files:
-            if os.path.realpath(path) in held_out:
-                raise UserError(f"{path} is among both --input and --val_input, so the model would train on what validates it: leave it out of one.")
-        meter["total"] = sum(map(os.path.getsize, files + val_files))
-        column = f", column {settings.column}" if ".jsonl" in "".join(files + val_files) else ""
-        parts, val_parts = ([text_documents(path, settings.column, meter) for path in group] for group in (files, val_files))
-        streams = [(parts, 0.0), (val_parts, 1.0)] if val_files else [(parts, LOCAL_SHARE)]
-        return _describe_files(files, val_files) + column, streams
-    name = "tiiuae/falcon-refinedweb" if cfg.dataset == "refinedweb" else cfg.dataset
-    share = settings.val_tokens / (settings.train_tokens + settings.val_tokens)
-    description = (f"{cfg.dataset}: {settings.hf_config or 'default'}/{settings.hf_split}, column {settings.column}, seed {cfg.seed}, "
-                   f"{settings.train_tokens} + {settings.val_tokens} tokens")
-    return description, [([_shuffled(hub_documents(name, settings, cfg.seed), cfg.seed)], share)]
-
-
-def _describe_files(files, val_files):
-    """With a hash over names and sizes: the same files by another path are the same source."""
-    listing = [[(os.path.basename(path), os.path.getsize(path)) for path in group] for group in (files, val_files)]
-    names = textwrap.shorten(" ".join(map(os.path.basename, files + val_files)), 200, placeholder=" ...")
-    return f"text: {len(files)} + {len(val_files)} files ({names}) @{short_hash(json.dumps(listing).encode())}"
-
-
-def stdlib_documents(files, meter):
-    """Source files in their declared encoding (PEP 263), line ends as they are; an undecodable one is skipped."""
-    for path in files:
-        with open(path, "rb") as f:
-            data = f.read()
-        meter["done"] += len(data)
-        with contextlib.suppress(SyntaxError, UnicodeDecodeError):
-            yield data.decode(tokenize.detect_encoding(io.BytesIO(data).readline)[0]).encode(), True
-
-
-def text_files(patterns):
-    """The files behind names and globs separated by commas, each once: in the patterns' order, sorted within a glob."""
-    found = {}
-    for pattern in filter(None, map(str.strip, patterns.split(","))):
-        paths = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-        if not paths:
-            raise UserError(f"no file matches {pattern}: give files or globs, separated by commas.")
-        for path in paths:
-            if not path.endswith(SUFFIXES):
-                raise UserError(f"{path} is not of a kind that can be read: {', '.join(SUFFIXES)}.")
-            found[path] = None
-    return list(found)
-
-
-def text_documents(path, column, meter):
-    """One file's documents; UserError for a file that is damaged, not UTF-8, or not JSON lines with that column."""
-    try:
-        with open(path, "rb") as raw:
-            file = {".xz": lzma.open, ".gz": gzip.open}.get(path[-3:], lambda f: f)(raw)
-            read, before = _json_lines if ".jsonl" in path[-9:] else _plain_text, 0
-            for document in read(io.BufferedReader(file, MB), path, column):
-                meter["done"], before = meter["done"] + raw.tell() - before, raw.tell()
-                yield document
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as e:
-        raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}.") from None
-
-
-def _plain_text(file, path, _):
-    document, new_line = bytearray(), True
-    for line in _lines(file, path):
-        if new_line and line.rstrip(b"\r\n") == SEPARATOR:
-            yield bytes(document), True
-            document.clear()
-        else:
-            if len(document) + len(line) > LARGEST:
-                yield bytes(document), False
-                document.clear()
-            document += line
-        new_line = line.endswith(b"\n")
-    if document:
-        yield bytes(document), True
-
-
-def _lines(file, path):
-    """Checked UTF-8, a line at a time; a line over a megabyte comes in parts cut between characters."""
-    offset, rest = 0, b""
-    while line := rest + file.readline(MB - len(rest)):
-        rest = b""
+        Reads the file, not its mapping: beyond the end of a file that was truncated since, a mapping kills the process.
+        """
+        crc = top = size = 0
+        width = self.tokens.itemsize
         try:
-            line.decode()
-        except UnicodeDecodeError as e:
-            if e.reason != "unexpected end of data" or len(line) < MB:
-                raise UserError(f"{path} is not UTF-8: {e.reason} at byte {offset + e.start}; convert it first.") from None
-            line, rest = line[:e.start], line[e.start:]
-        yield line if offset else line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-        offset += len(line)
+            with open(self.path, "rb") as f:
+                f.seek(HEADER)
+                while part := f.read(MB):
+                    size += len(part)
+                    crc = zlib.crc32(part, crc)
+                    ids = np.frombuffer(part[:len(part) // width * width], self.tokens.dtype)
+                    top = max(top, int(ids.max(initial=0)))
+        except OSError as e:
+            raise UserError(f"cannot read the token file {self.path} ({e.strerror}): {AGAIN}.") from None
+        self._check_size(HEADER + size, HEADER + self.tokens.nbytes)
+        if crc != self.checksum:
+            raise UserError(f"{self.path} is damaged: its checksum is {crc:08x}, its header says {self.checksum:08x}; "
+                            f"{AGAIN}.")
+        if top >= self.vocab_size:
+            raise UserError(f"{self.path} holds the token id {top}, outside its vocabulary of {self.vocab_size}; "
+                            f"{AGAIN}.")
 
 
-def _json_lines(file, path, column):
-    for number, line in enumerate(iter(lambda: file.readline(LARGEST + 1), b""), 1):
-        if len(line) > LARGEST:
-            raise UserError(f"{path} line {number} is longer than {LARGEST // MB} MB: split that document.")
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as e:
-                raise UserError(f"{path} line {number} is not JSON in UTF-8 ({reason(e)}).") from None
-            yield _field(row, column, f"{path} line {number}"), True
+def verify_in_background(*files):
+    """Starts verify() of token files in a thread, which reads about 2 GB/s -> raise_damage(wait=False).
 
+    raise_damage raises the UserError found so far; with wait=True it first waits for the end.
+    """
+    errors = []
 
-def _field(row, column, where):
-    """The text of a row as UTF-8, null as empty; half a surrogate pair, which UTF-8 cannot hold, becomes a question mark."""
-    if isinstance(row, dict) and isinstance(row.get(column, 0), str | None):
-        return (row[column] or "").encode("utf-8", errors="replace")
-    if not isinstance(row, dict):
-        found = f"it has a {type(row).__name__}"
-    elif column in row:
-        found = f"there stands a value of type {type(row[column]).__name__}"
-    else:
-        found = textwrap.shorten(f"it has {', '.join(row) or 'no column'}", 200)
-    raise UserError(f"{where} has no text in the column {column}, {found}: give --column=NAME.")
+    def work():
+        try:
+            for file in files:
+                file.verify()
+        except Exception as e:  # raised by raise_damage
+            errors.append(e)
 
+    thread = threading.Thread(target=work, daemon=True)  # the process may end before
+    thread.start()
 
-def hub_documents(name, settings, seed):
-    """A Hugging Face dataset (or a folder of its files) as a stream whose shards are shuffled by the seed."""
-    datasets, hub = (package(needed, f"dataset={name}") for needed in ("datasets", "huggingface_hub"))
+    def raise_damage(wait=False):
+        if wait:
+            thread.join()
+        if errors:
+            raise errors[0]
 
-    def connect():
-        if not os.path.isdir(name):
-            hub.HfApi().dataset_info(name, timeout=10)  # tries once, so that it fails at once
-        return datasets.load_dataset(name, settings.hf_config or None, split=settings.hf_split, streaming=True)
-
-    stream = remote(connect, f"the dataset {name}", "--dataset=stdlib, or --dataset=text --input=FILES")
-    try:
-        for row in stream.shuffle(seed=seed, buffer_size=1):  # the shards; _shuffled does the documents
-            yield _field(row, settings.column, f"the dataset {name}"), True
-    except UserError:
-        raise
-    except Exception as e:
-        raise UserError(f"the stream of {name} broke off ({reason(e)}): nothing is kept, run the command again.") from None
-
-
-def _shuffled(documents, seed, size=LARGEST):
-    """A shuffle buffer bounded in bytes."""
-    rng, buffer, held = random.Random(seed), [], 0
-    for document in documents:
-        buffer.append(document)
-        held += len(document[0]) + 100
-        while held > size:
-            i = rng.randrange(len(buffer))
-            buffer[i], buffer[-1] = buffer[-1], buffer[i]
-            held -= len(buffer[-1][0]) + 100
-            yield buffer.pop()
-    rng.shuffle(buffer)
-    yield from buffer
+    return raise_damage
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The validation split: a document's side depends on its text alone, so it never moves and no text is on both sides
+# Tokenising on all cores: the main process reads and writes, workers encode; what is under way is bounded in bytes
 
-def is_validation(text, share) -> bool:
-    """By the hash of the document (of one over 64 MB: its first piece of at most 64 MB); white space around it is ignored."""
-    return int.from_bytes(hashlib.blake2b(text.strip(), digest_size=8).digest(), "big") < share * 2 ** 64
+BATCH = MB // 2
+MOST_WORKERS = 61 if sys.platform == "win32" else 512  # Windows cannot wait for more processes
 
 
 def cut(text, size):
@@ -369,44 +221,45 @@ def cut(text, size):
     yield text[start:]
 
 
-def _sample(parts, share, size=16 * MB):
+def _with_sides(part, rule):
+    """The part's (text, last, side): the first piece of a document decides, 0 trains, 1 validates."""
+    side = None
+    for text, last in part():
+        side = int(rule(text)) if side is None else side
+        yield text, last, side
+        side = None if last else side
+
+
+def _sample(parts, held_out, size=16 * MB):
     """Training text for a tokenizer: the head of every part, about `size` bytes together, as str of up to 4 kB."""
     for part in parts:
         room = size // len(parts)
-        for text, _ in part:
-            if not is_validation(text, share):
+        for text, _, side in _with_sides(part, held_out):
+            if side == 0:
                 yield from (piece.decode(errors="ignore") for piece in cut(text[:room], 4096))
                 room -= len(text)
             if room <= 0:
                 break
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenising on all cores: the main process reads and writes, the others encode; what is under way is bounded in bytes
-
-BATCH, MOST_WORKERS = MB // 2, 512
-
-
-def _batches(streams, wanted, piece, meter):
-    """Lists of (side, text piece) of about half a megabyte; side 0 trains, 1 validates; an empty piece ends a document."""
-    batch, size, side = [], 0, None
-    for parts, share in streams:
-        for text, last in itertools.chain.from_iterable(parts):
-            if side is None:
-                side = int(is_validation(text, share))
-                if last and not text.strip():
-                    meter["empty"], side = meter["empty"] + 1, None
-                    continue
-            if wanted(side):
-                for part in cut(text, piece):
-                    batch.append((side, part))
-                    size += len(part) + 64
-                    if size >= BATCH:
-                        yield batch
-                        batch, size = [], 0
-                if last:
-                    batch.append((side, b""))
-            side = None if last else side
+def _batches(source, held_out, wanted, piece, meter):
+    """Lists of (side, text of at most `piece` bytes), about half a megabyte each; an empty text ends a document."""
+    batch, size, first = [], 0, True
+    streams = [(part, held_out) for part in source.train] + [(part, lambda text: True) for part in source.val]
+    for text, last, side in itertools.chain.from_iterable(itertools.starmap(_with_sides, streams)):
+        if first and last and not text.strip():
+            meter["empty"] += 1
+        elif wanted(side):
+            meter["separators"] += text.count(SEPARATOR)
+            for part in cut(text, piece):
+                batch.append((side, part))
+                size += len(part) + 64
+                if size >= BATCH:
+                    yield batch
+                    batch, size = [], 0
+            if last:
+                batch.append((side, b""))
+        first = last
     yield batch
 
 
@@ -423,16 +276,20 @@ def _start_worker(identity, blob):
 
 
 def _pool(workers, identity="byte", blob=b""):
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    return ProcessPoolExecutor(workers, context, _start_worker, (identity, blob))
+    """Forked where this process has no other thread: forking a process with threads can deadlock."""
+    method = "spawn"
+    if sys.platform == "linux":
+        method = "fork" if len(os.listdir("/proc/self/task")) == 1 else "forkserver"
+    return ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start_worker, (identity, blob))
 
 
 def _encode(batch):
-    """The batch's ids, one array a side, and its bytes of text."""
-    ids = [np.empty(0, np.uint32)], [np.empty(0, np.uint32)]
+    """For each side the batch's ids, one array, and its bytes of text."""
+    ids, sizes = [[np.empty(0, np.uint32)] for _ in range(2)], [0, 0]
     for side, text in batch:
         ids[side].append(np.array(TOKENIZER.encode(text.decode()) if text else [TOKENIZER.eos], np.uint32))
-    return list(map(np.concatenate, ids)), sum(len(text) for _, text in batch)
+        sizes[side] += len(text)
+    return [(np.concatenate(arrays), size) for arrays, size in zip(ids, sizes)]
 
 
 def _encoded(batches, tokenizer, workers):
@@ -451,39 +308,29 @@ def _encoded(batches, tokenizer, workers):
         pool.shutdown(cancel_futures=True)
 
 
-def _progress(fraction):
-    """show(documents, tokens): one updating line on a terminal, a line every ten seconds in a log."""
-    start = shown = time.monotonic()
-    terminal = sys.stderr.isatty()
-
-    def show(documents, tokens, end=False):
-        nonlocal shown
-        now = time.monotonic()
-        if end or now - shown >= (0.2 if terminal else 10):
-            shown, share = now, 1 if end else min(fraction(), 1)
-            line = f"[{'#' * round(20 * share):<20}] {share:4.0%}  {documents:,} documents  {tokens:,} tokens"
-            line += f"  {tokens / (now - start + 1e-9):,.0f} tokens/s"
-            print("\r" + line if terminal else line, end="\n" if end or not terminal else "", file=sys.stderr, flush=True)
-
-    return show
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The data folder: train.bin, val.bin, tokenizer.bin; train.bin comes last, so where it is the folder is complete
 
 def check(cfg, settings):
     """Fills in the settings left empty and refuses what cannot work, before anything is read."""
     if not re.fullmatch(r"gpt2|llama|byte|spm:[1-9]\d{0,6}|.*\.(model|json)", cfg.tokenizer):
-        raise UserError(f"tokenizer={cfg.tokenizer} is none of gpt2, llama, byte, spm:VOCAB (as spm:4096), or a path ending in .model or .json.")
+        raise UserError(f"tokenizer={cfg.tokenizer} is none of gpt2, llama, byte, spm:VOCAB (as spm:4096), or a path "
+                        "ending in .model or .json.")
     for name in ("train_tokens", "val_tokens", "workers"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name}={getattr(settings, name)} must not be negative.")
     if settings.workers > MOST_WORKERS:
-        raise UserError(f"workers={settings.workers} must be at most {MOST_WORKERS}: give about one for each core.")
+        here = " on Windows" if sys.platform == "win32" else ""
+        raise UserError(f"workers={settings.workers} must be at most {MOST_WORKERS}{here}: give about one a core.")
     if cfg.dataset == "text" and not cfg.input:
-        raise UserError("dataset=text needs its files: give --input=FILES (names or globs, separated by commas).")
+        raise UserError("dataset=text needs its files: give --input=FILES (files, folders, globs, between commas).")
     if cfg.dataset != "text" and (cfg.input or cfg.val_input):
-        raise UserError(f"input and val_input belong to dataset=text, not to dataset={cfg.dataset}: add --dataset=text.")
+        raise UserError(f"input and val_input belong to dataset=text, not to {cfg.dataset}: add --dataset=text.")
+    if not 0 <= settings.val_share <= 0.5:
+        raise UserError(f"val_share={settings.val_share} must lie between 0 and 0.5: 0.01 holds out one percent.")
+    if settings.val_share and (cfg.val_input or cfg.dataset not in LOCAL_SHARE):
+        raise UserError(f"val_share={settings.val_share} holds out documents of local text: leave it out with "
+                        f"{'--val_input' if cfg.val_input else 'a remote dataset and give --val_tokens'}.")
     settings.column = settings.column or ("content" if cfg.dataset == "refinedweb" else "text")
     settings.train_tokens = settings.train_tokens or cfg.max_tokens
     settings.val_tokens = settings.val_tokens or min(cfg.final_eval_tokens, cfg.max_tokens)
@@ -493,86 +340,158 @@ def check(cfg, settings):
 def prepare(cfg, settings) -> str:
     """Writes cfg.dataset in cfg.tokenizer into the folder config.data_dir(cfg), which it returns. Raises UserError."""
     check(cfg, settings)
-    folder = config.data_dir(cfg)
-    source, _ = open_source(cfg, settings, Counter())
-    if os.path.exists(os.path.join(folder, "train.bin")):
-        train, val, _ = _open_folder(folder)
-        if (train.source, train.tokenizer.partition("@")[0]) != (source, label(cfg.tokenizer)):
-            raise UserError(f"{folder} already holds {train.source} in {train.tokenizer}: give another --data_dir, or delete it.")
-        print(f"{folder} is complete already: {train.count:,} + {val.count:,} tokens of {source}.")
+    folder, meter = config.data_dir(cfg), Counter()
+    source = open_source(cfg, settings, meter)
+    if _is_complete(folder, cfg, source):
         return folder
     try:
         os.makedirs(folder, exist_ok=True)
-        _write_folder(folder, cfg, settings)
+        with _locked(folder):
+            if not _is_complete(folder, cfg, source):  # another process may have finished it meanwhile
+                _write_folder(folder, cfg, settings, source, meter)
     except OSError as e:  # no space, no permission
-        raise UserError(f"cannot prepare {folder}: {e}.") from None
+        raise UserError(f"cannot prepare {folder} ({e}): make room there, or give another --data_dir.") from None
     except BrokenExecutor:
-        raise UserError("a worker process was killed (out of memory?): run again, perhaps with fewer --workers.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.rmdir(folder)  # only an empty one goes
+        raise UserError("a worker process was killed (out of memory?): run again with fewer --workers.") from None
     return folder
 
 
-def make_tokenizer(name, parts, share):
+@contextlib.contextmanager
+def _locked(folder):
+    """One process at a time writes a folder; the lock ends with its process. Afterwards an empty folder is removed."""
+    lock = FileLock(os.path.join(folder, ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is writing {folder} at this moment: let it finish.") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(lock.lock_file)
+            os.rmdir(folder)
+        lock.release()
+
+
+def _same_tokenizer(name, identity):
+    """Whether the setting `name` means the tokenizer of that identity: a file by its content, others by name."""
+    if name.endswith((".model", ".json")) and os.path.isfile(name):
+        return load_tokenizer(name).identity == identity
+    return os.path.basename(name) == name_of(identity)
+
+
+def _is_complete(folder, cfg, source):
+    """Whether the folder holds this source in this tokenizer, undamaged; UserError if it holds anything else."""
+    if not os.path.exists(os.path.join(folder, "train.bin")):
+        return False
+    train, val, _ = _open_folder(folder)
+    other = "text" if train.source != source.description else "tokenizer"
+    if other == "text" or not _same_tokenizer(cfg.tokenizer, train.tokenizer):
+        raise UserError(f"{folder} already holds another {other}, {train.source} in {train.tokenizer}: give another "
+                        "--data_dir, or delete it.")
+    train.verify()
+    val.verify()
+    print(f"{folder} is complete already: {train.count:,} + {val.count:,} tokens of {source.description}; "
+          "contents and checksums agree.")
+    return True
+
+
+def make_tokenizer(name, parts, held_out):
     """load_tokenizer, or spm:VOCAB trained on the head of the parts."""
     if not name.startswith("spm:"):
         return load_tokenizer(name)
     with _pool(1) as child:  # whose 400 MB go with it
-        blob = child.submit(train_sentencepiece, int(name[4:]), list(_sample(parts, share))).result()
+        blob = child.submit(train_sentencepiece, int(name[4:]), list(_sample(parts, held_out))).result()
     return tokenizer_from_blob(pinned(name, blob), blob)
 
 
-def _write_folder(folder, cfg, settings):
-    start, meter = time.monotonic(), Counter()
-    tokenizer = make_tokenizer(cfg.tokenizer, *open_source(cfg, settings, Counter())[1][0])
-    source, streams = open_source(cfg, settings, meter)
-    budgets = (float("inf"), float("inf")) if meter["total"] else (settings.train_tokens, settings.val_tokens)
-    new = functools.partial(TokenWriter, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.identity, source=source)
-    with new(os.path.join(folder, "train.bin")) as train, new(os.path.join(folder, "val.bin")) as val:  # val.bin appears first
-        sides, documents, size = (train, val), [0, 0], 0
-        show = _progress(lambda: meter["done"] / meter["total"] if meter["total"] else (train.count + val.count) / sum(budgets))
-        batches = _batches(streams, lambda side: sides[side].count < budgets[side], tokenizer.piece, meter)
-        with contextlib.closing(_encoded(batches, tokenizer, settings.workers)) as encoded:
-            for arrays, text_size in encoded:
-                for side, ids in enumerate(arrays):
-                    ids = ids[:int(min(budgets[side] - sides[side].count, ids.size))]
-                    sides[side].write(ids)
-                    documents[side] += int(np.count_nonzero(ids == tokenizer.eos))
-                size += text_size
-                show(sum(documents), train.count + val.count)
-                if all(writer.count >= budget for writer, budget in zip(sides, budgets)):
-                    break
-        show(sum(documents), train.count + val.count, end=True)
-        _fill_empty_side(train, val, cfg)
+def _write_folder(folder, cfg, settings, source, meter):
+    start = time.monotonic()
+    held_out = hold_out(source, meter)
+    tokenizer = make_tokenizer(cfg.tokenizer, source.train, held_out)
+    meter.clear()
+    budgets = (sys.maxsize, sys.maxsize) if source.size else (settings.train_tokens, settings.val_tokens)
+    new = functools.partial(TokenWriter, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.identity,
+                            source=source.description)
+    # val.bin is renamed first, as the inner block of the two
+    with new(os.path.join(folder, "train.bin")) as train, new(os.path.join(folder, "val.bin")) as val:
+        _tokenise(source, held_out, tokenizer, (train, val), budgets, settings.workers, meter)
+        moved = _fill_empty_side(train, val, cfg, source, meter)
         with open(os.path.join(folder, "tokenizer.bin"), "wb") as f:
             f.write(tokenizer.blob)
             f.flush()
             os.fsync(f.fileno())
-    seconds = time.monotonic() - start
+    seconds, tokens = time.monotonic() - start, train.count + val.count
+    bad = f", {meter['bad']:,} bad rows skipped" if meter["bad"] else ""
     print(f"{folder}\n"
-          f"  source       {source}\n"
-          f"  documents    {documents[0]:,} train, {documents[1]:,} validation, {meter['empty']:,} empty skipped\n"
-          f"  tokens       {train.count:,} train, {val.count:,} validation\n"
+          f"  source       {source.description}\n"
+          f"  documents    {meter[0]:,} train, {meter[1]:,} validation, {meter['empty']:,} empty skipped{bad}\n"
+          f"  tokens       {train.count:,} train, {val.count:,} validation ({val.count / tokens:.2%})\n"
           f"  vocabulary   {tokenizer.vocab_size:,} ({tokenizer.identity})\n"
-          f"  bytes/token  {size / (train.count + val.count):.3f}\n"
-          f"  time         {seconds:.1f} s, {size / MB / seconds:.1f} MB/s")
+          f"  bytes/token  {meter['bytes'] / tokens:.3f}\n"
+          f"  time         {seconds:.1f} s, {meter['bytes'] / MB / seconds:.1f} MB/s")
+    _warn(tokenizer, tokens, moved, source, meter)
 
 
-def _fill_empty_side(train, val, cfg):
-    """Where the hash leaves a side without any document, the last 1 % of all tokens is the validation set."""
+def _tokenise(source, held_out, tokenizer, writers, budgets, workers, meter):
+    """Encodes the source into the writers (train, val) up to their budgets.
+
+    Counts in meter: 0 and 1 documents of the sides, bytes of text, unknown tokens, separators inside documents.
+    """
+    batches = _batches(source, held_out, lambda side: writers[side].count < budgets[side], tokenizer.piece, meter)
+    bar = Bar("tokenising", source.size or sum(budgets), "B" if source.size else " tokens")
+    with bar, contextlib.closing(_encoded(batches, tokenizer, workers)) as encoded:
+        for sides in encoded:
+            for side, (ids, size) in enumerate(sides):
+                room = budgets[side] - writers[side].count
+                if ids.size > room:
+                    ids = ids[:room]
+                    size = len(tokenizer.decode_bytes(ids.tolist()))
+                writers[side].write(ids)
+                meter["bytes"] += size
+                meter[side] += int(np.count_nonzero(ids == tokenizer.eos))
+                meter["unknown"] += int(np.count_nonzero(ids == tokenizer.unknown))
+            tokens = sum(writer.count for writer in writers)
+            bar.show(meter["done"] if source.size else tokens, f"{meter[0] + meter[1]:,} documents, {tokens:,} tokens")
+            if all(writer.count >= budget for writer, budget in zip(writers, budgets)):
+                break
+
+
+def _fill_empty_side(train, val, cfg, source, meter):
+    """Where no document validates, the last tokens do; returns their number."""
     if not (train.count and val.count if cfg.val_input else train.count + val.count):
-        raise UserError(f"there is no text in {cfg.input if cfg.input and not train.count else cfg.val_input or cfg.dataset}.")
+        bad = f", {meter['bad']:,} bad rows were skipped" if meter["bad"] else ""
+        where = cfg.input if cfg.input and not train.count else cfg.val_input or cfg.dataset
+        raise UserError(f"there is no text in {where}{bad}: give files that hold some.")
     if not train.count:
         val.move_tail(train, val.count)
-    if not val.count:
-        train.move_tail(val, -(-train.count // 100))
+    moved = 0 if val.count else -(-train.count // round(1 / source.share))
+    if moved:
+        train.move_tail(val, moved)
+    return moved
+
+
+def _warn(tokenizer, tokens, moved, source, meter):
+    """What the numbers above do not say by themselves; moved: tokens that became validation for want of documents."""
+    warnings = []
+    if moved:
+        warnings.append(f"no choice of documents is about {source.share:.1%} of the text, so its last {moved:,} tokens "
+                        "validate: give --val_input, another --val_share, or documents that a line <|endoftext|> ends.")
+    if meter["unknown"]:
+        warnings.append(f"{meter['unknown']:,} of {tokens:,} tokens ({meter['unknown'] / tokens:.2%}) are unknown to "
+                        f"{tokenizer.identity}: the model never sees such characters; --tokenizer=spm:VOCAB keeps all.")
+    if meter["separators"]:
+        warnings.append(f"{SEPARATOR.decode()} stands inside documents {meter['separators']:,} times as plain text: it "
+                        "ends a document only where it is alone on a line of a .txt file.")
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _open_folder(folder):
     train, val = (TokenFile(os.path.join(folder, name)) for name in ("train.bin", "val.bin"))
     if (train.tokenizer, train.source) != (val.tokenizer, val.source):
-        raise UserError(f"{folder} is mixed, val.bin being {val.source} in {val.tokenizer}, train.bin {train.source}: {AGAIN}.")
+        raise UserError(f"{folder} is mixed, val.bin being {val.source} in {val.tokenizer}, train.bin {train.source}: "
+                        f"{AGAIN}.")
     try:
         with open(os.path.join(folder, "tokenizer.bin"), "rb") as f:
             return train, val, tokenizer_from_blob(train.tokenizer, f.read())
@@ -583,36 +502,62 @@ def _open_folder(folder):
 def open_data(cfg):
     """(train, val, tokenizer): two TokenFiles and the Tokenizer of the folder config.data_dir(cfg). Raises UserError.
 
-    A folder given as data_dir is taken for what it holds; in the folder named after dataset and tokenizer these must agree.
+    A folder given as data_dir is used for what it holds; in the folder named after dataset and tokenizer these must
+    agree. The payload is not read: see verify_in_background.
     """
     folder = config.data_dir(cfg)
     if not os.path.exists(os.path.join(folder, "train.bin")):
-        names = ("dataset", "input", "val_input", "tokenizer", "data_dir")
-        command = shlex.join(["python", "prepare.py"] + [f"--{name}={getattr(cfg, name)}" for name in names if getattr(cfg, name)])
+        names = [name for name in ("dataset", "input", "val_input", "tokenizer", "data_dir") if getattr(cfg, name)]
+        command = shlex.join(["python", "prepare.py"] + [f"--{name}={getattr(cfg, name)}" for name in names])
         raise UserError(f"{folder} holds no data: run `{command}` first.")
     train, val, tokenizer = _open_folder(folder)
     if not cfg.data_dir:
-        found, asked = (train.source.partition(": ")[0], train.tokenizer.partition("@")[0]), (cfg.dataset, label(cfg.tokenizer))
-        files = _describe_files(text_files(cfg.input), text_files(cfg.val_input)) if cfg.input else ""
-        if found != asked or not train.source.startswith(files):
-            asked = files or " in ".join(asked)
-            raise UserError(f"{folder} holds {train.source} in {train.tokenizer}, not {asked}: delete it, or give another --data_dir.")
+        files = describe_files(text_files(cfg.input), text_files(cfg.val_input)) if cfg.input else cfg.dataset + ": "
+        if not train.source.startswith(files) or not _same_tokenizer(cfg.tokenizer, train.tokenizer):
+            raise UserError(f"{folder} holds {train.source} in {train.tokenizer}, not {files.removesuffix(': ')} in "
+                            f"{os.path.basename(cfg.tokenizer)}: delete it, or give another --data_dir.")
     return train, val, tokenizer
 
 
 def ensure_data(cfg):
-    """open_data, after preparing the standard library into its own folder where that is all that is missing."""
-    if cfg.dataset == "stdlib" and not cfg.data_dir and not os.path.exists(os.path.join(config.data_dir(cfg), "train.bin")):
-        prepare(cfg, Settings())
+    """open_data, after preparing the standard library into its own folder where only that is missing."""
+    if cfg.dataset == "stdlib" and not cfg.data_dir:
+        if not os.path.exists(os.path.join(config.data_dir(cfg), "train.bin")):
+            prepare(cfg, Settings())
     return open_data(cfg)
+
+
+def next_command(preset, folder):
+    """The command that trains the preset on the folder as a new run; "" and a warning where the data are too few."""
+    home = os.path.dirname(os.path.abspath(__file__))
+    home = "" if home == os.getcwd() else home
+    preset = preset or os.path.join(home, "config", "quickstart.py")
+    plan, = config.load([preset])
+    train, val, _ = _open_folder(folder)
+    words, out = ["python", os.path.join(home, "train.py"), preset], plan.out_dir
+    if config.data_dir(plan) != folder:
+        words.append(f"--data_dir={folder}")
+        out = os.path.join("out", os.path.basename(os.path.normpath(folder)))
+    numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+    out = next(out + n for n in numbers if not os.path.exists(os.path.join(out + n, "config.json")))
+    if out != plan.out_dir:
+        words.append(f"--out_dir={out}")
+    fits = min(val.count - 1, (train.count - 1) // plan.batch_size)
+    if fits < plan.block_size:
+        print(f"warning: {train.count:,} training and {val.count:,} validation tokens are few for {preset} (batch_size "
+              f"{plan.batch_size}, block_size {plan.block_size}): give more text, or a larger --val_share.",
+              file=sys.stderr)
+        words.append(f"--block_size={1 << fits.bit_length() - 1}" if fits > 0 else "")
+    return shlex.join(words) if words[-1] else ""
 
 
 def main(argv):
     cfg, settings = config.load(argv, Settings, usage=__doc__)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds as Ctrl-C does
     folder = prepare(cfg, settings)
-    preset = next((word for word in argv if word.endswith(".py")), "config/quickstart.py")
-    print(f"next: {shlex.join(['python', 'train.py', preset, '--data_dir=' + folder])}")
+    preset = next((word for word in argv if word.endswith(".py") and "=" not in word), "")
+    if command := next_command(preset, folder):
+        print(f"next: {command}")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,33 @@
-"""How bench.py times, and how it tells: laps, CUDA graphs, what the numbers depend on, tables of rows."""
+"""How bench.py measures and reports: timing, the conditions of a measurement, tables of rows, pictures of rows."""
 import contextlib
 import gc
 import json
 import os
+import statistics
 import subprocess
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from config import short
 from device import device_name, out_of_memory
+from run import writing
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Timing
 
 def laps(run, device, settings):
-    """Milliseconds (repeats, parts) of run(mark), which calls mark() between its parts, after warm-up."""
+    """Milliseconds (repeats, parts) of run(mark), which calls mark() between its parts. Warm-up runs first."""
     on_cuda, marks = device.type == "cuda", []
 
     def mark():
-        marks.append(torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)) if on_cuda else time.perf_counter())
+        if on_cuda:
+            marks.append(torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)))
+        else:
+            marks.append(time.perf_counter())
 
     for _ in range(settings.warmup or (5 if on_cuda else 1)):
         run(mark)
@@ -47,22 +54,8 @@ def timed(run, device, settings):
     return middle(laps(lambda mark: run(), device, settings))
 
 
-def graphed(run):
-    """run() recorded as a CUDA graph: replayed, it has no gaps between its kernels."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
 def fresh(device):
-    """Forgets the last case: its compilations, its memory and its peak."""
+    """Drops what the last case left: compiled code, cached memory and the peak of memory."""
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
@@ -71,20 +64,21 @@ def fresh(device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Reporting
+# Conditions of a measurement
 
 def clocks(device, fields) -> str:
-    """What nvidia-smi says about them, or n/a."""
-    card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # numbers count what CUDA_VISIBLE_DEVICES hides
+    """nvidia-smi's values of these fields, or n/a."""
+    card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # an index would count cards that are hidden here
+    command = ["nvidia-smi", f"--id={card}", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
-        query = subprocess.run(["nvidia-smi", f"--id={card}", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True, check=True)
+        query = subprocess.run(command, capture_output=True, text=True, check=True)
         return query.stdout.strip().splitlines()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         return "n/a"
 
 
 def header(device) -> dict:
-    """What the numbers depend on."""
+    """Card, versions and commit, which go into every row."""
     facts = {"device": device_name(device), "torch": torch.__version__}
     if device.type == "cuda":
         import triton
@@ -99,46 +93,55 @@ def commit() -> str:
 
 
 def conditions(ranks, settings, rates=False) -> dict:
-    """The header with precision and compilation; with `rates` the card's own, measured now: of a large matmul and of a copy (read + write)."""
+    """The header with precision and compilation; with `rates` also the card's rates of a large matmul and of a copy."""
     facts = {**header(ranks.device), "dtype": str(ranks.dtype)[6:], "compile": ranks.compile}
     if rates:
         n = 8192 if ranks.device.type == "cuda" else 1024
         a, b = (torch.randn(n, n, device=ranks.device, dtype=ranks.dtype) for _ in range(2))
         matmul = 2 * n**3 / timed(lambda: a @ b, ranks.device, settings)[0] / 1e9
-        facts.update(matmul_tflops=float(f"{matmul:.4g}"), copy_tb_per_s=float(f"{copy_rate(ranks.device, settings) / 1e3:.4g}"))
+        copy = copy_rate(ranks.device, settings) / 1e3
+        facts.update(matmul_tflops=float(f"{matmul:.4g}"), copy_tb_per_s=float(f"{copy:.4g}"))
     return facts
 
 
 def copy_rate(device, settings) -> float:
-    """GB/s, read and written, of a large copy."""
+    """GB/s of a large copy, bytes read and bytes written counted."""
     source = torch.randn(2**(28 if device.type == "cuda" else 22), device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() * 4 / timed(lambda: target.copy_(source), device, settings)[0] / 1e6
 
 
-class Table:
-    """Rows on screen as they come, and as JSON lines. columns = {name: width}."""
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
 
-    def __init__(self, columns, facts, settings):
-        self.columns, self.facts, self.path, self.rows = columns, facts, settings.json, []
+class Table:
+    """Prints rows as they come and appends them to --json as JSON lines.
+
+    columns {name: width}, formats {name: format of its cells}.
+    """
+
+    def __init__(self, columns, facts, settings, formats=None):
+        self.columns, self.facts, self.path, self.rows, self.formats = columns, facts, settings.json, [], formats or {}
         print("  ".join(f"{k} {v}" for k, v in facts.items()))
         print("  ".join(name.rjust(width) for name, width in columns.items()), flush=True)
 
-    def card(self):
-        """Where and how it was measured, for a picture's title."""
-        return f"{self.facts['device']}, {self.facts['dtype']}, {'compiled' if self.facts['compile'] else 'eager'}"
+    def cell(self, name, value) -> str:
+        if value is None:
+            return "-"
+        if name in self.formats or isinstance(value, float):
+            return format(value, self.formats.get(name, ".4g"))
+        return short(value) if type(value) is int and value >= 10**6 else str(value)
 
     def row(self, note="", **values):
-        """One with a note, which stands where numbers should, is neither drawn nor compared with."""
-        cells = ("-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in (values.get(name) for name in self.columns))
-        print("  ".join([*map(str.rjust, cells, self.columns.values()), note]).rstrip(), flush=True)
-        if note:
-            values["note"] = note
-        else:
+        """A row with a note, which stands instead of numbers, is neither drawn nor compared with."""
+        cells = map(str.rjust, (self.cell(name, values.get(name)) for name in self.columns), self.columns.values())
+        print("  ".join([*cells, note]).rstrip(), flush=True)
+        values.update(self.facts, **{"note": note} if note else {})
+        if not note:
             self.rows.append(values)
         if self.path:
-            with open(self.path, "a") as f:
-                f.write(json.dumps({**values, **self.facts}) + "\n")
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(values) + "\n")
 
 
 def ratio(a, b):
@@ -147,10 +150,264 @@ def ratio(a, b):
 
 @contextlib.contextmanager
 def within_memory(table, **names):
-    """A case that the memory does not hold is a row that says so, and the next one runs."""
+    """Inside, running out of memory becomes a row with a note, and the next case runs."""
     try:
         yield
     except RuntimeError as e:
         if not out_of_memory(e):
             raise
         table.row("out of memory", **names)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures: drawing
+
+@dataclass
+class Panel:
+    """One pair of axes. lines {label: [(x, y), ...]}; several lines of one point each become bars.
+
+    means: points alone, small, with their mean large. level: a horizontal line, such as dense's ratio 1.
+    """
+    title: str
+    xlabel: str
+    ylabel: str
+    lines: dict
+    log_x: bool = False
+    means: bool = False
+    level: float | None = None
+
+
+@contextlib.contextmanager
+def picture(path, title, n_rows, n_columns):
+    """Yields matplotlib's axes (n_rows, n_columns), then writes the picture with one legend below them."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    size = max(7, 4.8 * n_columns), 3.7 * n_rows + 1.4
+    figure, axes = pyplot.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
+    figure.suptitle(title)
+    yield axes
+    handles = {}
+    for ax in figure.axes:
+        handles.update(zip(*reversed(ax.get_legend_handles_labels())))
+    if handles:
+        fit = int(figure.get_figwidth() / (0.6 + 0.085 * max(map(len, handles))))
+        columns = max(1, min(len(handles), fit))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
+    with writing(path):
+        figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    print(f"picture  {path}")
+
+
+def draw(path, title, panels, looks):
+    """panels: rows of Panels. looks {label: matplotlib's keywords}."""
+    panels = [[panel for panel in row if panel.lines] for row in panels]
+    panels = [row for row in panels if row]
+    if not panels:
+        print(f"no picture: {path} would show structures against dense, and the rows are not dense and a structure.")
+        return
+    with picture(path, title, len(panels), max(map(len, panels))) as axes:
+        for row_axes, row in zip(axes, panels):
+            for ax, panel in zip(row_axes, row):
+                (draw_bars if is_bars(panel) else draw_lines)(ax, panel, looks)
+                ax.set_title(panel.title, fontsize="medium")
+            for ax in row_axes[len(row):]:
+                ax.remove()
+
+
+def is_bars(panel) -> bool:
+    return not panel.means and len(panel.lines) > 1 and all(len(points) == 1 for points in panel.lines.values())
+
+
+def draw_lines(ax, panel, looks):
+    for label, points in panel.lines.items():
+        look = {"marker": "o", "markersize": 4, **looks.get(label, {})}
+        x, y = zip(*sorted(points))
+        if panel.means:
+            mean = [statistics.mean(x)], [statistics.mean(y)]
+            ax.plot(*mean, label=label, **{**look, "linestyle": "none", "markersize": 10, "alpha": 0.5})
+            ax.plot(x, y, **{**look, "linestyle": "none"})
+        else:
+            ax.plot(x, y, label=label, **look)
+    if panel.level is not None:
+        ax.axhline(panel.level, color="black", linewidth=0.8)
+    ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xscale="log" if panel.log_x else "linear")
+    ax.grid(alpha=0.3)
+    xs = sorted({x for points in panel.lines.values() for x, _ in points})
+    if panel.log_x and len(xs) <= 16:
+        ax.minorticks_off()
+        ax.set_xticks(xs, [short(x) if x >= 10_000 else f"{x:.0f}" for x in xs], rotation=45 if len(xs) > 8 else 0)
+    else:
+        ax.locator_params(axis="x", **({"numticks": 6} if panel.log_x else {"nbins": 5}))
+        ax.xaxis.set_major_formatter(lambda x, _: short(x) if x < 1e12 else f"{x:.3g}".replace("e+", "e"))
+
+
+def draw_bars(ax, panel, looks):
+    values = [points[0][1] for points in panel.lines.values()]
+    colours = [looks.get(label, {}).get("color", "tab:blue") for label in panel.lines]
+    ax.bar_label(ax.barh(list(panel.lines), values, color=colours), [f"{v:.2f}" for v in values], padding=3)
+    ax.set(xlabel=f"{panel.ylabel}, {panel.xlabel} {next(iter(panel.lines.values()))[0][0]}")
+    if panel.level is not None:
+        ax.axvline(panel.level, color="black", linewidth=0.8)
+    ax.margins(x=0.15)
+    ax.invert_yaxis()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures: what each benchmark's rows show
+
+COLOURS = {"dense": "black", "lowrank": "tab:blue", "blockshuffle": "tab:orange", "blockdense": "tab:green"}
+FASTER = "times as fast as dense"
+LAUNCHED = {"graph": "step launched as one CUDA graph", "eager": "kernels launched from Python"}
+
+
+def grouped(rows, key) -> dict:
+    groups = {}
+    for r in rows:
+        groups.setdefault(key(r), []).append(r)
+    return groups
+
+
+def measured_on(rows) -> str:
+    def conditions_of(r):
+        compiled = {True: ", compiled", False: ", eager", None: ""}[r.get("compile")]
+        return f"{r['device']}, {r['dtype']}{compiled}"
+    return "; ".join(dict.fromkeys(conditions_of(r) for r in rows))
+
+
+def speedup_panels(rows, panel_of, line_of):
+    """Speed over dense against what varies. panel_of(row) -> (its row of panels, its panel's title)."""
+    rows = [r for r in rows if r["ffn"] != "dense" and r["speedup"]]
+    result = []
+    for row in grouped(rows, lambda r: panel_of(r)[0]).values():
+        result.append([])
+        for (_, title), part in grouped(row, panel_of).items():
+            varies = part[0]["sweep"]
+            lines = {line: [(r[varies], r["speedup"]) for r in group] for line, group in grouped(part, line_of).items()}
+            result[-1].append(Panel(title, varies, FASTER, lines, log_x=True, level=1))
+    return result
+
+
+def draw_kernel(path, rows):
+    rows = [r for r in rows if r["pass"] != "forward"]
+    panels = speedup_panels(rows, lambda r: (r["linear"], f"{r['linear']}, {r['ffn'].split()[0]}"),
+                            lambda r: f"{r['by']} {r['ffn'].partition(' ')[2]}")
+    styles = {"einsum": ":", "bmm": "--", "ours": "-"}
+    looks = {line: {"linestyle": styles[line.split()[0]], "color": "tab:gray" if line.endswith("63 %") else "tab:blue"}
+             for row in panels for panel in row for line in panel.lines}
+    draw(path, f"One linear, forward + backward: {measured_on(rows)}", panels, looks)
+
+
+def draw_ffn(path, rows):
+    def fixed(r):
+        return f"{short(r['tokens'])} tokens" if r["sweep"] == "width" else f"width {r['width']}"
+
+    panels = speedup_panels(rows, lambda r: (fixed(r), f"{r['pass']}, {fixed(r)}"), lambda r: r["ffn"])
+    looks = {r["ffn"]: {"color": COLOURS[r["ffn"].split()[0]], "linestyle": "--" if r["ffn"].endswith("63 %") else "-"}
+             for r in rows}
+    draw(path, f"FFN, {rows[0]['act']}: {measured_on(rows)}", panels, looks)
+
+
+def draw_train(path, rows):
+    """Stacked bars of where a step's time goes."""
+    names, left = [r["ffn"] + ", guided" * r["guided"] for r in rows], np.zeros(len(rows))
+    cfg = rows[0]["config"]
+    title = f"Training step, {cfg['n_layer']} layers x {cfg['n_embd']}, batch {cfg['micro_batch_size']}"
+    with picture(path, f"{title}\n{measured_on(rows)}", 1, 1) as ((ax,),):
+        for part in ("forward", "backward", "optimizer"):
+            width = np.array([r[f"{part}_ms"] for r in rows])
+            bars = ax.barh(range(len(rows)), width, left=left, label=part, tick_label=names)
+            left += width
+        ax.bar_label(bars, [f"{short(r['tokens_per_s'])} tokens/s" for r in rows], padding=4)
+        ax.set(xlabel="milliseconds per step", xlim=(0, 1.3 * left.max()))
+        ax.invert_yaxis()
+
+
+def draw_prefill(path, rows):
+    panels, structured = [], [r for r in rows if r["ffn"] != "dense" and r["speedup"]]
+    for batch, part in grouped(structured, lambda r: r["batch"]).items():
+        lines = {}
+        for r in part:
+            lines.setdefault(r["ffn"], []).append((r["prompt"], r["speedup"]))
+        panels.append(Panel(f"batch {batch}", "tokens in the prompt", FASTER, lines, log_x=True, level=1))
+    looks = {r["ffn"]: {"color": COLOURS[r["ffn"].split()[0]]} for r in rows}
+    draw(path, f"Prefill: {measured_on(rows)}", [panels], looks)
+
+
+def draw_decode(path, rows):
+    """Tokens/s as a ratio to dense at the same batch, of the same code and model size."""
+    def setting(r):
+        sizes = ("n_layer", "n_embd", "n_head", "n_kv_head", "attn_dim", "ffn_dim", "vocab_size")
+        return r["commit"], r["launch"], r["batch"], *(r["config"][name] for name in sizes)
+
+    groups = grouped([r for r in rows if r["kind"] == "dense"], setting)
+    dense = {key: statistics.mean(r["tokens_per_s"] for r in group) for key, group in groups.items()}
+    rows = [r for r in rows if r["kind"] != "dense" and setting(r) in dense]
+    panels, looks = [], {}
+    for launch, part in grouped(rows, lambda r: r["launch"]).items():
+        lines = {}
+        for r in part:
+            label = f"{r['ffn']}, {r['kind'].replace('structured', 'factors')}"
+            lines.setdefault(label, []).append((r["batch"], r["tokens_per_s"] / dense[setting(r)]))
+            looks[label] = {"color": COLOURS[r["ffn"].split()[0]],
+                            "linestyle": {"structured": "-", "auto": "--"}.get(r["kind"], ":")}
+        panels.append(Panel(LAUNCHED[launch], "batch", "tokens/s, ratio to dense", lines, log_x=True, level=1))
+    draw(path, f"Decoding: {measured_on(rows)}" if rows else "", [panels], looks)
+
+
+def draw_crossover(path, rows):
+    panels, looks = [], {}
+    for launch, part in grouped(rows, lambda r: r["launch"]).items():
+        shapes = grouped(part, lambda r: r["linear"].split(", V")[0])
+        lines = {shape: [(r["tokens"], r["speedup"]) for r in group] for shape, group in shapes.items()}
+        for shape in shapes:
+            ffn, n_in, _, n_out = shape.split()
+            looks[shape] = {"color": COLOURS[ffn], "linestyle": "-" if int(n_in) < int(n_out) else "--", "marker": ""}
+        panels.append(Panel(LAUNCHED[launch], "tokens in a call", "time of dense equivalent / time of factors", lines,
+                            log_x=True, level=1))
+    draw(path, f"Factors against dense equivalents: {rows[0]['device']}", [panels], looks)
+
+
+def final_panels(rows) -> list:
+    """Final validation loss against training FLOPs: a panel per size, a small point per seed, their mean large."""
+    rows = [r for r in rows if r["val_loss"] is not None and r["step"] == r["steps"]]
+    rows.sort(key=lambda r: (list(COLOURS).index(r["method"].split()[0]), r["method"]))
+    panels = []
+    for size, part in grouped(rows, lambda r: r["size"]).items():
+        methods = grouped(part, lambda r: r["method"])
+        lines = {method: [(r["flops"], r["val_loss"]) for r in group] for method, group in methods.items()}
+        panels.append(Panel(f"{size}: final validation loss", "training FLOPs", "nats per token", lines, means=True))
+    return panels
+
+
+# The marker is the structure, the colour how it is trained; SPARE is for methods that differ in other settings.
+MARKERS = {"dense": "o", "lowrank": "o", "blockshuffle": "s", "blockdense": "^"}
+TRAINED = (("fixedstep guide_skip", "gold"), ("fixedstep", "tab:orange"), ("fixedflop guide_skip", "yellowgreen"),
+           ("fixedflop", "tab:green"), ("replay", "tab:red"), ("more tokens", "tab:purple"), ("63 %", "tab:cyan"),
+           ("inner", "tab:gray"), ("32 %", "tab:blue"))
+LINES = {"blockshuffle": "--", "blockdense": ":"}
+SPARE = ("tab:brown", "tab:pink", "navy", "olive", "crimson", "teal", "orchid", "peru")
+
+
+def method_looks(methods) -> dict:
+    """{method: how to draw it}, the same in every picture."""
+    looks = {}
+    for method in sorted(methods):
+        structure = method.split()[0]
+        usual = next((colour for words, colour in TRAINED if words in method), COLOURS["dense"])
+        taken = {look["color"] for other, look in looks.items() if other.split()[0] == structure}
+        colour = next((c for c in (usual, *SPARE) if c not in taken), usual)
+        looks[method] = {"color": colour, "marker": MARKERS[structure], "linestyle": LINES.get(structure, "-")}
+    return looks
+
+
+def draw_curves(path, rows, below=()):
+    """`below`: a second row of Panels."""
+    panels = [final_panels(rows), list(below)]
+    methods = {label for row in panels for panel in row for label in panel.lines}
+    draw(path, "Training runs, layers x width (small points: seeds, large: their mean)", panels, method_looks(methods))
+
+
+DRAW = {"kernel": draw_kernel, "ffn": draw_ffn, "train": draw_train, "prefill": draw_prefill, "decode": draw_decode,
+        "crossover": draw_crossover, "curves": draw_curves}

@@ -1,58 +1,225 @@
-"""A run is a folder: config.json, metrics.jsonl, ckpt.pt and model.pt. Files appear whole or not at all."""
+"""A run is a folder: config.json, metrics.jsonl, ckpt.pt and model.pt. It has one owner at a time.
+
+Every file is written beside its place, synced to the disk and renamed, so that it is whole or not there. The chapters:
+files, the folder and its owner, metrics.jsonl, checkpoints, what a run says as it goes.
+"""
 import contextlib
+import dataclasses
 import json
+import math
 import os
+import secrets
+import sys
+import time
 import zipfile
 
+import filelock
+import numpy as np
 import torch
 
-from config import UserError
+import config
+from config import Config, UserError, short
+from device import peak_flops
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
 
 @contextlib.contextmanager
 def writing(path):
-    """A full disk, or a folder that is not to be written, is told in one sentence."""
+    """Turns a full disk, or a folder without permission, into one sentence about `path`."""
     try:
         yield
     except (OSError, RuntimeError) as e:
-        cause = e if isinstance(e, OSError) else e.__context__  # torch.save raises one of its own over the disk's
+        cause = e if isinstance(e, OSError) else e.__context__  # torch.save raises a RuntimeError over the disk's error
         if not isinstance(cause, OSError):
             raise
         raise UserError(f"cannot write {path} ({cause.strerror}): make room there, or choose another folder.") from None
 
 
+def temp_name(path):
+    """Of this process and this call alone: two writers of one file never share a temporary file."""
+    return f"{path}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+
+def sync(path):
+    """Waits until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and os.path.isdir(path):
+        return  # Windows cannot open a folder
+    descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yields the name of a file to write, which takes the place of `path` when it is whole and is removed when it fails."""
+    """Yields the name of a temporary file to write. It replaces `path` when the block ends well, else it is removed."""
+    folder, temp = os.path.dirname(path) or ".", temp_name(path)
     try:
         with writing(path):
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            yield path + ".tmp"
-            os.replace(path + ".tmp", path)
+            os.makedirs(folder, exist_ok=True)
+            yield temp
+            sync(temp)  # before the rename: after a power loss the new name must not stand for an empty file
+            os.replace(temp, path)
+            sync(folder)
     finally:
         with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
+            os.remove(temp)
 
 
 def read_json(path, lines=False):
-    """What a file of JSON holds, or one of JSON `lines`, where a torn last one is left out."""
+    """The value in a JSON file, or those of a file of JSON lines; a torn last line is left out."""
     try:
         with open(path, encoding="utf-8") as f:
             return [json.loads(line) for line in f if line.endswith("\n")] if lines else json.load(f)
     except OSError as e:
-        raise UserError(f"{path} {'is missing' if isinstance(e, FileNotFoundError) else f'cannot be read ({e.strerror})'}.") from None
+        reason = "is missing" if isinstance(e, FileNotFoundError) else f"cannot be read ({e.strerror})"
+        raise UserError(f"{path} {reason}: give the folder of a run.") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged: it is not JSON.") from None
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The folder: its owner, and what is in it
+
+FILES = ("config.json", "metrics.jsonl", "ckpt.pt", "model.pt")
+# settings that may change when a run is continued: they do not change what is computed, or the data's checksum does
+MAY_CHANGE = {"micro_batch_size", "eval_interval", "final_eval_tokens", "log_interval", "save_interval", "out_dir",
+              "resume", "wandb", "wandb_project", "device", "compile", "recompute", "kernels", "eval_only", "data_dir",
+              "input", "val_input", "dataset", "tokenizer"}
+
+
+@contextlib.contextmanager
+def owned(folder):
+    """The folder belongs to this process inside the block; UserError while another process owns it.
+
+    The operating system locks the open file .lock: until the block ends, or the process, however it dies.
+    """
+    with writing(folder):
+        os.makedirs(folder, exist_ok=True)
+        lock = filelock.FileLock(os.path.join(folder, ".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(f"{folder} is in use, another process is training in it: let it finish, "
+                            "or choose another --out_dir.") from None
+    try:
+        with writing(folder):
+            for name in os.listdir(folder):
+                if name.endswith(".tmp") and name.startswith(FILES):  # left by a process that was killed while writing
+                    os.remove(os.path.join(folder, name))
+        yield
+    finally:
+        lock.release()
+
+
+def check_free(folder):
+    """UserError while another process owns the folder."""
+    if os.path.exists(os.path.join(folder, ".lock")):
+        with owned(folder):
+            pass
+
+
+def open_folder(cfg):
+    """What cfg.out_dir holds: "new" (no run, or one without a checkpoint), "continue" or "finished".
+
+    UserError where cfg may not go on with it. vocab_size 0 becomes the run's.
+    """
+    there = {name for name in FILES if os.path.exists(os.path.join(cfg.out_dir, name))}
+    if "config.json" not in there:
+        if there:
+            raise UserError(f"{cfg.out_dir} holds {' and '.join(sorted(there))} but no config.json, so it is neither "
+                            "continued nor overwritten: move it away, or choose another --out_dir.")
+        return "new"
+    if cfg.resume == "off":
+        raise UserError(f"{cfg.out_dir} already holds a run: continue it with --resume=auto, "
+                        "or choose another --out_dir.")
+    old = config.read_saved(cfg.out_dir)
+    cfg.vocab_size = cfg.vocab_size or old.vocab_size
+    check_unchanged(cfg, old)
+    return "finished" if "model.pt" in there else "continue" if "ckpt.pt" in there else "new"
+
+
+def check_unchanged(cfg, old):
+    """UserError unless cfg continues a run with the settings `old`."""
+    changed = [f.name for f in dataclasses.fields(Config)
+               if f.name not in MAY_CHANGE and getattr(old, f.name) != getattr(cfg, f.name)]
+    if changed == ["max_tokens"]:
+        raise UserError(f"the run in {cfg.out_dir} is planned for max_tokens={old.max_tokens} and its learning rates "
+                        f"depend on that, so it cannot become one of {cfg.max_tokens}: start a new run from its "
+                        f"weights with --init_from={cfg.out_dir} and another --out_dir.")
+    if changed:
+        name = changed[0]
+        raise UserError(f"{cfg.out_dir} holds a run with {name}={getattr(old, name)}, this command says "
+                        f"{name}={getattr(cfg, name)}: repeat its settings, or choose another --out_dir.")
+
+
+def save_config(cfg):
+    with atomic_write(os.path.join(cfg.out_dir, "config.json")) as temp, open(temp, "w") as f:
+        json.dump(config.to_dict(cfg), f, indent=1)
+
+
+def wandb_id(folder, new):
+    """The run's name at Weights & Biases: random, and kept in the folder for its continuations."""
+    path = os.path.join(folder, "wandb_id.json")
+    if new or not os.path.exists(path):
+        with atomic_write(path) as temp, open(temp, "w") as f:
+            json.dump(secrets.token_hex(8), f)
+    return read_json(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# metrics.jsonl
+
+def is_row(row, last) -> bool:
+    """Whether a line of metrics.jsonl is what a run of `last` steps writes."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not 1 <= row["step"] <= last:
+        return False
+    numbers = {name: value for name, value in row.items() if value is not None}
+    return (all(isinstance(v, (int, float)) and (abs(v) < 1e300 or name == "val_ppl") for name, v in numbers.items())
+            and ("loss" not in row or {"loss", "tokens_per_s"} <= numbers.keys() and row["tokens_per_s"] > 0))
+
+
 def read_metrics(path, last):
-    """The rows of a metrics.jsonl, up to the `last` step."""
-    rows = read_json(path, lines=True)
-    for number, row in enumerate(rows, 1):
-        if not (isinstance(row, dict) and type(row.get("step")) is int and 1 <= row["step"] <= last and (row.get("tokens_per_s") if "loss" in row else True)
-                and all(isinstance(value, (int, float, type(None))) for value in row.values())):
-            raise UserError(f"{path} is damaged: line {number} is not what a run of {last} steps writes.")
-    return rows
+    """The rows of a metrics.jsonl, up to the `last` step. Odd rows are left out and counted on standard error.
+
+    A log must not keep a run from continuing. A last line without its end was cut off, or is being written.
+    """
+    try:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            lines = [line for line in f if line.endswith("\n")]
+    except OSError as e:
+        raise UserError(f"cannot read {path} ({e.strerror}): give a run's folder.") from None
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            rows.append(json.loads(line))
+    kept = [row for row in rows if is_row(row, last)]
+    if len(kept) < len(lines):
+        print(f"{path}: {len(lines) - len(kept)} of {len(lines)} rows are damaged and are left out.", file=sys.stderr)
+    return kept
+
+
+def open_metrics(folder, step, last):
+    """metrics.jsonl for appending, cut back to the checkpoint's `step`, so that no step stands twice.
+
+    The validation after the `last` step goes too: it is repeated.
+    """
+    path = os.path.join(folder, "metrics.jsonl")
+    rows = read_metrics(path, last) if step and os.path.exists(path) else []
+    with atomic_write(path) as temp, open(temp, "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows
+                     if row["step"] <= step and not (row["step"] == last and "val_loss" in row))
+    return open(path, "a")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ckpt.pt (everything that an exact continuation needs) and model.pt (the result)
+
+ENTRIES = {"model.pt": {"config": dict, "model": dict, "tokenizer": dict},
+           "ckpt.pt": {"model": dict, "step": int, "data": int, "optimizer": dict}}
 
 
 def save_beside(obj, path):
@@ -61,11 +228,28 @@ def save_beside(obj, path):
         torch.save(obj, f)
 
 
-ENTRIES = {"model.pt": {"config": dict, "model": dict, "tokenizer": dict}, "ckpt.pt": {"model": dict, "step": int, "data": int, "optimizer": dict}}
+def entries(cfg, weights, step, tokenizer) -> dict:
+    """What ckpt.pt and model.pt have in common; the tokenizer's bytes too, so that either samples without its data."""
+    blob = torch.frombuffer(bytearray(tokenizer.blob) or bytearray(1), dtype=torch.uint8)
+    return {"config": config.to_dict(cfg), "model": weights, "step": step,
+            "tokenizer": {"identity": tokenizer.identity, "blob": blob}}
+
+
+def save_checkpoint(cfg, weights, step, tokenizer, data, moments):
+    """data: the checksum of the training tokens; moments {parameter's name: the optimiser's state of it}."""
+    saved = {**entries(cfg, weights, step, tokenizer), "data": data, "optimizer": moments}
+    save_beside(saved, os.path.join(cfg.out_dir, "ckpt.pt"))
+
+
+def save_model(cfg, weights, step, tokenizer, val_loss):
+    save_beside({**entries(cfg, weights, step, tokenizer), "val_loss": val_loss}, os.path.join(cfg.out_dir, "model.pt"))
 
 
 def read_checkpoint(path, name):
-    """The dict in a run's model.pt or ckpt.pt, on the CPU, mapped rather than read; UserError if it is missing, damaged or another thing."""
+    """The dict in a model.pt or ckpt.pt, as `name` says, on the CPU, mapped rather than read.
+
+    UserError if it is missing, damaged or another thing.
+    """
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist: give a run folder such as out/quickstart or a model.pt.")
     try:
@@ -76,7 +260,170 @@ def read_checkpoint(path, name):
         raise UserError(f"{path} is not a checkpoint of this project or is damaged ({type(e).__name__}).") from e
     if damaged:
         raise UserError(f"{path} is damaged: the checksum of its part {damaged} does not fit.")
-    lacking = [entry for entry, kind in ENTRIES[name].items() if not isinstance(saved, dict) or not isinstance(saved.get(entry), kind)]
+    lacking = [entry for entry, kind in ENTRIES[name].items()
+               if not isinstance(saved, dict) or not isinstance(saved.get(entry), kind)]
     if lacking:
         raise UserError(f"{path} is not the {name} of a run: it lacks {', '.join(lacking)}.")
     return saved
+
+
+def read_model(path):
+    """(path, entries) of a model.pt, given as such or by its folder; of ckpt.pt where the run there is not finished.
+
+    The entries are those of a model.pt: an unfinished run's guides are left out.
+    """
+    if os.path.isdir(path):
+        folder, path = path, os.path.join(path, "model.pt")
+        if not os.path.exists(path) and os.path.exists(os.path.join(folder, "ckpt.pt")):
+            path = os.path.join(folder, "ckpt.pt")
+    saved = read_checkpoint(path, "model.pt")
+    if "optimizer" in saved:
+        guides = [name for name in saved["model"] if str(name).endswith(".W")]
+        print(f"{path}: the run is not finished, these are its weights after step {saved.get('step')}"
+              f"{', without the guides' if guides else ''}.", file=sys.stderr)
+        for name in guides:
+            del saved["model"][name]
+    kept = {name: saved[name] for name in ("config", "model", "tokenizer", "step", "val_loss") if name in saved}
+    return path, {"val_loss": None, **kept}
+
+
+def data_checksum(folder):
+    """The checksum of the training data of the run in the folder, None where its ckpt.pt is gone."""
+    path = os.path.join(folder, "ckpt.pt")
+    return read_checkpoint(path, "ckpt.pt")["data"] if os.path.exists(path) else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run says as it goes
+
+def perplexity(loss):
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def clock(seconds) -> str:
+    s = int(seconds)
+    return f"{s // 3600}h{s % 3600 // 60:02d}m" if s >= 3600 else f"{s // 60}m{s % 60:02d}s"
+
+
+def start_wandb(cfg, new):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("wandb=True needs the wandb package: pip install wandb, or leave it out "
+                        "(metrics.jsonl is always written).") from None
+    try:
+        return wandb.init(project=cfg.wandb_project, name=os.path.basename(os.path.abspath(cfg.out_dir)),
+                          config=config.to_dict(cfg), dir=cfg.out_dir, id=wandb_id(cfg.out_dir, new), resume="allow")
+    except Exception as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UserError(f"wandb did not start ({reason:.200}): log in, set WANDB_MODE=offline, "
+                        "or use --wandb=False.") from e
+
+
+class Log:
+    """metrics.jsonl (one object a line, flushed at once), Weights & Biases if wanted, and progress. Only rank 0 speaks.
+
+    On a terminal progress is one line that is rewritten. In a log file it is a line for each 1 % of the run or every
+    five minutes, whichever comes first. Rates leave out validation and saving; their clock never jumps.
+    """
+
+    def __init__(self, cfg, ranks, step, flops):
+        """step: finished before; flops (steps,): of every step of the run."""
+        self.cfg, self.ranks, self.steps = cfg, ranks, len(flops)
+        peak = peak_flops(ranks.device)
+        self.peak = peak and peak * ranks.world
+        self.flops = np.concatenate(([0.0], np.cumsum(flops)))  # until each step
+        self.tokens_per_step = cfg.batch_size * cfg.block_size
+        self.tty, self.next_step, self.next_time = sys.stdout.isatty(), 0, 0.0
+        self.lost = None                                        # why standard output takes no more
+        self.began = self.mark = time.monotonic()
+        self.mark_step, self.rate = step, None
+        self.steady_tokens, self.steady_seconds, self.steady_flops = 0, 0.0, 0.0
+        if ranks.master:
+            # wandb first: it may want a login, and then the folder holds no run and the same command can be given again
+            self.wandb = start_wandb(cfg, step == 0) if cfg.wandb else None
+            save_config(cfg)
+            self.file = open_metrics(cfg.out_dir, step, self.steps)
+
+    def write(self, **values):
+        with writing(self.file.name):
+            self.file.write(json.dumps(values) + "\n")
+            self.file.flush()
+        if self.wandb:
+            self.wandb.log({k: v for k, v in values.items() if v is not None}, step=values["step"])
+
+    def show(self, text, end="\n"):
+        """Prints on rank 0. A failure, such as a closed pipe, is kept in `lost`: the run is saved before it ends."""
+        try:
+            if self.ranks.master:
+                print(text, end=end, flush=True)
+        except OSError as e:
+            self.lost = self.lost or e.strerror
+
+    def say(self, text):
+        self.show(f"\r\033[K{text}" if self.tty else text)
+
+    def step(self, step, loss, lr, norm, alpha):
+        """A log step; loss and norm are tensors and the ranks' losses are averaged, so all ranks call it."""
+        loss = (self.ranks.sum_over_ranks(loss.reshape(1)) / self.ranks.world).item()
+        self.check(step, "loss", loss)
+        now, tokens = time.monotonic(), (step - self.mark_step) * self.tokens_per_step
+        seconds, flops = max(now - self.mark, 1e-9), self.flops[step] - self.flops[self.mark_step]
+        if self.mark_step > self.cfg.log_interval or not self.ranks.compile:  # the first steps compile
+            self.steady_tokens += tokens
+            self.steady_seconds += seconds
+            self.steady_flops += flops
+        self.mark, self.mark_step, self.rate = now, step, tokens / seconds
+        if not self.ranks.master:
+            return
+        mfu = flops / seconds / self.peak if self.peak else None
+        self.write(step=step, tokens=step * self.tokens_per_step, loss=loss, lr=lr, grad_norm=norm.item(), alpha=alpha,
+                   tokens_per_s=max(round(self.rate, 1), 0.1), mfu=mfu and round(mfu, 4))
+        left = (self.steps - step) * self.tokens_per_step / self.rate
+        text = (f"step {step}/{self.steps}  loss {loss:.4f}  lr {lr:.2e}  {short(self.rate)} tokens/s"
+                f"{f'  MFU {mfu:.1%}' if mfu else ''}  {clock(left)} left")
+        if self.tty:
+            self.show(f"\r\033[K{text}", end="")
+        elif step >= self.next_step or now >= self.next_time or step == self.steps:
+            self.show(text)
+            self.next_step, self.next_time = step + self.steps / 100, now + 300
+
+    def final(self, fraction):
+        """Progress of the final validation."""
+        if self.tty:
+            self.show(f"\r\033[Kfinal validation {fraction:.0%}", end="")
+        elif time.monotonic() >= self.next_time:
+            self.show(f"final validation {fraction:.0%}")
+            self.next_time = time.monotonic() + 300
+
+    def check(self, step, name, value):
+        """Ends a run that has diverged, before a checkpoint of it replaces a good one."""
+        if not math.isfinite(value):
+            raise UserError(f"the {name} is {value} at step {step}: start again with a lower lr or grad_clip, "
+                            "in another --out_dir.")
+
+    def validation(self, step, loss):
+        self.check(step, "validation loss", loss)
+        if self.ranks.master:
+            self.write(step=step, val_loss=loss, val_ppl=perplexity(loss))
+            self.say(f"step {step}/{self.steps}  validation loss {loss:.4f}  PPL {perplexity(loss):.2f}")
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Time inside does not count as training."""
+        began = time.monotonic()
+        yield
+        self.mark += time.monotonic() - began
+
+    def end_card(self, val_loss, val_tokens, phases):
+        """phases {name: training FLOPs}."""
+        rate = self.steady_tokens / self.steady_seconds if self.steady_seconds else self.rate
+        mfu = self.steady_flops / self.steady_seconds / self.peak if self.peak and self.steady_seconds else None
+        on_cuda = self.ranks.device.type == "cuda"
+        memory = f"{torch.cuda.max_memory_allocated(self.ranks.device) / 2**30:.1f} GiB" if on_cuda else "n/a"
+        spent = ", ".join(f"{name} {flops:.2e}" for name, flops in phases.items() if flops)
+        self.say(f"done     validation loss {val_loss:.4f}, PPL {perplexity(val_loss):.2f} on "
+                 f"{short(val_tokens)} tokens\n"
+                 f"speed    {short(rate) if rate else 'n/a'} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}, "
+                 f"peak memory {memory}, {clock(time.monotonic() - self.began)} in all\n"
+                 f"FLOPs    {spent}\nnext     python sample.py {self.cfg.out_dir}")

@@ -1,11 +1,15 @@
 """Generates text from a trained model:  python sample.py out/quickstart --prompt='def main():' --n_samples=3
 
-Takes a run folder or a bare model.pt. One prompt comes from --prompt, from a file (--prompt_file=PATH), or from standard input
-(--prompt_file=-); without one the text begins where a document begins. Many prompts come from --prompts=FILE, one a line, or JSON
-lines with a field "prompt"; they are decoded in batches and answered as JSON lines, in the order of the file. --merge=True
-writes the model with every structured linear merged to one dense matrix and stops.
+The model is a run folder or a bare model.pt. One prompt comes from --prompt, from a file (--prompt_file=PATH), or from
+standard input (--prompt_file=-). Without a prompt the text begins where a document begins.
+
+Many prompts come from --prompts=FILE: one a line, or .jsonl with a field "prompt" in each line. They are decoded in
+batches and answered as JSON lines in the order of the file. The other fields of a prompt's line come back as "fields".
+
+--merge=True writes the model with every structured linear merged to one dense matrix, and stops.
 """
 import codecs
+import contextlib
 import json
 import os
 import sys
@@ -22,7 +26,7 @@ class Settings:
     prompt: str = ""                     # text to continue
     prompt_file: str = ""                # read the prompt from this file; - is standard input
     prompts: str = ""                    # read many prompts from this file: one a line, or .jsonl with a field "prompt"
-    out: str = ""                        # write JSON lines to this file; empty: text for one prompt, JSON on standard output for many
+    out: str = ""                        # write JSON lines to this new file; empty: standard output, one prompt as text
     n_samples: int = 1                   # continuations of each prompt
     max_new_tokens: int = 256            # tokens to add at most; the context ends at the model's block_size
     temperature: float = 0.8             # 0: always the likeliest token
@@ -31,7 +35,7 @@ class Settings:
     min_p: float = 0.0                   # keep tokens at least this share as likely as the likeliest
     seed: int = 1005                     # a sample's draws depend on seed, prompt, its number and the position only
     batch_size: int = 0                  # sequences decoded at a time; 0: up to 64, as memory allows
-    decode: Literal["auto", "structured", "merged"] = "auto"  # structured FFNs by factors, by dense equivalents, or as measured
+    decode: Literal["auto", "structured", "merged"] = "auto"  # FFNs as factors, dense equivalents, or the faster one
     merge: bool = False                  # write <run folder>-merged/model.pt, a plain dense model, and stop
     graphs: bool | Literal["auto"] = "auto"  # one CUDA graph per step; auto: on CUDA
     device: str = "auto"                 # auto | cpu | cuda | cuda:N | mps
@@ -39,15 +43,17 @@ class Settings:
 
 
 def read_settings(argv):
-    """Command line -> (path of the model, Settings)."""
+    """Command line -> (path of the model, Settings, prompts as of read_prompts)."""
     words, values = config.parse(argv, Settings, usage=__doc__)
     if len(words) != 1:
-        raise UserError(f"give one run folder or model.pt to sample from, such as out/quickstart; {len(words)} were given.")
+        raise UserError("give one run folder or model.pt to sample from, such as out/quickstart; "
+                        f"{len(words)} were given.")
     s = Settings(**values)
-    for name, ok, expected in (("n_samples", 1 <= s.n_samples <= 100_000, "between 1 and 100000"), ("max_new_tokens", s.max_new_tokens >= 1, "at least 1"),
-                               ("temperature", s.temperature >= 0, "at least 0"), ("top_k", s.top_k >= 0, "at least 0"),
-                               ("top_p", 0 < s.top_p <= 1, "above 0 and at most 1"), ("min_p", 0 <= s.min_p <= 1, "between 0 and 1"),
-                               ("batch_size", s.batch_size >= 0, "at least 0")):
+    for name, ok, expected in (
+            ("n_samples", 1 <= s.n_samples <= 100_000, "between 1 and 100000"),
+            ("max_new_tokens", s.max_new_tokens >= 1, "at least 1"), ("batch_size", s.batch_size >= 0, "at least 0"),
+            ("temperature", s.temperature >= 0, "at least 0"), ("top_k", s.top_k >= 0, "at least 0"),
+            ("top_p", 0 < s.top_p <= 1, "above 0 and at most 1"), ("min_p", 0 <= s.min_p <= 1, "between 0 and 1")):
         if not ok:
             raise UserError(f"{name}={getattr(s, name)} must be {expected}.")
     given = [f"--{name}" for name in ("prompt", "prompt_file", "prompts") if getattr(s, name)]
@@ -55,74 +61,88 @@ def read_settings(argv):
         raise UserError(f"{' and '.join(given)} exclude each other: give one of them.")
     if not os.path.isdir(os.path.dirname(s.out) or "."):
         raise UserError(f"the folder of {s.out} does not exist: make it, or write elsewhere.")
+    if os.path.isfile(s.out) or os.path.isdir(s.out):  # a pipe or a device may be there
+        raise UserError(f"{s.out} exists already and is not overwritten: move it away, or give --out a new name.")
     if values.get("prompt") == "":
         raise UserError("the prompt is empty: leave --prompt out to begin where a document begins.")
-    return words[0], s
-
-
-if __name__ == "__main__":
-    SETTINGS = config.run(read_settings)  # a wrong setting is told before torch loads
-
-import torch
-
-from config import short
-from decode import Decoder, Row, largest_batch, padded, row_key
-from device import out_of_memory, pick_device
-from merge import exact_matmuls, merge_model, ready
-from model import load
-from run import save_beside
-from tokenizer import tokenizer_from_blob
+    return words[0], s, read_prompts(s)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Prompts
 
-def read_text(path) -> str:
-    try:
-        if path == "-":
-            return sys.stdin.read()
-        with open(path, encoding="utf-8") as f:
-            return f.read()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read the prompt from {path}: {getattr(e, 'strerror', None) or 'it is not UTF-8 text'}.") from None
+@dataclass
+class Prompt:
+    text: str                            # empty: the beginning of a document
+    where: str = ""                      # for errors: " in line 3 of FILE"
+    fields: dict | None = None           # the other fields of a JSON line
 
 
 def read_prompts(s) -> list:
-    """[{"prompt": text, ...}]: the prompts with what else their JSON lines hold; one empty one where no prompt is asked for."""
-    if not s.prompts:
-        text = read_text(s.prompt_file) if s.prompt_file else s.prompt
-        if s.prompt_file and not text:
-            raise UserError(f"{s.prompt_file} is empty: leave --prompt_file out to begin where a document begins.")
-        return [{"prompt": text}]
-    lines = read_text(s.prompts).split("\n")
-    lines = lines[:-1] if lines[-1] == "" else lines
-    found = []
-    for number, line in enumerate(lines, 1):
-        record = {"prompt": line.removesuffix("\r")}
-        if s.prompts.endswith((".jsonl", ".json")):
-            try:
-                record = json.loads(line)
-                json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # NaN and half a surrogate pair could not be written again
-            except (ValueError, RecursionError):
-                raise UserError(f"line {number} of {s.prompts} is not JSON in UTF-8: write one object a line, such as {{\"prompt\": \"text\"}}.") from None
-        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise UserError(f"line {number} of {s.prompts} has no field \"prompt\" that holds text.")
-        if not record["prompt"]:
-            raise UserError(f"the prompt in line {number} of {s.prompts} is empty: give each line some text.")
-        found.append(record)
-    if not found:
-        raise UserError(f"{s.prompts} holds no prompts: write one a line.")
-    return found
+    if s.prompts:
+        prompts = [read_prompt(s, number, line) for number, line in prompt_lines(s)]
+        if not prompts:
+            raise UserError(f"{s.prompts} holds no prompts: write one a line.")
+        return prompts
+    text = config.read_text(s.prompt_file) if s.prompt_file else config.as_text(os.fsencode(s.prompt), "the prompt")
+    if s.prompt_file and not text:
+        raise UserError(f"{s.prompt_file} is empty: leave --prompt_file out to begin where a document begins.")
+    return [Prompt(text)]
 
 
-def encode(text, tokenizer, cfg, where="") -> list:
+def is_jsonl(s) -> bool:
+    return s.prompts.lower().endswith((".jsonl", ".json"))
+
+
+def prompt_lines(s):
+    """(number, line without its end) of --prompts. Blank lines of JSON are skipped."""
+    try:
+        with open(0 if s.prompts == "-" else s.prompts, "rb") as file:
+            for number, data in config.text_lines(file, s.prompts, longest=sys.maxsize):
+                line = data.decode()
+                if not is_jsonl(s) or line.strip():
+                    yield number, line[:-2] if line.endswith("\r\n") else line.removesuffix("\n")
+    except OSError as e:
+        raise UserError(f"cannot read {s.prompts} ({e.strerror}): give the path of a UTF-8 text file.") from None
+
+
+def read_prompt(s, number, line) -> Prompt:
+    """The prompt of one line, checked."""
+    where, fields = f"line {number} of {s.prompts}", None
+    if is_jsonl(s):
+        try:
+            fields = json.loads(line)
+            json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()  # fails for NaN and half a surrogate pair
+        except (ValueError, RecursionError):
+            raise UserError(f"{where} is not JSON in UTF-8: write one object a line, such as "
+                            '{"prompt": "text"}.') from None
+        if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
+            raise UserError(f'{where} has no field "prompt" that holds text.')
+        line = fields.pop("prompt")
+    if not line:
+        raise UserError(f"the prompt in {where} is empty: give each line some text.")
+    return Prompt(line, f" in {where}", fields)
+
+
+if __name__ == "__main__":
+    SETTINGS = config.run(read_settings)  # before torch, which takes seconds to load
+
+import torch
+
+from config import short
+from decode import Decoder, Row, largest_batch, padded, row_key
+from device import out_of_memory, pick_device, pick_dtype
+from merge import exact_matmuls, prepare_model, replace_structured
+from model import load
+from run import save_beside, writing
+from tokenizer import tokenizer_from_blob
+
+
+def encode(prompt, tokenizer, cfg) -> list:
     """Token ids of a prompt, checked; no text is the end of the document before."""
+    text, where = prompt.text, prompt.where
     if not text:
         return [tokenizer.eos]
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"the prompt{where} holds bytes that are not UTF-8 text.") from None
     ids = tokenizer.encode(text)
     unknown = "\ufffd".encode()
     if "\ufffd" not in text and any(tokenizer.table[i] == unknown for i in ids):
@@ -136,42 +156,80 @@ def encode(text, tokenizer, cfg, where="") -> list:
 # ----------------------------------------------------------------------------------------------------------------------
 # Output
 
-def stream(decoder, text, rows, tokenizer):
-    """One sample after the other on the terminal, as it comes."""
-    for n, row in enumerate(rows, 1):
-        characters = codecs.getincrementaldecoder("utf-8")(errors="replace")  # one may span tokens
-        if len(rows) > 1:
-            print(f"--- sample {n}", flush=True)
+def show(text):
+    """Prints at once. A full disk is one sentence. A closed pipe, as in `| head`, is a quiet end."""
+    try:
         print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
+        sys.exit(0)
+    except OSError as e:
+        raise UserError(f"standard output cannot be written ({e.strerror}): send it where all of it fits.") from None
+
+
+def stream(decoder, text, rows, tokenizer):
+    """Prints one sample after the other, as it comes."""
+    for n, row in enumerate(rows, 1):
+        characters = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
+        if len(rows) > 1:
+            show(f"--- sample {n}\n")
+        show(text)
         for fresh in decoder.run([row], chunk=8):
             for _, tokens in fresh:
-                print(characters.decode(tokenizer.decode_bytes(tokens)), end="", flush=True)
-        print(characters.decode(b"", final=True), flush=True)
+                show(characters.decode(tokenizer.decode_bytes(tokens)))
+        show(characters.decode(b"", final=True) + "\n")
         if row.finish == "context":
-            print(f"the text ends here: it fills the model's context of {decoder.model.cfg.block_size} tokens.", file=sys.stderr)
+            context = decoder.model.cfg.block_size
+            print(f"the text ends here: it fills the model's context of {context} tokens.", file=sys.stderr)
 
 
-def write_json(decoder, records, rows, tokenizer, s, batch_size):
-    """All rows, batch_size at a time, one JSON object each: the prompt's own fields, then what was generated."""
+@contextlib.contextmanager
+def line_writer(path):
+    """Yields write(line) for standard output, or for a new file, which keeps whole lines only when something fails."""
+    if not path:
+        yield lambda line: show(line + "\n")
+        return
+    count = size = 0                                                                   # of the whole lines
+
+    def write(line):
+        nonlocal count, size
+        data = line.encode() + b"\n"
+        rest = data
+        while rest:
+            rest = rest[file.write(rest):]                                             # a nearly full disk takes a part
+        count, size = count + 1, size + len(data)
+
+    with writing(path), open(path, "wb" if os.path.exists(path) else "xb", buffering=0) as file:
+        try:
+            yield write
+        except BaseException:
+            if os.path.isfile(path):
+                file.truncate(size)
+                print(f"{path} keeps the {count} samples that were finished.", file=sys.stderr)
+                if not count:
+                    os.remove(path)
+            raise
+
+
+def write_json(decoder, prompts, rows, tokenizer, s, batch_size):
+    """Decodes all rows, batch_size at a time, and writes one JSON object each."""
     began = time.perf_counter()
-    try:
-        out = open(s.out, "w", encoding="utf-8") if s.out else sys.stdout
-    except OSError as e:
-        raise UserError(f"cannot write {s.out}: {e.strerror}.") from None
-    try:
-        for i in range(0, len(rows), batch_size):
-            for _ in decoder.run(rows[i:i + batch_size]):
+    with line_writer(s.out) as write:
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start:start + batch_size]
+            for _ in decoder.run(batch):
                 pass
-            for n, row in enumerate(rows[i:i + batch_size], i):
-                values = {**records[n // s.n_samples], "text": tokenizer.decode(row.new), "sample": n % s.n_samples,
+            for n, row in enumerate(batch, start):
+                prompt = prompts[n // s.n_samples]
+                values = {"prompt": prompt.text, "text": tokenizer.decode(row.new), "sample": n % s.n_samples,
                           "prompt_tokens": len(row.prompt), "new_tokens": len(row.new), "finish": row.finish,
                           "tokens_per_s": round(max(len(row.new), 1) / row.seconds, 1)}
-                print(json.dumps(values, ensure_ascii=False), file=out, flush=True)
-    finally:
-        if s.out:
-            out.close()
+                if prompt.fields is not None:
+                    values["fields"] = prompt.fields
+                write(json.dumps(values, ensure_ascii=False))
     seconds, tokens = time.perf_counter() - began, sum(len(row.new) for row in rows)
-    print(f"{len(rows)} samples, {short(tokens)} new tokens in {seconds:.1f} s: {short(tokens / seconds)} tokens/s", file=sys.stderr)
+    print(f"{len(rows)} samples, {short(tokens)} new tokens in {seconds:.1f} s: {short(tokens / seconds)} tokens/s",
+          file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -179,20 +237,21 @@ def write_json(decoder, records, rows, tokenizer, s, batch_size):
 
 @torch.no_grad()
 def write_merged(path, model, cfg, saved, prompt):
-    """The model with dense equivalents for its structured linears, as <run folder>-merged/model.pt or <name>-merged.pt."""
+    """Writes <run folder>-merged/model.pt, or <name>-merged.pt: the model with every structured linear merged."""
     if cfg.ffn == "dense":
         raise UserError(f"{path} is dense already: there is nothing to merge.")
-    target = os.path.join(os.path.normpath(path) + "-merged", "model.pt") if os.path.isdir(path) else path.removesuffix(".pt") + "-merged.pt"
+    folder = os.path.normpath(path) + "-merged"
+    target = os.path.join(folder, "model.pt") if os.path.isdir(path) else path.removesuffix(".pt") + "-merged.pt"
     if os.path.exists(target):
         raise UserError(f"{target} exists: move it away first.")
     tokens = torch.tensor([prompt], device=model.head.weight.device)
-    wanted = cfg.block_size - len(prompt)
-    if wanted > 0:  # any tokens behind the prompt: a short text alone would say little
-        draws = torch.randint(cfg.vocab_size, (1, wanted), generator=torch.Generator().manual_seed(0)).to(tokens.device)
-        tokens = torch.cat((tokens, draws), dim=1)
+    if cfg.block_size > len(prompt):  # random tokens fill the context: the logits of a short prompt would say little
+        generator = torch.Generator().manual_seed(0)
+        more = torch.randint(cfg.vocab_size, (1, cfg.block_size - len(prompt)), generator=generator)
+        tokens = torch.cat((tokens, more.to(tokens.device)), dim=1)
     with exact_matmuls():
         before = model(tokens)
-        merge_model(model)
+        replace_structured(model)
         after = model(tokens)
     cfg.ffn, cfg.rank, cfg.nblocks, cfg.guide = "dense", 0, 0, "off"
     save_beside({**saved, "config": config.to_dict(cfg), "model": model.state_dict()}, target)
@@ -203,38 +262,39 @@ def write_merged(path, model, cfg, saved, prompt):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def fit_batch(cfg, s, n_rows, length, device, dtype) -> int:
-    """Rows at a time: what was asked for, else up to 64 as memory allows."""
+    """Rows at a time: --batch_size, or up to 64 as memory allows."""
     if s.batch_size:
         return min(s.batch_size, n_rows)
     fits = largest_batch(cfg, padded(length, cfg.block_size), device, dtype)
     return max(1, min(64, n_rows, fits))
 
 
-def main(path, s):
+def main(path, s, prompts):
     device = pick_device(s.device)
     model, cfg, saved = load(path, device)
     tokenizer = tokenizer_from_blob(saved["tokenizer"]["identity"], saved["tokenizer"]["blob"].numpy().tobytes())
-    records = read_prompts(s)
-    prompts = [encode(record["prompt"], tokenizer, cfg, f" in line {n} of {s.prompts}" if s.prompts else "") for n, record in enumerate(records, 1)]
+    encoded = [encode(prompt, tokenizer, cfg) for prompt in prompts]
     if s.merge:
-        return write_merged(path, model, cfg, saved, prompts[0])
-    rows = [Row(prompt, row_key(s.seed, prompt, n)) for prompt in prompts for n in range(s.n_samples)]
-    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[s.dtype]
+        return write_merged(path, model, cfg, saved, encoded[0])
+    rows = [Row(ids, row_key(s.seed, ids, n)) for ids in encoded for n in range(s.n_samples)]
+    dtype = pick_dtype(s.dtype, device)
     folder = path if os.path.isdir(path) else os.path.dirname(path)
-    ready(model, s.decode, dtype, os.path.join(folder, "decode.json"))
+    prepare_model(model, s.decode, dtype, os.path.join(folder, "decode.json"))
     in_json = bool(s.prompts or s.out)
-    length = min(cfg.block_size, max(map(len, prompts)) + s.max_new_tokens)
+    length = min(cfg.block_size, max(map(len, encoded)) + s.max_new_tokens)
     batch_size = fit_batch(cfg, s, len(rows), length, device, dtype) if in_json else 1
-    decoder = Decoder(model, s, batch_size, length, tokenizer.eos, tokenizer.vocab_size, device.type == "cuda" and s.graphs is not False)
+    graphs = device.type == "cuda" and s.graphs is not False
     try:
+        decoder = Decoder(model, s, batch_size, length, tokenizer.eos, tokenizer.vocab_size, graphs)
         if in_json:
-            write_json(decoder, records, rows, tokenizer, s, batch_size)
+            write_json(decoder, prompts, rows, tokenizer, s, batch_size)
         else:
-            stream(decoder, records[0]["prompt"], rows, tokenizer)
+            stream(decoder, prompts[0].text, rows, tokenizer)
     except RuntimeError as e:
         if not out_of_memory(e):
             raise
-        raise UserError(f"the memory of {device} does not hold a batch of {batch_size} sequences of {length} tokens: give a smaller --batch_size.") from None
+        raise UserError(f"the memory of {device} does not hold a batch of {batch_size} sequences of {length} tokens: "
+                        "give a smaller --batch_size.") from None
 
 
 if __name__ == "__main__":

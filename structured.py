@@ -4,8 +4,9 @@
     BlockShuffle  y = f^-1(U f(V x))         U, V block-diagonal, f a fixed permutation (the Monarch form)
     BlockDense    y = U (V x)                U (M, R), V block-diagonal
 
-Each is a drop-in for nn.Linear on (..., N) -> (..., M) with one bias after U, knows its dense equivalent (`dense_weight`), and
-can carry a guide: a dense W that is blended in while self-guided training lasts and then leaves without a trace.
+Each replaces an nn.Linear (..., N) -> (..., M), has one bias after U and knows its dense equivalent D (`dense_weight`).
+In self-guided training it also holds a guide, a dense W: y = (alpha W + (1 - alpha) D) x, where alpha falls from 1 to
+0. Then W is dropped, and parameters and state dict are as if it had never been there.
 """
 import torch
 import torch.nn as nn
@@ -15,15 +16,20 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# B small matmuls side by side
+# B small matmuls in one call
 
 @torch.library.custom_op("structured::block_linear", mutates_args=())
 def block_linear(x: Tensor, weight: Tensor) -> Tensor:
     """y[t, b] = weight[b] x[t, b]: x (T, B, p), weight (B, q, p) -> (T, B, q), contiguous.
 
-    An op of its own because bmm alone leaves y in (B, T, q) order and whoever needs it by token pays a copy of it; with a
-    strided output the matmul writes it where it belongs.
+    An op of its own, so that the compiler keeps the strided output. bmm alone leaves y in (B, T, q) order, and whatever
+    reads it by token pays for a copy.
     """
+    return block_matmul(x, weight)
+
+
+def block_matmul(x, weight):
+    """block_linear without its own autograd: bmm that writes by token."""
     y = x.new_empty(x.size(0), x.size(1), weight.size(1))
     torch.bmm(x.transpose(0, 1), weight.transpose(1, 2), out=y.transpose(0, 1))
     return y
@@ -40,9 +46,11 @@ def _block_linear_save(ctx, inputs, output):
 
 def _block_linear_backward(ctx, grad):  # grad (T, B, q)
     x, weight = ctx.saved_tensors
-    grad = grad.contiguous()  # once: behind a permutation each bmm would copy it
-    grad_x = block_linear(grad, weight.transpose(1, 2)) if ctx.needs_input_grad[0] else None                  # (T, B, p)
-    grad_w = torch.bmm(grad.permute(1, 2, 0), x.transpose(0, 1)) if ctx.needs_input_grad[1] else None         # (B, q, p)
+    grad, grad_x, grad_w = grad.contiguous(), None, None  # one copy here: after a permutation each bmm would make one
+    if ctx.needs_input_grad[0]:
+        grad_x = block_linear(grad, weight.transpose(1, 2))                            # (T, B, p)
+    if ctx.needs_input_grad[1]:
+        grad_w = torch.bmm(grad.permute(1, 2, 0), x.transpose(0, 1))                   # (B, q, p)
     return grad_x, grad_w
 
 
@@ -60,7 +68,7 @@ for _device in ("cpu", "cuda"):
 # The linears
 
 class Dense(nn.Linear):
-    """nn.Linear with the face of the structured ones; it has no guide, so alpha must be None."""
+    """y = W x + bias: nn.Linear with the methods of the structured ones. It has no guide, so alpha must be None."""
 
     def forward(self, x, alpha=None):
         assert alpha is None, "a dense linear has no guide"
@@ -71,10 +79,10 @@ class Dense(nn.Linear):
 
 
 class Structured(nn.Module):
-    """What the three parametrizations share: the bias, the guide and the choice between factors and blended matrix.
+    """What the three parametrizations share: the bias, the guide, and the forward through factors or blended matrix.
 
-    A subclass gives the shapes of V and U and defines `factors` (the map through them, bias included), `dense_weight` and
-    `reset_parameters`.
+    A subclass gives the shapes of V and U and defines `factors` (the map through them, bias included), `dense_weight`
+    (the matrix D of that map) and `reset_parameters`.
     """
 
     def __init__(self, in_features, out_features, V, U, bias, std):
@@ -88,10 +96,10 @@ class Structured(nn.Module):
             self.reset_parameters(std)
 
     def forward(self, x, alpha=None):
-        """x (..., N) -> (..., M). With alpha (a 0-d tensor), in self-guided training: (alpha W + (1 - alpha) D) x + bias.
+        """x (..., N) -> (..., M): D x + bias; with alpha (a 0-d tensor) guided: (alpha W + (1 - alpha) D) x + bias.
 
-        Both branches of the paper's o = alpha W x + (1 - alpha) U V x are linear in x, so one matmul with the blended matrix has
-        the same output and the same gradients. The blend is in float32 at least and cast once, by the matmul.
+        Both branches of the paper's o = alpha W x + (1 - alpha) U V x are linear in x. So one matmul with the blended
+        matrix has the same output and the same gradients. The blend is in float32 at least; the matmul casts it once.
         """
         if alpha is not None:
             exact = torch.promote_types(self.W.dtype, torch.float32)
@@ -100,9 +108,9 @@ class Structured(nn.Module):
 
     @torch.no_grad()
     def start_guide(self):
-        """Adds the guide W (M, N), equal to the dense equivalent of the factors: switching it on changes nothing (W_0 = D)."""
+        """Adds the guide W (M, N) with W_0 = D, the dense equivalent: at first it changes no output."""
         with torch.autocast(self.V.device.type, enabled=False):
-            exact = type(self).dense_weight(_Factors(self.V.double(), self.U.double()))  # no TF32 in the starting point
+            exact = type(self).dense_weight(_Factors(self.V.double(), self.U.double()))  # float64: never TF32
         self.W = nn.Parameter(exact.to(self.V.dtype))
 
     def end_guide(self):
@@ -127,18 +135,20 @@ class LowRank(Structured):
 
     def __init__(self, in_features, out_features, rank, bias=True, std=0.02):
         if not 1 <= rank <= min(in_features, out_features):
-            raise ValueError(f"rank {rank} must lie between 1 and the smaller of in {in_features} and out {out_features}")
+            raise ValueError(f"rank {rank} must lie between 1 and the smaller of in {in_features} and "
+                             f"out {out_features}")
         super().__init__(in_features, out_features, (rank, in_features), (out_features, rank), bias, std)
 
     @torch.no_grad()
     def reset_parameters(self, std=0.02):
-        """Spectral: the best rank-R approximation of a dense N(0, std^2) matrix, sqrt(S) to each side.
+        """Spectral: U V = P S Q^T, the best rank-R approximation of a dense N(0, std^2) matrix A; sqrt(S) to each side.
 
-        From the eigenvectors Q of the smaller Gram matrix, much faster than an SVD on a GPU: with Q of the top R,
-        (A Q) Q^T is the truncated SVD whatever the precision of the eigenvalues.
+        Q holds the top R eigenvectors of A^T A, much faster than an SVD on a GPU. U V = (A Q) Q^T is the truncated SVD
+        whatever the precision of the eigenvalues.
         """
         (M, R), N = self.U.shape, self.V.size(1)
-        A = torch.randn(max(M, N), min(M, N), device=self.V.device, dtype=torch.promote_types(self.V.dtype, torch.float32)) * std
+        dtype = torch.promote_types(self.V.dtype, torch.float32)
+        A = torch.randn(max(M, N), min(M, N), device=self.V.device, dtype=dtype) * std
         Q = torch.linalg.eigh((A.double().T @ A.double()))[1][:, -R:].to(A.dtype)      # (min, R), ascending eigenvalues
         AQ = A.double() @ Q.double()                                                   # (max, R)
         root = AQ.norm(dim=0).sqrt()                                                   # sqrt of the singular values
@@ -151,15 +161,15 @@ class LowRank(Structured):
         return F.linear(F.linear(x, self.V), self.U, self.bias)
 
     def dense_weight(self):
-        """(M, N)"""
+        """D = U V (M, N)."""
         return self.U @ self.V
 
 
 class BlockShuffle(Structured):
     """y = f^-1(U f(V x)) + bias; V (B, q, p) with p = N/B, q = min(N, M)/B; U (B, s, q) with s = M/B.
 
-    f deals the B q entries of V x out to the blocks of U like cards: block l receives those whose index = l modulo B.
-    f^-1 collects likewise: output index s_index * B + l. min(N, M) (N + M) / B parameters.
+    f deals the B q entries of V x out to the blocks of U like cards: block l receives the entries i with i mod B = l.
+    f^-1 is its inverse on the B s outputs: entry i of block l becomes y[i B + l]. min(N, M) (N + M) / B parameters.
     """
 
     def __init__(self, in_features, out_features, nblocks, bias=True, std=0.02):
@@ -170,7 +180,7 @@ class BlockShuffle(Structured):
 
     @torch.no_grad()
     def reset_parameters(self, std=0.02):
-        """Every block orthonormal; std belongs to the dense matrix and is not used."""
+        """Every block orthonormal; std, of a dense matrix, is not used."""
         for block in (*self.V, *self.U):
             nn.init.orthogonal_(block)
 
@@ -183,7 +193,7 @@ class BlockShuffle(Structured):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dense_weight(self):
-        """(M, N): the map applied to the rows of blockdiag(V)."""
+        """D (M, N): the same map applied to the rows of blockdiag(V)."""
         B, q, p = self.V.shape
         rows = torch.block_diag(*self.V).view(q, B, B * p).transpose(0, 1)             # (B, q, N), f
         return (self.U @ rows).transpose(0, 1).reshape(-1, B * p)                      # (M, N), f^-1
@@ -195,11 +205,12 @@ class BlockDense(Structured):
     def __init__(self, in_features, out_features, rank, nblocks, bias=True, std=0.02):
         if nblocks < 1 or rank < 1 or in_features % nblocks or rank % nblocks:
             raise ValueError(f"nblocks {nblocks} must divide both in {in_features} and rank {rank}")
-        super().__init__(in_features, out_features, (nblocks, rank // nblocks, in_features // nblocks), (out_features, rank), bias, std)
+        V, U = (nblocks, rank // nblocks, in_features // nblocks), (out_features, rank)
+        super().__init__(in_features, out_features, V, U, bias, std)
 
     @torch.no_grad()
     def reset_parameters(self, std=0.02):
-        """Every block of V, and U, orthonormal; std belongs to the dense matrix and is not used."""
+        """Every block of V, and U, orthonormal; std, of a dense matrix, is not used."""
         for matrix in (*self.V, self.U):
             nn.init.orthogonal_(matrix)
 
@@ -209,14 +220,14 @@ class BlockDense(Structured):
         return F.linear(t.view(*x.shape[:-1], B * r), self.U, self.bias)
 
     def dense_weight(self):
-        """(M, N)"""
+        """D (M, N): block b of its columns is U's block b of columns times V[b]."""
         B, r, p = self.V.shape
         columns = self.U.view(-1, B, r).transpose(0, 1)                                # (B, M, r)
         return (columns @ self.V).transpose(0, 1).reshape(-1, B * p)
 
 
 def linear(ffn, in_features, out_features, rank=0, nblocks=0, bias=True):
-    """The linear that Config's `ffn` names."""
+    """A linear of Config's kind `ffn`."""
     if ffn == "lowrank":
         return LowRank(in_features, out_features, rank, bias)
     if ffn == "blockshuffle":
@@ -230,25 +241,25 @@ def linear(ffn, in_features, out_features, rank=0, nblocks=0, bias=True):
 # Factors beside their dense equivalent
 
 class FactorsOrMerged(nn.Module):
-    """A structured linear beside its dense equivalent; `choice` says per call which one answers."""
+    """A structured linear beside its dense equivalent; the table `speeds` (merge.SpeedTable) decides per call."""
 
-    def __init__(self, factors, merged, choice):
+    def __init__(self, factors, merged, speeds=None):
         super().__init__()
-        self.factors, self.merged, self.choice, self.shape = factors, merged, choice, shape_of(factors)
+        self.factors, self.merged, self.speeds, self.shape = factors, merged, speeds, shape_of(factors)
 
     def active(self, tokens):
-        return self.merged if self.choice.merged(self.shape, tokens) else self.factors
+        return self.merged if self.speeds.merged(self.shape, tokens) else self.factors
 
     def forward(self, x, alpha=None):
         return self.active(x.numel() // x.size(-1))(x)
 
 
 def active_linear(module, tokens):
-    """The linear that answers, where a structured one stands beside its dense equivalent."""
+    """The linear to use for this many tokens: of a FactorsOrMerged the faster one, else the module itself."""
     return module.active(tokens) if isinstance(module, FactorsOrMerged) else module
 
 
 def shape_of(linear) -> str:
-    """What a timing depends on besides the card: lowrank 2048 -> 8192, V 512x2048, U 8192x512."""
+    """What a timing depends on besides the card, as in: lowrank 2048 -> 8192, V 512x2048, U 8192x512."""
     V, U = ("x".join(map(str, w.shape)) for w in (linear.V, linear.U))
     return f"{type(linear).__name__.lower()} {linear.in_features} -> {linear.out_features}, V {V}, U {U}"

@@ -1,10 +1,12 @@
 """Tokenizers: a function text -> ids, and the bytes of every id.
 
-GPT-2's and LLaMA's vocabularies are fetched once, sentencepiece models are read from a file or trained on the corpus, a tokenizer.json
-is read from a model's folder. identity and blob of a tokenizer, which data folders and models keep, rebuild it without network.
+GPT-2's and LLaMA's vocabularies are downloaded once. Sentencepiece models are read from a file or trained on the
+corpus, a tokenizer.json is read from a folder of Hugging Face's. Data folders and models keep a tokenizer's identity
+and blob, which rebuild it without network.
 """
 import functools
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -19,14 +21,15 @@ from config import UserError
 class Tokenizer:
     """identity pins the exact vocabulary, blob rebuilds it (tokenizer_from_blob), eos ends every document.
 
-    encode(str) -> ids without EOS; text that looks like a special token is ordinary text. decode_bytes(ids) is the exact
-    concatenation of the ids' bytes (it may end inside a UTF-8 sequence), decode(ids) the same as str; EOS is empty.
+    encode(str) -> ids without EOS; text that looks like a special token is ordinary text. decode_bytes(ids) is the
+    exact concatenation of the ids' bytes, which may end inside a UTF-8 sequence. decode(ids) is the same as str. EOS is
+    empty. unknown is the id that stands for characters outside the vocabulary, -1 where every character has ids.
     """
 
-    def __init__(self, identity, blob, encode, table, eos, piece=1 << 16):
+    def __init__(self, identity, blob, encode, table, eos, piece=1 << 16, unknown=-1):
         self.identity, self.blob, self.encode, self.table, self.eos = identity, blob, encode, table, eos
-        self.vocab_size = len(table)
-        self.piece = piece  # bytes of text encoded at a time: BPE slows down and takes 100 bytes of memory a byte
+        self.unknown, self.vocab_size = unknown, len(table)
+        self.piece = piece  # bytes of text per call of encode: BPE takes 100 bytes of memory a byte and slows down
 
     def decode_bytes(self, ids) -> bytes:
         return b"".join(self.table[i] for i in ids)
@@ -40,8 +43,9 @@ def load_tokenizer(name) -> Tokenizer:
     if name == "byte":
         return tokenizer_from_blob("byte", b"")
     if name == "gpt2":
-        tiktoken = package("tiktoken", "tokenizer=gpt2")
-        gpt2 = remote(lambda: tiktoken.get_encoding("gpt2"), "GPT-2's vocabulary", "--tokenizer=spm:16384, trained on the corpus")
+        instead = "--tokenizer=spm:16384, trained on the corpus"
+        tiktoken = package("tiktoken", "tokenizer=gpt2", instead)
+        gpt2 = remote(lambda: tiktoken.get_encoding("gpt2"), "GPT-2's vocabulary", instead)
         tokens = (gpt2.decode_single_token_bytes(i) for i in range(gpt2.eot_token))
         return tokenizer_from_blob("gpt2", "\n".join(map(bytes.hex, tokens)).encode())
     path = _llama_model() if name == "llama" else name
@@ -49,7 +53,8 @@ def load_tokenizer(name) -> Tokenizer:
         with open(path, "rb") as f:
             blob = f.read()
     except OSError as e:
-        raise UserError(f"cannot read the tokenizer {path}: {e.strerror}.") from None
+        raise UserError(f"cannot read the tokenizer {path} ({e.strerror}): give the path of a .model or a "
+                        "tokenizer.json.") from None
     blob = with_eos(blob, path) if path.endswith(".json") else blob
     return tokenizer_from_blob(pinned(name, blob), blob)
 
@@ -63,15 +68,21 @@ def label(name):
 
 
 def pinned(name, blob):
-    """The identity of a tokenizer read from a file or trained here."""
+    """The identity of a tokenizer that was trained or read from a file: its name and its hash."""
     return f"{label(name)}@{short_hash(blob)}"
+
+
+def name_of(identity):
+    """The name in an identity; a file's name may hold @ itself."""
+    return identity.rpartition("@")[0] or identity
 
 
 def tokenizer_from_blob(identity, blob) -> Tokenizer:
     """Rebuilds a tokenizer from what a data folder or a model.pt keeps of it, without network. Raises UserError."""
-    name, _, sha = identity.partition("@")
-    if sha and sha != short_hash(blob):
-        raise UserError(f"the vocabulary stored for {identity} is damaged: it hashes to {short_hash(blob)}.")
+    name = name_of(identity)
+    if name != identity and identity != pinned(name, blob):
+        raise UserError(f"the vocabulary stored for {identity} is damaged: it hashes to {short_hash(blob)}; "
+                        "prepare the data again.")
     if name == "byte":
         return Tokenizer("byte", b"", lambda text: list(text.encode()), [bytes([i]) for i in range(256)] + [b""], 256)
     if name.startswith("hf:"):
@@ -90,35 +101,39 @@ def _gpt2(blob):
     """blob: one token a line, in hex, in the order of rank."""
     tiktoken = package("tiktoken", "tokenizer=gpt2")
     table = [bytes.fromhex(line) for line in blob.decode().split()]
-    encoding = tiktoken.Encoding("gpt2", pat_str=GPT2_WORDS, mergeable_ranks={t: i for i, t in enumerate(table)}, special_tokens={})
+    ranks = {t: i for i, t in enumerate(table)}
+    encoding = tiktoken.Encoding("gpt2", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens={})
     return Tokenizer("gpt2", blob, encoding.encode_ordinary, table + [b""], len(table))
 
 
 def _sentencepiece(identity, blob):
-    """A given model is taken as it is: LLaMA's puts a space before every text (in token files: before every 256 kB of a
-    longer document), which decode shows. A model trained here adds nothing and gives every byte back."""
+    """A model trained here adds nothing and gives every byte back. A given model is taken as it is.
+
+    LLaMA's puts a space before every text, which decode shows; in token files before every 256 kB of a longer document.
+    """
     sp = package("sentencepiece", f"tokenizer={identity}").SentencePieceProcessor()
     try:
         sp.LoadFromSerializedProto(blob)
     except RuntimeError:
-        raise UserError(f"{identity.partition('@')[0]} is not a sentencepiece model.") from None
+        raise UserError(f"{name_of(identity)} is not a sentencepiece model: give a .model of sentencepiece.") from None
     if sp.eos_id() < 0:
-        raise UserError(f"{identity.partition('@')[0]} has no end-of-sequence piece to put behind a document.")
+        raise UserError(f"{name_of(identity)} has no end-of-sequence piece, which ends a document: train it with one.")
     table = []
     for i in range(sp.get_piece_size()):
-        text = "" if sp.is_control(i) else "\ufffd" if sp.is_unknown(i) else sp.id_to_piece(i)
-        table.append(bytes.fromhex(text[3:5]) if sp.is_byte(i) else text.replace("▁", " ").encode())  # a byte reads <0x0A>
-    if not identity.startswith("spm:"):
-        return Tokenizer(identity, blob, sp.encode, table, sp.eos_id(), piece=1 << 18)
+        text = "" if sp.is_control(i) else "\ufffd" if sp.is_unknown(i) else sp.id_to_piece(i)  # a byte reads <0x0A>
+        table.append(bytes.fromhex(text[3:5]) if sp.is_byte(i) else text.replace("▁", " ").encode())
+    if not re.fullmatch(r"spm:\d+", name_of(identity)):
+        has_bytes = any(map(sp.is_byte, range(sp.get_piece_size())))
+        return Tokenizer(identity, blob, sp.encode, table, sp.eos_id(), 1 << 18, -1 if has_bytes else sp.unk_id())
     underline = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
 
-    def encode_word(word):  # sentencepiece writes a space as ▁, so a ▁ of the text has to go as bytes
+    def encode_word(word):  # sentencepiece writes a space as ▁, so a ▁ of the text is encoded as bytes
         first, *rest = word.split("▁")
         return sp.encode(first) + [i for part in rest for i in underline + sp.encode(part)]
 
     remembered = functools.lru_cache(1 << 15)(encode_word)
 
-    def encode(text):  # no piece has a space behind another character, so words are independent; most were seen before
+    def encode(text):  # no piece has a space after another character, so words are independent; most were seen before
         words = re.findall(" *[^ ]+| +", text)
         return list(itertools.chain.from_iterable(remembered(w) if len(w) <= 32 else encode_word(w) for w in words))
 
@@ -126,39 +141,41 @@ def _sentencepiece(identity, blob):
 
 
 def with_eos(blob, path):
-    """The blob of a tokenizer.json: itself and one more key, the end-of-sequence token, which its folder's other files name."""
-    folder = os.path.dirname(path)
+    """The blob of a tokenizer.json: itself and one more key, the end-of-sequence token, which files beside it name."""
+    files, named = {"tokenizer_config": "eos_token", "config": "eos_token_id", "generation_config": "eos_token_id"}, []
     try:
         data = json.loads(blob)
-        named = []
-        for file, key in (("tokenizer_config.json", "eos_token"), ("config.json", "eos_token_id"), ("generation_config.json", "eos_token_id")):
-            if os.path.exists(os.path.join(folder, file)):
-                with open(os.path.join(folder, file), encoding="utf-8") as f:
+        for file, key in files.items():
+            beside = os.path.join(os.path.dirname(path), f"{file}.json")
+            if os.path.exists(beside):
+                with open(beside, encoding="utf-8") as f:
                     named.append(json.load(f).get(key))
         special = {t["id"]: t["content"] for t in data["added_tokens"]}
         tokens = {i: t for t, i in data["model"]["vocab"].items()} | special
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path} and the files beside it are not a tokenizer of Hugging Face's ({reason(e)}).") from None
-    for name in (n[0] if isinstance(n, list) else n["content"] if isinstance(n, dict) else n for n in named if n is not None):
+        raise UserError(f"{path} and the files beside it are not Hugging Face's tokenizer ({reason(e)}).") from None
+    for name in named:
+        name = name[0] if isinstance(name, list) else name["content"] if isinstance(name, dict) else name
         if name in tokens.values() or name in tokens:
             return json.dumps({**data, "eos_token": tokens.get(name, name)}, ensure_ascii=False).encode()
     raise UserError(f"no file beside {path} names its end-of-sequence token: give tokenizer_config.json an eos_token.")
 
 
 def byte_characters() -> list:
-    """The characters that stand for the bytes 0..255 in byte-level vocabularies: printable ones for themselves, others from 256 on."""
+    """The characters that stand for bytes 0..255 in byte-level vocabularies: printable ones stay, others follow 255."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     rest = itertools.count(256)
     return [chr(byte if byte in printable else next(rest)) for byte in range(256)]
 
 
 def _huggingface(identity, blob):
-    """A tokenizer.json of a BPE over bytes (GPT-2, LLaMA 3) or over sentencepiece's pieces with bytes as fallback (LLaMA 2)."""
+    """A tokenizer.json: a BPE over bytes (GPT-2, LLaMA 3) or over pieces with bytes as fallback (LLaMA 2)."""
     library = package("tokenizers", f"tokenizer={identity}")
     data = json.loads(blob)
     eos, decoder = data.pop("eos_token"), json.dumps(data["decoder"])
     if data["model"]["type"] != "BPE" or not ("ByteLevel" in decoder or "ByteFallback" in decoder):
-        raise UserError(f"{identity.partition('@')[0]} is {data['model']['type']} without bytes for every text: a BPE over bytes or with byte fallback is read.")
+        raise UserError(f"{name_of(identity)} is {data['model']['type']} without bytes for every text: give a BPE over "
+                        "bytes or with byte fallback.")
     inner = library.Tokenizer.from_str(json.dumps(data))
     inner.encode_special_tokens = True  # they are ordinary text
     special = {t["content"] for t in data["added_tokens"] if t["special"]} | {eos}
@@ -172,72 +189,85 @@ def _huggingface(identity, blob):
             return token.encode()
         if "ByteLevel" in decoder:
             return b"".join(of_character.get(c, c.encode()) for c in token)
-        return bytes.fromhex(token[3:5]) if re.fullmatch("<0x[0-9A-F]{2}>", token) else token.replace("▁", " ").encode()
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+        return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
 
     vocabulary = inner.get_vocab()
     table = [b""] * (max(vocabulary.values()) + 1)
     for token, i in vocabulary.items():
         table[i] = bytes_of(token)
-    return Tokenizer(identity, blob, lambda text: inner.encode(text, add_special_tokens=False).ids, table, vocabulary[eos],
-                     piece=1 << 16 if "ByteLevel" in decoder else 1 << 18)
+
+    def encode(text):
+        return inner.encode(text, add_special_tokens=False).ids
+
+    piece = 1 << 16 if "ByteLevel" in decoder else 1 << 18
+    return Tokenizer(identity, blob, encode, table, vocabulary[eos], piece)
 
 
 def train_sentencepiece(vocab_size, sample):
-    """The blob of spm:VOCAB, trained on a list of str: BPE with byte fallback that keeps the text as it is, without normalisation, every
-    space and line end in some piece."""
+    """The blob of spm:VOCAB, trained on a list of str: BPE with byte fallback, without normalisation.
+
+    Every space and line end is in some piece. The trainer skips a text that holds ▅, its mark for unknown characters,
+    so texts are split there; ▅ itself is encoded as bytes.
+    """
+    sample = [part for text in sample for part in text.split("▅")]
     if not any(map(str.strip, sample)):
         raise UserError(f"there is no text to train the tokenizer spm:{vocab_size} on: give files that hold some.")
     trainer = package("sentencepiece", f"tokenizer=spm:{vocab_size}").SentencePieceTrainer
     model = io.BytesIO()
     try:
         trainer.train(
-            sentence_iterator=iter(sample), model_writer=model, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
-            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, split_digits=True, unk_id=0, eos_id=1, bos_id=-1, pad_id=-1, minloglevel=3)
+            sentence_iterator=iter(sample), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
+            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, split_digits=True,
+            unk_id=0, eos_id=1, bos_id=-1, pad_id=-1, minloglevel=3)
     except RuntimeError as e:
-        raise UserError(f"sentencepiece cannot train {vocab_size} pieces on this corpus ({str(e).split('] ')[-1].strip(' .')}): "
+        why = str(e).rpartition("] ")[2].strip(" .") or reason(e)
+        raise UserError(f"sentencepiece cannot train {vocab_size} pieces on this corpus ({why}): "
                         "give another --tokenizer=spm:VOCAB, or --tokenizer=byte.") from None
     return model.getvalue()
 
 
 def _llama_model():
     """The path of LLaMA's 32 000 pieces: the hub client's cached copy, or a download from a public repository."""
-    hub = package("huggingface_hub", "tokenizer=llama")
-    place = ("hf-internal-testing/llama-tokenizer", "tokenizer.model")
+    instead = "--tokenizer=spm:32000, trained on the corpus, or the path of its tokenizer.model"
+    hub = package("huggingface_hub", "tokenizer=llama", instead)
+    file = ("hf-internal-testing/llama-tokenizer", "tokenizer.model")
 
     def download():
-        hub.get_hf_file_metadata(hub.hf_hub_url(*place), timeout=10)  # tries once, so that it fails at once
-        return hub.hf_hub_download(*place)
+        hub.get_hf_file_metadata(hub.hf_hub_url(*file), timeout=10)  # without retries, so that it fails at once
+        return hub.hf_hub_download(*file)
 
-    cached = hub.try_to_load_from_cache(*place)
-    instead = "--tokenizer=spm:32000, trained on the corpus, or the path of its tokenizer.model"
+    cached = hub.try_to_load_from_cache(*file)
     return cached if isinstance(cached, str) else remote(download, "LLaMA's vocabulary", instead)
 
 
-def package(name, user):
+def package(name, user, instead=""):
+    """The module `name`; where it is not installed UserError names it, and what works instead."""
     try:
-        return __import__(name)
+        return importlib.import_module(name)
     except ImportError:
-        raise UserError(f"{user} needs the package {name}: pip install {name}.") from None
+        name, instead = name.partition(".")[0], instead and f", or use {instead}"
+        raise UserError(f"{user} needs the package {name}: pip install {name}{instead}.") from None
 
 
 def remote(call, what, instead, seconds=40):
-    """call(), which asks the network; a failure or a silence is one sentence that names what works without."""
-    answers = []
+    """call(), which uses the network; after a failure or a timeout UserError names what works instead."""
+    results = []
 
-    def ask():
+    def work():
         try:
-            answers.append((call(), None))
-        except Exception as e:  # whatever a client raises goes into the sentence
-            answers.append((None, reason(e)))
+            results.append((call(), None))
+        except Exception as e:  # whatever a client raises goes into the error
+            results.append((None, reason(e)))
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
-    answer, error = answers[0] if answers else (None, f"no answer in {seconds} s")
+    result, error = results[0] if results else (None, f"no answer in {seconds} s")
     if error:
-        raise UserError(f"{what} cannot be fetched ({error}); without network use {instead}.")
-    return answer
+        raise UserError(f"{what} cannot be downloaded ({error}); without network use {instead}.")
+    return result
 
 
 def reason(e):

@@ -1,13 +1,18 @@
 """Trains a model:  python train.py config/quickstart.py --ffn=lowrank --rank=64
                  torchrun --nproc_per_node=8 train.py config/xl.py --ffn=lowrank --rank=512
+Continues a run: python train.py --resume=auto --out_dir=out/xl
 
-A run is a folder: config.json, metrics.jsonl, ckpt.pt (everything an exact continuation needs), model.pt (the result). Which
-tokens a step sees, its learning rate and its guide are pure functions of (config, step), so a run can stop anywhere and go on
-elsewhere, on another number of processes too.
+A run is a folder: config.json, metrics.jsonl, ckpt.pt (all that an exact continuation needs), model.pt (the result).
+Which tokens a step sees, its learning rate and its guide are pure functions of (config, step). So a run can stop
+anywhere and continue elsewhere, on another number of processes too.
+
+The chapters: the plan, data order, one step, the loop, the command. run.py has the folder, the log and the checkpoints.
 """
+import os
 from dataclasses import dataclass
 
 import config
+from config import UserError
 
 
 @dataclass
@@ -15,8 +20,17 @@ class Settings:
     dry_run: bool = False                # print sizes, steps and FLOPs as one JSON line, and stop
 
 
+def read_settings(argv):
+    """Command line -> (Config, Settings)."""
+    cfg, settings = config.load(argv, Settings, usage=__doc__)
+    continued = os.path.exists(os.path.join(cfg.out_dir, "config.json"))
+    if cfg.init_from and not continued and not os.path.exists(cfg.init_from):
+        raise UserError(f"init_from={cfg.init_from} does not exist: give a run folder or a model.pt.")
+    return cfg, settings
+
+
 if __name__ == "__main__":
-    SETTINGS = config.run(lambda argv: config.load(argv, Settings, usage=__doc__))  # a wrong setting is told before torch loads
+    SETTINGS = config.run(read_settings)  # before torch loads; config says why
 
 import collections
 import contextlib
@@ -24,11 +38,9 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import random
 import signal
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -37,11 +49,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import prepare
-from config import Config, UserError, short
-from device import device_name, in_memory, peak_flops, pick_device, set_up
+import run
+from config import short
+from device import device_name, in_memory, on_meta, peak_flops, pick_device, set_up
 from model import GPT, build, ffn_params, flops_per_token, load, load_weights
 from optim import AdamW, MixedAdamW
-from run import atomic_write, read_checkpoint, read_json, read_metrics, save_beside, writing
+from run import perplexity
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -49,7 +62,7 @@ from run import atomic_write, read_checkpoint, read_json, read_metrics, save_bes
 
 @dataclass
 class Plan:
-    """Steps of a run: `unique` on new data, the first `guided` of all with the guide, the last steps - unique a replay."""
+    """Steps of a run: `unique` on new data, the first `guided` with the guide, the last `steps - unique` a replay."""
     steps: int
     unique: int
     guided: int
@@ -57,16 +70,17 @@ class Plan:
 
 
 def make_plan(cfg) -> Plan:
-    """The paper's self-guided training: fixedstep guides a part of the steps; fixedflop adds as many structured-only steps on the same data.
+    """The paper's self-guided training: fixedstep guides a part of the steps.
 
-    `replay` is fixedflop's control: its additional steps, never a guide.
+    fixedflop adds as many steps without guide, on the data of the guided ones. `replay` is its control: no guide.
     """
     unique = cfg.max_tokens // (cfg.batch_size * cfg.block_size)
     if unique < 1:
-        raise UserError(f"max_tokens={cfg.max_tokens} is less than one step of batch_size {cfg.batch_size} x block_size {cfg.block_size} "
-                        f"= {cfg.batch_size * cfg.block_size} tokens.")
+        raise UserError(f"max_tokens={cfg.max_tokens} is less than one step of batch_size {cfg.batch_size} x "
+                        f"block_size {cfg.block_size} = {cfg.batch_size * cfg.block_size} tokens.")
     if unique > 1e8:
-        raise UserError(f"max_tokens={cfg.max_tokens:.3g} are {unique:.3g} steps, more than 1e+08: lower max_tokens, or raise batch_size.")
+        raise UserError(f"max_tokens={cfg.max_tokens:.3g} are {unique:.3g} steps, more than 1e+08: "
+                        "lower max_tokens, or raise batch_size.")
     ratio = cfg.guide_ratio
     if cfg.guide == "off":
         ratio = 0.0
@@ -77,8 +91,8 @@ def make_plan(cfg) -> Plan:
         added = factors if cfg.guide == "replay" else (dense + factors) / 2 if cfg.guide_skip else dense
         ratio = min(1.0, (dense - factors) / added)
         if ratio < 0:
-            raise UserError(f"guide_ratio=auto looks for the training FLOPs of the dense model, but these factors alone cost {factors / dense:.2f} x as much: "
-                            "lower rank, or give a guide_ratio.")
+            raise UserError("guide_ratio=auto means the training FLOPs of the dense model, but these factors alone "
+                            f"cost {factors / dense:.2f} x as much: lower rank, or give a guide_ratio.")
     count = round(ratio * unique)
     return Plan(steps=unique + (count if cfg.guide in ("fixedflop", "replay") else 0), unique=unique,
                 guided=0 if cfg.guide == "replay" else count, guide_ratio=ratio)
@@ -102,7 +116,10 @@ def alpha_at(cfg, plan, step) -> float:
 
 
 def guided_layers(cfg, plan, step) -> tuple:
-    """The layers whose FFN uses its guide in this step; with guide_skip each with probability alpha, drawn from (seed, step, layer)."""
+    """The layers whose FFN uses its guide in this step; with guide_skip each with probability alpha.
+
+    The draw depends on (seed, step, layer) alone, so all ranks and every continuation make the same one.
+    """
     if step >= plan.guided:
         return ()
     alpha = alpha_at(cfg, plan, step)
@@ -111,7 +128,7 @@ def guided_layers(cfg, plan, step) -> tuple:
 
 
 def step_flops(cfg, plan):
-    """Training FLOPs of every step (steps,). With guide_skip the expected number: a guided layer-step costs alpha dense + (1 - alpha) factors."""
+    """Training FLOPs of every step (steps,); with guide_skip the expected alpha dense + (1 - alpha) factors."""
     dense, factors = flops_per_token(cfg, "dense"), flops_per_token(cfg)
     guided = np.array([alpha_at(cfg, plan, s) if cfg.guide_skip else 1.0 for s in range(plan.guided)])
     per_token = np.full(plan.steps, factors, dtype=float)
@@ -122,22 +139,24 @@ def step_flops(cfg, plan):
 def train_flops(cfg, plan) -> dict:
     """Training FLOPs by phase."""
     flops = step_flops(cfg, plan)
-    return {"guided": float(flops[:plan.guided].sum()), "plain": float(flops[plan.guided:plan.unique].sum()), "replay": float(flops[plan.unique:].sum())}
+    return {"guided": float(flops[:plan.guided].sum()), "plain": float(flops[plan.guided:plan.unique].sum()),
+            "replay": float(flops[plan.unique:].sum())}
 
 
 def summary(cfg) -> dict:
     """What --dry_run prints: sizes by building the model without memory, the rest by the paper's rules."""
     plan = make_plan(cfg)
     flops = train_flops(cfg, plan)
-    with torch.device("meta"):
+    with on_meta():
         model = GPT(cfg)
     tokens = cfg.batch_size * cfg.block_size
     guide = sum(m.in_features * m.out_features for _, m in model.structured_linears()) if plan.guided else 0
     return {"params": sum(p.numel() for p in model.parameters()), "params_ffn": ffn_params(cfg), "params_guide": guide,
-            "steps": plan.steps, "unique_steps": plan.unique, "guided_steps": plan.guided, "guide_ratio": round(plan.guide_ratio, 4),
-            "tokens": plan.steps * tokens, "unique_tokens": plan.unique * tokens, "train_flops": float(f"{sum(flops.values()):.6g}"),
-            "train_flops_by_phase": {k: float(f"{v:.6g}") for k, v in flops.items() if v}, "flops_per_token": flops_per_token(cfg),
-            "vocab_size": cfg.vocab_size}
+            "steps": plan.steps, "unique_steps": plan.unique, "guided_steps": plan.guided,
+            "guide_ratio": round(plan.guide_ratio, 4), "tokens": plan.steps * tokens,
+            "unique_tokens": plan.unique * tokens, "train_flops": float(f"{sum(flops.values()):.6g}"),
+            "train_flops_by_phase": {k: float(f"{v:.6g}") for k, v in flops.items() if v},
+            "flops_per_token": flops_per_token(cfg), "vocab_size": cfg.vocab_size}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,7 +171,12 @@ def mix(x):
 
 
 def permute(index, n, key):
-    """A keyed bijection of 0..n-1: a four-round Feistel network on the next even number of bits, walked until it is back below n."""
+    """A keyed bijection of 0..n-1, so that a shuffled epoch needs no array in memory and no state in a checkpoint.
+
+    Four rounds of a Feistel network permute 0..2^(2 half)-1, which may be more than n. An image that is n or more is
+    permuted again, along its cycle, until it is below n. The cycle began below n and comes back, so this ends; and no
+    two indices meet, for each cycle keeps its order. At least a quarter of the images are below n, so it ends soon.
+    """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     x = np.asarray(index, dtype=np.uint64).copy()
@@ -162,7 +186,7 @@ def permute(index, n, key):
         for r in range(4):
             left, right = right, left ^ (mix(right ^ mix(np.uint64(key) + np.uint64(r))) & mask)
         x[todo] = (left << half) | right
-        todo = x >= n
+        todo = x >= n  # these walk on along their cycles
     return x.astype(np.int64)
 
 
@@ -179,12 +203,12 @@ def windows_of(cfg, data_step, n_windows):
 
 
 def dropout_seed(cfg, step, rank) -> int:
-    """Dropout too is a function of the step, so that a continuation needs no generator's state."""
+    """Dropout is a function of step and rank, so that a continuation needs no state of a generator."""
     return int(random.Random(f"dropout {cfg.seed} {step} {rank}").getrandbits(63))
 
 
 def read_windows(tokens, windows, block_size):
-    """tokens (count,), windows (n,) -> (n, block_size + 1) int64: inputs and the targets one further. Windows do not overlap."""
+    """tokens (count,), windows (n,) -> (n, block_size + 1) int64: inputs and, one further, targets; without overlap."""
     at = windows[:, None] * block_size + np.arange(block_size + 1)
     return tokens[at].astype(np.int64)
 
@@ -194,21 +218,22 @@ def count_windows(token_file, block_size) -> int:
 
 
 def check_ids(ids, vocab_size, path):
-    """A damaged token file is told before it indexes what the model has not."""
+    """UserError for a damaged token file, before an id indexes beyond the model's embeddings."""
     if ids.max() >= vocab_size:
-        raise UserError(f"{path} holds the token id {ids.max()}, outside the vocabulary of {vocab_size}: {prepare.AGAIN}.")
+        raise UserError(f"{path} holds the token id {ids.max()}, outside the vocabulary of {vocab_size}: "
+                        f"{prepare.AGAIN}.")
 
 
 def batches(cfg, plan, tokens, n_windows, steps, ranks):
-    """Yields for each step this rank's (n_micro, micro_batch_size, block_size + 1) tokens, read ahead by a thread.
+    """Yields for each step this rank's (n_micro, micro_batch_size, block_size + 1) tokens, prefetched by a thread.
 
-    Micro-batch m of rank r holds the sequences (m world + r) micro_batch_size ... of the step: together the ranks see the step's
-    sequences once, whatever their number.
+    Micro-batch m of rank r holds the sequences (m world + r) micro_batch_size ... of the step. So the ranks together
+    see the step's sequences once, whatever their number.
     """
 
     def make(step):
         windows = windows_of(cfg, step if step < plan.unique else step - plan.unique, n_windows)
-        whole = read_windows(tokens, windows, cfg.block_size)                                   # of all ranks, so that all refuse the same
+        whole = read_windows(tokens, windows, cfg.block_size)   # of all ranks, so that all refuse the same
         check_ids(whole, cfg.vocab_size, os.path.join(config.data_dir(cfg), "train.bin"))
         mine = whole.reshape(-1, ranks.world, cfg.micro_batch_size, cfg.block_size + 1)[:, ranks.rank]
         batch = torch.from_numpy(np.ascontiguousarray(mine))
@@ -224,7 +249,7 @@ def batches(cfg, plan, tokens, n_windows, steps, ranks):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Model, optimiser, one step
+# One step: model, optimiser, forward and backward
 
 def make_optimizer(cfg, model, ranks):
     """AdamW; for bf16 on CUDA the model's matrices become bf16 here, cast once per step instead of in every forward."""
@@ -232,6 +257,59 @@ def make_optimizer(cfg, model, ranks):
     if ranks.device.type == "cuda" and ranks.dtype is torch.bfloat16:
         return MixedAdamW(model.parameters(), **settings)
     return AdamW(model.parameters(), fused=ranks.device.type in ("cpu", "cuda"), **settings)
+
+
+def full_weights(model, optimizer) -> dict:
+    """The state dict, with the optimiser's fp32 masters instead of bf16 weights."""
+    masters = {name: optimizer.master(p).detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    return {name: masters.get(name, t) for name, t in model.state_dict().items()}
+
+
+def moments(model, optimizer) -> dict:
+    """{parameter's name: what the optimiser keeps of it}, without the masters, which are among the full weights."""
+    names = {p: n for n, p in model.named_parameters()}
+    return {names[p]: {k: v for k, v in state.items() if k != "master"} for p, state in optimizer.state.items()}
+
+
+def load_init(cfg, model, tokenizer):
+    """cfg.init_from: the weights of another model of the same shapes and tokenizer."""
+    path, saved = run.read_model(cfg.init_from)
+    identity, weights = saved["tokenizer"].get("identity"), saved["model"]
+    if identity != tokenizer.identity:
+        raise UserError(f"the weights in {path} are of the tokenizer {identity}, {config.data_dir(cfg)} holds tokens "
+                        f"of {tokenizer.identity}: prepare the text with the weights' tokenizer.")
+    shapes, mine = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (weights, model.state_dict()))
+    for name in sorted(shapes.keys() | mine.keys()):
+        if shapes.get(name) != mine.get(name):
+            there, here = shapes.get(name, "none"), mine.get(name, "none")
+            raise UserError(f"init_from={cfg.init_from} does not fit this model: the shape of {name} is {there} there, "
+                            f"{here} here; give the settings of that model.")
+    load_weights(model, weights, path)
+
+
+def start_or_continue(cfg, plan, ranks, state, data):
+    """A new model, or the checkpoint's in the phase of its step -> (model, optimizer, finished steps)."""
+    saved, path = None, os.path.join(cfg.out_dir, "ckpt.pt")
+    if state == "continue":
+        saved = run.read_checkpoint(path, "ckpt.pt")
+        check_same_data(cfg, saved["data"], data.train)
+    step = saved["step"] if saved else 0
+    model = build(cfg, ranks.device, None if saved else cfg.seed)
+    if cfg.init_from and not saved:
+        load_init(cfg, model, data.tokenizer)
+    if step < plan.guided:
+        for _, module in model.structured_linears():
+            module.start_guide()
+    if saved:
+        load_weights(model, saved["model"], path)
+    optimizer = make_optimizer(cfg, model, ranks)
+    if saved:
+        for name, p in model.named_parameters():
+            state = optimizer.state[p]
+            for k, v in saved["optimizer"].get(name, {}).items():
+                # torch's fused AdamW counts steps on the device, ours on the host
+                state[k] = v.to(state[k].device if k in state else ranks.device, copy=True)
+    return model, optimizer, step
 
 
 def wrap_ddp(model, cfg, plan, step, ranks):
@@ -254,7 +332,10 @@ def end_guide(model, optimizer):
 
 
 def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, guided=()):
-    """One optimiser step over (n_micro, micro_batch, T + 1) tokens -> (mean loss of this rank, gradient norm), both 0-d on the device."""
+    """One optimiser step over (n_micro, micro_batch, T + 1) tokens -> (this rank's mean loss, gradient norm), both 0-d.
+
+    They stay on the device. Nothing in here waits for it: the next launches are queued while it computes.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
     n, total = len(micro_batches), 0.0
@@ -262,6 +343,7 @@ def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, gu
         last = i == n - 1
         if i:
             optimizer.accumulate(last)
+        # the ranks' gradients are averaged once a step, with the last micro-batch's backward
         with contextlib.nullcontext() if last or ranks.world == 1 else wrapped.no_sync():
             with ranks.autocast():
                 loss = wrapped(batch[:, :-1], batch[:, 1:], alpha, guided) / n
@@ -273,245 +355,71 @@ def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, gu
 
 
 @torch.no_grad()
-def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=()) -> float:
-    """Mean loss on the first n_windows windows of a token file, shared among the ranks."""
+def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=(), show=None) -> float:
+    """Mean loss on the first n_windows windows of a token file, shared among the ranks; show(fraction) follows it."""
     model.eval()
-    total = torch.zeros(1, dtype=torch.float64, device=ranks.device)
-    mine = np.arange(ranks.rank, n_windows, ranks.world)
+    mine, losses, sizes = np.arange(ranks.rank, n_windows, ranks.world), [], []
     with ranks.agree():
         for i in range(0, len(mine), cfg.micro_batch_size):
             windows = read_windows(token_file.tokens, mine[i:i + cfg.micro_batch_size], cfg.block_size)
             check_ids(windows, cfg.vocab_size, token_file.path)
-            batch = torch.full((cfg.micro_batch_size, cfg.block_size + 1), -1)                  # always one shape: one compilation
+            batch = torch.full((cfg.micro_batch_size, cfg.block_size + 1), -1)  # always one shape: one compilation
             batch[:len(windows)] = torch.from_numpy(windows)
             batch = batch.to(ranks.device)
             with ranks.autocast():
-                loss = model(batch[:, :-1].clamp(min=0), batch[:, 1:], alpha, guided)
-            total += loss.double() * len(windows)
+                losses.append(model(batch[:, :-1].clamp(min=0), batch[:, 1:], alpha, guided))
+            sizes.append(len(windows))
+            if show:
+                show(i / len(mine))
     model.train()
-    return ranks.sum_over_ranks(total).item() / n_windows
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The run's folder
-
-MAY_CHANGE = {"micro_batch_size", "eval_interval", "final_eval_tokens", "log_interval", "save_interval", "out_dir", "resume", "wandb",
-              "wandb_project", "device", "compile", "recompute", "kernels", "eval_only", "data_dir", "input", "val_input", "dataset", "tokenizer"}
-
-
-def open_folder(cfg):
-    """Decides between a new run, a continuation and a finished run: returns "new", "continue" or "finished"; vocab_size 0 becomes the run's."""
-    path = os.path.join(cfg.out_dir, "config.json")
-    if not os.path.exists(path):
-        return "new"
-    if cfg.resume == "off":
-        raise UserError(f"{cfg.out_dir} already holds a run: continue it with --resume=auto, or choose another --out_dir.")
-    old = config.from_dict(read_json(path), path)
-    cfg.vocab_size = cfg.vocab_size or old.vocab_size
-    changed = [f.name for f in dataclasses.fields(Config) if f.name not in MAY_CHANGE and getattr(old, f.name) != getattr(cfg, f.name)]
-    if changed:
-        name = changed[0]
-        raise UserError(f"{cfg.out_dir} holds a run with {name}={getattr(old, name)}, this command says {name}={getattr(cfg, name)}: "
-                        "repeat its settings, or choose another --out_dir.")
-    if os.path.exists(os.path.join(cfg.out_dir, "model.pt")):
-        return "finished"
-    return "continue" if os.path.exists(os.path.join(cfg.out_dir, "ckpt.pt")) else "new"
-
-
-def full_weights(model, optimizer) -> dict:
-    """The state dict with the optimiser's fp32 weights in the place of bf16 ones."""
-    masters = {name: optimizer.master(p).detach() for name, p in model.named_parameters(remove_duplicate=False)}
-    return {name: masters.get(name, t) for name, t in model.state_dict().items()}
-
-
-def save_checkpoint(cfg, model, optimizer, step, data_checksum):
-    """Everything an exact continuation needs; the optimiser's state by parameter name."""
-    names = {p: n for n, p in model.named_parameters()}
-    moments = {names[p]: {k: v for k, v in state.items() if k != "master"} for p, state in optimizer.state.items()}
-    save_beside({"config": config.to_dict(cfg), "model": full_weights(model, optimizer), "step": step, "data": data_checksum,
-                 "optimizer": moments}, os.path.join(cfg.out_dir, "ckpt.pt"))
-
-
-def start_or_continue(cfg, plan, ranks, state, data_checksum):
-    """A new model, or the checkpoint's in the phase of its step -> (model, optimizer, finished steps)."""
-    saved, path = None, os.path.join(cfg.out_dir, "ckpt.pt")
-    if state == "continue":
-        saved = read_checkpoint(path, "ckpt.pt")
-        if saved["data"] != data_checksum:
-            raise UserError(f"{config.data_dir(cfg)} holds other training data than the run in {cfg.out_dir} began with: "
-                            "restore it, or choose another --out_dir.")
-    step = saved["step"] if saved else 0
-    model = build(cfg, ranks.device, None if saved else cfg.seed)
-    if step < plan.guided:
-        for _, module in model.structured_linears():
-            module.start_guide()
-    if saved:
-        load_weights(model, saved["model"], path)
-    optimizer = make_optimizer(cfg, model, ranks)
-    if saved:
-        for name, p in model.named_parameters():
-            state = optimizer.state[p]  # torch's fused AdamW counts steps on the device, ours on the host
-            state.update({k: v.to(state[k].device if k in state else ranks.device, copy=True) for k, v in saved["optimizer"].get(name, {}).items()})
-    return model, optimizer, step
-
-
-def save_model(cfg, weights, tokenizer, step, val_loss):
-    """model.pt: all that sampling and scoring need."""
-    save_beside({"config": config.to_dict(cfg), "model": weights, "step": step, "val_loss": val_loss,
-                 "tokenizer": {"identity": tokenizer.identity, "blob": torch.frombuffer(bytearray(tokenizer.blob) or bytearray(1), dtype=torch.uint8)}},
-                os.path.join(cfg.out_dir, "model.pt"))
-
-
-def start_wandb(cfg):
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("wandb=True needs the wandb package: pip install wandb, or leave it out (metrics.jsonl is always written).") from None
-    try:
-        return wandb.init(project=cfg.wandb_project, name=os.path.basename(cfg.out_dir), config=config.to_dict(cfg), dir=cfg.out_dir, resume="allow",
-                          id=os.path.basename(os.path.abspath(cfg.out_dir)))
-    except Exception as e:
-        raise UserError(f"wandb did not start ({str(e).splitlines()[0] if str(e) else type(e).__name__}): log in, set WANDB_MODE=offline, or use --wandb=False.") from e
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What the user reads
-
-def perplexity(loss):
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def clock(seconds) -> str:
-    s = int(seconds)
-    return f"{s // 3600}h{s % 3600 // 60:02d}m" if s >= 3600 else f"{s // 60}m{s % 60:02d}s"
-
-
-def start_card(cfg, plan, ranks, train, n_windows, n_val, n_final):
-    facts, peak = summary(cfg), peak_flops(ranks.device)
-    ffn = {"dense": "dense", "lowrank": f"lowrank rank {cfg.rank}", "blockshuffle": f"blockshuffle {cfg.nblocks} blocks",
-           "blockdense": f"blockdense rank {cfg.rank}, {cfg.nblocks} blocks"}[cfg.ffn]
-    guide = "" if not plan.guided else (f"guide    {cfg.guide}, the first {plan.guided} steps of {plan.steps}, {cfg.guide_schedule}"
-                                           f"{', skip' if cfg.guide_skip else ''}; +{short(facts['params_guide'])} parameters until then\n")
-    print(f"model    {cfg.n_layer} layers x {cfg.n_embd}, FFN {cfg.ffn_dim} {ffn}; {short(facts['params'])} parameters, {short(facts['params_ffn'])} in FFNs\n{guide}"
-          f"data     {config.data_dir(cfg)}: {short(train.count)} tokens, vocabulary {train.vocab_size}; validation on {short(n_val * cfg.block_size)}, at the end {short(n_final * cfg.block_size)}\n"
-          f"training {plan.steps} steps x {cfg.batch_size} x {cfg.block_size} = {short(facts['tokens'])} tokens, "
-          f"{plan.unique * cfg.batch_size / n_windows:.2f} epochs{f' + {plan.steps - plan.unique} steps replayed' if plan.steps > plan.unique else ''}, "
-          f"{facts['train_flops']:.2e} FLOPs\n"
-          f"device   {ranks.world} x {device_name(ranks.device)}, {str(ranks.dtype)[6:]}, peak {short(peak) + 'FLOP/s' if peak else 'n/a'}, "
-          f"{'compiled' if ranks.compile else 'not compiled'}\nfolder   {cfg.out_dir}", flush=True)
-
-
-class Log:
-    """What a run says as it goes: metrics.jsonl (one object a line, flushed at once), wandb if asked, and progress.
-
-    On a terminal progress is one line that is rewritten; in a log file a line for each 1 % of the run or every five minutes,
-    whichever comes first. Only rank 0 speaks. Rates leave out validation and saving.
-    """
-
-    def __init__(self, cfg, plan, ranks, step):
-        self.cfg, self.plan, self.ranks, self.peak = cfg, plan, ranks, peak_flops(ranks.device)
-        self.tokens_per_step = cfg.batch_size * cfg.block_size
-        self.tty, self.next_step, self.next_time = sys.stdout.isatty(), 0, 0.0
-        self.began = self.mark = time.time()
-        self.mark_step, self.rate = step, None
-        self.steady_tokens, self.steady_seconds, self.steady_flops = 0, 0.0, 0.0
-        self.flops = np.concatenate(([0.0], np.cumsum(step_flops(cfg, plan))))                      # until each step
-        if ranks.master:
-            with atomic_write(os.path.join(cfg.out_dir, "config.json")) as temp, open(temp, "w") as f:
-                self.wandb = start_wandb(cfg) if cfg.wandb else None  # before anything of the run is there
-                json.dump(config.to_dict(cfg), f, indent=1)
-            self.file = open_metrics(cfg, step, plan.steps)
-
-    def write(self, **values):
-        with writing(self.file.name):
-            self.file.write(json.dumps(values) + "\n")
-            self.file.flush()
-        if self.wandb:
-            self.wandb.log({k: v for k, v in values.items() if v is not None}, step=values["step"])
-
-    def step(self, step, loss, lr, norm, alpha):
-        """A log step; loss and norm are tensors and the ranks' losses are averaged, so all ranks call it."""
-        loss = (self.ranks.sum_over_ranks(loss.reshape(1)) / self.ranks.world).item()
-        self.check(step, "loss", loss)
-        seconds, tokens = time.time() - self.mark, (step - self.mark_step) * self.tokens_per_step
-        flops = self.flops[step] - self.flops[self.mark_step]
-        if self.mark_step > self.cfg.log_interval or not self.ranks.compile:  # the first steps compile
-            self.steady_tokens, self.steady_seconds, self.steady_flops = self.steady_tokens + tokens, self.steady_seconds + seconds, self.steady_flops + flops
-        self.mark, self.mark_step, self.rate = time.time(), step, tokens / seconds
-        if not self.ranks.master:
-            return
-        self.mfu = flops / seconds / (self.peak * self.ranks.world) if self.peak else None
-        self.write(step=step, tokens=step * self.tokens_per_step, loss=loss, lr=lr, grad_norm=norm.item(), alpha=alpha,
-                   tokens_per_s=round(self.rate, 1), mfu=self.mfu and round(self.mfu, 4))
-        left = (self.plan.steps - step) * self.tokens_per_step / self.rate
-        text = (f"step {step}/{self.plan.steps}  loss {loss:.4f}  lr {lr:.2e}  {short(self.rate)} tokens/s"
-                f"{f'  MFU {self.mfu:.1%}' if self.mfu else ''}  {clock(left)} left")
-        if self.tty:
-            print(f"\r\033[K{text}", end="", flush=True)
-        elif step >= self.next_step or time.time() >= self.next_time or step == self.plan.steps:
-            print(text, flush=True)
-            self.next_step, self.next_time = step + self.plan.steps / 100, time.time() + 300
-
-    def check(self, step, name, value):
-        """A run that has left the numbers ends, before a checkpoint of it takes the place of a good one."""
-        if not math.isfinite(value):
-            raise UserError(f"the {name} is {value} at step {step}: start again with a lower lr or grad_clip, in another --out_dir.")
-
-    def validation(self, step, loss):
-        self.check(step, "validation loss", loss)
-        if self.ranks.master:
-            self.write(step=step, val_loss=loss, val_ppl=perplexity(loss))
-            self.say(f"step {step}/{self.plan.steps}  validation loss {loss:.4f}  PPL {perplexity(loss):.2f}")
-
-    def say(self, text):
-        if self.ranks.master:
-            print(f"\r\033[K{text}" if self.tty else text, flush=True)
-
-    @contextlib.contextmanager
-    def pause(self):
-        """Time inside does not count as training."""
-        began = time.time()
-        yield
-        self.mark += time.time() - began
-
-    def end_card(self, val_loss, n_final):
-        rate = self.steady_tokens / self.steady_seconds if self.steady_seconds else self.rate       # None: no step was left to do
-        mfu = self.steady_flops / self.steady_seconds / (self.peak * self.ranks.world) if self.peak and self.steady_seconds else None
-        memory = f"{torch.cuda.max_memory_allocated(self.ranks.device) / 2**30:.1f} GiB" if self.ranks.device.type == "cuda" else "n/a"
-        phases = ", ".join(f"{name} {flops:.2e}" for name, flops in train_flops(self.cfg, self.plan).items() if flops)
-        self.say(f"done     validation loss {val_loss:.4f}, PPL {perplexity(val_loss):.2f} on {short(n_final * self.cfg.block_size)} tokens\n"
-                 f"speed    {short(rate) if rate else 'n/a'} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}, peak memory {memory}, {clock(time.time() - self.began)} in all\n"
-                 f"FLOPs    {phases}\nnext     python sample.py {self.cfg.out_dir}")
-
-
-def open_metrics(cfg, step, last):
-    """metrics.jsonl for appending, cut back to the checkpoint's step so that no step stands twice; the validation behind the `last` step comes again."""
-    path = os.path.join(cfg.out_dir, "metrics.jsonl")
-    rows = read_metrics(path, last) if step and os.path.exists(path) else []
-    with atomic_write(path) as temp, open(temp, "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= step and not (row["step"] == last and "val_loss" in row))
-    return open(path, "a")
+    # summed on the host in double precision: not every device has that
+    total = math.fsum(loss * size for loss, size in zip(torch.stack(losses).tolist(), sizes)) if losses else 0.0
+    if ranks.world > 1:
+        total = ranks.sum_over_ranks(torch.tensor([total], dtype=torch.float64, device=ranks.device)).item()
+    return total / n_windows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
 class Stop:
-    """Ctrl-C or SIGTERM: the run finishes its step, saves and ends; a second signal ends it at once."""
+    """The first Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 lets the run finish its step and save; a second ends it at once."""
+
+    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
     def __init__(self):
-        self.signal, self.asked = 0, None
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, self.catch)
+        self.signal, self.before, self.immediate = 0, None, False
+
+    def __enter__(self):
+        self.handlers = {s: signal.getsignal(s) for s in self.SIGNALS}
+        for s in self.SIGNALS:
+            if s == signal.SIGINT or self.handlers[s] is not signal.SIG_IGN:  # nohup makes a process ignore SIGHUP
+                signal.signal(s, self.catch)
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
 
     def catch(self, number, frame):
+        again, self.signal = self.signal, self.signal or number
+        if again or self.immediate:
+            raise KeyboardInterrupt(number)
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """Inside, nothing is left to save: the first signal ends the run too, and so does one that came before."""
+        self.immediate = True
         if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
+            raise KeyboardInterrupt(self.signal)
+        yield
+        self.immediate = False
 
     def agreed(self, ranks) -> int:
-        """The signal that any rank has received, 0 without one. With several ranks all call it after every step, and learn what was
-        known one step before: so nobody waits for the device.
+        """The signal that any rank has received, 0 without one. With several ranks all call it after every step.
+
+        They learn what was known one step before. This step's maximum over the ranks is ready only when the device has
+        finished the step, and waiting for it would delay the next launches; the one before is ready already.
         """
         if ranks.world == 1:
             return self.signal
@@ -519,7 +427,7 @@ class Stop:
         dist.all_reduce(signals, op=dist.ReduceOp.MAX)
         on_cuda = ranks.device.type == "cuda"
         new = torch.empty(1, pin_memory=on_cuda).copy_(signals, non_blocking=on_cuda)
-        before, self.asked = self.asked, (new, torch.cuda.current_stream().record_event() if on_cuda else None)
+        before, self.before = self.before, (new, torch.cuda.current_stream().record_event() if on_cuda else None)
         if before is None:
             return 0
         if on_cuda:
@@ -527,142 +435,252 @@ class Stop:
         return int(before[0].item())
 
 
-def count_validation(cfg, val_file):
-    n = count_windows(val_file, cfg.block_size)
-    if n < 1:
-        raise UserError(f"the validation data's {val_file.count} tokens do not fill one window of block_size {cfg.block_size} + 1: "
-                        "give more validation text, or train with a smaller block_size.")
-    return n
+def start_card(cfg, plan, ranks, data) -> str:
+    facts, peak, tokens = summary(cfg), peak_flops(ranks.device), cfg.block_size
+    ffn = {"dense": "dense", "lowrank": f"lowrank rank {cfg.rank}",
+           "blockshuffle": f"blockshuffle {cfg.nblocks} blocks",
+           "blockdense": f"blockdense rank {cfg.rank}, {cfg.nblocks} blocks"}[cfg.ffn]
+    replayed = f" + {plan.steps - plan.unique} steps replayed" if plan.steps > plan.unique else ""
+    lines = [f"model    {cfg.n_layer} layers x {cfg.n_embd}, FFN {cfg.ffn_dim} {ffn}; "
+             f"{short(facts['params'])} parameters, {short(facts['params_ffn'])} in FFNs"]
+    if plan.guided:
+        lines += [f"guide    {cfg.guide}, the first {plan.guided} steps of {plan.steps}, {cfg.guide_schedule}"
+                  f"{', skip' if cfg.guide_skip else ''}; +{short(facts['params_guide'])} parameters until then"]
+    if cfg.init_from:
+        lines += [f"weights  {cfg.init_from}"]
+    lines += [f"data     {config.data_dir(cfg)}: {short(data.train.count)} tokens, vocabulary {data.train.vocab_size}; "
+              f"validation on {short(data.n_val * tokens)}, at the end {short(data.n_final * tokens)}",
+              f"training {plan.steps} steps x {cfg.batch_size} x {cfg.block_size} = {short(facts['tokens'])} tokens, "
+              f"{plan.unique * cfg.batch_size / data.n_windows:.2f} epochs{replayed}, {facts['train_flops']:.2e} FLOPs",
+              f"device   {ranks.world} x {device_name(ranks.device)}, {str(ranks.dtype)[6:]}, "
+              f"peak {short(peak) + 'FLOP/s' if peak else 'n/a'}, {'compiled' if ranks.compile else 'not compiled'}",
+              f"folder   {cfg.out_dir}"]
+    return "\n".join(lines)
 
 
-def check_data(cfg, train_file, val_file):
-    """(windows of training, of a validation during the run, of the final one); too little of them is refused with the arithmetic."""
-    n_windows, n_val = count_windows(train_file, cfg.block_size), count_validation(cfg, val_file)
-    if n_windows < cfg.batch_size:
-        raise UserError(f"the training data's {train_file.count} tokens are {n_windows} windows of block_size {cfg.block_size}, less than one step of "
-                        f"batch_size {cfg.batch_size}: prepare more text, or lower block_size or batch_size.")
-    return n_windows, min(n_val, max(1, cfg.eval_tokens // cfg.block_size)), min(n_val, max(1, cfg.final_eval_tokens // cfg.block_size))
-
-
-def nominal_vocabulary(tokenizer) -> int:
-    """The vocabulary a tokenizer's name promises, for a dry run."""
-    known = {"byte": 257, "gpt2": 50257, "llama": 32000}
-    size = known.get(tokenizer) or tokenizer.removeprefix("spm:")
-    if not str(size).isdigit():
-        raise UserError(f"the vocabulary of tokenizer={tokenizer} is not known without its file: give --vocab_size for a dry run.")
-    return int(size)
-
-
-def match_vocabulary(cfg, data_vocab):
-    """vocab_size 0 becomes the data's; a larger one is padding."""
-    if 0 < cfg.vocab_size < data_vocab:
-        raise UserError(f"vocab_size={cfg.vocab_size} is smaller than the data's vocabulary of {data_vocab} in {config.data_dir(cfg)}: "
-                        f"use at least {data_vocab}, or 0.")
-    cfg.vocab_size = cfg.vocab_size or data_vocab
-
-
-def train(cfg, ranks, state, train_file, val_file, tokenizer):
+def train(cfg, ranks, state, data):
     """The run, from its first or its checkpoint's step to model.pt."""
     plan = make_plan(cfg)
     with ranks.agree():
-        n_windows, n_val, n_final = check_data(cfg, train_file, val_file)
-        model, optimizer, step = start_or_continue(cfg, plan, ranks, state, train_file.checksum)
+        model, optimizer, step = start_or_continue(cfg, plan, ranks, state, data)
     if ranks.compile:
         model.compile_parts()
     wrapped = wrap_ddp(model, cfg, plan, step, ranks)
     with ranks.agree():
-        log, stop = Log(cfg, plan, ranks, step), Stop()
-    if ranks.master:
-        start_card(cfg, plan, ranks, train_file, n_windows, n_val, n_final)
+        log = run.Log(cfg, ranks, step, step_flops(cfg, plan))
+    log.show(start_card(cfg, plan, ranks, data))
     if step:
         log.say(f"continuing after step {step} of {plan.steps}")
-    alpha = torch.ones((), device=ranks.device)
-    every_guide = tuple(range(cfg.n_dense_layers, cfg.n_layer))
+    alpha = torch.ones((), device=ranks.device)  # a tensor, so that a new value compiles nothing
 
-    for batch in batches(cfg, plan, train_file.tokens, n_windows, range(step, plan.steps), ranks):
-        # one step
-        lr, a, guided = lr_at(cfg, plan, step), alpha_at(cfg, plan, step), guided_layers(cfg, plan, step)
-        if cfg.dropout:
-            torch.manual_seed(dropout_seed(cfg, step, ranks.rank))
-        loss, norm = train_step(wrapped, optimizer, batch.to(ranks.device, non_blocking=True), cfg, ranks, lr, alpha.fill_(a), guided)
-        step += 1
-        if step == plan.guided:
-            end_guide(model, optimizer)
-            wrapped = wrap_ddp(model, cfg, plan, step, ranks)
+    with Stop() as stop:
+        for batch in batches(cfg, plan, data.train.tokens, data.n_windows, range(step, plan.steps), ranks):
+            # one step
+            lr, a, guided = lr_at(cfg, plan, step), alpha_at(cfg, plan, step), guided_layers(cfg, plan, step)
+            if cfg.dropout:
+                torch.manual_seed(dropout_seed(cfg, step, ranks.rank))
+            batch = batch.to(ranks.device, non_blocking=True)
+            loss, norm = train_step(wrapped, optimizer, batch, cfg, ranks, lr, alpha.fill_(a), guided)
+            step += 1
+            if step == plan.guided:
+                end_guide(model, optimizer)
+                wrapped = wrap_ddp(model, cfg, plan, step, ranks)  # DDP's buckets still hold the guides
 
-        # what it says and what it keeps
-        logging = step % cfg.log_interval == 0 or step in (1, plan.steps)
-        if logging:
-            with ranks.agree():
-                log.step(step, loss, lr, norm, a)
-        stopping = stop.agreed(ranks)
-        saving = stopping or cfg.save_interval and step % cfg.save_interval == 0 or step == plan.steps
-        validating = cfg.eval_interval and step % cfg.eval_interval == 0 and step < plan.steps
-        if saving:
-            log.check(step, "gradient norm", norm.item())
-        if saving or validating:
-            with log.pause(), ranks.agree():
-                if validating:
-                    guides = every_guide if step < plan.guided else ()
-                    log.validation(step, evaluate(model, val_file, n_val, cfg, ranks, alpha.fill_(alpha_at(cfg, plan, step)), guides))
-                if saving and ranks.master:
-                    save_checkpoint(cfg, model, optimizer, step, train_file.checksum)
-        if stopping and step < plan.steps:
-            log.say(f"stopped after step {step} and saved; the same command with --resume=auto goes on")
-            sys.exit(128 + stopping)
+            # what it says
+            if step % cfg.log_interval == 0 or step in (1, plan.steps):
+                with ranks.agree():
+                    log.step(step, loss, lr, norm, a)
 
-    val_loss = evaluate(model, val_file, n_final, cfg, ranks)
+            # what it keeps
+            if log.lost:
+                stop.signal = stop.signal or signal.SIGTERM
+            stopping = stop.agreed(ranks)
+            saving = stopping or cfg.save_interval and step % cfg.save_interval == 0 or step == plan.steps
+            validating = cfg.eval_interval and step % cfg.eval_interval == 0 and step < plan.steps
+            if saving:
+                log.check(step, "gradient norm", norm.item())
+            if saving or validating:
+                with log.pause(), ranks.agree():
+                    if validating:
+                        validate(cfg, plan, ranks, model, data, log, step, alpha)
+                    if saving and ranks.master:
+                        run.save_checkpoint(cfg, full_weights(model, optimizer), step, data.tokenizer,
+                                            data.train.checksum, moments(model, optimizer))
+            if stopping:
+                end_early(log, step, stopping)
+        finish(cfg, plan, ranks, model, optimizer, data, log, stop)
+
+
+def validate(cfg, plan, ranks, model, data, log, step, alpha):
+    """A validation during the run, of the model as the next step uses it: with the guide while there is one."""
+    guided = tuple(range(cfg.n_dense_layers, cfg.n_layer)) if step < plan.guided else ()
+    alpha.fill_(alpha_at(cfg, plan, step))
+    log.validation(step, evaluate(model, data.val, data.n_val, cfg, ranks, alpha, guided))
+
+
+def end_early(log, step, number):
+    """After a signal and its checkpoint."""
+    again = "the same command with --resume=auto continues it"
+    if log.lost:
+        raise UserError(f"the output cannot be written ({log.lost}): the run is saved after step {step}, {again}.")
+    log.say(f"stopped after step {step} and saved; {again}")
+    sys.exit(128 + number)
+
+
+def finish(cfg, plan, ranks, model, optimizer, data, log, stop):
+    """The final validation and model.pt. The last step is saved already, so a signal may end the validation at once."""
+    try:
+        with stop.at_once():
+            val_loss = evaluate(model, data.val, data.n_final, cfg, ranks, show=log.final)
+    except KeyboardInterrupt:
+        log.say(f"stopped in the final validation; all {plan.steps} steps are saved, "
+                "the same command with --resume=auto repeats it")
+        raise
     with ranks.agree():
-        log.validation(step, val_loss)
+        log.validation(plan.steps, val_loss)
         if ranks.master:
-            save_model(cfg, full_weights(model, optimizer), tokenizer, step, val_loss)
-    log.end_card(val_loss, n_final)
+            run.save_model(cfg, full_weights(model, optimizer), plan.steps, data.tokenizer, val_loss)
+    log.end_card(val_loss, data.n_final * cfg.block_size, train_flops(cfg, plan))
+    if log.lost:
+        raise UserError(f"the output cannot be written ({log.lost}), but the run is finished: "
+                        f"its model is in {cfg.out_dir}.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+@dataclass
+class Data:
+    """The token files, their tokenizer, and the windows of block_size that a run uses of them."""
+    train: prepare.TokenFile
+    val: prepare.TokenFile
+    tokenizer: object
+    n_windows: int                       # of training
+    n_val: int                           # of a validation during the run
+    n_final: int                         # of the final validation
+
+
+def count_validation(cfg, val_file, tokens):
+    """Windows of a validation on at most `tokens` tokens."""
+    n = count_windows(val_file, cfg.block_size)
+    if n < 1:
+        raise UserError(f"the validation data's {val_file.count} tokens do not fill one window of block_size "
+                        f"{cfg.block_size} + 1: give more validation text, or train with a smaller block_size.")
+    return min(n, max(1, tokens // cfg.block_size))
+
+
+def open_data(cfg) -> Data:
+    """The data, enough of it for one step. A vocab_size of 0 becomes that of the data, a larger one is padding."""
+    train_file, val_file, tokenizer = prepare.open_data(cfg)
+    vocabulary, n_windows = train_file.vocab_size, count_windows(train_file, cfg.block_size)
+    if 0 < cfg.vocab_size < vocabulary:
+        raise UserError(f"vocab_size={cfg.vocab_size} is smaller than the data's vocabulary of {vocabulary} in "
+                        f"{config.data_dir(cfg)}: use at least {vocabulary}, or 0.")
+    cfg.vocab_size = cfg.vocab_size or vocabulary
+    n_val, n_final = (count_validation(cfg, val_file, tokens) for tokens in (cfg.eval_tokens, cfg.final_eval_tokens))
+    if n_windows < cfg.batch_size:
+        raise UserError(f"the training data's {train_file.count} tokens are {n_windows} windows of block_size "
+                        f"{cfg.block_size}, less than one step of batch_size {cfg.batch_size}: "
+                        "prepare more text, or lower block_size or batch_size.")
+    return Data(train_file, val_file, tokenizer, n_windows, n_val, n_final)
+
+
+def check_same_data(cfg, checksum, train_file):
+    """UserError unless the run in out_dir began with this training data."""
+    if checksum != train_file.checksum:
+        raise UserError(f"{config.data_dir(cfg)} holds other training data than the run in {cfg.out_dir} began with: "
+                        "restore it, or choose another --out_dir.")
+
+
+def nominal_vocabulary(tokenizer) -> int:
+    """The vocabulary that a tokenizer's name promises."""
+    known = {"byte": 257, "gpt2": 50257, "llama": 32000}
+    size = known.get(tokenizer) or tokenizer.removeprefix("spm:")
+    if not str(size).isdigit():
+        raise UserError(f"the vocabulary of tokenizer={tokenizer} is not known without its file: "
+                        "give --vocab_size for a dry run.")
+    return int(size)
+
+
+def fill_vocabulary(cfg):
+    """A vocab_size of 0 becomes that of the data where it is prepared, else what the tokenizer's name promises."""
+    path = os.path.join(config.data_dir(cfg), "train.bin")
+    if not cfg.vocab_size:
+        there = os.path.exists(path)
+        cfg.vocab_size = prepare.TokenFile(path).vocab_size if there else nominal_vocabulary(cfg.tokenizer)
 
 
 def score(cfg):
-    """eval_only: the loss of out_dir's finished model on data_dir's validation file."""
+    """eval_only: the loss of the model in out_dir on data_dir's validation file."""
     device = pick_device(cfg.device)
     model, trained, saved = load(cfg.out_dir, device)
     _, val_file, tokenizer = prepare.open_data(cfg)
     if tokenizer.identity != saved["tokenizer"]["identity"]:
         raise UserError(f"the model in {cfg.out_dir} was trained with the tokenizer {saved['tokenizer']['identity']}, "
-                        f"{config.data_dir(cfg)} holds tokens of {tokenizer.identity}: prepare the text with the model's.")
+                        f"{config.data_dir(cfg)} holds tokens of {tokenizer.identity}: "
+                        "prepare the text with the model's.")
     trained.micro_batch_size = cfg.micro_batch_size
-    n = min(count_validation(trained, val_file), max(1, cfg.final_eval_tokens // trained.block_size))
-    ranks = set_up(dataclasses.replace(trained, device=cfg.device, dtype=cfg.dtype, compile=cfg.compile, batch_size=cfg.batch_size))
-    with ranks, in_memory(trained, ranks.device, summary(trained)["params"]):
+    n = count_validation(trained, val_file, cfg.final_eval_tokens)
+    ranks = set_up(dataclasses.replace(trained, device=cfg.device, dtype=cfg.dtype, compile=cfg.compile,
+                                       batch_size=cfg.batch_size))
+    with ranks, in_memory(trained, ranks, summary(trained)["params"]):
         if ranks.compile:
             model.compile_parts()
         loss = evaluate(model, val_file, n, trained, ranks)
         if not math.isfinite(loss):
-            raise UserError(f"the loss of the model in {cfg.out_dir} is {loss}: its training has left the numbers, train it again with a lower lr.")
+            raise UserError(f"the loss of the model in {cfg.out_dir} is {loss}, its training has diverged: "
+                            "train again with a lower lr.")
         if ranks.master:
-            print(f"{cfg.out_dir} on {config.data_dir(cfg)}: loss {loss:.4f}, PPL {perplexity(loss):.2f} on {short(n * trained.block_size)} tokens")
+            print(f"{cfg.out_dir} on {config.data_dir(cfg)}: loss {loss:.4f}, PPL {perplexity(loss):.2f} on "
+                  f"{short(n * trained.block_size)} tokens")
+
+
+def check_finished(cfg):
+    """UserError where a command that finds a finished run names other data than the run's.
+
+    Nothing is compared where the data or the checkpoint has been deleted since.
+    """
+    checksum = run.data_checksum(cfg.out_dir)
+    there = os.path.exists(os.path.join(config.data_dir(cfg), "train.bin"))
+    if checksum is not None and (there or config.data_dir(cfg) != config.data_dir(config.read_saved(cfg.out_dir))):
+        check_same_data(cfg, checksum, prepare.open_data(cfg)[0])
 
 
 def main(cfg, settings):
     if settings.dry_run:
-        cfg.vocab_size = cfg.vocab_size or nominal_vocabulary(cfg.tokenizer)
+        fill_vocabulary(cfg)
         print(json.dumps(summary(cfg)))
         return
     make_plan(cfg)
     if cfg.eval_only:
         score(cfg)
         return
-    state = open_folder(cfg)
-    if state == "finished":
-        print(f"{cfg.out_dir} holds a finished run; sample from it with: python sample.py {cfg.out_dir}")
-        return
     ranks = set_up(cfg)
-    with ranks:
+    with ranks, contextlib.ExitStack() as mine:
+        with ranks.agree():
+            if ranks.master:
+                run.check_free(cfg.out_dir)
+        with ranks.agree():
+            state = run.open_folder(cfg)
+            if state == "finished":
+                check_finished(cfg)
+        if state == "finished":
+            if ranks.master:
+                print(f"{cfg.out_dir} holds a finished run; sample from it with: python sample.py {cfg.out_dir}")
+            return
         with ranks.agree():
             if ranks.master:
                 prepare.ensure_data(cfg)
         with ranks.agree():
-            train_file, val_file, tokenizer = prepare.open_data(cfg)
-            match_vocabulary(cfg, train_file.vocab_size)
-        with in_memory(cfg, ranks.device, summary(cfg)["params"]):
-            train(cfg, ranks, state, train_file, val_file, tokenizer)
+            data = open_data(cfg)
+        with ranks.agree():
+            if ranks.master:
+                mine.enter_context(run.owned(cfg.out_dir))  # only now: a command that is refused makes no folder
+        with ranks.agree():
+            if run.open_folder(cfg) != state:
+                raise UserError(f"another process has trained in {cfg.out_dir} meanwhile: give the command again.")
+        with in_memory(cfg, ranks, summary(cfg)["params"]):
+            train(cfg, ranks, state, data)
 
 
 if __name__ == "__main__":

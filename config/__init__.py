@@ -1,18 +1,32 @@
 """Settings: one dataclass, one loader.
 
-A preset (config/*.py) is a file of plain assignments; it is parsed, never executed. Dataclass defaults < preset < command
-line. Every script reads the same Config with the same loader; what only one script needs is a small dataclass beside its main.
-The comment behind a field is its help text: `python train.py --help` prints them.
+A preset (config/*.py) is a file of plain assignments; it is parsed, never executed. Defaults < preset < command line.
+Every script reads the same Config with the same loader. What one script alone needs is a dataclass beside its main.
+The comment after a field is its help text: `python train.py --help` prints them.
+
+Importing torch takes seconds, and a misspelt setting should not wait for it. So a script has two main blocks: one above
+`import torch` that reads the settings, and one at the end that runs with them.
+
+    if __name__ == "__main__":
+        SETTINGS = config.run(read_settings)
+    import torch
+    ...
+    if __name__ == "__main__":
+        config.run(lambda argv: main(*SETTINGS))
 """
 import ast
+import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import json
 import operator
 import os
 import re
+import signal
 import sys
+import time
 import types
 import typing
 from dataclasses import dataclass
@@ -20,13 +34,15 @@ from typing import Literal
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one sentence; scripts print it and exit with status 2.
+    """A user's mistake, or a failure of the machine, in one sentence; scripts print it and exit with status 2.
 
-    Under torchrun rank 0 speaks for all, unless it is a mistake that a rank may have met `alone`.
+    Under torchrun rank 0 prints for all, unless a rank may have met it `alone`. A sentence of more than 400 characters is
+    cut where it repeats a value or a path of more than 80.
     """
 
     def __init__(self, sentence, alone=False):
-        super().__init__(sentence)
+        cut = re.sub(r"\S{80,}", lambda word: f"{word[0][:60]}...", sentence) if len(sentence) > 400 else sentence
+        super().__init__(cut)
         self.alone = alone
 
 
@@ -55,15 +71,15 @@ class Config:
     nblocks: int = 0                     # B of blockshuffle and blockdense
     n_dense_layers: int = 1              # the first layers whose FFN stays dense
     # --- self-guided training
-    guide: Literal["off", "fixedstep", "fixedflop", "replay"] = "off"  # dense guide W in the first steps; replay: fixedflop's data without W
-    guide_ratio: float | Literal["auto"] = "auto"            # guided steps / steps; auto: 0.5, in fixedflop equal training FLOPs to dense
+    guide: Literal["off", "fixedstep", "fixedflop", "replay"] = "off"  # dense W in the first steps; replay: without W
+    guide_ratio: float | Literal["auto"] = "auto"            # guided steps / steps; auto: 0.5, or FLOPs as dense
     guide_schedule: Literal["cosine", "linear"] = "cosine"   # how alpha falls from 1 to 0 over the guided steps
     guide_skip: bool = False             # use the guide with probability alpha only
     # --- data
     dataset: str = "stdlib"              # stdlib | text | refinedweb | a Hugging Face dataset's name
     input: str = ""                      # text: files or globs, separated by commas
     val_input: str = ""                  # text: the same for validation; empty: about 1 % of the documents
-    tokenizer: str = "spm:4096"          # gpt2 | llama | byte | spm:VOCAB (trained on the corpus) | a path of a sentencepiece .model or a tokenizer.json
+    tokenizer: str = "spm:4096"          # gpt2 | llama | byte | spm:VOCAB (trained here) | a .model | a tokenizer.json
     data_dir: str = ""                   # folder of train.bin and val.bin; empty: data/<dataset>-<tokenizer>
     max_tokens: int = 100_000_000        # training tokens; more than the data has means epochs
     batch_size: int = 512                # sequences per optimiser step
@@ -86,13 +102,14 @@ class Config:
     save_interval: int = 1000            # steps between checkpoints; 0: only at the end
     out_dir: str = ""                    # the run's folder; empty: out/<preset name>
     resume: Literal["off", "auto"] = "off"                   # auto: continue the run in out_dir if there is one
+    init_from: str = ""                  # start from the weights of this run folder or model.pt; empty: random ones
     wandb: bool = False                  # log to Weights & Biases too
     wandb_project: str = "structured-ffn"                    # its project
     device: str = "auto"                 # auto | cpu | cuda | cuda:N | mps
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"   # of the matmuls (weights stay float32); auto: bfloat16 on CUDA
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"   # of matmuls; weights stay float32; auto: bfloat16 on CUDA
     compile: bool | Literal["auto"] = "auto"                 # torch.compile; auto: on CUDA
-    recompute: Literal["off", "cheap", "wide"] = "cheap"     # in backward, when compiled; cheap: all but matmuls and attention; wide: the FFN's wide matmuls too
-    kernels: bool = True                 # Triton kernels for structured FFNs where they fit (Hopper, half precision, gelu or relu2), else plain torch
+    recompute: Literal["off", "cheap", "wide"] = "cheap"     # compiled; cheap: all but matmuls; wide: those of FFNs too
+    kernels: bool = True                 # Triton kernels for structured FFNs where they fit (Hopper, bf16, gelu, relu2)
 
     @property
     def n_hidden(self) -> int:
@@ -139,13 +156,20 @@ def _fits(kind, value):
     return float(value)
 
 
+PATHS = {"init_from", "data_dir", "out_dir", "dataset", "input", "val_input", "tokenizer",  # of Config
+         "prompt_file", "prompts", "out", "json", "plot"}                                     # of the scripts
+
+
 def _typed(field, value, text=None):
+    """value as the field's type, or UserError. In paths ~ becomes the home folder: shells leave it alone after `=`."""
     result = _fits(field.type, value)
     if result is None and text is not None:
         result = _fits(field.type, text)  # a name that happens to read as a number: --tokenizer=123
     if result is None:
         shown = text if text is not None else repr(value)
         raise UserError(f"{field.name}={shown} does not fit: expected {_describe(field.type)}.")
+    if field.name in PATHS:
+        result = ",".join(map(os.path.expanduser, result.split(",")))
     return result
 
 
@@ -167,7 +191,7 @@ def short(n) -> str:
 # Text files: one reader for presets, prompts and corpora
 
 def as_text(data: bytes, where) -> str:
-    """UTF-8 text of a file's bytes: a byte order mark at its start is dropped, line ends stay as they are. `where` names it in errors."""
+    """UTF-8 text of the bytes of a file that errors call `where`. A byte order mark is dropped, line ends stay."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -185,6 +209,33 @@ def read_text(path) -> str:
         raise UserError(f"cannot read {path} ({e.strerror}): give the path of a UTF-8 text file.") from None
 
 
+def text_lines(file, where, longest=1 << 20, skip=None):
+    """Yields (number, line) of a binary file: the line as UTF-8 bytes with its end, \\n or \\r\\n. A lone \\r ends no line.
+
+    A byte order mark at the start is dropped. A line over `longest` bytes comes in parts, cut between characters, under
+    one number. A line that is not UTF-8 raises UserError, or is left out and reported to skip(number) where that is given.
+    Readers of JSON lines skip blank ones (`not line.strip()`), which count in the numbers.
+    """
+    number, offset, rest = 1, 0, b""
+    while data := rest + file.readline(longest - len(rest)):
+        line, rest = data if offset else data.removeprefix(b"\xef\xbb\xbf"), b""
+        try:
+            line.decode()
+        except UnicodeDecodeError as e:
+            if e.reason == "unexpected end of data" and len(data) == longest:
+                line, rest = line[:e.start], line[e.start:]
+            elif skip:
+                skip(number)
+                line = b""
+            else:
+                at = offset + len(data) - len(line) + e.start
+                raise UserError(f"{where} line {number} is not UTF-8 text ({e.reason} at byte {at}): convert it, as with "
+                                "iconv -t utf-8.") from None
+        if line:
+            yield number, line
+        number, offset = number + data.endswith(b"\n"), offset + len(data) - len(rest)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line and presets
 
@@ -198,7 +249,7 @@ def parse(argv, *classes, usage=""):
             sys.exit(0)
         name, equals, text = arg.removeprefix("--").partition("=")
         if not arg.startswith("-") and not (equals and name.isidentifier()):
-            words.append(arg)
+            words.append(os.path.expanduser(arg))
             continue
         if name not in fields:
             _unknown(name, fields, "the command line")
@@ -240,27 +291,31 @@ def _literal(node):
 def read_preset(path) -> dict:
     """{name: typed value} of a preset file: plain assignments of literals, arithmetic on numbers allowed."""
     fields = {f.name: f for f in dataclasses.fields(Config)}
+    if not os.path.isfile(path):
+        here = os.path.dirname(os.path.abspath(__file__))
+        near = difflib.get_close_matches(os.path.basename(path), sorted(os.listdir(here)), n=1)
+        hint = f": did you mean {os.path.relpath(os.path.join(here, near[0]))}?" if near else ": it is not a file."
+        raise UserError(f"cannot read the preset {path}{hint}")
     try:
-        with open(path, encoding="utf-8") as f:
-            body = ast.parse(f.read()).body
-    except OSError as e:
-        near = difflib.get_close_matches(os.path.basename(path), sorted(os.listdir(os.path.dirname(__file__))), n=1)
-        raise UserError(f"cannot read the preset {path} ({e.strerror}){f': did you mean config/{near[0]}?' if near else '.'}") from None
+        body = ast.parse(read_text(path)).body
     except (SyntaxError, ValueError) as e:
-        raise UserError(f"{path} is not a preset: {getattr(e, 'msg', e)}; write plain assignments such as n_layer = 12.") from None
+        raise UserError(f"{path} is not a preset: {getattr(e, 'msg', e)}; "
+                        "write plain assignments such as n_layer = 12.") from None
     values = {}
     for node in body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             continue  # a docstring
         if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
-            raise UserError(f"{path} line {node.lineno} is not a plain assignment: a preset holds lines such as n_layer = 12.")
+            raise UserError(f"{path} line {node.lineno} is not a plain assignment: "
+                            "a preset holds lines such as n_layer = 12.")
         name = node.targets[0].id
         if name not in fields:
             _unknown(name, fields, f"{path} line {node.lineno}:")
         try:
             value = _literal(node.value)
         except (ValueError, TypeError, ArithmeticError):
-            raise UserError(f"{path} line {node.lineno}: the value of {name} is not a literal; expected {_describe(fields[name].type)}.") from None
+            raise UserError(f"{path} line {node.lineno}: the value of {name} is not a literal; "
+                            f"expected {_describe(fields[name].type)}.") from None
         values[name] = _typed(fields[name], value)
     return values
 
@@ -268,14 +323,22 @@ def read_preset(path) -> dict:
 def load(argv, *settings, usage=""):
     """Reads `[preset.py] name=value ...` into a complete, checked Config and one instance of each settings dataclass.
 
+    `--resume=auto --out_dir=FOLDER` without a preset takes the settings of the run in the folder instead.
     Returns (config, *instances); raises UserError.
     """
     words, values = parse(argv, Config, *settings, usage=usage)
     if len(words) > 1:
-        raise UserError(f"one preset is read, {len(words)} were given: {' '.join(words)}; settings are written --name=value.")
+        raise UserError(f"one preset is read, {len(words)} were given: {' '.join(words)}; "
+                        "settings are written --name=value.")
     if words and not words[0].endswith(".py"):
         raise UserError(f"{words[0]} is neither a preset (config/NAME.py) nor a setting (--name=value).")
-    cfg = Config(**(read_preset(words[0]) if words else {}))
+    folder = values.get("out_dir") if values.get("resume") == "auto" else None
+    if words:
+        cfg = Config(**read_preset(words[0]))
+    elif folder and os.path.exists(os.path.join(folder, "config.json")):
+        cfg = read_saved(folder)
+    else:
+        cfg = Config()
     extra = [cls() for cls in settings]
     for name, value in values.items():
         setattr(next(obj for obj in (cfg, *extra) if hasattr(obj, name)), name, value)
@@ -284,16 +347,27 @@ def load(argv, *settings, usage=""):
     return (cfg, *extra)
 
 
+def read_saved(folder) -> Config:
+    """The settings of the run in a folder, from its config.json."""
+    path = os.path.join(folder, "config.json")
+    try:
+        return from_dict(json.loads(read_text(path)), path)
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged: it is not JSON.") from None
+
+
 def data_dir(cfg) -> str:
     """The folder of the token files: data_dir, or data/<dataset>-<tokenizer> in file-name-safe form."""
-    return cfg.data_dir or os.path.join("data", re.sub(r"[^A-Za-z0-9._-]+", "-", f"{cfg.dataset}-{cfg.tokenizer}").strip("-"))
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{cfg.dataset}-{cfg.tokenizer}").strip("-")
+    return cfg.data_dir or os.path.join("data", name)
 
 
 def from_dict(values, path="") -> Config:
-    """The Config saved in a config.json or model.pt, named in errors by its path; a setting this version does not know is refused."""
+    """The Config saved in a config.json or model.pt, which errors name by its path. An unknown setting is refused."""
     fields = {f.name: f for f in dataclasses.fields(Config)}
     try:
-        _require(isinstance(values, dict) and all(isinstance(name, str) for name in values), f"the config is not names with values but {values!r:.40}.")
+        _require(isinstance(values, dict) and all(isinstance(name, str) for name in values),
+                 f"the config is not names with values but {values!r:.40}.")
         for name in values:
             if name not in fields:
                 _unknown(name, fields, "this version")
@@ -313,7 +387,7 @@ def to_dict(cfg) -> dict:
 # Combinations
 
 def check(cfg):
-    """Fills in the sizes left 0 and refuses impossible combinations, each in one sentence. Needs neither data nor torch."""
+    """Fills in the sizes left 0 and refuses impossible combinations in one sentence. Needs neither data nor torch."""
     for name in ("n_layer", "n_embd", "n_head", "block_size", "max_tokens", "batch_size", "micro_batch_size", "log_interval",
                  "eval_tokens", "final_eval_tokens"):
         _require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)} must be at least 1.")
@@ -327,22 +401,30 @@ def check(cfg):
     for name in ("lr", "rope_theta", "norm_eps"):
         _require(getattr(cfg, name) > 0, f"{name}={getattr(cfg, name)} must be positive.")
     _require(all(0 <= b < 1 for b in cfg.betas), f"betas={cfg.betas} must lie in [0, 1).")
-    _require(re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", cfg.device), f"device={cfg.device} is not one of auto, cpu, cuda, cuda:N, mps.")
+    _require(re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", cfg.device),
+             f"device={cfg.device} is not one of auto, cpu, cuda, cuda:N, mps.")
 
     cfg.n_kv_head = cfg.n_kv_head or cfg.n_head
     cfg.attn_dim = cfg.attn_dim or cfg.n_embd
     cfg.ffn_dim = cfg.ffn_dim or 4 * cfg.n_embd
-    _require(cfg.attn_dim % cfg.n_head == 0, f"attn_dim={cfg.attn_dim} does not divide into n_head={cfg.n_head} heads of one size.")
-    _require(cfg.n_head % cfg.n_kv_head == 0, f"n_head={cfg.n_head} does not divide into groups that share n_kv_head={cfg.n_kv_head} key heads.")
-    _require(cfg.pos != "rope" or cfg.attn_dim // cfg.n_head % 2 == 0,
-             f"the head size attn_dim / n_head = {cfg.attn_dim // cfg.n_head} is odd: rotary positions need an even one.")
+    _require(cfg.attn_dim % cfg.n_head == 0,
+             f"attn_dim={cfg.attn_dim} does not divide into n_head={cfg.n_head} heads of one size.")
+    _require(cfg.n_head % cfg.n_kv_head == 0,
+             f"n_head={cfg.n_head} does not divide into groups that share n_kv_head={cfg.n_kv_head} key heads.")
+    head_size = cfg.attn_dim // cfg.n_head
+    _require(cfg.pos != "rope" or head_size % 2 == 0,
+             f"the head size attn_dim / n_head = {head_size} is odd: rotary positions need an even one.")
     _require(cfg.batch_size % cfg.micro_batch_size == 0,
              f"batch_size={cfg.batch_size} is not a multiple of micro_batch_size={cfg.micro_batch_size} sequences.")
     _check_ffn(cfg)
     if cfg.guide != "off":
-        _require(cfg.ffn != "dense", f"guide={cfg.guide} needs a structured ffn (lowrank, blockshuffle, blockdense), this one is dense.")
-        _require(cfg.n_dense_layers < cfg.n_layer, f"guide={cfg.guide} needs a structured layer, but n_dense_layers={cfg.n_dense_layers} keeps all {cfg.n_layer} dense.")
-        _require(cfg.guide_ratio == "auto" or 0 < cfg.guide_ratio <= 1, f"guide_ratio={cfg.guide_ratio} must be auto or lie in (0, 1].")
+        _require(cfg.ffn != "dense",
+                 f"guide={cfg.guide} needs a structured ffn (lowrank, blockshuffle, blockdense), this one is dense.")
+        _require(cfg.n_dense_layers < cfg.n_layer,
+                 f"guide={cfg.guide} needs a structured layer, but n_dense_layers={cfg.n_dense_layers} keeps all "
+                 f"{cfg.n_layer} dense.")
+        _require(cfg.guide_ratio == "auto" or 0 < cfg.guide_ratio <= 1,
+                 f"guide_ratio={cfg.guide_ratio} must be auto or lie in (0, 1].")
 
 
 def _check_ffn(cfg):
@@ -351,9 +433,11 @@ def _check_ffn(cfg):
     if cfg.ffn in ("lowrank", "blockdense"):
         _require(cfg.rank >= 1, f"ffn={cfg.ffn} needs a rank of at least 1, not rank={cfg.rank}: give --rank=R.")
         smallest = min(cfg.n_embd, cfg.ffn_dim)
-        _require(cfg.rank <= smallest, f"rank={cfg.rank} exceeds {smallest}, the smaller side of the FFN's matrices: choose a smaller rank.")
+        _require(cfg.rank <= smallest, f"rank={cfg.rank} exceeds {smallest}, the smaller side of the FFN's matrices: "
+                                       "choose a smaller rank.")
     if cfg.ffn in ("blockshuffle", "blockdense"):
-        _require(cfg.nblocks >= 1, f"ffn={cfg.ffn} needs at least one block, not nblocks={cfg.nblocks}: give --nblocks=B.")
+        _require(cfg.nblocks >= 1,
+                 f"ffn={cfg.ffn} needs at least one block, not nblocks={cfg.nblocks}: give --nblocks=B.")
         for name, n, m in linears:
             sizes = (n, m) if cfg.ffn == "blockshuffle" else (n, cfg.rank)
             _require(all(size % cfg.nblocks == 0 for size in sizes),
@@ -366,16 +450,55 @@ def _require(ok, sentence):
         raise UserError(sentence)
 
 
+PATIENCE = 10.0  # seconds
+
+
 def run(main):
-    """main(argv) as a command: a user's mistake is one sentence on standard error and status 2; our own is a traceback."""
+    """main(argv) as a command: a user's mistake is one sentence on standard error and status 2, ours is a traceback."""
     try:
-        return main(sys.argv[1:])
+        if sys.stdout is None:
+            raise UserError("standard output is closed: send it somewhere, as with > log.txt or > /dev/null.")
+        try:
+            result = main(sys.argv[1:])
+        except SystemExit:
+            check_output()
+            raise
+        except OSError as e:
+            if e.filename is not None or e.errno not in UNWRITABLE:
+                raise
+            raise _unwritable(e)
+        except UnicodeEncodeError as e:
+            if e.encoding != sys.stdout.encoding or "utf" in e.encoding:
+                raise
+            raise UserError(f"standard output cannot show {e.object[e.start]!a} in its encoding {e.encoding}: "
+                            "set PYTHONIOENCODING=utf-8.")
+        check_output()
+        return result
     except UserError as e:
-        if os.environ.get("RANK", "0") == "0" or e.alone:
-            print(f"error: {e}", file=sys.stderr)
+        with contextlib.suppress(UserError):
+            check_output()
+        if os.environ.get("RANK", "0") != "0" and not e.alone:
+            time.sleep(PATIENCE)  # rank 0 prints this and ends, then torchrun ends this process; or else it speaks
+        with contextlib.suppress(OSError):
+            print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         print("interrupted.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
+
+
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}  # a full disk, or `| head` has ended
+
+
+def _unwritable(error):
+    return UserError(f"the output cannot be written ({error.strerror}): send it where all of it fits, as with > log.txt.")
+
+
+def check_output():
+    """UserError where standard output takes no more; what its buffer holds is then dropped."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
+        raise _unwritable(e) from None

@@ -1,14 +1,14 @@
 """The paper's l: 729M parameters, 14.58B tokens of RefinedWeb."""
-n_layer = 24
-n_embd = 1536
-n_head = 12
-block_size = 1024
-vocab_size = 32000
+n_layer = 24                # the paper's depth at this size
+n_embd = 1536               # and its width
+n_head = 12                 # heads of 128
+block_size = 1024           # the paper's context
+vocab_size = 32000          # LLaMA's, so that a dry run needs no data
 
-dataset = "refinedweb"
-tokenizer = "llama"
-max_tokens = 14.58e9
-batch_size = 512
-micro_batch_size = 16
+dataset = "refinedweb"      # the paper's data: filtered web text
+tokenizer = "llama"         # the paper's, so that losses compare
+max_tokens = 14.58e9        # 20 tokens a parameter
+batch_size = 512            # 524 288 tokens a step, at every size
+micro_batch_size = 16       # changes memory and speed, not the result
 
-lr = 2.5e-4
+lr = 2.5e-4                 # peak; the larger the model, the lower

@@ -1,23 +1,23 @@
 """A small LowRank GPT on the Python standard library's source, for two CPU cores and five minutes."""
-n_layer = 4
-n_embd = 256
-n_head = 4
-block_size = 256
+n_layer = 4                 # few, for two cores
+n_embd = 256                # a step takes a quarter of a second on two cores
+n_head = 4                  # heads of 64
+block_size = 256            # about 20 lines of source
 
-ffn = "lowrank"
-rank = 64
+ffn = "lowrank"             # the idea of this repository
+rank = 64                   # a quarter of the width: 31 % of a dense FFN's parameters
 
-dataset = "stdlib"
-tokenizer = "spm:2048"
-max_tokens = 1_200_000
-batch_size = 4
-micro_batch_size = 4
+dataset = "stdlib"          # every Python brings it: no download
+tokenizer = "spm:2048"      # trained on it in seconds; few tokens, as the embeddings are a fifth of the model
+max_tokens = 1_200_000      # five minutes
+batch_size = 4              # many small steps rather than few large ones
+micro_batch_size = 4        # no gradient accumulation
 
-lr = 1e-3
-betas = (0.9, 0.95)
-eval_interval = 300
-eval_tokens = 64 * 256
-final_eval_tokens = 512 * 256
-log_interval = 20
-save_interval = 300
-resume = "auto"
+lr = 1e-3                   # small models take a high one
+betas = (0.9, 0.95)         # a run of 1171 steps has no use for a memory of 1000
+eval_interval = 300         # three looks on the way
+eval_tokens = 64 * 256      # a second or two each
+final_eval_tokens = 512 * 256  # about ten seconds
+log_interval = 20           # a line every five seconds
+save_interval = 300         # with the validations
+resume = "auto"             # the same command again continues

@@ -17,11 +17,16 @@ import torch
 ON = importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1")
 
 if ON:
-    from ops import megakernel
-    from ops.decode import can_layer, can_sample, can_step, layer, sample, step
-    from ops.ffn import can_ffn, fused_ffn
-    from ops.pointwise import (add_norm, adamw, adamw_tables, can_adamw, can_add_norm, can_rotate, can_token_loss, split_rotated,
-                               token_loss)
+    try:
+        from ops import megakernel
+        from ops.decode import can_layer, can_sample, can_step, layer, sample, step
+        from ops.ffn import can_ffn, fused_ffn
+        from ops.pointwise import (add_norm, adamw, adamw_tables, can_adamw, can_add_norm, can_rotate, can_token_loss, split_rotated,
+                                   token_loss)
+    except (ImportError, AttributeError, TypeError) as e:  # a version of torch or Triton that lacks what they use
+        from ops.fallback import log_once, reason
+        ON = False
+        log_once(f"plain torch instead of all fused kernels, which do not load here: {reason(e)}")
 
 
 def fused_step(model, cache):

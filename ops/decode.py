@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from ops import pointwise
-from ops.pointwise import INTERPRET
+from ops.fallback import works
+from ops.pointwise import INTERPRET, TRIAL
 from structured import BlockDense, BlockShuffle, LowRank, active_linear
 
 MAX_TOKENS = 1  # of `linear`; above, cuBLAS is used: with 4, a step of xl took 2.16 ms instead of 1.55 on an H200
@@ -106,7 +107,11 @@ def linear(x, w, bias=None, norm=None, act="", residual=None, shuffled=False):
 
 def can_layer(x) -> bool:
     """Whether `layer` is the way to compute a linear of x (tokens, n)."""
-    return x.is_cuda and len(x) <= MAX_TOKENS
+    return x.is_cuda and len(x) <= MAX_TOKENS and works("linear on few tokens", _try_linear)
+
+
+def _try_linear():
+    linear(torch.ones(1, 32, **TRIAL), torch.ones(32, 32, **TRIAL))
 
 
 def layer(module, x, norm=None, act="", residual=None):
@@ -243,7 +248,13 @@ def _sample(logits, key, position, token, new, turn, logits_row, new_row, V, tem
 
 def can_sample(tokens, s) -> bool:
     """Whether `sample` knows the settings s: it does not sort."""
-    return (tokens.is_cuda or INTERPRET) and (s.temperature == 0 or s.top_k == 0 and s.top_p == 1)
+    sorts = s.temperature > 0 and (s.top_k > 0 or s.top_p < 1)
+    return (tokens.is_cuda or INTERPRET) and not sorts and works("sampling a token", lambda: _try_sample(s))
+
+
+def _try_sample(s):
+    zeros = torch.zeros(1, 1, device=TRIAL["device"], dtype=torch.long)
+    sample(torch.zeros(1, 32, **TRIAL), s, zeros[0], zeros[0], zeros, zeros.clone(), zeros.clone())
 
 
 def sample(logits, s, key, position, token, new, turn):
@@ -268,7 +279,18 @@ def add_norm(x, pending, norm):
 def can_step(model, cache) -> bool:
     """Whether `step` can take this model's steps: head sizes that attention's tiles have."""
     cfg = model.cfg
-    return (cache.position.is_cuda or INTERPRET) and cfg.attn_dim // cfg.n_head in (32, 64, 128, 256) and cfg.n_head // cfg.n_kv_head <= 32
+    D, group = cfg.attn_dim // cfg.n_head, cfg.n_head // cfg.n_kv_head
+    if not (cache.position.is_cuda or INTERPRET) or D not in (32, 64, 128, 256) or group > 32:
+        return False
+    if len(cache.position) <= MAX_TOKENS and not works("linear on few tokens", _try_linear):
+        return False
+    return works("attention of one token", lambda: _try_attention(model, cache), D, group, cache.layers[0][0].dtype)
+
+
+def _try_attention(model, cache):
+    """On copies of one row, since attention writes into the cache."""
+    k, v = (t[:1].clone() for t in cache.layers[0])
+    attention(k.new_zeros(1, model.blocks[0].attn.qkv.out_features), model, k, v, torch.zeros_like(cache.position[:1]))
 
 
 def ffn(block, x):

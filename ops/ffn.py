@@ -14,7 +14,6 @@ they are passes of their own, and cost next to nothing here:
 
 Plain matmuls and weight gradients are cuBLAS's. What they cannot do here, `can_ffn` says, and the caller takes the plain path.
 """
-import logging
 import math
 
 import torch
@@ -24,7 +23,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ops.pointwise import INTERPRET, multiprocessors
+from ops.fallback import log_once, works
+from ops.pointwise import INTERPRET, TRIAL, multiprocessors
+from structured import block_matmul
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -179,9 +180,7 @@ def _blocks(x, w, bias=None):
     """y = w x (+ bias) block by block, (T, B, K) x (B, N, K) -> (T, B N), by cuBLAS."""
     if w.size(0) == 1 and bias is not None:
         return torch.addmm(bias, x[:, 0], w[0].T)
-    y = x.new_empty(x.size(0), w.size(0), w.size(1))
-    torch.bmm(x.transpose(0, 1), w.transpose(1, 2), out=y.transpose(0, 1))             # strided output: no copy into token order
-    return y.view(x.size(0), -1)
+    return block_matmul(x, w).view(x.size(0), -1)
 
 
 def _dealt(x, w):
@@ -295,16 +294,6 @@ def _hopper():
     return INTERPRET or torch.version.hip is None and torch.cuda.get_device_capability() == (9, 0)
 
 
-_logged = set()
-
-
-@torch.compiler.assume_constant_result
-def _log_once(reason):
-    if reason not in _logged:
-        _logged.add(reason)
-        logging.getLogger(__name__).warning("structured FFN: plain torch instead of the Hopper kernels: %s", reason)
-
-
 def _dtype(x):
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -341,8 +330,14 @@ def can_ffn(x, fc1, fc2, act):
         return False
     reason = unfit(x, fc1, fc2, act)
     if reason is not None:
-        _log_once(reason)
-    return reason is None
+        log_once(f"structured FFN: plain torch instead of the Hopper kernels: {reason}")
+    return reason is None and works("structured FFN", _try_ffn)
+
+
+def _try_ffn():
+    x, V1, U1, bias, V2, U2 = (torch.ones(shape, **TRIAL) for shape in ((1, 64), (1, 32, 64), (1, 128, 32), (128,), (1, 32, 128), (1, 64, 32)))
+    y, *saved = ffn_op(x, V1, U1, bias, V2, U2, None, False, "gelu", True)
+    ffn_backward_op(y, x, V1, U1, bias, V2, U2, *saved, False, "gelu")
 
 
 def fused_ffn(x, fc1, fc2, act="gelu", recompute=False):

@@ -5,13 +5,13 @@ import functools
 import hashlib
 import importlib.util
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 
 from config import UserError
+from ops.fallback import log_once, works
 from run import atomic_write
 from structured import BlockShuffle, Structured, active_linear
 
@@ -98,13 +98,8 @@ def bindings() -> bool:
     """Whether NVIDIA's Python bindings are there; torch 2.10 and newer installs them beside CUDA."""
     found = all(importlib.util.find_spec(name) for name in ("cuda", "cuda.bindings"))
     if not found:
-        slower("the package cuda-bindings is not installed")
+        log_once("decoding of a few sequences takes a kernel per linear, not one per step: the package cuda-bindings is not installed")
     return found
-
-
-@functools.cache
-def slower(reason):
-    print(f"decoding of a few sequences is slower than it could be: {reason}.", file=sys.stderr)
 
 
 def planned(model, cache):
@@ -113,15 +108,14 @@ def planned(model, cache):
 
 
 def step_for(model, cache):
-    """A compiled `Step` for the sequences of a cache, or None: where it is not usable, or, which is said, where it cannot be compiled."""
+    """A compiled `Step` for the sequences of a cache, or None where it is not usable or does not compile."""
     step = planned(model, cache)
-    try:
-        if step:
-            with torch.cuda.device(step.device):
-                compiled(step.defines, step.device)
-    except (ImportError, OSError, RuntimeError) as e:
-        return slower(f"its kernel does not compile here: {e}")
-    return step
+
+    def trial():
+        with torch.cuda.device(step.device):
+            compiled(step.defines, step.device)
+
+    return step if step and works("decoding step of a few sequences", trial, step.defines) else None
 
 
 def constants(model, batch, programs, warps, slot):

@@ -10,12 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.fallback import works
+
 INTERPRET = triton.knobs.runtime.interpret
+TRIAL = dict(device="cpu" if INTERPRET else "cuda", dtype=torch.float16 if INTERPRET else torch.bfloat16)  # of what the trials work on
 
 
 @functools.cache
 def multiprocessors(device):
     return 8 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _half_precision(x) -> bool:
+    """On CUDA, or in the interpreter."""
+    return (x.is_cuda or INTERPRET) and x.dtype in (torch.bfloat16, torch.float16)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -65,9 +73,14 @@ def _launch_rotate(qkv, q, k, v, cos, sin, back):
 
 
 def can_rotate(qkv, cos) -> bool:
-    """Whether `split_rotated` can: on CUDA (or in the interpreter), whole positions, halves of a head a power of two."""
+    """Whether `split_rotated` can: whole positions, halves of a head a power of two."""
     half = qkv.size(-1) // 2
-    return can_token_loss(qkv) and cos.dim() == 3 and half >= 16 and half & (half - 1) == 0
+    return _half_precision(qkv) and cos.dim() == 3 and half >= 16 and half & (half - 1) == 0 and works("rotary positions", _try_rotate)
+
+
+def _try_rotate():
+    qkv, table = torch.zeros(1, 1, 3, 32, **TRIAL), torch.zeros(1, 1, 32, device=TRIAL["device"])
+    join_rotated(*split_rotated(qkv, table, table, 1, 1), table, table)
 
 
 @torch.library.custom_op("structured::split_rotated", mutates_args=())
@@ -205,14 +218,15 @@ def _add_norm_grads(ctx, grad_total, grad_normed):
 add_norm_op.register_autograd(_add_norm_grads, setup_context=_save_total)
 
 
-def can_token_loss(x) -> bool:
-    """Half precision on CUDA (or in the interpreter): what `token_loss` wants."""
-    return (x.is_cuda or INTERPRET) and x.dtype in (torch.bfloat16, torch.float16)
-
-
 def can_add_norm(x) -> bool:
-    """Whether `add_norm` can: half precision on CUDA (or in the interpreter), rows that registers hold."""
-    return can_token_loss(x) and x.size(-1) <= 16384
+    """Whether `add_norm` can: rows that registers hold."""
+    return _half_precision(x) and x.size(-1) <= 16384 and works("residual add and norm", _try_add_norm)
+
+
+def _try_add_norm():
+    x, weight = torch.ones(1, 32, **TRIAL), torch.ones(32, device=TRIAL["device"])
+    total, normed = add_norm_op(x, x, weight, None, 1e-5, False)
+    add_norm_backward_op(x, normed, total, weight, 1e-5, False)
 
 
 def add_norm(x, y, norm):
@@ -257,6 +271,15 @@ def token_loss(logits, targets, scale, gradient=True):
     return losses, logits if gradient else None
 
 
+def can_token_loss(x) -> bool:
+    return _half_precision(x) and works("cross-entropy", _try_token_loss)
+
+
+def _try_token_loss():
+    device = TRIAL["device"]
+    token_loss(torch.zeros(1, 32, **TRIAL), torch.zeros(1, dtype=torch.long, device=device), torch.ones((), device=device))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # AdamW over all parameters in one launch
 
@@ -292,10 +315,6 @@ def _adamw(chunks, pointers, grads, corrections, scale, decay, beta1, beta2, eps
 ADAMW_BLOCK = 4096
 
 
-def can_adamw(tensor) -> bool:
-    return tensor.is_cuda or INTERPRET
-
-
 def adamw_tables(weights, copies, first, second):
     """What stays the same over the steps: who works on which chunk, where the tensors are. Lists of n contiguous tensors, copies or None."""
     device, n = weights[0].device, len(weights)
@@ -316,3 +335,13 @@ def adamw(tables, grads, corrections, scale, decay, betas, eps):
     if scale.is_cuda:  # from pinned memory: a copy from any other waits for the device
         places, corrections = (t.pin_memory().to(scale.device, non_blocking=True) for t in (places, corrections))
     _adamw[(len(chunks),)](chunks, pointers, places, corrections, scale, decay, *betas, eps, n, mixed, aligned, ADAMW_BLOCK, num_warps=8)
+
+
+def can_adamw(tensor) -> bool:
+    return (tensor.is_cuda or INTERPRET) and works("AdamW", _try_adamw)
+
+
+def _try_adamw():
+    device = TRIAL["device"]
+    weight, copy = torch.zeros(32, device=device), torch.zeros(32, device=device, dtype=torch.bfloat16)
+    adamw(adamw_tables([weight], [copy], [weight], [weight]), [copy], [(0.0, 1.0)], torch.ones((), device=device), 0.0, (0.9, 0.95), 1e-8)

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch loads: tiny matrices lose by threads, and one thread repeats bit for bit
+# before torch loads: tiny matrices lose by threads, and one thread repeats bit for bit
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -18,7 +19,8 @@ import prepare
 
 TINY = ["--n_layer=3", "--n_embd=32", "--n_head=2", "--block_size=16", "--batch_size=8", "--micro_batch_size=4",
         "--max_tokens=1024",  # 8 steps
-        "--lr=1e-3", "--device=cpu", "--log_interval=1", "--eval_interval=0", "--eval_tokens=64", "--final_eval_tokens=160",
+        "--lr=1e-3", "--device=cpu", "--log_interval=1", "--eval_interval=0", "--eval_tokens=64",
+        "--final_eval_tokens=160",
         "--save_interval=0"]
 LOWRANK = ["--ffn=lowrank", "--rank=8"]
 STRUCTURES = {"lowrank": LOWRANK, "blockshuffle": ["--ffn=blockshuffle", "--nblocks=4"],
@@ -61,8 +63,20 @@ def dense_oracle(kind, V, U):
 def assert_one_sentence(status, stdout, stderr):
     """A mistake of the user's: status 2, at most three lines on standard error, no traceback."""
     assert status == 2, (status, stdout, stderr)
-    assert stderr.startswith("error: ") and stderr.count("\n") <= 3 and "Traceback" not in stderr and not stdout, (stdout, stderr)
+    assert stderr.startswith("error: ") and stderr.count("\n") <= 3 and "Traceback" not in stderr, stderr
+    assert not stdout, stdout
     assert stderr.rstrip().endswith((".", "?", ")")), stderr
+
+
+def assert_stream_sentence(status, err, words):
+    """A failing output: one line on standard error and status 2."""
+    assert status == 2 and err.count("\n") == 1 and err.startswith("error: ") and words in err, (status, err)
+
+
+def start(script, *argv, **kw):
+    """A script in a process of its own."""
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, argv)], cwd=ROOT, text=True,
+                            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **kw})
 
 
 @pytest.fixture
@@ -86,12 +100,13 @@ def cli(monkeypatch, capfd):
 
 @pytest.fixture(scope="session")
 def without_torch(tmp_path_factory):
-    """without_torch("train.py", *arguments): a process in which importing torch is an error -> (status, stdout, stderr)."""
+    """without_torch("train.py", *arguments) in a process that cannot import torch -> (status, stdout, stderr)."""
     folder = tmp_path_factory.mktemp("fake")
     (folder / "torch.py").write_text("raise ImportError('torch was imported')")
 
     def run(script, *argv):
-        done = subprocess.run([sys.executable, str(ROOT / script), *map(str, argv)], cwd=folder, capture_output=True, text=True,
+        done = subprocess.run([sys.executable, str(ROOT / script), *map(str, argv)], cwd=folder, capture_output=True,
+                              text=True,
                               env={**os.environ, "PYTHONPATH": str(folder)})
         return done.returncode, done.stdout, done.stderr
     return run
@@ -136,3 +151,16 @@ def train_run(out, data, *argv):
 def finished(data, tmp_path_factory):
     """The folder of a finished LowRank run."""
     return train_run(tmp_path_factory.mktemp("out") / "finished", data, *LOWRANK)
+
+
+@pytest.fixture(scope="session")
+def whole(data, tmp_path_factory):
+    """The folders of the uninterrupted runs."""
+    from runs import RUNS
+    folder = tmp_path_factory.mktemp("whole")
+    return {name: train_run(folder / name, data, *argv) for name, argv in RUNS.items()}
+
+
+@pytest.fixture(scope="session")
+def whole_plain(whole):
+    return whole["plain"]

@@ -1,4 +1,4 @@
-"""bench and curves: numbers that agree with each other and with counts of our own, on a CPU and small; fits of known power laws; mistakes."""
+"""bench, report, curves: numbers that agree with each other and with independent counts; known power laws; mistakes."""
 import dataclasses
 import itertools
 import json
@@ -19,6 +19,7 @@ import config
 import curves
 import device
 import model
+import report
 import train
 from bench import CASES, Settings, compared, timed, with_case
 from config import Config
@@ -28,7 +29,9 @@ from structured import linear
 
 CPU = torch.device("cpu")
 FAST = ["--repeats=2", "--warmup=1", "--device=cpu"]
-SMALL = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=16", "--vocab_size=64", "--micro_batch_size=2", "--batch_size=2", *FAST]
+SMALL = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=16", "--vocab_size=64", "--micro_batch_size=2",
+         "--batch_size=2", *FAST]
+PASSES = {"forward": 1, "forward+backward": 3}  # times the forward's FLOPs
 
 
 def near(value):
@@ -42,9 +45,14 @@ def rows(cli, tmp_path):
         out, picture = tmp_path / "rows.jsonl", tmp_path / "picture.png"
         status, stdout, stderr = cli("bench.py", *argv, f"--json={out}", f"--plot={picture}")
         assert status == 0, stderr
-        assert picture.read_bytes().startswith(b"\x89PNG") and "nan" not in stdout
-        picture.unlink()
-        return [json.loads(line, parse_constant=pytest.fail) for line in out.read_text().splitlines()]
+        found = [json.loads(line, parse_constant=pytest.fail) for line in out.read_text().splitlines()]
+        assert "nan" not in stdout
+        if argv[0] == "prefill" and all(r["ffn"] == "dense" for r in found if "note" not in r):
+            assert f"no picture: {picture}" in stdout and not picture.exists()  # a ratio to dense needs a structure
+        else:
+            assert picture.read_bytes().startswith(b"\x89PNG")
+            picture.unlink()
+        return found
     return run
 
 
@@ -78,13 +86,15 @@ def test_every_case_fits_every_width_of_the_sweeps(width):
         assert case.n_embd == width and case.ffn_dim == 4 * width
         with torch.device("meta"):
             weights = sum(p.numel() for p in FFN(case, case.ffn).parameters() if p.dim() > 1)
-        assert weights / (8 * width**2) == pytest.approx({"d": 1, "63 %": 0.61, "32 %": 0.305}["d" if label == "dense" else label[-4:]], abs=0.03)
+        expected = 1 if label == "dense" else {"63 %": 0.61, "32 %": 0.305}[label[-4:]]
+        assert weights / (8 * width**2) == pytest.approx(expected, abs=0.03)
 
 
 def test_the_command_lines_own_ffn_stands_beside_dense():
     cfg, = config.load(["--n_embd=32", "--n_head=2", *LOWRANK, "--guide=fixedstep"])
     cases = compared(cfg, Settings())
-    assert list(cases) == ["dense", "lowrank R=8"] and cases["dense"].guide == "off" and cases["lowrank R=8"].guide == "fixedstep"
+    assert {label: case.guide for label, case in cases.items()} == {"dense": "off", "lowrank R=8": "fixedstep"}
+    assert list(cases)[0] == "dense"
     assert list(compared(cfg, Settings(cases="lowrank32,dense"))) == ["dense", "lowrank 32 %"]
 
 
@@ -118,7 +128,8 @@ def test_copies_take_turns_and_nothing_is_zero():
     tensors = [t for module, x, dy in turns for t in (*module.parameters(), x, dy)]
     assert len({t.data_ptr() for t in tensors}) == len(tensors) and all((t != 0).all() for t in tensors)
     seen = []
-    for name, ms, spread, eager in bench.time_passes(lambda m, x: seen.append(x) or m(x), turns, ranks, Settings(repeats=3, warmup=1)):
+    settings = Settings(repeats=3, warmup=1)
+    for name, ms, spread, eager in bench.time_passes(lambda m, x: seen.append(x) or m(x), turns, ranks, settings):
         assert ms > 0 and spread >= 0 and eager is None
     assert [id(x) for x in seen] == [id(turns[i % 2][1]) for i in range(16)]
 
@@ -133,7 +144,8 @@ def check_speeds(found):
         assert r["floor_ms"] == near(r["flops"] / r["matmul_tflops"] / 1e9)
         assert r["of_matmul"] == near(r["tflops"] / r["matmul_tflops"])
         assert r["over_floor"] == near(r["ms"] / max(r["floor_ms"], r["bytes_ms"]))
-        dense, = [d for d in found if d["ffn"] == "dense" and all(d.get(k) == r.get(k) for k in ("linear", "width", "tokens", "pass"))]
+        same = ("linear", "width", "tokens", "pass")
+        dense, = [d for d in found if d["ffn"] == "dense" and all(d.get(k) == r.get(k) for k in same)]
         assert r["speedup"] == near(dense["ms"] / r["ms"])
         assert r["device"] == "cpu" and r["dtype"] == "float32" and r["torch"] == torch.__version__ and r["commit"]
 
@@ -144,8 +156,9 @@ def test_kernel(rows):
     assert {r["by"] for r in found if r["ffn"] != "dense"} == {"einsum", "bmm", "ours"}
     for r in found:
         n, m = (32, 128) if r["linear"] == "fc1" else (128, 32)
-        assert r["flops"] == 2 * 24 * multiply_adds(r["ffn"].split()[0], n, m, r["rank"], r["nblocks"]) * {"forward": 1, "forward+backward": 3}[r["pass"]]
-        weights = r["flops"] / {"forward": 1, "forward+backward": 3}[r["pass"]] / 48 + m
+        forward = 2 * 24 * multiply_adds(r["ffn"].split()[0], n, m, r["rank"], r["nblocks"])
+        assert r["flops"] == forward * PASSES[r["pass"]]
+        weights = r["flops"] / PASSES[r["pass"]] / 48 + m
         moved = weights + 24 * (n + m) if r["pass"] == "forward" else 3 * weights + 24 * (3 * n + 2 * m)
         assert r["bytes_ms"] == near(4 * moved / r["copy_tb_per_s"] / 1e9)
     check_speeds(found)
@@ -157,20 +170,23 @@ def test_ffn(rows, act, cases):
     assert len(found) == 2 * 2 * 2 * len(cases)
     for r in found:
         width = r["width"]
-        cfg = Config(n_embd=width, ffn_dim=4 * width, ffn=r["ffn"].split()[0], rank=r["rank"], nblocks=r["nblocks"], act=act)
+        cfg = Config(n_embd=width, ffn_dim=4 * width, ffn=r["ffn"].split()[0], rank=r["rank"], nblocks=r["nblocks"],
+                     act=act)
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             FFN(cfg, cfg.ffn)(torch.empty(r["tokens"], width))
-        assert r["flops"] == counter.get_total_flops() * {"forward": 1, "forward+backward": 3}[r["pass"]]
+        assert r["flops"] == counter.get_total_flops() * PASSES[r["pass"]]
     check_speeds(found)
 
 
 def test_ffn_measures_the_presets_width(rows):
-    assert {r["width"] for r in rows("ffn", "--n_embd=64", "--n_head=2", "--tokens=8", "--cases=dense,lowrank32", *FAST)} == {64}
+    found = rows("ffn", "--n_embd=64", "--n_head=2", "--tokens=8", "--cases=dense,lowrank32", *FAST)
+    assert {r["width"] for r in found} == {64}
 
 
 def test_copies_share_one_compilation_per_pass(rows, monkeypatch):
     graphs = []
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, inputs: graphs.append(graph) or graph))
+    backend = lambda graph, inputs: graphs.append(graph) or graph
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     found = rows("ffn", "--widths=32", "--tokens=8,16", "--cases=dense,blockshuffle32", "--compile=True", *FAST)
     assert len(graphs) == len(found) == 8 and all(r["compile"] for r in found)
     check_speeds(found)
@@ -179,7 +195,8 @@ def test_copies_share_one_compilation_per_pass(rows, monkeypatch):
 @pytest.mark.parametrize("guide", ["off", "fixedstep"])
 def test_train(rows, guide):
     found = rows("train", *SMALL, *LOWRANK, f"--guide={guide}")
-    assert [(r["ffn"], r["guided"]) for r in found] == [("dense", False), ("lowrank R=8", False), ("lowrank R=8", True)][:2 if guide == "off" else 3]
+    expected = [("dense", False), ("lowrank R=8", False), ("lowrank R=8", True)][:2 if guide == "off" else 3]
+    assert [(r["ffn"], r["guided"]) for r in found] == expected
     for r in found:
         assert r["tokens_per_s"] == pytest.approx(2 * 16 / r["ms"] * 1e3, abs=0.51)
         assert r["forward_ms"] + r["backward_ms"] + r["optimizer_ms"] == near(r["ms"])
@@ -188,7 +205,8 @@ def test_train(rows, guide):
         assert r["flops_per_token"] == (found[0] if r["guided"] else r)["flops_per_token"]
     # by hand: qkv and proj, scores and values, the FFNs (layer 0 dense), the head; forward and backward
     blocks = 2 * (4 * 32 * 32 + 2 * 16 * 32) + 64 * 32
-    assert [r["flops_per_token"] for r in found[:2]] == [6 * (blocks + 2 * 2 * 32 * 128), 6 * (blocks + 2 * 32 * 128 + 2 * 8 * (32 + 128))]
+    dense, structured = 2 * 2 * 32 * 128, 2 * 32 * 128 + 2 * 8 * (32 + 128)
+    assert [r["flops_per_token"] for r in found[:2]] == [6 * (blocks + dense), 6 * (blocks + structured)]
 
 
 def test_parts_of_a_step_are_of_the_steps_that_are_timed(rows, monkeypatch):
@@ -212,7 +230,8 @@ def test_train_beside_plain_torch(rows, monkeypatch):
 
 
 def test_plain_torch_is_the_same_model_and_runs_without_our_kernels(monkeypatch):
-    cfg = config.from_dict({**config.to_dict(Config(n_layer=2, n_embd=32, n_head=2, block_size=16, vocab_size=64)), "ffn": "lowrank", "rank": 8})
+    cfg = Config(n_layer=2, n_embd=32, n_head=2, block_size=16, vocab_size=64, ffn="lowrank", rank=8)
+    config.check(cfg)
     gpt, tokens = GPT(cfg).init_weights(), torch.randint(64, (2, 17))
     loss, optimizer = bench.plain_torch(gpt, cfg, device.Ranks(0, 1, CPU, torch.float32, False))
     torch.testing.assert_close(loss(tokens[:, :-1], tokens[:, 1:]), gpt(tokens[:, :-1], tokens[:, 1:]))
@@ -224,7 +243,8 @@ def test_plain_torch_is_the_same_model_and_runs_without_our_kernels(monkeypatch)
 
 
 def test_train_cases(rows):
-    assert [r["ffn"] for r in rows("train", *SMALL)] == ["dense", "lowrank 32 %", "blockshuffle 32 %", "blockdense 32 %"]
+    expected = ["dense", "lowrank 32 %", "blockshuffle 32 %", "blockdense 32 %"]
+    assert [r["ffn"] for r in rows("train", *SMALL)] == expected
 
 
 def test_prefill(rows):
@@ -246,9 +266,12 @@ def test_prefill(rows):
 # Curves
 
 def write_run(folder, losses=lambda flops: 3 + flops * 0, stop=None, rate=1000.0, **settings):
-    """A run's folder of 16 steps x 64 tokens (or what settings say); losses(cumulative FLOPs) is its validation loss, every 4 steps."""
-    cfg = Config(**{"n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 16, "batch_size": 4, "micro_batch_size": 4, "vocab_size": 64,
-                    "max_tokens": 1024, **settings})
+    """A run's folder of 16 steps x 64 tokens, unless settings differ.
+
+    losses(cumulative FLOPs) is its validation loss, every 4 steps. The training loss is 0.1 above it.
+    """
+    cfg = Config(**{"n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 16, "batch_size": 4, "micro_batch_size": 4,
+                    "vocab_size": 64, "max_tokens": 1024, **settings})
     config.check(cfg)
     plan = train.make_plan(cfg)
     values = losses(np.cumsum(curves.step_flops(cfg, plan)))
@@ -256,58 +279,55 @@ def write_run(folder, losses=lambda flops: 3 + flops * 0, stop=None, rate=1000.0
     (folder / "config.json").write_text(json.dumps(config.to_dict(cfg)))
     with open(folder / "metrics.jsonl", "w") as f:
         for step in range(1, (stop or plan.steps) + 1):
-            f.write(json.dumps({"step": step, "tokens": step * 64, "loss": values[step - 1] + 0.1, "tokens_per_s": rate * (1 + step % 2)}) + "\n")
+            row = {"step": step, "tokens": step * 64, "loss": values[step - 1] + 0.1,
+                   "tokens_per_s": rate * (1 + step % 2)}
+            f.write(json.dumps(row) + "\n")
             if step % 4 == 0 or step == plan.steps:
                 f.write(json.dumps({"step": step, "val_loss": values[step - 1]}) + "\n")
     return str(folder)
 
 
-@pytest.mark.parametrize("guide", [{}, {"guide": "fixedstep"}, {"guide": "fixedflop"}, {"guide": "fixedflop", "guide_skip": True, "guide_ratio": 0.4}])
+@pytest.mark.parametrize("guide", [{}, {"guide": "fixedstep"}, {"guide": "fixedflop"},
+                                   {"guide": "fixedflop", "guide_skip": True, "guide_ratio": 0.4}])
 def test_step_flops_sum_to_the_phases_of_train(guide):
-    cfg = Config(n_layer=3, n_embd=32, n_head=2, block_size=16, batch_size=4, micro_batch_size=4, vocab_size=64, max_tokens=4096, ffn="lowrank", rank=8, **guide)
+    cfg = Config(n_layer=3, n_embd=32, n_head=2, block_size=16, batch_size=4, micro_batch_size=4, vocab_size=64,
+                 max_tokens=4096, ffn="lowrank", rank=8, **guide)
     config.check(cfg)
     plan, phases = train.make_plan(cfg), train.train_flops(cfg, train.make_plan(cfg))
     steps = curves.step_flops(cfg, plan)
     assert len(steps) == plan.steps
     assert steps[:plan.guided].sum() == near(phases["guided"])
-    assert steps[plan.guided:plan.unique].sum() == near(phases["plain"]) and steps[plan.unique:].sum() == near(phases["replay"])
+    assert steps[plan.guided:plan.unique].sum() == near(phases["plain"])
+    assert steps[plan.unique:].sum() == near(phases["replay"])
 
 
-def test_least_squares_against_polyfit():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=9)
-    y = 2 - 0.3 * x + rng.normal(size=9)
-    a, b, error = curves.least_squares(x, y)
-    (slope, intercept), covariance = np.polyfit(x, y, 1, cov=True)
-    assert (a, b, error) == (near(intercept), near(slope), near(math.sqrt(covariance[0, 0])))
-    assert curves.least_squares([1, 2], [5, 7]) == (near(3), near(2), None)
-
-
-def test_standard_error_is_the_spread_of_slopes():
-    rng = np.random.default_rng(1)
-    x = np.linspace(0, 1, 12)
-    fits = np.array([curves.least_squares(x, -0.07 * x + rng.normal(scale=0.01, size=12))[1:] for _ in range(2000)])
-    assert fits[:, 0].mean() == pytest.approx(-0.07, abs=1e-3)
-    assert fits[:, 1].mean() == pytest.approx(fits[:, 0].std(), rel=0.06)
+def slope_and_error(x, y):
+    """Least squares by the textbook's sums."""
+    dx = np.asarray(x) - np.mean(x)
+    slope = (dx * y).sum() / (dx**2).sum()
+    rest = np.asarray(y) - np.mean(y) - slope * dx
+    return slope, math.sqrt((rest**2).sum() / (len(x) - 2) / (dx**2).sum())
 
 
 def test_power_laws_of_runs_are_recovered_per_method(rows, tmp_path):
-    """Three sizes, two methods with their own power law, two seeds; exact for dense, a known disturbance for lowrank."""
+    """Three sizes, two methods with a power law each, two seeds; exact for dense, a known disturbance for lowrank."""
     paths = []
     for width in (32, 64, 96):
         for seed in (1, 2):
             paths.append(write_run(tmp_path / f"dense{width}-{seed}", lambda c: 50 * c**-0.07, n_embd=width, seed=seed))
             factor = 1 + 0.01 * (1 if seed == 1 else -1)
-            paths.append(write_run(tmp_path / f"low{width}-{seed}", lambda c: factor * 60 * c**-0.08, n_embd=width, seed=seed, ffn="lowrank", rank=width // 4))
+            paths.append(write_run(tmp_path / f"low{width}-{seed}", lambda c: factor * 60 * c**-0.08, n_embd=width,
+                                   seed=seed, ffn="lowrank", rank=width // 4))
     found = rows("curves", *paths)
-    runs, fits = [r for r in found if r["benchmark"] == "curves"], {r["method"]: r for r in found if r["benchmark"] == "scaling"}
+    runs = [r for r in found if r["benchmark"] == "curves"]
+    fits = {r["method"]: r for r in found if r["benchmark"] == "scaling"}
     assert len(runs) == 12 and set(fits) == {"dense", "lowrank 32 %"} and all(f["runs"] == 6 for f in fits.values())
     assert fits["dense"]["slope"] == near(-0.07) and fits["dense"]["std_error"] < 1e-12
     assert fits["dense"]["at_1e18"] == near(50 * 1e18**-0.07)
     low = [r for r in runs if r["method"] == "lowrank 32 %"]
-    (slope, _), covariance = np.polyfit(np.log([r["flops"] for r in low]), np.log([r["val_loss"] for r in low]), 1, cov=True)
+    slope, error = slope_and_error(*(np.log([r[name] for r in low]) for name in ("flops", "val_loss")))
     assert fits["lowrank 32 %"]["slope"] == near(slope) == pytest.approx(-0.08, abs=1e-3)
-    assert fits["lowrank 32 %"]["std_error"] == near(math.sqrt(covariance[0, 0]))
+    assert fits["lowrank 32 %"]["std_error"] == near(error) and 1e-4 < error < 1e-2
     for r in runs:
         size, seed = r["run"].split()[0], int(r["run"][-1])
         dense = [d["val_loss"] for d in runs if d["run"].startswith(f"{size} dense")]
@@ -316,13 +336,36 @@ def test_power_laws_of_runs_are_recovered_per_method(rows, tmp_path):
         assert r["flops"] == near(sum(train.train_flops(cfg, train.make_plan(cfg)).values())) and r["tokens"] == 1024
 
 
+def test_two_runs_have_a_slope_and_no_error(tmp_path):
+    paths = [write_run(tmp_path / str(width), lambda c: 50 * c**-0.07, n_embd=width) for width in (32, 64)]
+    runs = [curves.read_run(path) for path in paths]
+    curves.name_runs(runs)
+    fit, = curves.fit_scaling(runs)
+    assert fit["slope"] == near(-0.07) and fit["std_error"] is None and fit["runs"] == 2
+
+
+def test_the_table_of_runs_is_short_and_signed(cli, tmp_path):
+    dense = write_run(tmp_path / "a", lambda c: 3 + 0 * c, max_tokens=64 * 20000, eval_interval=4)
+    low = write_run(tmp_path / "b", lambda c: 3.25 + 0 * c, max_tokens=64 * 20000, ffn="lowrank", rank=8)
+    _, stdout, _ = cli("bench.py", "curves", dense, low)
+    lines = stdout.splitlines()
+    assert lines[0].startswith("A run per line: steps finished and planned")
+    row, = [line.split() for line in lines if line.lstrip().startswith("lowrank")]
+    assert row[3:6] == ["20000", "20000", "1.28M"] and row[-3:] == ["3.350", "3.250", "+0.250"]
+
+
 def test_the_gap_is_to_dense_with_the_same_seed(tmp_path):
     scale = {"dense": (50, 51, None), "lowrank": (60, 63, 66)}  # of seeds 1, 2, 3
-    runs = [curves.read_run(write_run(tmp_path / f"{ffn}{seed}", lambda c: factor * c**-0.07, seed=seed, ffn=ffn, rank=8 * (ffn == "lowrank")))
-            for ffn, factors in scale.items() for seed, factor in enumerate(factors, 1) if factor]
+    runs = []
+    for ffn, factors in scale.items():
+        for seed, factor in enumerate(filter(None, factors), 1):
+            path = write_run(tmp_path / f"{ffn}{seed}", lambda c: factor * c**-0.07, seed=seed, ffn=ffn,
+                             rank=8 * (ffn == "lowrank"))
+            runs.append(curves.read_run(path))
     curves.name_runs(runs)
     dense = [r.final for r in runs[:2]]
-    assert [curves.gap_to_dense(r, runs) for r in runs] == near([0, 0, *(r.final - d for r, d in zip(runs[2:], [*dense, sum(dense) / 2]))])
+    gaps = [0, 0, *(r.final - d for r, d in zip(runs[2:], [*dense, sum(dense) / 2]))]
+    assert [curves.gap_to_dense(r, runs) for r in runs] == near(gaps)
 
 
 def test_seconds_are_tokens_over_the_logged_rates(tmp_path):
@@ -332,15 +375,17 @@ def test_seconds_are_tokens_over_the_logged_rates(tmp_path):
 
 
 def test_labels_are_the_differing_settings(tmp_path):
-    settings = {"a": {}, "b": {"ffn_dim": 64}, "c": {"ffn": "lowrank", "rank": 8}, "d": {"ffn": "lowrank", "rank": 8, "guide": "fixedstep"},
-                "e": {"ffn": "lowrank", "rank": 8, "guide": "fixedstep", "guide_skip": True}, "f": {"ffn": "lowrank", "rank": 8, "max_tokens": 1536},
-                "g": {"ffn": "blockshuffle", "nblocks": 2, "lr": 1e-4}, "h": {"ffn": "blockshuffle", "nblocks": 2, "lr": 1e-4, "eval_interval": 7}}
+    low, shuffle = {"ffn": "lowrank", "rank": 8}, {"ffn": "blockshuffle", "nblocks": 2, "lr": 1e-4}
+    settings = {"a": {}, "b": {"ffn_dim": 64}, "c": low, "d": {**low, "guide": "fixedstep"},
+                "e": {**low, "guide": "fixedstep", "guide_skip": True}, "f": {**low, "max_tokens": 1536},
+                "g": shuffle, "h": {**shuffle, "eval_interval": 7}}
     runs = [curves.read_run(write_run(tmp_path / name, **s)) for name, s in settings.items()]
     curves.name_runs(runs)
     lr = "lr=0.0006"
-    assert [r.label for r in runs] == [f"dense {lr}", f"dense {lr} inner 2 x width", f"lowrank 32 % {lr}", f"lowrank 32 % fixedstep {lr}",
-                                       f"lowrank 32 % fixedstep guide_skip=True {lr}", f"lowrank 32 % {lr} 1.50 x tokens",
-                                       f"blockshuffle 63 % lr=0.0001 ({tmp_path}/g)", f"blockshuffle 63 % lr=0.0001 ({tmp_path}/h)"]
+    assert [r.label for r in runs] == [
+        f"dense {lr}", f"dense {lr} inner 2 x width", f"lowrank 32 % {lr}", f"lowrank 32 % fixedstep {lr}",
+        f"lowrank 32 % fixedstep guide_skip=True {lr}", f"lowrank 32 % {lr} 1.50 x tokens",
+        f"blockshuffle 63 % lr=0.0001 ({tmp_path}/g)", f"blockshuffle 63 % lr=0.0001 ({tmp_path}/h)"]
     assert [curves.gap_to_dense(r, runs) is None for r in runs] == [False] * 6 + [True] * 2  # no dense run with that lr
     alone = [runs[0]]
     curves.name_runs(alone)
@@ -351,72 +396,151 @@ def test_what_differs_at_one_size_is_named_at_all(tmp_path):
     low = {"ffn": "lowrank", "rank": 8, "guide": "fixedstep"}
     settings = {"a": low, "b": {**low, "guide_skip": True}, "c": {**low, "guide_skip": True, "n_embd": 64, "rank": 16}}
     runs = [curves.read_run(write_run(tmp_path / name, **s)) for name, s in settings.items()]
-    runs.append(dataclasses.replace(runs[0], cfg=dataclasses.replace(runs[0].cfg, ffn="dense", rank=0, guide="off", guide_skip=True)))
+    dense = dataclasses.replace(runs[0].cfg, ffn="dense", rank=0, guide="off", guide_skip=True)
+    runs.append(dataclasses.replace(runs[0], cfg=dense))
     curves.name_runs(runs)
-    assert [r.method for r in runs] == ["lowrank 32 % fixedstep", *["lowrank 32 % fixedstep guide_skip=True"] * 2, "dense"]
+    skipping = "lowrank 32 % fixedstep guide_skip=True"
+    assert [r.method for r in runs] == ["lowrank 32 % fixedstep", skipping, skipping, "dense"]
     assert runs[0].baseline == "dense"
 
 
-def test_unfinished_runs_are_drawn_as_far_as_they_go(cli, rows, tmp_path):
+def test_unfinished_runs_are_shown_as_far_as_they_go(cli, rows, tmp_path):
     done, going = write_run(tmp_path / "done"), write_run(tmp_path / "going", stop=10, ffn="lowrank", rank=8)
     with open(tmp_path / "going" / "metrics.jsonl", "a") as f:
         f.write('{"step": 11, "los')  # being written
     found = {r["path"]: r for r in rows("curves", done, going)}
-    assert (found[going]["step"], found[going]["steps"], found[going]["tokens"], found[going]["to_dense"]) == (10, 16, 640, None)
+    assert [found[going][name] for name in ("step", "steps", "tokens", "to_dense")] == [10, 16, 640, None]
     assert found[done]["to_dense"] == 0
     _, stdout, _ = cli("bench.py", "curves", done, going)
-    assert f"{going} stands at step 10 of 16: drawn as far as it goes" in stdout and f"{done} stands" not in stdout
+    assert f"{going} has finished 10 of 16 steps: differences and fits leave it out" in stdout
+    assert f"{done} has" not in stdout
 
 
-@pytest.mark.parametrize("answer, told", [("echo 1980 MHz", "1980 MHz"), ("exit 9", "n/a"), ("true", "n/a"), (None, "n/a")])
-def test_clocks_are_those_of_the_card_itself_or_not_known(tmp_path, monkeypatch, answer, told):
+@pytest.mark.parametrize("answer, shown", [("echo 1980 MHz", "1980 MHz"), ("exit 9", "n/a"), ("true", "n/a"),
+                                           (None, "n/a")])
+def test_clocks_are_those_of_the_card_itself_or_not_known(tmp_path, monkeypatch, answer, shown):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="123-abc"))
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin" if answer else str(tmp_path))
     if answer:
         (tmp_path / "nvidia-smi").write_text(f'#!/bin/sh\n[ "$1" = --id=GPU-123-abc ] && {answer}\n')
         (tmp_path / "nvidia-smi").chmod(0o755)
-    assert bench.clocks(torch.device("cuda"), "clocks.sm") == told
+    assert bench.clocks(torch.device("cuda"), "clocks.sm") == shown
 
 
-def test_a_short_run_is_drawn_beside_a_long_one(tmp_path):
-    runs = [curves.read_run(write_run(tmp_path / name, max_tokens=tokens)) for name, tokens in (("short", 64 * 20), ("long", 64 * 2000))]
-    curves.name_runs(runs)
-    for axis in runs[0].axes:
-        assert {r.label for r in runs} <= curves.panels(runs, [])[axis][1].keys(), axis
+def finished_row(size, method, flops, loss, **more):
+    return {"size": size, "method": method, "flops": flops, "val_loss": loss, "step": 16, "steps": 16, **more}
 
 
-def test_pictures_show_the_second_half(tmp_path):
-    run = curves.read_run(write_run(tmp_path / "run"))
-    curves.name_runs([run])
-    for axis, (_, lines) in curves.panels([run], []).items():
-        end = run.axes[axis][-1]
-        assert [x for x, _ in lines[run.label]][-2:] == pytest.approx(run.axes[axis][[11, 15]])
-        assert all(end / 2 <= x <= end for line in lines.values() for x, _ in line)
+def test_final_losses_stand_over_flops_seed_by_seed():
+    rows = [finished_row("2x32", "dense", 1e9, 3.0), finished_row("2x32", "dense", 1e9, 3.2),
+            finished_row("2x32", "lowrank 32 %", 7e8, 3.4), finished_row("2x64", "dense", 3e9, 2.5),
+            finished_row("2x64", "lowrank 32 %", 2e9, 2.7, step=10), finished_row("2x64", "lowrank 63 %", 2e9, None)]
+    small, wide = report.final_panels(rows)
+    assert "2x32" in small.title and small.means
+    assert small.lines == {"dense": [(1e9, 3.0), (1e9, 3.2)], "lowrank 32 %": [(7e8, 3.4)]}
+    assert "2x64" in wide.title and wide.lines == {"dense": [(3e9, 2.5)]}  # others are unfinished or have no validation
+
+
+def test_distance_panels_average_over_seeds(tmp_path):
+    runs = {}
+    for ffn, seed in itertools.product(("dense", "lowrank"), (1, 2)):
+        path = write_run(tmp_path / f"{ffn}{seed}", ffn=ffn, rank=8 * (ffn != "dense"), seed=seed)
+        runs[ffn, seed] = curves.read_run(path)
+    for seed, gap in ((1, 0.25), (2, 0.75)):
+        steps, losses = runs["dense", seed].train
+        runs["lowrank", seed].train = steps, losses + gap
+    curves.name_runs(list(runs.values()))
+    panel, = curves.distance_panels(list(runs.values()))
+    assert panel.lines == {"lowrank 32 %": [(64 * step, near(0.5)) for step in range(1, 17)]} and panel.level == 0
+    alone = runs["lowrank", 1]
+    panel, = curves.distance_panels([alone])  # without dense: its own training loss
+    assert panel.lines == {"lowrank 32 %": [(64 * step, near(loss)) for step, loss in zip(*alone.train)]}
+    assert panel.level is None
+
+
+def test_decoding_is_drawn_as_a_ratio_to_dense(monkeypatch):
+    def row(kind, batch, rate, ffn="lowrank R=8", launch="graph", commit="a", width=32):
+        return {"benchmark": "decode", "ffn": "dense" if kind == "dense" else ffn, "kind": kind, "launch": launch,
+                "batch": batch, "tokens_per_s": rate, "commit": commit, "device": "card", "dtype": "bfloat16",
+                "config": {**config.to_dict(Config(n_layer=2)), "n_embd": width}}
+
+    rows = [row("dense", 1, 100), row("dense", 4, 200), row("structured", 1, 150), row("auto", 1, 140),
+            row("structured", 4, 100), row("dense", 1, 10, launch="eager"), row("structured", 1, 8, launch="eager"),
+            row("structured", 1, 999, commit="b"), row("structured", 1, 999, width=64)]
+    drawn = []
+    monkeypatch.setattr(report, "draw", lambda path, title, panels, looks: drawn.extend(panels[0]))
+    report.draw_decode("x.png", rows)
+    graph, eager = (panel.lines for panel in drawn)
+    assert graph == {"lowrank R=8, factors": [(1, 1.5), (4, 0.5)], "lowrank R=8, auto": [(1, 1.4)]}
+    assert eager == {"lowrank R=8, factors": [(1, 0.8)]}
+
+
+def test_plot_draws_rows_of_one_benchmark(cli, tmp_path):
+    rows, picture = tmp_path / "rows.jsonl", tmp_path / "again.png"
+    ffn = ["ffn", "--widths=32,64", "--tokens=8", "--cases=dense,lowrank32"]
+    assert cli("bench.py", *ffn, *FAST, f"--json={rows}")[0] == 0
+    with open(rows, "a") as f:  # rows that are not drawn
+        f.write('{"benchmark": "ffn", "ffn": "lowrank 32 %", "note": "out of memory"}\n{"benchmark": "scaling"}\n')
+    status, stdout, _ = cli("bench.py", "plot", rows, f"--plot={picture}")
+    assert status == 0 and picture.read_bytes().startswith(b"\x89PNG") and str(picture) in stdout
+    other = tmp_path / "other.jsonl"
+    other.write_text(rows.read_text() + '{"benchmark": "curves"}\n')
+    for argv, word in (((other,), "curves and ffn"), ((rows, "--widths=96"), "no benchmark"),
+                       ((tmp_path / "none",), "cannot read"), ((picture,), "UTF-8"),
+                       ((ROOT / "bench.py",), "one JSON object")):
+        result = cli("bench.py", "plot", *argv, f"--plot={picture}")
+        assert_one_sentence(*result)
+        assert word in result[2]
+
+
+def test_decode_says_that_a_cpu_has_no_graphs(cli):
+    argv = [*SMALL, *LOWRANK, "--kinds=structured", "--batches=1", "--new_tokens=4"]
+    for launches, lines in (("graph", 1), ("eager,graph", 1), ("eager", 0)):
+        status, stdout, _ = cli("bench.py", "decode", *argv, f"--launches={launches}")
+        assert status == 0 and stdout.count("device cpu has no CUDA graphs: every step runs eager.") == lines
+        assert stdout.count("  eager ") == 1 and "  graph " not in stdout
+
+
+def test_a_full_disk_is_one_sentence(cli, tmp_path):
+    status, _, stderr = cli("bench.py", "ffn", "--widths=32", "--tokens=8", "--cases=dense", *FAST, "--json=/dev/full")
+    assert status == 2 and "Traceback" not in stderr
+    assert stderr.startswith("error: ") and "/dev/full" in stderr and "No space left on device" in stderr
+
+
+def test_output_paths_expand_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = bench.read_settings(["ffn", "--json=~/rows.jsonl", "--plot=~/a.png"])[2]
+    assert (settings.json, settings.plot) == (f"{tmp_path}/rows.jsonl", f"{tmp_path}/a.png")
 
 
 def test_a_method_looks_the_same_in_every_picture(tmp_path):
     """At another width, in another order and company; and no two methods of a picture look alike."""
     low = {"ffn": "lowrank", "rank": 8}
-    settings = {"dense": {}, "narrow": {"ffn_dim": 64}, "low": low, "low63": {"ffn": "lowrank", "rank": 16}, "step": {**low, "guide": "fixedstep"},
-                "skip": {**low, "guide": "fixedstep", "guide_skip": True}, "flop": {**low, "guide": "fixedflop"}, "replay": {**low, "guide": "replay"},
-                "more": {**low, "max_tokens": 1536}, "shuffle": {"ffn": "blockshuffle", "nblocks": 4}, "block": {"ffn": "blockdense", "rank": 12, "nblocks": 4}}
-    wide = {name: {**s, "n_embd": 64, **{k: 2 * s[k] for k in ("rank", "ffn_dim") if k in s}} for name, s in settings.items() if name not in ("narrow", "skip")}
+    step, flop = {**low, "guide": "fixedstep"}, {**low, "guide": "fixedflop"}
+    settings = {"dense": {}, "narrow": {"ffn_dim": 64}, "low": low, "low63": {**low, "rank": 16}, "step": step,
+                "skip": {**step, "guide_skip": True}, "flop": flop, "replay": {**low, "guide": "replay"},
+                "more": {**low, "max_tokens": 1536}, "shuffle": {"ffn": "blockshuffle", "nblocks": 4},
+                "block": {"ffn": "blockdense", "rank": 12, "nblocks": 4}}
+    wide = {name: {**s, "n_embd": 64, **{k: 2 * s[k] for k in ("rank", "ffn_dim") if k in s}}
+            for name, s in settings.items() if name not in ("narrow", "skip")}
     pictures = []
     for width, chosen in (("small", settings), ("wide", dict(reversed(wide.items())))):
         runs = {name: curves.read_run(write_run(tmp_path / width / name, **s)) for name, s in chosen.items()}
         curves.name_runs(list(runs.values()))
-        how = curves.looks(list(runs.values()))
-        assert len({str(how[run.label]) for run in runs.values()}) == len(runs)
+        how = report.method_looks({run.method for run in runs.values()})
+        assert len({str(look) for look in how.values()}) == len(runs)
         pictures.append({name: how[run.method] for name, run in runs.items()})
     assert {name: pictures[0][name] for name in wide} == pictures[1]
-    assert pictures[0]["dense"]["color"] == "black" and pictures[0]["low"]["color"] == pictures[0]["shuffle"]["color"] != pictures[0]["step"]["color"]
+    colour = {name: look["color"] for name, look in pictures[0].items()}
+    assert colour["dense"] == "black" and colour["low"] == colour["shuffle"] != colour["step"]
     rates = [curves.read_run(write_run(tmp_path / f"lr{lr}", lr=lr)) for lr in (1e-3, 2e-3)]
     curves.name_runs(rates)
-    assert len({how["color"] for how in curves.looks(rates).values()}) == 2
+    assert len({how["color"] for how in report.method_looks({run.method for run in rates}).values()}) == 2
 
 
 def test_distance_to_dense_is_on_the_same_batches(tmp_path):
-    runs = [curves.read_run(write_run(tmp_path / name, **s)) for name, s in {"a": {}, "b": {"ffn": "lowrank", "rank": 8}, "c": {"seed": 3}}.items()]
+    settings = {"a": {}, "b": {"ffn": "lowrank", "rank": 8}, "c": {"seed": 3}}
+    runs = [curves.read_run(write_run(tmp_path / name, **s)) for name, s in settings.items()]
     curves.name_runs(runs)
     assert curves.above_dense(runs[0], runs) == curves.above_dense(runs[2], runs) == []
     steps, losses = runs[0].train
@@ -427,9 +551,6 @@ def test_distance_to_dense_is_on_the_same_batches(tmp_path):
     everyone = [*runs, longer, nearer]
     curves.name_runs(everyone)
     assert curves.above_dense(nearer, everyone)[-1] == (36, pytest.approx(nearer.train[1][35] - longer.train[1][35]))
-    curves.name_runs(runs)
-    title, (_, lines, scale) = list(curves.panels(runs, []).items())[-1]
-    assert "above dense" in title and scale == "linear" and set(lines) == {f"-{runs[1].label}"}
 
 
 def test_curves_of_a_real_run(rows, finished):
@@ -444,7 +565,8 @@ def test_folders_that_are_no_runs_are_one_sentence(cli, tmp_path):
     (tmp_path / "damaged" / "config.json").write_text("{")
     (tmp_path / "fresh" / "config.json").write_text('{"n_layerz": 3}')
     shutil.rmtree(tmp_path / "none", ignore_errors=True)
-    for path, word in ((empty, "no metrics yet"), (damaged, "not JSON"), (fresh, "n_layerz"), (tmp_path / "none", "config.json is missing")):
+    for path, word in ((empty, "no metrics yet"), (damaged, "not JSON"), (fresh, "n_layerz"),
+                       (tmp_path / "none", "config.json is missing")):
         result = cli("bench.py", "curves", path)
         assert_one_sentence(*result)
         assert str(path) in result[2] and word in result[2]
@@ -462,7 +584,7 @@ def test_one_micro_batch_is_the_batch(cli, tmp_path):
         assert f"error: {argv[0][2:]} " in result[2]
 
 
-def test_decode_asks_for_no_case_of_the_papers():
+def test_decode_needs_no_case_of_the_papers():
     assert bench.read_settings(["decode", "--n_embd=90", "--n_head=3"])[1].n_embd == 90  # which has no four blocks
 
 
@@ -477,12 +599,14 @@ def test_an_exhausted_memory_is_seen_through_what_it_causes():
     assert not bench.out_of_memory(RuntimeError("shapes"))
 
 
-def test_what_cannot_be_written_is_told_before_anything_runs(without_torch, tmp_path, monkeypatch):
-    for argv, told in ((f"--plot={tmp_path}/a", "must end in .png, .pdf or .svg"), (f"--plot={tmp_path}/a.tiff", "must end in .png"), (f"--json={tmp_path}", "cannot be written"),
-                       (f"--json={ROOT}/bench.py/a", "folder of"), (f"--plot={tmp_path}/no/a.png", "folder of")):
+def test_what_cannot_be_written_is_an_error_before_anything_runs(without_torch, tmp_path, monkeypatch):
+    for argv, words in ((f"--plot={tmp_path}/a", "must end in .png, .pdf or .svg"),
+                        (f"--plot={tmp_path}/a.tiff", "must end in .png"), (f"--json={tmp_path}", "cannot be written"),
+                        (f"--json={ROOT}/bench.py/a", "folder of"),
+                        (f"--plot={tmp_path}/no/a.png", "folder of")):
         result = without_torch("bench.py", "ffn", argv)
         assert_one_sentence(*result)
-        assert told in result[2]
+        assert words in result[2]
     assert not list(tmp_path.iterdir())
     bench.read_settings(["ffn", f"--json={tmp_path}/a", f"--plot={tmp_path}/a.svg"])
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
@@ -496,30 +620,41 @@ def out_of_memory(*_, **__):
 
 @pytest.mark.parametrize("command, argv, skipped", [
     ("ffn", ["--widths=32", "--tokens=7,999", "--cases=dense,lowrank32"], [("dense", 999), ("lowrank 32 %", 999)]),
-    ("train", ["--ffn=lowrank", "--rank=9"], [("lowrank R=9", None)]), ("prefill", ["--ffn=lowrank", "--rank=9", "--batches=1", "--tokens=8"], [("lowrank R=9", None)])])
+    ("train", ["--ffn=lowrank", "--rank=9"], [("lowrank R=9", None)]),
+    ("prefill", ["--ffn=lowrank", "--rank=9", "--batches=1", "--tokens=8"], [("lowrank R=9", None)])])
 def test_a_case_beyond_memory_is_a_row_and_the_others_run(rows, monkeypatch, command, argv, skipped):
     randn, build = torch.randn, model.build
     monkeypatch.setattr(torch, "randn", lambda *size, **kw: out_of_memory() if 999 in size else randn(*size, **kw))
     monkeypatch.setattr(model, "build", lambda cfg, *a: out_of_memory() if cfg.rank == 9 else build(cfg, *a))
     found = rows(command, *(SMALL if command != "ffn" else FAST), *argv)
-    assert [(r["ffn"], r.get("tokens")) for r in found if "note" in r] == skipped and {r.get("note", "out of memory") for r in found} == {"out of memory"}
+    notes = [r for r in found if "note" in r]
+    assert [(r["ffn"], r.get("tokens")) for r in notes] == skipped and {r["note"] for r in notes} == {"out of memory"}
     assert len([r for r in found if "ms" in r]) == {"ffn": 4, "train": 1, "prefill": 1}[command]
 
 
 @pytest.mark.parametrize("command", ["decode", "crossover", "train"])
 def test_a_model_beyond_memory_is_one_sentence(cli, monkeypatch, command):
-    monkeypatch.setattr(model if command != "train" else device, "build" if command != "train" else "set_up", out_of_memory)
+    where, name = (device, "set_up") if command == "train" else (model, "build")
+    monkeypatch.setattr(where, name, out_of_memory)
     status, _, err = cli("bench.py", command, *SMALL, *LOWRANK, "--prompt_tokens=1", "--new_tokens=2")
-    assert status == 2 and err == f"error: the memory does not hold what {command} needs here: give a smaller model, batch or number of tokens.\n"
+    assert status == 2 and err == (f"error: the memory does not hold what {command} needs here: give a smaller model, "
+                                   "batch or number of tokens.\n")
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["kernels"], "kernels kernel ffn train prefill"), (["ffn", "--width=3"], "width widths"), (["ffn", "--widths=12,x"], "widths 12,x whole"),
-    (["ffn", "--tokens=0"], "tokens 0"), (["ffn", "--tokens=100000000000000000000"], "tokens 99999999"), (["ffn", "--repeats=-1"], "repeats=-1 negative"),
-    (["train", "--warmup=-1"], "warmup=-1 negative"), (["crossover"], "crossover ffn=dense"), (["crossover", "--ffn=lowrank", "--rank=8", "--n_dense_layers=12"], "n_dense_layers=12 n_layer=12 none"), (["prefill", "--batches=-1"], "batches -1"), (["ffn", "--cases=lowrank30"], "lowrank30 lowrank32"),
-    (["train", "--cases=dense,,"], "cases"), (["ffn", "--widths=64,30"], "nblocks 30 120"), (["train", "--ffn=lowrank"], "rank"),
-    (["ffn", "--json=/no/such/folder/x"], "/no/such/folder/x folder"), (["train", "--plot=/no/such/folder/x.png"], "folder"),
-    (["ffn", "--repeats=many"], "repeats many"), (["curves"], "curves out/NAME"), (["curves", "--plots=x"], "plots plot")])
+    (["kernels"], "kernels kernel ffn train prefill"), (["ffn", "--width=3"], "width widths"),
+    (["ffn", "--widths=12,x"], "widths 12,x whole"), (["ffn", "--tokens=0"], "tokens 0"),
+    (["ffn", "--tokens=100000000000000000000"], "tokens 99999999"), (["ffn", "--repeats=-1"], "repeats=-1 negative"),
+    (["train", "--warmup=-1"], "warmup=-1 negative"), (["crossover"], "crossover ffn=dense"),
+    (["crossover", "--ffn=lowrank", "--rank=8", "--n_dense_layers=12"], "n_dense_layers=12 n_layer=12 none"),
+    (["prefill", "--batches=-1"], "batches -1"), (["ffn", "--cases=lowrank30"], "lowrank30 lowrank32"),
+    (["train", "--cases=dense,,"], "cases"), (["ffn", "--widths=64,30"], "nblocks 30 120"),
+    (["train", "--ffn=lowrank"], "rank"), (["ffn", "--json=/no/such/folder/x"], "/no/such/folder/x folder"),
+    (["train", "--plot=/no/such/folder/x.png"], "folder"), (["ffn", "--repeats=many"], "repeats many"),
+    (["curves"], "curves out/NAME"), (["curves", "--plots=x"], "plots plot"), (["plot"], "rows --plot=NAME.png"),
+    (["plot", "rows.jsonl"], "rows --plot=NAME.png"), (["decode", "--kinds=fast"], "kinds=fast structured"),
+    (["decode", "--launches=graphs"], "launches=graphs eager"),
+    (["decode", "--new_tokens=4096"], "new_tokens=4096 block_size")])
 def test_a_mistake_is_one_sentence_before_torch_loads(without_torch, argv, words):
     result = without_torch("bench.py", *argv)
     assert_one_sentence(*result)
@@ -528,4 +663,5 @@ def test_a_mistake_is_one_sentence_before_torch_loads(without_torch, argv, words
 
 def test_help_lists_commands_and_settings(without_torch):
     status, stdout, _ = without_torch("bench.py", "--help")
-    assert status == 0 and all(word in stdout for word in ("kernel", "prefill", "curves", "--cases", "--widths", "--repeats", "--micro_batch_size"))
+    words = ("kernel", "prefill", "curves", "plot", "--cases", "--widths", "--repeats", "--micro_batch_size")
+    assert status == 0 and all(word in stdout for word in words)

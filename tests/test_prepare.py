@@ -1,14 +1,11 @@
-"""prepare.py: token files, tokenizers, sources, the split, workers, interruption, memory, the command line."""
-import gzip
-import hashlib
-import io
+"""prepare.py: token files, workers, interruption, memory, the data folder, the command line."""
 import itertools
-import json
-import lzma
 import multiprocessing
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -21,49 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from corpora import ROOT, command, documents_of, make, some_documents, words, write_corpus
 
 import config
+import corpus
 import prepare
 from config import Config, UserError
 from prepare import Settings, TokenFile, TokenWriter
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Helpers
-
-def words(seed, n):
-    rng = random.Random(seed)
-    return " ".join("".join(rng.choices("aeioubdkmnrst", k=rng.randrange(2, 9))) for _ in range(n))
-
-
-def corpus(n=300, seed=0):
-    return [f"{words(seed + i, 12)}.\n{words(seed - i, 9)} é 中 {i}\n" for i in range(n)]
-
-
-def write_corpus(path, documents):
-    path.write_text("".join(d + "<|endoftext|>\n" for d in documents), encoding="utf-8", newline="")
-    return path
-
-
-def make(tmp_path, folder="data", **values):
-    """Prepares with the given Config and Settings fields; the folder's (train, val, tokenizer)."""
-    settings = {f: values.pop(f) for f in list(values) if hasattr(Settings(), f)}
-    cfg = Config(**{"dataset": "text", "tokenizer": "byte", "data_dir": str(tmp_path / folder), **values})
-    prepare.prepare(cfg, Settings(**{"workers": 2, **settings}))
-    return prepare.open_data(cfg)
-
-
-def command(*args, **kwargs):
-    return subprocess.run([sys.executable, str(ROOT / "prepare.py"), *map(str, args)], capture_output=True, text=True, timeout=60, **kwargs)
-
-
-def documents_of(tokens, tokenizer):
-    """Splits at EOS and decodes: the oracle for what a token file holds."""
-    ids = tokens.tolist()
-    ends = [i for i, t in enumerate(ids) if t == tokenizer.eos]
-    return [tokenizer.decode(ids[a + 1:b]) for a, b in zip([-1] + ends, ends)]
 
 
 def write_tokens(path, ids, vocab_size=257):
@@ -90,7 +51,8 @@ def test_token_file_round_trip(tmp_path, vocab_size, width):
     assert list(struct.unpack_from(f"<5{'H' if width == 2 else 'I'}", raw, 4096)) == ids[:5].tolist()
     f = TokenFile(str(path))
     f.verify()
-    assert (f.vocab_size, f.tokenizer, f.source, f.count, f.checksum) == (vocab_size, "name@12", "here: there", 10_001, zlib.crc32(raw[4096:]))
+    assert (f.vocab_size, f.tokenizer, f.source, f.count, f.checksum) == (vocab_size, "name@12", "here: there", 10_001,
+                                                                          zlib.crc32(raw[4096:]))
     assert f.tokens.dtype == np.dtype(f"<u{width}") and f.tokens.tolist() == ids.tolist()
     with pytest.raises(ValueError):
         f.tokens[0] = 1
@@ -112,28 +74,40 @@ def test_nothing_is_left_of_a_failed_writer(tmp_path):
     assert TokenFile(str(path)).tokens.tolist() == [1, 2, 3] and os.listdir(tmp_path) == ["x.bin"]
 
 
-def test_a_second_writer_is_refused_and_a_dead_ones_file_taken_over(tmp_path):
-    path = tmp_path / "x.bin"
-    with TokenWriter(str(path), 257, "byte", "a") as first:
-        with pytest.raises(UserError, match="another process is writing"):
-            TokenWriter(str(path), 257, "byte", "b")
-        first.write([7])
-    (tmp_path / "y.bin.tmp").write_bytes(b"x" * 10_000)
-    assert TokenFile(str(path)).tokens.tolist() == [7]
-    assert TokenFile(str(write_tokens(tmp_path / "y.bin", [5]))).tokens.tolist() == [5]
-    assert sorted(os.listdir(tmp_path)) == ["x.bin", "y.bin"]
+def test_a_second_writer_is_refused_and_a_dead_ones_files_are_taken_over(tmp_path, monkeypatch):
+    path, data = write_corpus(tmp_path / "a.txt", some_documents(100)), tmp_path / "data"
+    write_folder, found = prepare._write_folder, []
+
+    def second(*args):
+        again = command("--dataset=text", f"--input={path}", "--tokenizer=byte", f"--data_dir={data}")
+        found.append((again.returncode, again.stderr, os.path.exists(data)))
+        write_folder(*args)
+
+    data.mkdir()
+    for name in (".lock", "train.bin.tmp", "val.bin.tmp"):  # of a run that was killed
+        (data / name).write_bytes(b"x" * 10_000)
+    monkeypatch.setattr(prepare, "_write_folder", second)
+    train, val, _ = make(tmp_path, input=str(path))
+    (status, error, exists), = found
+    assert status == 2 and f"another process is writing {data}" in error and error.count("\n") == 1 and exists
+    assert train.count and val.count and sorted(os.listdir(data)) == ["tokenizer.bin", "train.bin", "val.bin"]
+    assert TokenFile(str(write_tokens(data / "train.bin", [5]))).tokens.tolist() == [5]
 
 
 def damaged(raw, kind):
     head = raw[:4096]
-    return {"cut": raw[:-3], "header cut": raw[:1000], "longer": raw + b"xx", "empty": b"", "foreign": b"\x93NUMPY" + raw[6:],
-            "newer": raw.replace(b"tokenfile 1 ", b"tokenfile 2 ", 1), "count": head.replace(b'"count": 500', b'"count": 900') + raw[4096:],
+    return {"cut": raw[:-3], "header cut": raw[:1000], "longer": raw + b"xx", "empty": b"",
+            "foreign": b"\x93NUMPY" + raw[6:],
+            "newer": raw.replace(b"tokenfile 1 ", b"tokenfile 2 ", 1),
+            "count": head.replace(b'"count": 500', b'"count": 900') + raw[4096:],
             "garbled": head[:40] + b"\0" * 30 + raw[70:]}[kind]
 
 
 @pytest.mark.parametrize("kind, sentence", [
-    ("cut", r"truncated: its 500 tokens take 5096 bytes, the file has 5093"), ("header cut", "truncated.*4096 bytes, the file has 1000"),
-    ("longer", "too long"), ("empty", "not a token file"), ("foreign", "not a token file"), ("newer", "version 2.*up to 1"),
+    ("cut", r"truncated: its 500 tokens take 5096 bytes, the file has 5093"),
+    ("header cut", "truncated.*4096 bytes, the file has 1000"),
+    ("longer", "too long"), ("empty", "not a token file"), ("foreign", "not a token file"),
+    ("newer", "version 2.*up to 1"),
     ("count", "damaged header"), ("garbled", "damaged header")])
 def test_opening_says_what_is_wrong(tmp_path, kind, sentence):
     path = write_tokens(tmp_path / "x.bin", np.arange(500) % 257)
@@ -163,265 +137,41 @@ def test_verify_finds_ids_outside_the_vocabulary(tmp_path):
         f.verify()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizers
-
-ODD = ["", " ", "  a  ", "\n\n \n", "\ta\t\tb", "\r\n", "a\x00b", "▁ a▁▁b", "▅x", "😀é\u0301", "<unk></s><s><0x0A><|endoftext|>",
-       "\ufeffa\u200b\u2028", "\ufffd\uffff", "x" * 1000 + "▁" + "y " * 50, "中文 テキスト", "self.x  =  {1234567: 'a'}\n        return\n"]
-
-
-@pytest.fixture(scope="session")
-def stdlib(tmp_path_factory):
-    """The default data set, its Config, and its texts read independently."""
-    cfg = Config(data_dir=str(tmp_path_factory.mktemp("stdlib") / "data"), tokenizer="spm:2048")
-    prepare.prepare(cfg, Settings())
-    root = Path(os.__file__).parent
-    unwanted = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    texts = []
-    for path in root.rglob("*.py"):
-        if not unwanted & set(path.relative_to(root).parts):
-            data = path.read_bytes()
-            cookie = re.search(rb"^#.*?coding[:=][ \t]*([-\w.]+)", b"\n".join(data.split(b"\n")[:2]), re.M)
-            texts.append(data.decode(cookie[1].decode() if cookie else "utf-8-sig"))
-    return cfg, texts
+def test_verify_does_not_read_beyond_a_file_truncated_since(tmp_path):
+    path = write_tokens(tmp_path / "x.bin", np.arange(500_001) % 257)
+    f = TokenFile(str(path))
+    f.verify()  # an odd number of tokens
+    os.truncate(path, 4096 + 2 * 300_000)
+    with pytest.raises(UserError, match="truncated: its 500001 tokens take 1004098 bytes, the file has 604096"):
+        f.verify()
+    os.remove(path)
+    with pytest.raises(UserError, match="cannot read the token file .*No such file"):
+        f.verify()
 
 
-def test_stdlib_round_trips_exactly_through_spm(stdlib):
-    cfg, texts = stdlib
-    train, val, tokenizer = prepare.open_data(cfg)
-    train.verify(), val.verify()
-    assert tokenizer.vocab_size == train.vocab_size == 2048 and tokenizer.identity.startswith("spm:2048@")
-    assert sorted(documents_of(train.tokens, tokenizer) + documents_of(val.tokens, tokenizer)) == sorted(t for t in texts if t.strip())
-    size = sum(len(t.encode()) for t in texts)
-    assert 2.3 < size / (train.count + val.count) < 4.5 and 0.001 < val.count / train.count < 0.05
+def test_verify_finds_the_largest_id_wherever_it_stands(tmp_path):
+    for at in (0, 1, 2 ** 19 - 1, 2 ** 19, 600_000):
+        ids = np.zeros(600_001, np.int64)
+        ids[at] = 300
+        f = TokenFile(str(write_tokens(tmp_path / "x.bin", ids, 301)))
+        f.vocab_size = 300
+        with pytest.raises(UserError, match="holds the token id 300, outside its vocabulary of 300"):
+            f.verify()
 
 
-@pytest.mark.parametrize("text", ODD)
-def test_every_text_round_trips(stdlib, text):
-    spm = prepare.open_data(stdlib[0])[2]
-    for tokenizer in (spm, prepare.load_tokenizer("byte")):
-        ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text and tokenizer.eos not in ids and all(0 <= i < tokenizer.vocab_size for i in ids)
-        assert b"".join(tokenizer.decode_bytes([i]) for i in ids) == text.encode()
-        assert tokenizer.decode(ids + [tokenizer.eos]) == text
-
-
-def test_spm_encodes_word_by_word_what_sentencepiece_encodes_whole(stdlib):
-    import sentencepiece
-    tokenizer = prepare.open_data(stdlib[0])[2]
-    whole = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.blob)
-    rng = random.Random(0)
-    parts = ["a", " ", "  ", "\n", "\t", "the", "    ", "self", ":", "é", "1", "😀", "\x00", "\r\n", "x" * 40, "<0x0A>", "</s>"]
-    for text in ["".join(rng.choices(parts, k=rng.randrange(40))) for _ in range(500)] + [t[:20_000] for t in stdlib[1][:100]]:
-        assert tokenizer.encode(text) == whole.encode(text)
-
-
-def test_spm_learns_line_ends_and_indentation(stdlib):
-    table = prepare.open_data(stdlib[0])[2].table
-    assert {b"\n", b" " * 4, b" " * 8} <= set(table) and any(b"\n" in piece and len(piece) > 1 for piece in table)
-
-
-def test_blobs_rebuild_tokenizers(stdlib, tmp_path):
-    tokenizer = prepare.open_data(stdlib[0])[2]
-    again = prepare.tokenizer_from_blob(tokenizer.identity, tokenizer.blob)
-    assert (again.encode(ODD[-1]), again.eos, again.table) == (tokenizer.encode(ODD[-1]), tokenizer.eos, tokenizer.table)
-    with pytest.raises(UserError, match="damaged"):
-        prepare.tokenizer_from_blob(tokenizer.identity, tokenizer.blob[:-1] + b"?")
-    (tmp_path / "my.model").write_bytes(tokenizer.blob)
-    by_path = prepare.load_tokenizer(str(tmp_path / "my.model"))
-    assert by_path.identity == "my.model@" + hashlib.sha256(tokenizer.blob).hexdigest()[:12]
-    (tmp_path / "bad.model").write_bytes(b"not a model")
-    with pytest.raises(UserError, match="bad.model is not a sentencepiece model"):
-        prepare.load_tokenizer(str(tmp_path / "bad.model"))
-
-
-def test_gpt2_from_ranks_merges_by_rank():
-    table = [bytes([i]) for i in range(256)] + [b"th", b" t", b"the", b" the"]
-    tokenizer = prepare.tokenizer_from_blob("gpt2", "\n".join(t.hex() for t in table).encode())
-    assert (tokenizer.vocab_size, tokenizer.eos) == (261, 260)
-    assert tokenizer.encode("the then tho") == [258, 259, 110, 32, 256, 111]  # th before " t"; a word is taken with its space
-    assert tokenizer.encode("<|endoftext|>") == list(b"<|endoftext|>")
-    for text in ODD:
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_a_foreign_sentencepiece_model_is_taken_as_it_is():
-    import sentencepiece
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(corpus()), model_writer=model, vocab_size=600, model_type="bpe",
-                                             byte_fallback=True, minloglevel=3)  # a dummy prefix and a BOS, as LLaMA's has
-    tokenizer = prepare.tokenizer_from_blob("llama", model.getvalue())
-    whole = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    assert tokenizer.encode("bad <s> mood") == whole.encode("bad <s> mood") and tokenizer.eos == whole.eos_id()
-    assert tokenizer.decode(tokenizer.encode("bad\nmood 中")) == " " + whole.decode(whole.encode("bad\nmood 中"))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Sources
-
-@pytest.mark.parametrize("suffix, opener", [(".txt", open), (".txt.xz", lzma.open), (".txt.gz", gzip.open)])
-def test_text_files(tmp_path, suffix, opener):
-    docs = ["one\r\n", "\ufefftwo\n\n", " \n\t\n", "", "a <|endoftext|> b\n<|endoftext|> \n", "last without line end"]
-    with opener(tmp_path / f"a{suffix}", "wb") as f:
-        f.write(b"\xef\xbb\xbf" + "<|endoftext|>\n".join(docs[:-1]).encode() + b"<|endoftext|>\r\n" + docs[-1].encode())
-    found = [text.decode() for text, last in prepare.text_documents(str(tmp_path / f"a{suffix}"), "", Counter()) if last]
-    assert found == docs
-
-
-def test_jsonl_columns(tmp_path):
-    rows = [{"text": "one", "body": "x\n"}, {"text": "", "body": None}, {"text": "half \ud800", "body": "y"}]
-    for name, opener in (("a.jsonl", open), ("a.jsonl.gz", gzip.open), ("a.jsonl.xz", lzma.open)):
-        with opener(tmp_path / name, "wb") as f:
-            f.write("\n\n".join(map(json.dumps, rows)).encode())
-        read = lambda column: [t for t, _ in prepare.text_documents(str(tmp_path / name), column, Counter())]
-        assert read("text") == [b"one", b"", b"half ?"] and read("body") == [b"x\n", b"", b"y"]
-        with pytest.raises(UserError, match="line 1 has no text in the column title.*text, body"):
-            read("title")
-
-
-@pytest.mark.parametrize("name, data, sentence", [
-    ("a.txt", b"ok\nno\xff\n", r"a.txt is not UTF-8: invalid start byte at byte 5"),
-    ("a.txt", b"x" * (1 << 20) + b"\n" + "é".encode()[:1], "is not UTF-8: unexpected end of data at byte 1048577"),
-    ("a.txt.xz", lzma.compress(bytes(1000))[:-20], "cannot read .*a.txt.xz: Compressed file ended"),
-    ("a.txt.gz", b"no gzip", "cannot read .*Not a gzipped file"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl line 2 is not JSON"),
-    ("a.jsonl", b'{"text": "a\xff"}', "a.jsonl line 1 is not JSON in UTF-8"),
-    ("a.jsonl", b'["a"]', "line 1 has no text in the column text, it has a list"),
-    ("a.jsonl", b'{"text": 5}', "line 1 has no text in the column text, there stands a value of type int"),
-    ("a.jsonl", b'{}', "line 1 has no text in the column text, it has no column"),
-    ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "a.jsonl line 1 is not JSON in UTF-8 .RecursionError")])
-def test_damaged_input_is_refused_with_its_place(tmp_path, name, data, sentence):
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match=sentence):
-        make(tmp_path, input=str(tmp_path / name))
-    assert os.listdir(tmp_path) == [name]
-
-
-def test_a_json_line_over_the_limit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "LARGEST", 1000)
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a" * 987}) + "\n" + json.dumps({"text": "a" * 990}))
-    documents = prepare.text_documents(str(tmp_path / "a.jsonl"), "text", Counter())
-    assert len(next(documents)[0]) == 987
-    with pytest.raises(UserError, match="line 2 is longer than"):
-        next(documents)
-
-
-def test_globs(tmp_path):
-    for name in ("b.txt", "a.txt", "c.txt.gz", "c.md"):
-        (tmp_path / name).touch()
-    names = lambda patterns: [os.path.basename(p) for p in prepare.text_files(",".join(str(tmp_path / p) for p in patterns))]
-    assert names(["c.txt.gz", "*.txt", "a.*"]) == ["c.txt.gz", "a.txt", "b.txt"]
-    with pytest.raises(UserError, match=r"no file matches .*x\*.txt"):
-        names(["*.txt", "x*.txt"])
-    with pytest.raises(UserError, match="c.md is not of a kind"):
-        names(["c.md"])
-
-
-def test_a_hugging_face_dataset_by_name_column_and_budget(tmp_path, monkeypatch):
-    pytest.importorskip("datasets")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    source = tmp_path / "source"
-    source.mkdir()
-    docs = [f"{i} {words(i, 30)}" for i in range(2000)]
-    for shard in range(4):
-        (source / f"{shard}.jsonl").write_text("".join(json.dumps({"id": i, "body": d}) + "\n" for i, d in enumerate(docs) if i % 4 == shard))
-    budget = dict(dataset=str(source), column="body", train_tokens=50_000, val_tokens=10_000)
-    train, val, tokenizer = make(tmp_path, "a", **budget)
-    again, _, _ = make(tmp_path, "b", **budget, workers=1)
-    other, _, _ = make(tmp_path, "c", **budget, seed=7)
-    assert (train.count, val.count) == (50_000, 10_000) and train.checksum == again.checksum != other.checksum
-    seen, held = set(documents_of(train.tokens, tokenizer)), set(documents_of(val.tokens, tokenizer))
-    assert seen | held <= set(docs) and not seen & held
-    order = [int(d.split()[0]) for d in documents_of(train.tokens, tokenizer)]
-    assert order != sorted(order)
-
-
-def test_a_stream_that_breaks_leaves_nothing(tmp_path, monkeypatch):
-    def broken(name, settings, seed):
-        yield b"some text", True
-        raise UserError("the stream broke off")
-    monkeypatch.setattr(prepare, "hub_documents", broken)
-    with pytest.raises(UserError, match="broke off"):
-        make(tmp_path, dataset="some/where")
-    assert os.listdir(tmp_path) == []
-
-
-def test_the_shuffle_buffer_is_seeded_complete_and_bounded():
-    documents = [(b"%d" % i, True) for i in range(5000)]
-    mixed = list(prepare._shuffled(iter(documents), 1, size=20_000))
-    assert mixed != documents and sorted(mixed) == sorted(documents)
-    assert mixed == list(prepare._shuffled(iter(documents), 1, size=20_000)) != list(prepare._shuffled(iter(documents), 2, size=20_000))
-    pulled = itertools.count()
-    stream = prepare._shuffled(((b"x" * 900, True) for _ in iter(lambda: next(pulled) < 10_000, False)), 1, size=100_000)
-    next(stream)
-    assert next(pulled) <= 102
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The split
-
-def test_the_split_is_by_text_about_one_percent_and_stable():
-    texts = [f"document {i}".encode() for i in range(20_000)]
-    chosen = {t for t in texts if prepare.is_validation(t, 0.01)}
-    assert 140 < len(chosen) < 260
-    oracle = {t for t in texts if int.from_bytes(hashlib.blake2b(t, digest_size=8).digest(), "big") / 2 ** 64 < 0.01}
-    assert chosen == oracle and all(prepare.is_validation(t + b"\n", 0.01) for t in chosen)
-    assert not any(prepare.is_validation(t, 0.0) for t in texts[:100]) and all(prepare.is_validation(t, 1.0) for t in texts[:100])
-
-
-def test_added_documents_move_none_and_duplicates_stay_together(tmp_path):
-    few, more = corpus(400), corpus(400) + corpus(500, seed=5000) + corpus(50)
-    random.Random(0).shuffle(more)
-    sides = []
-    for name, docs in (("a", few), ("b", more)):
-        train, val, tokenizer = make(tmp_path, name, input=str(write_corpus(tmp_path / f"{name}.txt", docs)))
-        sides.append((set(documents_of(train.tokens, tokenizer)), set(documents_of(val.tokens, tokenizer))))
-        assert sides[-1][0] | sides[-1][1] == set(docs) and not sides[-1][0] & sides[-1][1] and sides[-1][1]
-    assert sides[0][0] <= sides[1][0] and sides[0][1] <= sides[1][1]
-
-
-def test_validation_input(tmp_path):
-    docs = corpus(50)
-    a, b = write_corpus(tmp_path / "a.txt", docs[:40]), write_corpus(tmp_path / "b.txt", docs[40:])
-    train, val, tokenizer = make(tmp_path, input=str(a), val_input=str(b))
-    assert documents_of(train.tokens, tokenizer) == docs[:40] and documents_of(val.tokens, tokenizer) == docs[40:]
-    empty = write_corpus(tmp_path / "empty.txt", ["\n", " \n"])
-    with pytest.raises(UserError, match="no text in .*empty.txt"):
-        make(tmp_path, "other", input=str(a), val_input=str(empty))
-    with pytest.raises(UserError, match="no text in .*empty.txt"):
-        make(tmp_path, "other", input=str(empty))
-    with pytest.raises(UserError, match="there is no text to train the tokenizer spm:400 on"):
-        make(tmp_path, "other", input=str(empty), tokenizer="spm:400")
-
-
-def test_a_validation_file_among_the_training_files_is_refused(tmp_path):
-    for name in ("a.txt", "b.txt"):
-        write_corpus(tmp_path / name, corpus(50))
-    (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
-    for val in ("b.txt", "link.txt"):
-        with pytest.raises(UserError, match="b.txt is among both --input and --val_input"):
-            make(tmp_path, input=f"{tmp_path}/a.txt,{tmp_path}/b.txt", val_input=f"{tmp_path}/{val}")
-    assert not (tmp_path / "data").exists()
-    train, val, _ = make(tmp_path, input=f"{tmp_path}/a.txt", val_input=f"{tmp_path}/b.txt")  # equal text in two files is the user's affair
-    assert train.count == val.count
-
-
-@pytest.mark.parametrize("held_out", [False, True])
-def test_one_document_gives_its_last_percent(tmp_path, held_out):
-    text = next(t for t in (words(i, 5000) for i in range(1000)) if prepare.is_validation(t.encode(), 0.01) == held_out)
-    (tmp_path / "a.txt").write_text(text)
-    train, val, tokenizer = make(tmp_path, input=str(tmp_path / "a.txt"))
-    train.verify(), val.verify()
-    assert val.count == -(-(len(text) + 1) // 100)
-    assert tokenizer.decode(train.tokens.tolist() + val.tokens.tolist()) == text and val.tokens[-1] == tokenizer.eos
-
-
-def test_empty_documents_are_skipped_and_counted(tmp_path, capfd):
-    docs = corpus(120)
-    mixed = [d for doc in docs for d in (doc, "", " \n")]
-    train, val, tokenizer = make(tmp_path, input=str(write_corpus(tmp_path / "a.txt", mixed)))
-    assert train.count + val.count == sum(len(d.encode()) + 1 for d in docs)
-    assert "240 empty skipped" in capfd.readouterr().out
+def test_verify_in_background(tmp_path):
+    good, bad = (TokenFile(str(write_tokens(tmp_path / name, np.arange(5000) % 257)))
+                 for name in ("good.bin", "bad.bin"))
+    raise_damage = prepare.verify_in_background(good, bad)
+    raise_damage(wait=True)
+    with open(bad.path, "r+b") as f:
+        f.seek(5000)
+        f.write(b"xx")
+    raise_damage = prepare.verify_in_background(good, bad)
+    with pytest.raises(UserError, match="bad.bin is damaged: its checksum"):
+        raise_damage(wait=True)
+    with pytest.raises(UserError, match="bad.bin is damaged"):
+        raise_damage()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -439,14 +189,13 @@ def test_cut_keeps_every_byte_and_cuts_between_lines_or_characters():
 
 
 def test_a_giant_documents_pieces_stay_on_one_side(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "LARGEST", 20_000)
+    monkeypatch.setattr(corpus, "LARGEST", 20_000)
     giants = [f"{i}\n" + "".join(f"{words(1000 * i + j, 9)}\n" for j in range(2000)) for i in range(6)]
     path = write_corpus(tmp_path / "a.txt", giants)
-    pieces = list(prepare.text_documents(str(path), "", Counter()))
+    pieces = list(corpus.text_documents(str(path), "", Counter()))
     assert len(pieces) > 24 and sum(last for _, last in pieces) == 6 and max(len(t) for t, _ in pieces) <= 20_000
     assert all(text.endswith(b"\n") for text, _ in pieces)
-    monkeypatch.setattr(prepare, "LOCAL_SHARE", 0.5)
-    train, val, tokenizer = make(tmp_path, input=str(path))
+    train, val, tokenizer = make(tmp_path, input=str(path), val_share=0.5)
     parts = documents_of(train.tokens, tokenizer), documents_of(val.tokens, tokenizer)
     assert parts[0] and parts[1] and sorted(parts[0] + parts[1]) == sorted(giants)
 
@@ -461,13 +210,15 @@ def test_a_line_without_end_is_survived(tmp_path):
 
 def test_the_bytes_do_not_depend_on_the_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "BATCH", 10_000)
-    path = write_corpus(tmp_path / "a.txt", corpus(3000))
+    path = write_corpus(tmp_path / "a.txt", some_documents(3000))
     assert path.stat().st_size > 30 * prepare.BATCH
     raw = []
     for workers in (1, 3, 8):
         make(tmp_path, f"w{workers}", input=str(path), tokenizer="spm:400", workers=workers)
-        raw.append([(tmp_path / f"w{workers}" / name).read_bytes() for name in ("train.bin", "val.bin", "tokenizer.bin")])
-    assert raw[0] == raw[1] == raw[2] and sorted(os.listdir(tmp_path / "w8")) == ["tokenizer.bin", "train.bin", "val.bin"]
+        raw.append([(tmp_path / f"w{workers}" / name).read_bytes()
+                    for name in ("train.bin", "val.bin", "tokenizer.bin")])
+    assert raw[0] == raw[1] == raw[2] and sorted(os.listdir(tmp_path / "w8")) == ["tokenizer.bin", "train.bin",
+                                                                                  "val.bin"]
 
 
 def tree_memory(pid):
@@ -477,7 +228,8 @@ def tree_memory(pid):
         try:
             pid = pids.pop()
             total += 1024 * int(re.search(r"^Pss: +(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)[1])
-            pids += [int(c) for t in os.listdir(f"/proc/{pid}/task") for c in Path(f"/proc/{pid}/task/{t}/children").read_text().split()]
+            pids += [int(c) for t in os.listdir(f"/proc/{pid}/task")
+                     for c in Path(f"/proc/{pid}/task/{t}/children").read_text().split()]
         except (OSError, TypeError):
             continue
     return total
@@ -490,8 +242,10 @@ def test_memory_is_bounded_on_a_document_larger_than_the_limit(tmp_path):
         for _ in range(140 * prepare.MB // len(block)):
             f.write(block)
         f.write(b"<|endoftext|>\n" + b"small\n<|endoftext|>\n" * 100_000)
-    process = subprocess.Popen([sys.executable, ROOT / "prepare.py", "--dataset=text", f"--input={tmp_path}/a.txt", "--tokenizer=byte",
-                                f"--data_dir={tmp_path}/data", "--workers=4"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, ROOT / "prepare.py", "--dataset=text", f"--input={tmp_path}/a.txt",
+                                "--tokenizer=byte",
+                                f"--data_dir={tmp_path}/data", "--workers=4"], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE)
     peak = 0
     while process.poll() is None:
         peak = max(peak, tree_memory(process.pid))
@@ -502,13 +256,17 @@ def test_memory_is_bounded_on_a_document_larger_than_the_limit(tmp_path):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_interruption_leaves_nothing_half_and_no_process(tmp_path, number, status):
-    path = write_corpus(tmp_path / "a.txt", corpus(2000))
+    path = write_corpus(tmp_path / "a.txt", some_documents(2000))
     # the documents never end, so the run is certainly under way
-    code = ("import itertools, time, config, prepare\n"
-            "prepare.text_documents = lambda *_: ((b'word ' * 2000, time.sleep(0.001) is None) for _ in itertools.count())\n"
+    code = ("import itertools, time, config, corpus, prepare\n"
+            "endless = ((b'word ' * 2000, time.sleep(0.001) is None) for _ in itertools.count())\n"
+            "corpus.text_documents = lambda *_: endless\n"
+            "prepare.hold_out = lambda *_: lambda text: False\n"
             "config.run(prepare.main)")
-    process = subprocess.Popen([sys.executable, "-c", code, "--dataset=text", f"--input={path}", "--tokenizer=byte", "--workers=2",
-                                f"--data_dir={tmp_path}/data"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "--dataset=text", f"--input={path}", "--tokenizer=byte", "--workers=2",
+         f"--data_dir={tmp_path}/data"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job ignores it
     temp = tmp_path / "data" / "train.bin.tmp"
     while not (temp.exists() and temp.stat().st_size > 2 * prepare.MB):
         assert process.poll() is None
@@ -521,22 +279,49 @@ def test_interruption_leaves_nothing_half_and_no_process(tmp_path, number, statu
     if number != signal.SIGKILL:
         assert not (tmp_path / "data").exists()
     else:
-        assert sorted(os.listdir(tmp_path / "data")) == ["train.bin.tmp", "val.bin.tmp"]
+        assert sorted(os.listdir(tmp_path / "data")) == [".lock", "train.bin.tmp", "val.bin.tmp"]
     deadline = time.time() + 5
-    while any(os.path.exists(f"/proc/{pid}") and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in workers):
+    while any(os.path.exists(f"/proc/{pid}") and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+              for pid in workers):
         assert time.time() < deadline, "a worker outlives the main process"
         time.sleep(0.05)
     train, _, _ = make(tmp_path, input=str(path))  # the next run is not disturbed
     assert train.count and sorted(os.listdir(tmp_path / "data")) == ["tokenizer.bin", "train.bin", "val.bin"]
 
 
+def test_a_process_with_threads_prepares_without_forking_itself(tmp_path):
+    path = write_corpus(tmp_path / "a.txt", some_documents(200))
+    code = ("import os, sys, threading, prepare, config\n"
+            "if __name__ == '__main__':\n"
+            "    fork = os.fork\n"
+            "    if sys.argv.pop() == 'threads':\n"
+            "        threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+            "        os.fork = lambda: sys.exit('forked')\n"
+            "    config.run(prepare.main)")
+    (tmp_path / "main.py").write_text(code)
+    for kind in ("threads", "alone"):
+        args = ["--dataset=text", f"--input={path}", "--tokenizer=spm:400", f"--data_dir={tmp_path / kind}",
+                "--workers=2", kind]
+        done = subprocess.run([sys.executable, "-W", "error::DeprecationWarning", tmp_path / "main.py", *args],
+                              timeout=100,
+                              capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    assert (tmp_path / "alone/train.bin").read_bytes() == (tmp_path / "threads/train.bin").read_bytes()
+
+
+def test_everything_imports_without_fcntl():
+    code = "import sys; sys.modules['fcntl'] = None; import prepare, corpus, tokenizer"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch):
-    def killed(path, column, meter):
+    def killed(*_):
         yield b"text", True
         os.kill(next(iter(multiprocessing.active_children())).pid, signal.SIGKILL)
         while True:
             yield b"text" * 1000, True
-    monkeypatch.setattr(prepare, "text_documents", lambda *a: itertools.chain([(b"text" * 200_000, True)], killed(*a)))
+    monkeypatch.setattr(corpus, "text_documents", lambda *a: itertools.chain([(b"text" * 200_000, True)], killed(*a)))
+    monkeypatch.setattr(prepare, "hold_out", lambda *_: lambda text: False)
     with pytest.raises(UserError, match="worker process was killed"):
         make(tmp_path, input=str(write_corpus(tmp_path / "a.txt", ["x"])))
     assert os.listdir(tmp_path) == ["a.txt"]
@@ -546,13 +331,16 @@ def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch):
 # The data folder and the command line
 
 def test_the_command_line_from_text_to_open_data(tmp_path):
-    docs = corpus(300)
+    docs = some_documents(300)
     write_corpus(tmp_path / "a.txt", docs)
-    args = ["--dataset=text", f"--input={tmp_path}/*.txt", "--tokenizer=spm:400", f"--data_dir={tmp_path}/data", "--workers=2"]
+    args = ["--dataset=text", f"--input={tmp_path}/*.txt", "--tokenizer=spm:400", f"--data_dir={tmp_path}/data",
+            "--workers=2"]
     first = command(*args)
     assert first.returncode == 0, first.stderr
-    assert "spm:400@" in first.stdout and f"next: python train.py config/quickstart.py --data_dir={tmp_path}/data" in first.stdout
-    train, val, tokenizer = prepare.open_data(Config(dataset="refinedweb", tokenizer="llama", data_dir=f"{tmp_path}/data"))
+    assert "spm:400@" in first.stdout
+    assert f"next: python train.py config/quickstart.py --data_dir={tmp_path}/data" in first.stdout
+    train, val, tokenizer = prepare.open_data(Config(dataset="refinedweb", tokenizer="llama",
+                                                     data_dir=f"{tmp_path}/data"))
     assert sorted(documents_of(train.tokens, tokenizer) + documents_of(val.tokens, tokenizer)) == sorted(docs)
     again = command(*args)
     assert again.returncode == 0 and "is complete already" in again.stdout
@@ -568,10 +356,14 @@ def test_the_command_line_from_text_to_open_data(tmp_path):
     (["--dataset=text", "--input=nowhere/*.txt"], "no file matches nowhere"),
     (["--input=a.txt"], "belong to dataset=text"),
     (["--tokenizer=spm4096"], "is none of gpt2, llama"),
-    (["--tokenizer=nowhere.model"], "cannot read the tokenizer nowhere.model"),
+    (["--tokenizer=nowhere.model"], "cannot read the tokenizer nowhere.model (No such"),
     (["--workers=-1"], "workers=-1"),
     (["--workers=100000"], "workers=100000 must be at most 512"),
     (["--colum=x"], "did you mean column"),
+    (["--val_share=0.6"], "val_share=0.6 must lie between 0 and 0.5"),
+    (["--val_share=-0.1"], "val_share=-0.1 must lie between 0 and 0.5"),
+    (["--dataset=refinedweb", "--val_share=0.1"], "leave it out with a remote dataset and give --val_tokens"),
+    (["--dataset=text", "--input=a.txt", "--val_input=b.txt", "--val_share=0.1"], "leave it out with --val_input"),
     (["--workers=many"], "expected a whole number"),
     (["--tokenizer=spm:50"], "cannot train 50 pieces")])
 def test_mistakes_are_one_sentence_and_status_2(tmp_path, args, sentence):
@@ -582,10 +374,13 @@ def test_mistakes_are_one_sentence_and_status_2(tmp_path, args, sentence):
 
 def test_remote_failures_name_the_offline_way(tmp_path):
     # a proxy that nobody serves: no network, wherever this test runs
-    closed = {**os.environ, **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"), "http://127.0.0.1:9"),
-              "NO_PROXY": "", "no_proxy": "", "HF_HOME": str(tmp_path / "hf"), "TIKTOKEN_CACHE_DIR": str(tmp_path / "tiktoken")}
+    closed = {**os.environ, **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY",
+                                             "all_proxy"), "http://127.0.0.1:9"),
+              "NO_PROXY": "", "no_proxy": "", "HF_HOME": str(tmp_path / "hf"),
+              "TIKTOKEN_CACHE_DIR": str(tmp_path / "tiktoken")}
     for args, sentence in ((["--dataset=refinedweb", "--tokenizer=byte"], "--dataset=stdlib, or --dataset=text"),
-                           (["--tokenizer=llama"], "--tokenizer=spm:32000"), (["--tokenizer=gpt2"], "--tokenizer=spm:16384")):
+                           (["--tokenizer=llama"], "--tokenizer=spm:32000"),
+                           (["--tokenizer=gpt2"], "--tokenizer=spm:16384")):
         start = time.time()
         result = command(*args, f"--data_dir={tmp_path}/data", env=closed)
         assert result.returncode == 2 and sentence in result.stderr and result.stderr.count("\n") == 1, result.stderr
@@ -605,9 +400,10 @@ def test_no_torch():
 
 def test_open_data_without_and_with_the_wrong_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"data/typo holds no data: run `python prepare.py --dataset=stdlib --tokenizer=spm:4096 --data_dir=data/typo`"):
+    run = "`python prepare.py --dataset=stdlib --tokenizer=spm:4096 --data_dir=data/typo`"
+    with pytest.raises(UserError, match=f"data/typo holds no data: run {run}"):
         prepare.ensure_data(Config(data_dir="data/typo"))
-    a, b = write_corpus(tmp_path / "a.txt", corpus(200)), write_corpus(tmp_path / "b.txt", corpus(210))
+    a, b = write_corpus(tmp_path / "a.txt", some_documents(200)), write_corpus(tmp_path / "b.txt", some_documents(210))
     cfg = Config(dataset="text", tokenizer="byte", input=str(a))
     prepare.prepare(cfg, Settings(workers=1))
     assert prepare.open_data(cfg)[0].count == prepare.open_data(Config(dataset="text", tokenizer="byte"))[0].count > 0
@@ -629,3 +425,165 @@ def test_ensure_data_prepares_the_standard_library_once(tmp_path, monkeypatch):
     assert tokenizer.decode(val.tokens[:-1].tolist()) and train.count > 5_000_000
     before = os.stat(train.path).st_mtime_ns
     assert prepare.ensure_data(cfg)[0].checksum == train.checksum and os.stat(train.path).st_mtime_ns == before
+
+
+def test_complete_already_compares_contents(tmp_path, capfd):
+    path = write_corpus(tmp_path / "a.txt", some_documents(200))
+    make(tmp_path, input=str(path))
+    (tmp_path / "elsewhere").mkdir()
+    times = path.stat()
+    make(tmp_path, input=shutil.copy(path, tmp_path / "elsewhere"))
+    assert "data is complete already" in capfd.readouterr().out
+    path.write_bytes(path.read_bytes().replace(b"e", b"o", 1))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UserError, match="data already holds another text, text: 1 \\+ 0 files"):
+        make(tmp_path, input=str(path))
+
+
+def test_complete_already_compares_the_tokenizers_content(tmp_path, capfd):
+    text, model = write_corpus(tmp_path / "a.txt", some_documents(200)), tmp_path / "my.model"
+    model.write_bytes(prepare.train_sentencepiece(300, some_documents()))
+    make(tmp_path, input=str(text), tokenizer=str(model))
+    make(tmp_path, input=str(text), tokenizer=str(model))
+    assert "data is complete already" in capfd.readouterr().out
+    model.write_bytes(prepare.train_sentencepiece(301, some_documents()))
+    with pytest.raises(UserError, match="data already holds another tokenizer, text: .* in my.model@"):
+        make(tmp_path, input=str(text), tokenizer=str(model))
+    with pytest.raises(UserError, match="not text: 1 .* in my.model"):
+        os.rename(tmp_path / "data", tmp_path / "text-model")
+        folder, config.data_dir = config.data_dir, lambda cfg: str(tmp_path / "text-model")
+        try:
+            prepare.open_data(Config(dataset="text", input=str(text), tokenizer=str(model)))
+        finally:
+            config.data_dir = folder
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_complete_already_verifies_the_payload(tmp_path, name):
+    path = write_corpus(tmp_path / "a.txt", some_documents(300))
+    make(tmp_path, input=str(path))
+    with open(tmp_path / "data" / name, "r+b") as f:
+        f.seek(-2, os.SEEK_END)
+        f.write(b"\0\0")
+    with pytest.raises(UserError, match=f"{name} is damaged: its checksum .* prepare it again"):
+        make(tmp_path, input=str(path))
+
+
+def test_train_bin_appears_last(tmp_path, monkeypatch):
+    path = write_corpus(tmp_path / "a.txt", some_documents(200))
+    replace, seen = os.replace, []
+
+    def recorded(old, new):
+        seen.append((os.path.basename(new), sorted(os.listdir(tmp_path / "data"))))
+        if os.path.basename(new) == "train.bin" and len(seen) < 3:
+            raise OSError("the disk is full")
+        replace(old, new)
+    monkeypatch.setattr(os, "replace", recorded)
+    with pytest.raises(UserError, match="the disk is full"):
+        make(tmp_path, input=str(path))
+    assert [name for name, _ in seen] == ["val.bin", "train.bin"] and {"val.bin", "tokenizer.bin"} <= set(seen[1][1])
+    assert sorted(os.listdir(tmp_path / "data")) == ["tokenizer.bin", "val.bin"]
+    train, val, _ = make(tmp_path, input=str(path))
+    assert train.count and val.count and sorted(os.listdir(tmp_path / "data")) == ["tokenizer.bin", "train.bin",
+                                                                                   "val.bin"]
+
+
+def test_another_sources_files_are_refused(tmp_path):
+    for name, docs, tokenizer in (("a", 200, "byte"), ("b", 210, "byte"), ("c", 200, "spm:400")):
+        make(tmp_path, name, input=str(write_corpus(tmp_path / "x.txt", some_documents(docs))), tokenizer=tokenizer)
+    for other in "bc":
+        for name in ("val.bin", "train.bin"):
+            mixed = tmp_path / f"{other}-{name}"
+            shutil.copytree(tmp_path / "a", mixed)
+            shutil.copy(tmp_path / other / name, mixed)
+            with pytest.raises(UserError, match="is mixed, val.bin being text: .* prepare it again"):
+                prepare.open_data(Config(data_dir=str(mixed)))
+    shutil.copy(tmp_path / "c" / "tokenizer.bin", tmp_path / "b")
+    shutil.copy(tmp_path / "c" / "train.bin", tmp_path / "c" / "val.bin")
+    (tmp_path / "c" / "tokenizer.bin").write_bytes(b"another")
+    with pytest.raises(UserError, match="spm:400@.* is damaged: it hashes to"):
+        prepare.open_data(Config(data_dir=str(tmp_path / "c")))
+
+
+def test_bytes_per_token_count_only_what_was_kept(tmp_path, monkeypatch, capfd):
+    def endless(*_):
+        return ((f"{i} {'é' * (i % 50)}".encode(), True) for i in itertools.count())
+    monkeypatch.setattr(corpus, "hub_documents", endless)
+    train, val, tokenizer = make(tmp_path, dataset="some/where", train_tokens=5_001, val_tokens=777)
+    assert (train.count, val.count) == (5001, 777)
+    kept = sum(len(tokenizer.decode_bytes(f.tokens.tolist())) for f in (train, val))
+    assert f"bytes/token  {kept / 5778:.3f}" in capfd.readouterr().out and kept < 5778
+
+
+def test_warnings_count_unknown_tokens_and_separators_inside_documents(tmp_path, capfd):
+    import sentencepiece
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a b c d e"] * 50), vocab_size=12,
+                                             model_type="bpe",
+                                             model_prefix=str(tmp_path / "small"), minloglevel=3)
+    docs = [f"a b 漢 {'c ' * i} <|endoftext|> d<|endoftext|>\n" for i in range(150)]
+    path = write_corpus(tmp_path / "a.txt", docs)
+    train, val, tokenizer = make(tmp_path, input=str(path), tokenizer=str(tmp_path / "small.model"))
+    err = capfd.readouterr().err
+    unknown = sum(int((f.tokens == 0).sum()) for f in (train, val))
+    total = train.count + val.count
+    assert unknown >= 150
+    assert f"warning: {unknown:,} of {total:,} tokens ({unknown / total:.2%}) are unknown to small.model@" in err
+    assert "warning: <|endoftext|> stands inside documents 300 times as plain text" in err
+    make(tmp_path, "clean", input=str(write_corpus(tmp_path / "b.txt", some_documents(300))))
+    assert capfd.readouterr().err == ""
+
+
+def tiny_preset(folder, **values):
+    values = {"n_layer": 1, "n_embd": 16, "n_head": 1, "block_size": 64, "batch_size": 2, "micro_batch_size": 2,
+              "max_tokens": 256,
+              "device": "cpu", "resume": "auto", **values}
+    (folder / "tiny.py").write_text("".join(f"{name} = {value!r}\n" for name, value in values.items()))
+    return str(folder / "tiny.py")
+
+
+def test_the_next_command_names_a_run_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    preset = tiny_preset(tmp_path, dataset="text", tokenizer="byte", input="a.txt")
+    write_corpus(tmp_path / "a.txt", some_documents(300))
+    prepare.prepare(config.load([preset])[0], Settings(workers=1))
+    train = ["python", str(ROOT / "train.py"), preset]
+    hint = lambda folder: shlex.split(prepare.next_command(preset, folder))
+    assert hint("data/text-byte") == train  # the preset's own data
+    os.makedirs("out/tiny")
+    Path("out/tiny/config.json").touch()
+    assert hint("data/text-byte") == [*train, "--out_dir=out/tiny-2"]
+    shutil.copytree("data/text-byte", "data/my own")
+    assert hint("data/my own") == hint("data/my own/")[:3] + ["--data_dir=data/my own", "--out_dir=out/my own"]
+    for name in ("my own", "my own-2"):
+        os.makedirs(f"out/{name}")
+        Path(f"out/{name}/config.json").touch()
+    assert hint("data/my own")[-1] == "--out_dir=out/my own-3"
+
+
+@pytest.mark.parametrize("docs, values", [(300, {}), (60, {"batch_size": 400, "block_size": 1024})])
+def test_the_next_command_trains(tmp_path, docs, values):
+    pytest.importorskip("torch")
+    preset = tiny_preset(tmp_path, **values)
+    (tmp_path / "out/data").mkdir(parents=True)
+    (tmp_path / "out/data/config.json").write_text("{}")
+    path = write_corpus(tmp_path / "a.txt", some_documents(docs))
+    done = command(preset, "--dataset=text", f"--input={path}", "--tokenizer=byte", "--data_dir=data", "--workers=1",
+                   cwd=tmp_path)
+    assert done.returncode == 0 and ("warning" in done.stderr) == bool(values), done.stderr
+    train, val = (TokenFile(str(tmp_path / "data" / name)) for name in ("train.bin", "val.bin"))
+    fits = min(val.count - 1, (train.count - 1) // values.get("batch_size", 2))
+    words = [f"--block_size={2 ** int(np.log2(fits))}"] if values else []
+    line = shlex.split(done.stdout.splitlines()[-1].removeprefix("next: "))
+    assert line[2:5] == [preset, "--data_dir=data", "--out_dir=out/data-2"] and line[5:] == words
+    line += ["--max_tokens=10000", "--final_eval_tokens=64"]
+    done = subprocess.run([sys.executable, *line[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "done" in done.stdout, done.stderr
+    assert (tmp_path / "out/data-2/model.pt").exists()
+
+
+def test_too_little_text_for_any_training_gives_no_command(tmp_path):
+    (tmp_path / "hi.txt").write_text("hi\n")
+    done = command("--dataset=text", "--input=hi.txt", "--tokenizer=byte", "--data_dir=data", "--workers=1",
+                   cwd=tmp_path)
+    assert done.returncode == 0 and "next" not in done.stdout
+    assert "3 training and 1 validation tokens are few for" in done.stderr

@@ -1,4 +1,4 @@
-"""structured: the three maps against dense matrices built entry by entry, gradients, initialisation, guides, compilation."""
+"""structured: the three maps against matrices built entry by entry, gradients, initialisation, guides, compilation."""
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +14,8 @@ SIZES = [  # kind, in, out, rest: wide, tall, square, q not a multiple of the bl
     ("lowrank", 12, 20, (5,)), ("lowrank", 20, 12, (12,)), ("lowrank", 7, 7, (1,)),
     ("blockshuffle", 12, 24, (3,)), ("blockshuffle", 24, 12, (3,)), ("blockshuffle", 20, 20, (4,)),
     ("blockshuffle", 12, 20, (4,)), ("blockshuffle", 12, 6, (1,)), ("blockshuffle", 6, 18, (6,)),
-    ("blockdense", 12, 20, (6, 3)), ("blockdense", 20, 12, (8, 4)), ("blockdense", 8, 8, (2, 1)), ("blockdense", 6, 10, (6, 6))]
+    ("blockdense", 12, 20, (6, 3)), ("blockdense", 20, 12, (8, 4)), ("blockdense", 8, 8, (2, 1)),
+    ("blockdense", 6, 10, (6, 6))]
 ONE_EACH = [SIZES[0], SIZES[6], SIZES[9]]
 sizes = pytest.mark.parametrize("kind, n, m, rest", SIZES)
 one_each = pytest.mark.parametrize("kind, n, m, rest", ONE_EACH, ids=[s[0] for s in ONE_EACH])
@@ -54,7 +55,8 @@ def test_map_and_dense_weight_equal_the_papers_definition(kind, n, m, rest):
 @sizes
 def test_parameters_are_the_papers_count(kind, n, m, rest):
     layer, B = make(kind, n, m, rest, bias=False), rest[-1]
-    expected = {"lowrank": B * (n + m), "blockshuffle": min(n, m) * (n + m) // B, "blockdense": rest[0] * (m * B + n) // B}[kind]
+    expected = {"lowrank": B * (n + m), "blockshuffle": min(n, m) * (n + m) // B,
+                "blockdense": rest[0] * (m * B + n) // B}[kind]
     assert sum(p.numel() for p in layer.parameters()) == expected == layer.V.numel() + layer.U.numel()
 
 
@@ -102,8 +104,8 @@ def test_bf16_autocast_is_near(kind, n, m, rest):
     ("lowrank", 12, 20, (0,), "0 12 20"), ("lowrank", 12, 20, (13,), "13 12 20"), ("lowrank", 12, 20, (-1,), "-1 12"),
     ("blockshuffle", 12, 20, (3,), "3 12 20"), ("blockshuffle", 10, 20, (4,), "4 10 20"),
     ("blockshuffle", 12, 20, (0,), "0 12 20"),
-    ("blockdense", 12, 20, (6, 5), "5 12 6"), ("blockdense", 12, 20, (7, 3), "3 12 7"), ("blockdense", 12, 20, (0, 3), "0 12"),
-    ("blockdense", 12, 20, (6, 0), "0 12")])
+    ("blockdense", 12, 20, (6, 5), "5 12 6"), ("blockdense", 12, 20, (7, 3), "3 12 7"),
+    ("blockdense", 12, 20, (0, 3), "0 12"), ("blockdense", 12, 20, (6, 0), "0 12")])
 def test_sizes_that_do_not_divide_are_named(kind, n, m, rest, words):
     with pytest.raises(ValueError) as e:
         MAPS[kind](n, m, *rest)
@@ -150,7 +152,8 @@ def test_spectral_init_keeps_float64_exact():
     torch.manual_seed(4)
     layer.reset_parameters()
     torch.manual_seed(4)
-    torch.testing.assert_close(layer.dense_weight().detach(), torch.randn(10, 10, dtype=torch.float64) * 0.02, rtol=0, atol=1e-12)
+    expected = torch.randn(10, 10, dtype=torch.float64) * 0.02
+    torch.testing.assert_close(layer.dense_weight().detach(), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind, n, m, rest", [s for s in SIZES if s[0] != "lowrank"])
@@ -185,13 +188,30 @@ def test_merged_forward_equals_the_two_branches(kind, n, m, rest, alpha):
     wanted = [x, layer.V, layer.U, layer.W, layer.bias]
     y = layer(x, torch.tensor(alpha))
     two = alpha * F.linear(x, layer.W) + (1 - alpha) * (layer(x) - layer.bias) + layer.bias
-    torch.testing.assert_close(two, x @ (alpha * layer.W + (1 - alpha) * oracle(kind, layer)).T + layer.bias, rtol=0, atol=1e-12)
+    blended = alpha * layer.W + (1 - alpha) * oracle(kind, layer)
+    torch.testing.assert_close(two, x @ blended.T + layer.bias, rtol=0, atol=1e-12)
     tolerance = dict(rtol=0, atol=1e-6 if alpha == 0.3 else 1e-12)  # alpha itself is a float32
     torch.testing.assert_close(y, two, **tolerance)
     for name, a, b in zip("xVUWb", torch.autograd.grad(y, wanted, g), torch.autograd.grad(two, wanted, g)):
         torch.testing.assert_close(a, b, msg=lambda text: f"{name}: {text}", **tolerance)
     exact = layer(x, torch.tensor(alpha, dtype=torch.float64))
     torch.testing.assert_close(exact, two, rtol=0, atol=1e-12)
+
+
+@one_each
+def test_the_blend_is_in_float32_and_cast_once(kind, n, m, rest):
+    """bf16 factors and a guide that nearly cancel: in bf16, or with alpha in bf16, no digit would be right."""
+    layer = make(kind, 16 * n, 16 * m, rest, dtype=torch.bfloat16)
+    with torch.no_grad():
+        D = layer.dense_weight()
+        layer.bias.zero_()
+        layer.W = torch.nn.Parameter(-D)
+    alpha = torch.tensor(0.501)  # 0.5 in bf16
+    exact = alpha.double() * layer.W.double() + (1 - alpha.double()) * D.double()      # -0.002 D
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(torch.eye(16 * n), alpha)                                            # the blended matrix, transposed
+    assert y.dtype == torch.bfloat16 and exact.abs().max() > 1e-4
+    assert (y.T == exact.bfloat16()).double().mean() > 0.99
 
 
 @sizes

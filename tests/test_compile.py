@@ -1,0 +1,156 @@
+"""Without a card: every Triton kernel of ops/ compiles to machine code, launched as its launcher does it, and so does the CUDA source.
+
+CI runs this under several versions of Triton, those that torch brings among them.
+"""
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+import structured
+from test_decode import make
+
+if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs triton as a compiler", allow_module_level=True)
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from ops import decode, ffn, megakernel, pointwise  # noqa: E402
+from model import Cache  # noqa: E402
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that a thread block may have
+BF16 = torch.bfloat16
+
+
+class Driver:
+    """What Triton asks about a card before it compiles."""
+
+    def __init__(self, capability):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """card(capability): kernels compile for it and are not launched -> {name: the compiled kernels' hashes}, filled from then on."""
+    def become(capability):
+        compiled, run = {}, JITFunction.run
+
+        def compile_only(self, *args, grid, warmup, **kwargs):
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+            assert kernel.asm["cubin"] and kernel.metadata.target.arch == capability
+            assert kernel.metadata.shared <= SHARED[capability], (self.__name__, kernel.metadata.shared)
+            compiled.setdefault(self.__name__, set()).add(kernel.hash)
+
+        monkeypatch.setattr(triton.runtime.driver, "_active", Driver(capability))
+        monkeypatch.setattr(JITFunction, "run", compile_only)
+        monkeypatch.setattr(decode, "PDL", capability >= 90)
+        for module in (pointwise, ffn):
+            monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
+        return compiled
+    return become
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is launched
+
+def rotate():
+    qkv, table = torch.empty(2, 8, 12 + 2 * 4, 64, dtype=BF16), torch.empty(8, 1, 64)
+    pointwise.join_rotated(*pointwise.split_rotated(qkv, table, table, 12, 4), table, table)
+
+
+def add_norm():
+    for norm in (nn.LayerNorm(768), nn.LayerNorm(1600, bias=False), nn.RMSNorm(512, eps=1e-5)):
+        x = torch.empty(4, *norm.normalized_shape, dtype=BF16)
+        for pending in (None, x):
+            pointwise.add_norm(x, pending, norm)
+            pointwise.add_norm_backward_op(pending, x, x, norm.weight, norm.eps, isinstance(norm, nn.RMSNorm))
+
+
+def token_loss():
+    logits, targets = torch.empty(4, 32_000, dtype=BF16), torch.zeros(4, dtype=torch.long)
+    for gradient in (False, True):
+        pointwise.token_loss(logits, targets, torch.tensor(1.0), gradient)
+
+
+def adamw():
+    for n in (4096, 4097):  # the second fills no 16 bytes
+        weight, low = torch.empty(n), torch.empty(n, dtype=BF16)
+        for copies, grad in (([low], low), (None, weight)):
+            tables = pointwise.adamw_tables([weight], copies, [weight], [weight])
+            pointwise.adamw(tables, [grad], [(1e-3, 1.0)], torch.tensor(1.0), 1e-4, (0.9, 0.95), 1e-8)
+
+
+def fused_ffn():
+    for kind, rank, nblocks in (("lowrank", 128, 0), ("blockdense", 128, 2), ("blockshuffle", 0, 2), ("blockshuffle", 0, 4)):
+        for act in ("gelu", "relu2"):
+            fc1, fc2 = (structured.linear(kind, n, m, rank, nblocks, True) for n, m in ((512, 2048), (2048, 512)))
+            x = torch.empty(130, 512, dtype=BF16, requires_grad=True)
+            with torch.autocast("cpu", BF16):
+                ffn.fused_ffn(x, fc1, fc2, act).float().sum().backward()
+    with torch.no_grad(), torch.autocast("cpu", BF16):
+        ffn.fused_ffn(x, fc1, fc2, "gelu")
+
+
+def decode_step():
+    for kw in (dict(), dict(pos="absolute", n_kv_head=2), dict(ffn="blockshuffle", nblocks=4, act="relu2"),
+               dict(act="swiglu", norm="rmsnorm", ffn="lowrank", rank=16, bias=False)):
+        for dtype in (BF16, torch.float32):
+            model = make(n_layer=1, **kw).to(dtype)
+            decode.step(model, torch.zeros(1, 1, dtype=torch.long), Cache(model.cfg, 1, 64, "cpu", dtype))
+
+
+def sample():
+    zeros = torch.zeros(2, 1, dtype=torch.long)
+    for temperature in (0.0, 0.8):
+        s = type("Settings", (), dict(temperature=temperature, min_p=0.0))
+        decode.sample(torch.empty(2, 32_000, dtype=BF16), s, zeros[:, 0], zeros[:, 0], zeros, zeros, zeros)
+
+
+LAUNCHES = {rotate: {"_rotate"}, add_norm: {"_add_norm", "_add_norm_backward"}, token_loss: {"_token_loss"}, adamw: {"_adamw"},
+            fused_ffn: {"_matmul"}, decode_step: {"_linear", "_attention"}, sample: {"_sample"}}
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda f: f.__name__)
+@torch.no_grad()
+def test_triton_kernels_compile(launch, capability, card):
+    if launch is fused_ffn and capability < 90:
+        pytest.skip("only Hopper runs it")
+    compiled = card(capability)
+    with torch.set_grad_enabled(launch is fused_ffn):
+        launch()
+    assert set(compiled) == LAUNCHES[launch]
+
+
+def test_every_kernel_stands_above():
+    sources = [Path(module.__file__).read_text() for module in (decode, ffn, pointwise)]
+    assert {name for source in sources for name in re.findall(r"^ +(_\w+)\[", source, re.M)} == set().union(*LAUNCHES.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The CUDA source
+
+NVRTC = importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings") and importlib.util.find_spec("nvidia.cu13")
+
+
+@pytest.mark.skipif(not NVRTC, reason="needs cuda-bindings and nvidia-cuda-nvrtc")
+@pytest.mark.parametrize("architecture", ["sm_90a", "sm_100"])
+@pytest.mark.parametrize("batch, shape", [(1, dict(ffn="lowrank", rank=16)), (4, dict(ffn="blockshuffle", nblocks=4, act="swiglu", norm="rmsnorm"))])
+def test_the_megakernel_compiles(batch, shape, architecture):
+    model = make(n_layer=2, **shape).to(BF16)
+    defines = megakernel.constants(model, batch, 132, megakernel.WARPS, megakernel.SLOT)
+    assert b"decode_step" in megakernel.compile_source(megakernel.source(defines), architecture)

@@ -1,0 +1,153 @@
+"""merge: dense equivalents against float64 matrices, what stays exact in bf16, the table behind decode=auto."""
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import merge
+import structured
+from config import UserError
+from conftest import dense_oracle
+from merge import prepare_model
+from structured import Dense, FactorsOrMerged
+from test_decode import MODELS, make
+
+KINDS = {name: MODELS[name] for name in ("lowrank swiglu", "blockshuffle, one key head", "blockdense")}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Merging
+
+@pytest.mark.parametrize("name", KINDS)
+def test_merged_weights_are_rounded_once(name):
+    """bf16 after the product, as in float64: of factors that were cast before, most entries come out differently."""
+    model = make(**KINDS[name])
+    original = copy.deepcopy(model)
+    merged = prepare_model(model, "merged", torch.bfloat16)
+    for before, after in zip(original.blocks[1:], merged.blocks[1:]):
+        for linear, dense in ((before.ffn.fc1, after.ffn.fc1), (before.ffn.fc2, after.ffn.fc2)):
+            V, U = (w.detach().double() for w in (linear.V, linear.U))
+            exact = torch.from_numpy(dense_oracle(type(linear).__name__.lower(), V, U))
+            assert isinstance(dense, Dense) and dense.weight.dtype == torch.bfloat16
+            assert (dense.weight == exact.bfloat16()).double().mean() > 0.995
+            assert (linear.bias is None and dense.bias is None) or torch.equal(dense.bias, linear.bias.bfloat16())
+
+
+def test_auto_holds_the_factors_and_their_exact_product():
+    model = make(**KINDS["blockdense"])
+    original = copy.deepcopy(model)
+    pairs = merge.cast_and_merge(model, "auto", torch.bfloat16)
+    assert len(pairs) == 4
+    for pair, (_, linear) in zip(pairs, original.structured_linears()):
+        assert torch.equal(pair.factors.V, linear.V.bfloat16()) and torch.equal(pair.factors.U, linear.U.bfloat16())
+        exact = torch.from_numpy(dense_oracle("blockdense", linear.V.detach(), linear.U.detach()))
+        assert (pair.merged.weight == exact.bfloat16()).double().mean() > 0.995
+
+
+@pytest.mark.parametrize("decode", ["structured", "merged"])
+def test_positions_stay_exact_in_bf16(decode):
+    model = prepare_model(make(block_size=4096, ffn="lowrank", rank=16, n_layer=2), decode, torch.bfloat16)
+    assert model.wte.weight.dtype == model.head.weight.dtype == torch.bfloat16
+    angle = np.arange(4096)[:, None] / 10_000 ** (np.arange(16) / 16)                  # head size 32
+    for table, exact in ((model.cos[:, 0, :16], np.cos(angle)), (model.sin[:, 0, 16:], np.sin(angle))):
+        assert np.abs(table.double().numpy() - exact).max() < 1e-7
+
+
+def test_merging_uses_no_tf32(monkeypatch):
+    precisions = []
+    formed = structured.LowRank.dense_weight
+    monkeypatch.setattr(structured.LowRank, "dense_weight",
+                        lambda self: (precisions.append(torch.get_float32_matmul_precision()), formed(self))[1])
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        prepare_model(make(ffn="lowrank", rank=16), "merged", torch.float32)
+        assert set(precisions) == {"highest"} and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("faster", ["factors", "merged"])
+def test_the_form_that_is_always_faster_is_the_one_that_stays(faster, tmp_path, monkeypatch):
+    times = [1.0, 2.0] if faster == "factors" else [2.0, 1.0]
+    monkeypatch.setattr(merge, "measure", lambda pairs: {"eager": {p.shape: {"1": times, "16": times} for p in pairs}})
+    monkeypatch.setattr(merge, "measure_few", lambda model, pairs: {})
+    original = make(ffn="lowrank", rank=16)
+    model = prepare_model(copy.deepcopy(original), "auto", torch.float32)
+    assert not any(isinstance(m, FactorsOrMerged) for m in model.modules())
+    for before, after in zip(original.blocks[1:], model.blocks[1:]):
+        linear, kept = before.ffn.fc1, after.ffn.fc1
+        if faster == "factors":
+            assert isinstance(kept, structured.LowRank) and torch.equal(kept.V, linear.V)
+        else:
+            assert isinstance(kept, Dense)
+            torch.testing.assert_close(kept.weight, linear.U @ linear.V, atol=1e-6, rtol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table of speeds
+
+def test_auto_keeps_its_table_and_follows_it(tmp_path, monkeypatch):
+    path = str(tmp_path / "decode.json")
+    monkeypatch.setattr(merge, "TOKENS", [1, 4, 16])
+    prepare_model(make(ffn="lowrank", rank=16), "auto", torch.float32, path)
+    tables = json.loads(Path(path).read_text())
+    (key, modes), = tables.items()
+    assert torch.__version__ in key and "float32" in key and len(modes["eager"]) == 2
+
+    for shape in modes["eager"]:
+        modes["eager"][shape] = {"1": [2.0, 1.0], "4": [2.0, 1.0], "16": [1.0, 2.0]}
+    Path(path).write_text(json.dumps(tables))
+    monkeypatch.setattr(merge, "measure", lambda pairs: pytest.fail("measured again"))
+    model = prepare_model(make(ffn="lowrank", rank=16), "auto", torch.float32, path)
+    pair = model.blocks[1].ffn.fc1
+    assert [model.speeds.merged(pair.shape, t) for t in (1, 3, 4, 5, 16, 4096)] == 3 * [True] + 3 * [False]
+    x = torch.randn(1, 128)
+    torch.testing.assert_close(pair(x), pair.factors(x), atol=1e-4, rtol=1e-4)
+    few, many = merge.step_weights(model, 1, "eager"), merge.step_weights(model, 16, "eager")
+    assert few - many == 4 * sum(m.merged.weight.numel() - m.factors.V.numel() - m.factors.U.numel()
+                                 for m in model.modules() if isinstance(m, FactorsOrMerged))
+
+    for shape in modes["eager"]:
+        modes["eager"][shape] = {"1": [1.0, 2.0], "16": [1.0, 2.0]}
+    Path(path).write_text(json.dumps(tables))
+    model = prepare_model(make(ffn="lowrank", rank=16), "auto", torch.float32, path)
+    assert not any(isinstance(m, FactorsOrMerged) for m in model.modules())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_auto_times_the_step_that_few_sequences_take():
+    """As a graph, all linears of a model go the way in which the whole step was faster."""
+    model = prepare_model(make("cuda", **MODELS["blockshuffle, one key head"]), "auto", torch.float32)
+    rows = model.speeds.times["graph"]
+    for few in map(str, merge.FEW):
+        assert len({tuple(row[few]) for row in rows.values()}) == 1
+    assert len({tuple(row["8"]) for row in rows.values()}) == len(rows) == 2
+    with model.speeds.launched("graph"):
+        assert all(len({model.speeds.merged(shape, tokens) for shape in rows}) == 1 for tokens in (1, 2, 3, 4))
+    assert merge.measure_few(model.cpu(), []) == {}
+
+
+def test_table_of_another_card_is_left_alone(tmp_path, monkeypatch):
+    path = tmp_path / "decode.json"
+    path.write_text(json.dumps({"another card": {"eager": {}}}))
+    monkeypatch.setattr(merge, "TOKENS", [1])
+    prepare_model(make(ffn="blockshuffle", nblocks=2), "auto", torch.float32, str(path))
+    assert len(json.loads(path.read_text())) == 2
+
+
+def test_a_damaged_table_is_one_sentence(tmp_path, monkeypatch):
+    path = tmp_path / "decode.json"
+    monkeypatch.setattr(merge, "TOKENS", [1])
+    key = merge.table_key(torch.device("cpu"), torch.float32)
+    shape = structured.shape_of(make(ffn="blockshuffle", nblocks=2).blocks[1].ffn.fc1)
+    rows = {}, {"one": [1, 2]}, {"1": [1, "2"]}, {"1": [1]}, {"1": [0, 1]}
+    tables = [{key: value} for value in (3, [], {"eager": 3}, *({"eager": {shape: row}} for row in rows))]
+    for text in ("{", "[]", "[" * 100_000, *map(json.dumps, tables)):
+        path.write_text(text)
+        with pytest.raises(UserError, match="decode.json is damaged: delete it"):
+            prepare_model(make(ffn="blockshuffle", nblocks=2), "auto", torch.float32, str(path))
+        assert path.read_text() == text
