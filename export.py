@@ -73,6 +73,7 @@ if __name__ == "__main__":
     SETTINGS = config.run(read_settings)  # a wrong setting is reported before torch loads
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -170,8 +171,22 @@ LIMITS = (
 )
 
 
+# The switches of Config, down to dropout, that the architectures above express or LIMITS refuses.
+KNOWN = {"n_layer", "n_embd", "n_head", "n_kv_head", "attn_dim", "ffn_dim", "block_size", "vocab_size", "norm", "act",
+         "pos", "bias", "tie_embeddings", "rope_theta", "norm_eps"}
+
+
+def unknown_switches(cfg) -> dict:
+    """{name: value} of the switches of the model that are in use and not KNOWN."""
+    switches = itertools.takewhile(lambda field: field.name != "dropout", dataclasses.fields(cfg))
+    values = {field.name: getattr(cfg, field.name) for field in switches if field.name not in KNOWN}
+    return {name: value for name, value in values.items() if value != getattr(type(cfg), name)}
+
+
 def choose_home(cfg, target, kind) -> str:
     """The first architecture that computes the same and that `target` reads as it is; kind: of the tokenizer."""
+    for switch, value in unknown_switches(cfg).items():
+        raise UserError(f"no architecture of Hugging Face's that is known here expresses {switch}={value}.")
     fits = [name for name, home in HOMES.items()
             if (cfg.pos, cfg.norm) == (home.pos, home.norm) and cfg.act in home.acts]
     if not fits:
@@ -507,7 +522,8 @@ def model_card(title, cfg, saved, name, params, factors) -> str:
         facts |= {"self-guided training": "none" if cfg.guide == "off" else guide,
                   "data": f"{cfg.dataset}, {short(plan['unique_tokens'])} tokens",
                   "recipe": f"{cfg.optimizer}, {saved['step']} of {plan['steps']} steps of {cfg.batch_size} x "
-                            f"{cfg.block_size} tokens, lr {cfg.lr:g}, weight decay {cfg.weight_decay:g}, seed {cfg.seed}"}
+                            f"{cfg.block_size} tokens, lr {cfg.lr:g}, weight decay {cfg.weight_decay:g}, "
+                            f"seed {cfg.seed}"}
         if saved["val_loss"] is not None:  # the run is finished
             facts |= {"training FLOPs": f"{plan['train_flops']:.3g}",
                       "validation loss": f"{saved['val_loss']:.4f} (PPL {perplexity(saved['val_loss']):.2f})"}

@@ -403,9 +403,19 @@ def test_a_sentencepiece_model_goes_to_llama_cpp_too():
 
 
 def test_every_switch_of_the_model_is_known_here():
-    """A new one changes what the model computes: export.py has to express or refuse it before it is added here."""
-    assert SWITCHES == ["n_layer", "n_embd", "n_head", "n_kv_head", "attn_dim", "ffn_dim", "block_size", "vocab_size",
-                        "norm", "act", "pos", "bias", "tie_embeddings", "rope_theta", "norm_eps"]
+    """A new one changes what the model computes: export.py has to express or refuse it before it is added there."""
+    assert set(SWITCHES) == export.KNOWN
+
+
+def test_a_switch_that_is_not_known_is_refused_where_it_is_used():
+    fields = [(f.name, f.type, f.default) for f in dataclasses.fields(Config)]
+    at = SWITCHES.index("norm")
+    wider = dataclasses.make_dataclass("Wider", [*fields[:at], ("qk_norm", float, 0.0), *fields[at:]])
+    cfg = wider(**vars(tiny(LLAMA, SWIGLU)))
+    assert export.choose_home(cfg, "transformers", "spm") == "llama"
+    cfg.qk_norm = 1.2
+    with pytest.raises(UserError, match="expresses qk_norm=1.2"):
+        export.choose_home(cfg, "transformers", "spm")
 
 
 def test_nothing_at_the_root_hides_a_package_that_they_look_for(tmp_path):
