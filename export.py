@@ -65,14 +65,15 @@ def read_settings(argv):
 
 def is_hf(path) -> bool:
     """Whether a source is a folder of Hugging Face's; a run has a config.json too."""
-    config_json, *of_a_run = (os.path.exists(os.path.join(path, n)) for n in ("config.json", "model.pt", "metrics.jsonl"))
-    return config_json and not any(of_a_run)
+    there, *of_a_run = (os.path.exists(os.path.join(path, n)) for n in ("config.json", "model.pt", "metrics.jsonl"))
+    return there and not any(of_a_run)
 
 
 if __name__ == "__main__":
     SETTINGS = config.run(read_settings)  # a wrong setting is reported before torch loads
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -82,12 +83,12 @@ import torch
 
 from config import Config, short
 from device import pick_device
-from merge import exact_matmuls, merge_model
+from merge import exact_matmuls, replace_structured
 from model import build, load, load_weights
 from project import project_ffns
-from run import read_json, save_beside, writing
+from run import perplexity, read_json, save_beside, writing
 from tokenizer import byte_characters, load_tokenizer, package, tokenizer_from_blob
-from train import perplexity, summary
+from train import summary
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -170,8 +171,22 @@ LIMITS = (
 )
 
 
+# The switches of Config, down to dropout, that the architectures above express or LIMITS refuses.
+KNOWN = {"n_layer", "n_embd", "n_head", "n_kv_head", "attn_dim", "ffn_dim", "block_size", "vocab_size", "norm", "act",
+         "pos", "bias", "tie_embeddings", "rope_theta", "norm_eps"}
+
+
+def unknown_switches(cfg) -> dict:
+    """{name: value} of the switches of the model that are in use and not KNOWN."""
+    switches = itertools.takewhile(lambda field: field.name != "dropout", dataclasses.fields(cfg))
+    values = {field.name: getattr(cfg, field.name) for field in switches if field.name not in KNOWN}
+    return {name: value for name, value in values.items() if value != getattr(type(cfg), name)}
+
+
 def choose_home(cfg, target, kind) -> str:
     """The first architecture that computes the same and that `target` reads as it is; kind: of the tokenizer."""
+    for switch, value in unknown_switches(cfg).items():
+        raise UserError(f"no architecture of Hugging Face's that is known here expresses {switch}={value}.")
     fits = [name for name, home in HOMES.items()
             if (cfg.pos, cfg.norm) == (home.pos, home.norm) and cfg.act in home.acts]
     if not fits:
@@ -506,10 +521,12 @@ def model_card(title, cfg, saved, name, params, factors) -> str:
         guide = f"{cfg.guide}, {plan['guided_steps']} of {plan['steps']} steps"
         facts |= {"self-guided training": "none" if cfg.guide == "off" else guide,
                   "data": f"{cfg.dataset}, {short(plan['unique_tokens'])} tokens",
-                  "recipe": f"{cfg.optimizer}, {saved['step']} steps of {cfg.batch_size} x {cfg.block_size} tokens, "
-                            f"lr {cfg.lr:g}, weight decay {cfg.weight_decay:g}, seed {cfg.seed}",
-                  "training FLOPs": f"{plan['train_flops']:.3g}",
-                  "validation loss": f"{saved['val_loss']:.4f} (PPL {perplexity(saved['val_loss']):.2f})"}
+                  "recipe": f"{cfg.optimizer}, {saved['step']} of {plan['steps']} steps of {cfg.batch_size} x "
+                            f"{cfg.block_size} tokens, lr {cfg.lr:g}, weight decay {cfg.weight_decay:g}, "
+                            f"seed {cfg.seed}"}
+        if saved["val_loss"] is not None:  # the run is finished
+            facts |= {"training FLOPs": f"{plan['train_flops']:.3g}",
+                      "validation loss": f"{saved['val_loss']:.4f} (PPL {perplexity(saved['val_loss']):.2f})"}
     else:
         facts["weights"] = f"from another model{'' if cfg.ffn == 'dense' else ', projected onto the FFN'}"
     facts["tokenizer"] = saved["tokenizer"]["identity"]
@@ -534,7 +551,7 @@ def write_hf(folder, model, cfg, saved, s):
     factors = s.factors and cfg.ffn != "dense"
     if not factors:
         with exact_matmuls():
-            merge_model(model)
+            replace_structured(model)
     wide = widened(cfg, name, s.target)
     tensors = to_hf(widen_heads(model.state_dict(), cfg, wide), wide, name)
     params = sum(t.numel() for t in tensors.values())

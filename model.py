@@ -32,6 +32,10 @@ def make_norm(cfg):
     return nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps) if cfg.norm == "rmsnorm" else nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.bias)
 
 
+def rms_norm(x):
+    return F.rms_norm(x, x.shape[-1:], eps=1e-5).to(x.dtype)
+
+
 def add_norm(x, branch, norm):
     """(x + branch, its norm); branch None adds nothing."""
     if ops.ON and ops.can_add_norm(x):
@@ -55,25 +59,45 @@ def rotate(x, cos, sin):  # x (B, T, heads, head_size)
     return (x * cos + torch.cat((b, a), dim=-1) * sin).to(x.dtype)
 
 
+GATED = 16  # entries of x that the gate of the value embeddings reads
+
+
+def has_values(cfg, layer) -> bool:
+    """Every other layer, the last one too."""
+    return cfg.value_embeddings and (cfg.n_layer - 1 - layer) % 2 == 0
+
+
 class Attention(nn.Module):
     """Causal self-attention; n_kv_head < n_head shares keys and values among groups of query heads."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, layer):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_size = cfg.n_head, cfg.n_kv_head, cfg.attn_dim // cfg.n_head
-        self.rope = cfg.pos == "rope"
+        self.rope, self.qk_norm = cfg.pos == "rope", cfg.qk_norm
         self.qkv = Dense(cfg.n_embd, (cfg.n_head + 2 * cfg.n_kv_head) * self.head_size, bias=cfg.bias)
         self.proj = Dense(cfg.attn_dim, cfg.n_embd, bias=cfg.bias)
+        if has_values(cfg, layer):
+            self.values = nn.Embedding(cfg.vocab_size, cfg.n_kv_head * self.head_size)
+            self.gate = nn.Linear(GATED, cfg.n_kv_head, bias=False)
+        else:
+            self.values = self.gate = None
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin, values=None, cache=None):
+        """x (B, T, n_embd) -> the same. values (B, T, n_kv_head x head_size): every key head adds its part to v, times
+        3 sigmoid(gate)."""
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_size)                                        # (B, T, heads, head_size)
         if self.rope and ops.ON and ops.can_rotate(qkv, cos):
-            q, k, v = ops.split_rotated(qkv, cos, sin, self.n_head, self.n_kv_head)
+            q, k, v, _ = ops.split_rotated(qkv, cos, sin, self.n_head, self.n_kv_head, self.qk_norm)
         else:
             q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+            if self.qk_norm:
+                q, k = rms_norm(q) * self.qk_norm, rms_norm(k) * self.qk_norm
             if self.rope:
                 q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if values is not None:
+            gate = 3 * torch.sigmoid(self.gate(x[..., :GATED]))                                 # (B, T, n_kv_head)
+            v = v + (gate[..., None] * values.view_as(v)).to(v.dtype)
         if cache is not None:
             return self.proj(cache.attend(q, k, v).reshape(B, T, -1))
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
@@ -121,26 +145,29 @@ def what_to_keep(wide, ctx, op, *args, **kwargs):
 class Block(nn.Module):
     def __init__(self, cfg, layer):
         super().__init__()
-        self.norm1, self.attn = make_norm(cfg), Attention(cfg)
+        self.a, self.b = (nn.Parameter(torch.empty(())) for _ in range(2)) if cfg.embed_skip else (None, None)
+        self.norm1, self.attn = make_norm(cfg), Attention(cfg, layer)
         self.norm2, self.ffn = make_norm(cfg), FFN(cfg, "dense" if layer < cfg.n_dense_layers else cfg.ffn)
         self.dropout, self.recompute = cfg.dropout, cfg.recompute
         self.wide = cfg.n_hidden if cfg.recompute == "wide" else 0
 
-    def forward(self, x, branch, cos, sin, alpha=None, cache=None):
+    def forward(self, x, branch, cos, sin, alpha=None, values=None, x0=None, cache=None):
         """The residual stream x (B, T, n_embd) and what the block before adds to it, or None -> the same of this block.
 
         So every addition meets the norm behind it. alpha: weight of the guide in this layer's FFN, a 0-d tensor, or None for the
-        factors alone.
+        factors alone. values: of the value embeddings; x0 (B, T, n_embd): the token embeddings, for embed_skip.
         """
+        if self.a is not None:
+            x, branch = self.a * (x if branch is None else x + branch) + self.b * x0, None
         x, h = add_norm(x, branch, self.norm1)
         if torch.compiler.is_compiling() and self.recompute != "off" and torch.is_grad_enabled():
             contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(what_to_keep, self.wide))
-            return checkpoint(self.body, x, h, cos, sin, alpha, use_reentrant=False, context_fn=contexts)
-        return self.body(x, h, cos, sin, alpha, cache)
+            return checkpoint(self.body, x, h, cos, sin, alpha, values, use_reentrant=False, context_fn=contexts)
+        return self.body(x, h, cos, sin, alpha, values, cache)
 
-    def body(self, x, h, cos, sin, alpha=None, cache=None):
+    def body(self, x, h, cos, sin, alpha=None, values=None, cache=None):
         """x and its norm h -> x + attention(h), ffn(norm of that)."""
-        x, h = add_norm(x, F.dropout(self.attn(h, cos, sin, cache), self.dropout, self.training), self.norm2)
+        x, h = add_norm(x, F.dropout(self.attn(h, cos, sin, values, cache), self.dropout, self.training), self.norm2)
         return x, F.dropout(self.ffn(h, alpha), self.dropout, self.training)
 
 
@@ -264,7 +291,8 @@ class GPT(nn.Module):
         self.norm = make_norm(cfg)
         self.head = Dense(cfg.n_embd, cfg.vocab_size, bias=False)
         self.tie()
-        for name, table in zip(("cos", "sin"), rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head, cfg.rope_theta)):
+        tables = rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head, cfg.rope_theta)
+        for name, table in zip(("cos", "sin"), tables):
             self.register_buffer(name, table, persistent=False)
         self.token_loss = token_loss
 
@@ -274,7 +302,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, std=0.02):
-        """As in the paper: matrices N(0, std^2), biases 0, norms 1, structured linears their own way."""
+        """As in the paper: matrices N(0, std^2), biases 0, norms 1, structured linears their own way.
+
+        With init=zero std is 1 / sqrt(n_embd), and init_zero changes some.
+        """
+        zero = self.cfg.init == "zero"
+        std = self.cfg.n_embd ** -0.5 if zero else std
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=std)
@@ -283,14 +316,42 @@ class GPT(nn.Module):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
             if isinstance(module, Structured):
-                module.reset_parameters(std)
+                module.reset_parameters(0.4 * std if zero else std)
+        for layer, block in enumerate(self.blocks if self.cfg.embed_skip else ()):
+            depth = layer / max(1, self.cfg.n_layer - 1)
+            block.a.fill_(1.15 - 0.1 * depth)  # early layers weigh more, and see more of the embeddings
+            block.b.fill_(0.2 - 0.15 * depth)
+        if zero:
+            self.init_zero()
         return self
+
+    def init_zero(self):
+        """The last matrix or factor of attention and FFN is 0, so a block adds nothing at first; so are the gates, and
+        almost the head: the first loss is log(vocab_size)."""
+        for block in self.blocks:
+            fc1, fc2 = block.ffn.fc1, block.ffn.fc2
+            for last in (block.attn.proj.weight, fc2.U if isinstance(fc2, Structured) else fc2.weight):
+                nn.init.zeros_(last)
+            if not isinstance(fc1, Structured):
+                fc1.weight.mul_(0.4)
+            if block.attn.gate is not None:
+                nn.init.zeros_(block.attn.gate.weight)
+        if not self.cfg.tie_embeddings:
+            nn.init.normal_(self.wte.weight)
+            nn.init.normal_(self.head.weight, std=0.001)
+
+    def embed(self, tokens):
+        """tokens (B, T) -> their embeddings, (B, T, n_embd), and of each layer its value embeddings or None."""
+        x = self.wte(tokens)
+        if self.cfg.embed_norm:
+            x = rms_norm(x)
+        return x, [None if block.attn.values is None else block.attn.values(tokens) for block in self.blocks]
 
     def hidden(self, tokens, alpha=None, guided=()):
         """tokens (B, T) -> what the LM head reads, (B, T, n_embd). `guided`: the layers that use their guide, with weight alpha."""
         T = tokens.size(1)
         assert T <= self.cfg.block_size, f"{T} tokens exceed block_size {self.cfg.block_size}"
-        x = self.wte(tokens)
+        x, values = self.embed(tokens)
         if self.wpe is not None:
             x = x + self.wpe.weight[:T]
         kind = x.device.type
@@ -298,9 +359,9 @@ class GPT(nn.Module):
             x = x.to(torch.get_autocast_dtype(kind))  # the residual stream in the matmuls' precision
         x = F.dropout(x, self.cfg.dropout, self.training)
         cos, sin = self.cos[:T], self.sin[:T]
-        branch = None
+        x0, branch = x if self.cfg.embed_skip else None, None
         for layer, block in enumerate(self.blocks):
-            x, branch = block(x, branch, cos, sin, alpha if layer in guided else None)
+            x, branch = block(x, branch, cos, sin, alpha if layer in guided else None, values[layer], x0)
         return add_norm(x, branch, self.norm)[1]
 
     def forward(self, tokens, targets=None, alpha=None, guided=()):
@@ -318,18 +379,18 @@ class GPT(nn.Module):
     def step(self, tokens, cache, lengths=None):
         """The decoding forward: each row's next tokens (B, T) -> logits (B, vocab_size) of what follows them.
 
-        FactorsOrMerged one token a row, or, into a cache whose rows are empty, prompts padded on the right to T tokens, `lengths` (B,) of
+        Either one token a row, or, into a cache whose rows are empty, prompts padded on the right to T tokens, `lengths` (B,) of
         them real. The padding is behind every real token, so a causal mask hides it, and later steps overwrite its keys.
         """
         B, T = tokens.shape
         place = cache.position[:, None] + torch.arange(T, device=tokens.device)                 # (B, T)
-        x = self.wte(tokens)
+        x, values = self.embed(tokens)
         if self.wpe is not None:
             x = x + self.wpe(place)
         cos, sin = self.cos[place], self.sin[place]                                             # (B, T, 1, head_size)
-        mask, branch = cache.mask(), None
-        for block, layer in zip(self.blocks, cache.layers):
-            x, branch = block(x, branch, cos, sin, cache=LayerCache(*layer, cache.position, mask))
+        mask, x0, branch = cache.mask(), x if self.cfg.embed_skip else None, None
+        for block, layer, value in zip(self.blocks, cache.layers, values):
+            x, branch = block(x, branch, cos, sin, values=value, x0=x0, cache=LayerCache(*layer, cache.position, mask))
         last = torch.full_like(cache.position, T - 1) if lengths is None else lengths - 1
         row = torch.arange(B, device=x.device)
         cache.advance(1 if lengths is None else lengths)
@@ -341,6 +402,7 @@ class GPT(nn.Module):
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # it warns of in-place operations, a block has none
         for block in self.blocks:
             block.compile()
+        self.embed = torch.compile(self.embed)  # the gradient of a table is one pass of sums, not a sort of the tokens
         self.token_loss = torch.compile(token_loss)
 
     def structured_linears(self):
@@ -403,4 +465,5 @@ def flops_per_token(cfg, ffn=None):
     head_size = cfg.attn_dim // cfg.n_head
     attention = cfg.n_embd * (2 * cfg.attn_dim + 2 * cfg.n_kv_head * head_size)                 # qkv and proj
     products = 2 * cfg.block_size * cfg.attn_dim                                                # scores and values
-    return 2 * (cfg.n_layer * (attention + products) + ffn_params(cfg, ffn) + cfg.vocab_size * cfg.n_embd)
+    gates = sum(has_values(cfg, layer) for layer in range(cfg.n_layer)) * GATED * cfg.n_kv_head
+    return 2 * (cfg.n_layer * (attention + products) + gates + ffn_params(cfg, ffn) + cfg.vocab_size * cfg.n_embd)

@@ -1,8 +1,8 @@
 """Tokenizers: a function text -> ids, and the bytes of every id.
 
 GPT-2's and LLaMA's vocabularies are downloaded once. Sentencepiece models are read from a file or trained on the
-corpus, a tokenizer.json is read from a model's folder. Data folders and models keep a tokenizer's identity and blob,
-which rebuild it without network.
+corpus, a tokenizer.json is read from a folder of Hugging Face's. Data folders and models keep a tokenizer's identity
+and blob, which rebuild it without network.
 """
 import functools
 import hashlib
@@ -53,8 +53,8 @@ def load_tokenizer(name) -> Tokenizer:
         with open(path, "rb") as f:
             blob = f.read()
     except OSError as e:
-        raise UserError(f"cannot read the tokenizer {path} ({e.strerror}): "
-                        "give the path of a .model or a tokenizer.json.") from None
+        raise UserError(f"cannot read the tokenizer {path} ({e.strerror}): give the path of a .model or a "
+                        "tokenizer.json.") from None
     blob = with_eos(blob, path) if path.endswith(".json") else blob
     return tokenizer_from_blob(pinned(name, blob), blob)
 
@@ -68,7 +68,7 @@ def label(name):
 
 
 def pinned(name, blob):
-    """The identity of a tokenizer read from a file or trained here: its label and its hash."""
+    """The identity of a tokenizer that was trained or read from a file: its name and its hash."""
     return f"{label(name)}@{short_hash(blob)}"
 
 
@@ -141,47 +141,41 @@ def _sentencepiece(identity, blob):
 
 
 def with_eos(blob, path):
-    """The blob of a tokenizer.json: itself and one more key, the end-of-sequence token.
-
-    The other files of its folder name that token.
-    """
-    folder = os.path.dirname(path)
+    """The blob of a tokenizer.json: itself and one more key, the end-of-sequence token, which files beside it name."""
+    files, named = {"tokenizer_config": "eos_token", "config": "eos_token_id", "generation_config": "eos_token_id"}, []
     try:
         data = json.loads(blob)
-        named = []
-        for file, key in (("tokenizer_config.json", "eos_token"), ("config.json", "eos_token_id"),
-                          ("generation_config.json", "eos_token_id")):
-            if os.path.exists(os.path.join(folder, file)):
-                with open(os.path.join(folder, file), encoding="utf-8") as f:
+        for file, key in files.items():
+            beside = os.path.join(os.path.dirname(path), f"{file}.json")
+            if os.path.exists(beside):
+                with open(beside, encoding="utf-8") as f:
                     named.append(json.load(f).get(key))
         special = {t["id"]: t["content"] for t in data["added_tokens"]}
         tokens = {i: t for t, i in data["model"]["vocab"].items()} | special
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path} and the files beside it are not a tokenizer of Hugging Face's ({reason(e)}).") from None
-    for name in (n[0] if isinstance(n, list) else n["content"] if isinstance(n, dict) else n for n in named if n is not None):
+        raise UserError(f"{path} and the files beside it are not Hugging Face's tokenizer ({reason(e)}).") from None
+    for name in named:
+        name = name[0] if isinstance(name, list) else name["content"] if isinstance(name, dict) else name
         if name in tokens.values() or name in tokens:
             return json.dumps({**data, "eos_token": tokens.get(name, name)}, ensure_ascii=False).encode()
     raise UserError(f"no file beside {path} names its end-of-sequence token: give tokenizer_config.json an eos_token.")
 
 
 def byte_characters() -> list:
-    """The characters that stand for the bytes 0..255 in byte-level vocabularies.
-
-    Printable bytes stand for themselves, the others are numbered from 256 on.
-    """
+    """The characters that stand for bytes 0..255 in byte-level vocabularies: printable ones stay, others follow 255."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     rest = itertools.count(256)
     return [chr(byte if byte in printable else next(rest)) for byte in range(256)]
 
 
 def _huggingface(identity, blob):
-    """A tokenizer.json of a BPE over bytes (GPT-2, LLaMA 3), or over pieces with bytes as fallback (LLaMA 2)."""
+    """A tokenizer.json: a BPE over bytes (GPT-2, LLaMA 3) or over pieces with bytes as fallback (LLaMA 2)."""
     library = package("tokenizers", f"tokenizer={identity}")
     data = json.loads(blob)
     eos, decoder = data.pop("eos_token"), json.dumps(data["decoder"])
     if data["model"]["type"] != "BPE" or not ("ByteLevel" in decoder or "ByteFallback" in decoder):
-        raise UserError(f"{name_of(identity)} is {data['model']['type']} without bytes for every text: "
-                        "give a BPE over bytes or with byte fallback.")
+        raise UserError(f"{name_of(identity)} is {data['model']['type']} without bytes for every text: give a BPE over "
+                        "bytes or with byte fallback.")
     inner = library.Tokenizer.from_str(json.dumps(data))
     inner.encode_special_tokens = True  # they are ordinary text
     special = {t["content"] for t in data["added_tokens"] if t["special"]} | {eos}
@@ -195,16 +189,19 @@ def _huggingface(identity, blob):
             return token.encode()
         if "ByteLevel" in decoder:
             return b"".join(of_character.get(c, c.encode()) for c in token)
-        is_byte = re.fullmatch("<0x[0-9A-F]{2}>", token)
-        return bytes.fromhex(token[3:5]) if is_byte else token.replace("▁", " ").encode()
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+        return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
 
     vocabulary = inner.get_vocab()
     table = [b""] * (max(vocabulary.values()) + 1)
     for token, i in vocabulary.items():
         table[i] = bytes_of(token)
+
+    def encode(text):
+        return inner.encode(text, add_special_tokens=False).ids
+
     piece = 1 << 16 if "ByteLevel" in decoder else 1 << 18
-    return Tokenizer(identity, blob, lambda text: inner.encode(text, add_special_tokens=False).ids, table,
-                     vocabulary[eos], piece)
+    return Tokenizer(identity, blob, encode, table, vocabulary[eos], piece)
 
 
 def train_sentencepiece(vocab_size, sample):

@@ -53,7 +53,7 @@ import run
 from config import short
 from device import device_name, in_memory, on_meta, peak_flops, pick_device, set_up
 from model import GPT, build, ffn_params, flops_per_token, load, load_weights
-from optim import AdamW, MixedAdamW
+from optim import AdamW, MixedAdamW, Muon
 from run import perplexity
 
 
@@ -98,13 +98,30 @@ def make_plan(cfg) -> Plan:
                 guided=0 if cfg.guide == "replay" else count, guide_ratio=ratio)
 
 
+def fallen(cfg, plan, step) -> float:
+    """How far the learning rate has fallen at step 0, 1, ...: 0 until the last decay_ratio of the steps, then to 1."""
+    start = max(warmup_steps(cfg, plan), plan.steps - round(cfg.decay_ratio * plan.steps))
+    return max(0, step - start) / max(1, plan.steps - start)
+
+
+def warmup_steps(cfg, plan) -> int:
+    return min(cfg.warmup_steps, plan.steps) or round(cfg.warmup_ratio * plan.steps)
+
+
 def lr_at(cfg, plan, step) -> float:
-    """Learning rate of step 0, 1, ...: linear warm-up, then cosine to min_lr_ratio x lr."""
-    warmup = round(cfg.warmup_ratio * plan.steps)
+    """Learning rate of step 0, 1, ...: linear warm-up, constant, then a cosine or a line to min_lr_ratio x lr."""
+    warmup, t = warmup_steps(cfg, plan), fallen(cfg, plan, step)
     if step < warmup:
         return cfg.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, plan.steps - warmup)
-    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+    left = 1 - t if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * t))
+    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left)
+
+
+def muon_at(cfg, plan, step) -> tuple:
+    """(momentum, weight decay) of Muon: the momentum is low while gradients turn quickly and again as the rate falls;
+    the decay goes to 0 as a cosine, since late in a run weights have no time to grow back."""
+    momentum = 0.85 + 0.12 * min(1, step / 400) - 0.07 * fallen(cfg, plan, step)
+    return momentum, cfg.weight_decay * 0.5 * (1 + math.cos(math.pi * step / plan.steps))
 
 
 def alpha_at(cfg, plan, step) -> float:
@@ -156,7 +173,8 @@ def summary(cfg) -> dict:
             "guide_ratio": round(plan.guide_ratio, 4), "tokens": plan.steps * tokens,
             "unique_tokens": plan.unique * tokens, "train_flops": float(f"{sum(flops.values()):.6g}"),
             "train_flops_by_phase": {k: float(f"{v:.6g}") for k, v in flops.items() if v},
-            "flops_per_token": flops_per_token(cfg), "vocab_size": cfg.vocab_size}
+            "flops_per_token": flops_per_token(cfg), "vocab_size": cfg.vocab_size,
+            "rates": {name: getattr(cfg, name) for name in config.RATES if getattr(cfg, name) != "auto"}}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -252,9 +270,12 @@ def batches(cfg, plan, tokens, n_windows, steps, ranks):
 # One step: model, optimiser, forward and backward
 
 def make_optimizer(cfg, model, ranks):
-    """AdamW; for bf16 on CUDA the model's matrices become bf16 here, cast once per step instead of in every forward."""
+    """AdamW or Muon; for bf16 on CUDA the model's matrices become bf16, cast once per step, not in every forward."""
+    mixed = ranks.device.type == "cuda" and ranks.dtype is torch.bfloat16
     settings = dict(lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
-    if ranks.device.type == "cuda" and ranks.dtype is torch.bfloat16:
+    if cfg.optimizer == "muon":
+        return Muon(model, cfg, mixed, ranks.compile)
+    if mixed:
         return MixedAdamW(model.parameters(), **settings)
     return AdamW(model.parameters(), fused=ranks.device.type in ("cpu", "cuda"), **settings)
 
@@ -337,7 +358,7 @@ def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, gu
     They stay on the device. Nothing in here waits for it: the next launches are queued while it computes.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("ratio", 1)
     n, total = len(micro_batches), 0.0
     for i, batch in enumerate(micro_batches):
         last = i == n - 1
@@ -469,6 +490,8 @@ def train(cfg, ranks, state, data):
     with ranks.agree():
         log = run.Log(cfg, ranks, step, step_flops(cfg, plan))
     log.show(start_card(cfg, plan, ranks, data))
+    # Checksums of large files take minutes: a thread reads them beside the first steps, and no damage is saved.
+    raise_damage = prepare.verify_in_background(*(data.train, data.val) if ranks.master else ())
     if step:
         log.say(f"continuing after step {step} of {plan.steps}")
     alpha = torch.ones((), device=ranks.device)  # a tensor, so that a new value compiles nothing
@@ -479,6 +502,8 @@ def train(cfg, ranks, state, data):
             lr, a, guided = lr_at(cfg, plan, step), alpha_at(cfg, plan, step), guided_layers(cfg, plan, step)
             if cfg.dropout:
                 torch.manual_seed(dropout_seed(cfg, step, ranks.rank))
+            if cfg.optimizer == "muon":
+                optimizer.momentum, optimizer.decay = muon_at(cfg, plan, step)
             batch = batch.to(ranks.device, non_blocking=True)
             loss, norm = train_step(wrapped, optimizer, batch, cfg, ranks, lr, alpha.fill_(a), guided)
             step += 1
@@ -503,11 +528,14 @@ def train(cfg, ranks, state, data):
                 with log.pause(), ranks.agree():
                     if validating:
                         validate(cfg, plan, ranks, model, data, log, step, alpha)
+                    raise_damage()
                     if saving and ranks.master:
                         run.save_checkpoint(cfg, full_weights(model, optimizer), step, data.tokenizer,
                                             data.train.checksum, moments(model, optimizer))
             if stopping:
                 end_early(log, step, stopping)
+        with ranks.agree():
+            raise_damage(wait=True)
         finish(cfg, plan, ranks, model, optimizer, data, log, stop)
 
 
@@ -615,6 +643,7 @@ def score(cfg):
     device = pick_device(cfg.device)
     model, trained, saved = load(cfg.out_dir, device)
     _, val_file, tokenizer = prepare.open_data(cfg)
+    val_file.verify()
     if tokenizer.identity != saved["tokenizer"]["identity"]:
         raise UserError(f"the model in {cfg.out_dir} was trained with the tokenizer {saved['tokenizer']['identity']}, "
                         f"{config.data_dir(cfg)} holds tokens of {tokenizer.identity}: "

@@ -1,6 +1,6 @@
 """Settings: one dataclass, one loader.
 
-A preset (config/*.py) is a file of plain assignments; it is parsed, never executed. Defaults < preset < command line.
+A preset (config/*.py) is a file of plain assignments; it is parsed, never executed. Defaults < presets < command line.
 Every script reads the same Config with the same loader. What one script alone needs is a dataclass beside its main.
 The comment after a field is its help text: `python train.py --help` prints them.
 
@@ -36,8 +36,8 @@ from typing import Literal
 class UserError(Exception):
     """A user's mistake, or a failure of the machine, in one sentence; scripts print it and exit with status 2.
 
-    Under torchrun rank 0 prints for all, unless a rank may have met it `alone`. A sentence of more than 400 characters is
-    cut where it repeats a value or a path of more than 80.
+    Under torchrun rank 0 prints for all, unless a rank may have met it `alone`. In a sentence of more than 400
+    characters, values and paths of more than 80 are cut.
     """
 
     def __init__(self, sentence, alone=False):
@@ -62,8 +62,13 @@ class Config:
     pos: Literal["rope", "absolute"] = "rope"                # positions: rotary, or a learned table
     bias: bool = True                    # biases in linears and layer norms (the LM head never has one)
     tie_embeddings: bool = True          # LM head = token embedding
+    qk_norm: float = 0.0                 # RMS norm of every head's queries and keys, times this; 0: none
+    embed_norm: bool = False             # RMS norm of the token embeddings
+    embed_skip: bool = False             # before every block x <- a x + b (token embeddings), a and b learned
+    value_embeddings: bool = False       # every other layer adds a gated embedding of the token to its values
     rope_theta: float = 10_000.0         # base of the rotary positions
     norm_eps: float = 1e-5               # added to the variance or mean square in every norm
+    init: Literal["paper", "zero"] = "paper"                 # paper: N(0, 0.02^2); zero: branches 0, rest by width
     dropout: float = 0.0                 # probability, on embeddings and residual branches
     # --- the FFN's linears
     ffn: Literal["dense", "lowrank", "blockshuffle", "blockdense"] = "dense"  # parametrization of fc1 and fc2
@@ -85,11 +90,18 @@ class Config:
     batch_size: int = 512                # sequences per optimiser step
     micro_batch_size: int = 16           # sequences per forward, per process
     # --- the optimiser
-    optimizer: Literal["adamw"] = "adamw"                    # fused where the device has it
-    lr: float = 6e-4                     # peak learning rate
+    optimizer: Literal["adamw", "muon"] = "adamw"            # muon: on the matrices of the blocks, AdamW on the rest
+    lr: float | Literal["auto"] = 6e-4   # peak learning rate; muon: of matrices, auto is the rule of muon_rates
+    embed_lr: float | Literal["auto"] = "auto"               # muon: of embeddings
+    head_lr: float | Literal["auto"] = "auto"                # muon: of the LM head
+    vector_lr: float | Literal["auto"] = "auto"              # muon: of norms, biases, gates and the a of embed_skip
+    skip_lr: float | Literal["auto"] = "auto"                # muon: of the b of embed_skip
+    schedule: Literal["cosine", "linear"] = "cosine"         # how the learning rate falls
+    decay_ratio: float = 1.0             # share of the steps, the last, over which it falls; 1: all after the warm-up
     min_lr_ratio: float = 0.1            # final / peak learning rate
-    warmup_ratio: float = 0.1            # share of the steps with linear warm-up; cosine afterwards
-    weight_decay: float = 0.1            # decoupled, on every parameter
+    warmup_ratio: float = 0.1            # share of the steps with linear warm-up
+    warmup_steps: int = 0                # steps of warm-up; 0: by warmup_ratio
+    weight_decay: float | Literal["auto"] = 0.1              # decoupled; adamw: on all; muon: on matrices, or auto
     betas: tuple[float, float] = (0.9, 0.999)                # of AdamW
     grad_clip: float = 1.0               # largest global gradient norm; 0: no clipping
     seed: int = 1005                     # of initialisation, data order, skip draws
@@ -110,6 +122,11 @@ class Config:
     compile: bool | Literal["auto"] = "auto"                 # torch.compile; auto: on CUDA
     recompute: Literal["off", "cheap", "wide"] = "cheap"     # compiled; cheap: all but matmuls; wide: those of FFNs too
     kernels: bool = True                 # Triton kernels for structured FFNs where they fit (Hopper, bf16, gelu, relu2)
+
+    @property
+    def extras(self) -> list:
+        """Names of the parts that the paper's model lacks: the decoding kernels know none of them."""
+        return [name for name in ("qk_norm", "embed_norm", "embed_skip", "value_embeddings") if getattr(self, name)]
 
     @property
     def n_hidden(self) -> int:
@@ -321,28 +338,24 @@ def read_preset(path) -> dict:
 
 
 def load(argv, *settings, usage=""):
-    """Reads `[preset.py] name=value ...` into a complete, checked Config and one instance of each settings dataclass.
+    """Reads `[preset.py ...] name=value ...` into a complete, checked Config and one of each settings dataclass.
 
-    `--resume=auto --out_dir=FOLDER` without a preset takes the settings of the run in the folder instead.
-    Returns (config, *instances); raises UserError.
+    Of several presets a later one has the last word, as in config/s.py config/recipe.py. `--resume=auto
+    --out_dir=FOLDER` without a preset takes the settings of the run in the folder instead. Returns (config,
+    *instances); raises UserError.
     """
     words, values = parse(argv, Config, *settings, usage=usage)
-    if len(words) > 1:
-        raise UserError(f"one preset is read, {len(words)} were given: {' '.join(words)}; "
-                        "settings are written --name=value.")
-    if words and not words[0].endswith(".py"):
-        raise UserError(f"{words[0]} is neither a preset (config/NAME.py) nor a setting (--name=value).")
+    for word in words:
+        _require(word.endswith(".py"), f"{word} is neither a preset (config/NAME.py) nor a setting (--name=value).")
     folder = values.get("out_dir") if values.get("resume") == "auto" else None
-    if words:
-        cfg = Config(**read_preset(words[0]))
-    elif folder and os.path.exists(os.path.join(folder, "config.json")):
+    if not words and folder and os.path.exists(os.path.join(folder, "config.json")):
         cfg = read_saved(folder)
     else:
-        cfg = Config()
+        cfg = Config(**{name: value for word in words for name, value in read_preset(word).items()})
     extra = [cls() for cls in settings]
     for name, value in values.items():
         setattr(next(obj for obj in (cfg, *extra) if hasattr(obj, name)), name, value)
-    cfg.out_dir = cfg.out_dir or os.path.join("out", os.path.basename(words[0])[:-3] if words else "run")
+    cfg.out_dir = cfg.out_dir or os.path.join("out", "-".join(os.path.basename(word)[:-3] for word in words) or "run")
     check(cfg)
     return (cfg, *extra)
 
@@ -391,15 +404,16 @@ def check(cfg):
     for name in ("n_layer", "n_embd", "n_head", "block_size", "max_tokens", "batch_size", "micro_batch_size", "log_interval",
                  "eval_tokens", "final_eval_tokens"):
         _require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)} must be at least 1.")
-    for name in ("n_kv_head", "attn_dim", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval", "save_interval", "weight_decay",
-                 "grad_clip", "seed"):
+    for name in ("n_kv_head", "attn_dim", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval", "save_interval",
+                 "grad_clip", "seed", "warmup_steps", "qk_norm"):
         _require(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)} must not be negative.")
-    for name, top in (("dropout", "below 1"), ("min_lr_ratio", "1"), ("warmup_ratio", "1")):
+    for name, top in (("dropout", "below 1"), ("min_lr_ratio", "1"), ("warmup_ratio", "1"), ("decay_ratio", "1")):
         v = getattr(cfg, name)
         _require(0 <= v <= 1 and (top == "1" or v < 1), f"{name}={v} must lie between 0 and {top}.")
     _require(cfg.seed < 2**64, f"seed={cfg.seed} must be below 2^64.")
-    for name in ("lr", "rope_theta", "norm_eps"):
+    for name in ("rope_theta", "norm_eps"):
         _require(getattr(cfg, name) > 0, f"{name}={getattr(cfg, name)} must be positive.")
+    _check_optimizer(cfg)
     _require(all(0 <= b < 1 for b in cfg.betas), f"betas={cfg.betas} must lie in [0, 1).")
     _require(re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", cfg.device),
              f"device={cfg.device} is not one of auto, cpu, cuda, cuda:N, mps.")
@@ -425,6 +439,48 @@ def check(cfg):
                  f"{cfg.n_layer} dense.")
         _require(cfg.guide_ratio == "auto" or 0 < cfg.guide_ratio <= 1,
                  f"guide_ratio={cfg.guide_ratio} must be auto or lie in (0, 1].")
+
+
+RATES = ("lr", "embed_lr", "head_lr", "vector_lr", "skip_lr", "weight_decay")
+
+
+def _check_optimizer(cfg):
+    """Positive rates; with muon `auto` is filled in by the rule, adamw has one rate for all."""
+    if cfg.optimizer == "muon":
+        for name, value in muon_rates(cfg).items():
+            setattr(cfg, name, value if getattr(cfg, name) == "auto" else getattr(cfg, name))
+    for name in RATES:
+        value = getattr(cfg, name)
+        if cfg.optimizer == "adamw" and name not in ("lr", "weight_decay"):
+            _require(value == "auto", f"{name}={value} needs optimizer=muon: adamw has one rate, lr, for all.")
+            continue
+        _require(value != "auto", f"{name}=auto needs optimizer=muon: give a number.")
+        if name == "weight_decay":
+            _require(value >= 0, f"{name}={value} must not be negative.")
+        else:
+            _require(value > 0, f"{name}={value} must be positive.")
+
+
+def muon_rates(cfg) -> dict:
+    """The scaling rule: Muon's rates from the width, the tokens of a step and the number of steps.
+
+        b = (tokens of a step / 2^19)^(1/3)       gradients averaged over more tokens carry further
+        lr         0.02 b                         an update's spectral norm is lr sqrt(max(1, rows / columns))
+        embed_lr   0.3 b sqrt(768 / n_embd)       AdamW moves every entry alike, so a wide row by more
+        head_lr    0.008 b sqrt(768 / n_embd)
+        vector_lr  0.005 b,  skip_lr 0.5 b
+        weight_decay  14 / (lr steps)             weights forget what lies further back than a 14th of the run
+
+    Initialisation follows the width too (init=zero in model.py). At 2^19 tokens a step the constants are nanochat's,
+    tuned there at 12 to 26 layers; at 2^15, 8 layers x 768 and 60M tokens, 1.5 times more than the square root of the
+    batch were ahead (docs/experiments.md), which the cube root gives. Everything else is extrapolation.
+    """
+    tokens = cfg.batch_size * cfg.block_size
+    b, width, steps = (tokens / 2**19) ** (1 / 3), (768 / cfg.n_embd) ** 0.5, max(1, cfg.max_tokens // tokens)
+    lr = 0.02 * b if cfg.lr == "auto" else cfg.lr
+    rates = {"lr": lr, "embed_lr": 0.3 * b * width, "head_lr": 0.008 * b * width, "vector_lr": 0.005 * b,
+             "skip_lr": 0.5 * b, "weight_decay": 14 / (max(lr, 1e-300) * steps)}
+    return {name: float(f"{rate:.4g}") for name, rate in rates.items()}
 
 
 def _check_ffn(cfg):
@@ -487,11 +543,12 @@ def run(main):
         sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
 
 
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}  # a full disk, or `| head` has ended
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}  # a full disk, or `| head` ended
 
 
 def _unwritable(error):
-    return UserError(f"the output cannot be written ({error.strerror}): send it where all of it fits, as with > log.txt.")
+    return UserError(f"the output cannot be written ({error.strerror}): "
+                     "send it where all of it fits, as with > log.txt.")
 
 
 def check_output():

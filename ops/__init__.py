@@ -4,6 +4,7 @@
     ffn         Triton: the structured FFN on Hopper                                      (training)
     decode      Triton: linears, attention and sampling on a few tokens                   (decoding)
     megakernel  CUDA: the whole step of up to four sequences as one kernel                (decoding)
+    fallback    a kernel that fails here is turned off with one line in the log
 
 Each caller asks in one place, as in `if ops.ON and ops.can_add_norm(x)`, and has plain torch beside it.
 """
@@ -14,15 +15,16 @@ import os
 import torch
 
 # One switch for all kernels: tests and benchmarks turn it off to compare with plain torch.
-ON = importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1")
+ON = (importlib.util.find_spec("triton") is not None
+      and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"))
 
 if ON:
     try:
         from ops import megakernel
         from ops.decode import can_layer, can_sample, can_step, layer, sample, step
         from ops.ffn import can_ffn, fused_ffn
-        from ops.pointwise import (add_norm, adamw, adamw_tables, can_adamw, can_add_norm, can_rotate, can_token_loss, split_rotated,
-                                   token_loss)
+        from ops.pointwise import (add_norm, adamw, adamw_tables, can_adamw, can_add_norm, can_rotate, can_token_loss,
+                                   split_rotated, token_loss)
     except (ImportError, AttributeError, TypeError) as e:  # a version of torch or Triton that lacks what they use
         from ops.fallback import log_once, reason
         ON = False
@@ -30,7 +32,7 @@ if ON:
 
 
 def fused_step(model, cache):
-    """model.step in kernels, for one token a row: a single kernel for few sequences, else one per linear; None where neither applies."""
+    """model.step in kernels, for one token a row: a single kernel for few sequences, else one per linear; else None."""
     one_kernel = megakernel.step_for(model, cache) if len(cache.position) <= max(megakernel.BATCHES) else None
     if one_kernel:
         return one_kernel

@@ -1,8 +1,9 @@
-"""Triton kernels of the decoding step, in which a few tokens meet every weight: what counts is bytes and launches.
+"""Triton kernels of the decoding step, in which a few tokens meet every weight: bytes and launches are what it costs.
 
-`linear` is x W^T for at most MAX_TOKENS tokens with everything around it: the norm before, bias, activation and residual after,
-and the blocks and shuffles of structured factors as addresses. `attention` turns the fresh q, k, v of every row by its position,
-stores k and v in the cache and attends to the row's own tokens, no more. `step` is model.GPT.step made of them.
+`linear` is x W^T for at most MAX_TOKENS tokens with everything around it: the norm before, bias, activation and
+residual after. Blocks and shuffles of structured factors are addresses. `attention` rotates the new q and k of
+every row by its position, stores k and v in the cache and attends to the row's own tokens, no more. `step` is
+model.GPT.step made of them.
 """
 import math
 
@@ -18,7 +19,8 @@ from ops.pointwise import INTERPRET, TRIAL
 from structured import BlockDense, BlockShuffle, LowRank, active_linear
 
 MAX_TOKENS = 1  # of `linear`; above, cuBLAS is used: with 4, a step of xl took 2.16 ms instead of 1.55 on an H200
-# With programmatic dependent launch a kernel starts while its predecessor ends, and fetches weights until that has written its input.
+# With programmatic dependent launch a kernel starts while its predecessor ends, and loads weights until
+# that has written its input.
 PDL = not INTERPRET and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
 
 
@@ -39,7 +41,8 @@ def _activate(a, ACT: tl.constexpr):
 
 @triton.jit
 def _normalise(tile, x, offset, row_ok, k, k_ok, gain, shift, N, eps, NORM: tl.constexpr, BN: tl.constexpr):
-    """tile (T, BK), part of rows of x that start at `offset` (T, 1): layer norm (1) or RMS norm (2) over the N entries of each."""
+    """Layer norm (1) or RMS norm (2) of tile (T, BK), which is part of rows of x; these start at `offset` (T, 1), N
+    entries each."""
     n = tl.arange(0, BN)[None, :]
     row = tl.load(x + offset + n, mask=row_ok & (n < N), other=0.0).to(tl.float32)                     # (T, BN)
     mean = tl.sum(row, axis=1)[:, None] / N if NORM == 1 else tl.sum(row, axis=1)[:, None] * 0.0
@@ -52,15 +55,16 @@ def _normalise(tile, x, offset, row_ok, k, k_ok, gain, shift, N, eps, NORM: tl.c
 
 
 @triton.jit
-def _linear(x, w, bias, gain, shift, residual, y, tokens, M, K, N, x_row, y_row, in_block, in_stride, out_block, out_stride, eps,
-            NORM: tl.constexpr, ACT: tl.constexpr, T: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr):
+def _linear(x, w, bias, gain, shift, residual, y, tokens, M, K, N, x_row, y_row, in_block, in_stride, out_block,
+            out_stride, eps, NORM: tl.constexpr, ACT: tl.constexpr, T: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+            BN: tl.constexpr, PDL: tl.constexpr):
     """Block g of w (G, M, K) maps x[g in_block + j in_stride] to y[g out_block + i out_stride]."""
     g = tl.program_id(1)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     t = tl.arange(0, T)[:, None]
     weights = w + (g * M + m).to(tl.int64)[:, None] * K                                               # (BM, 1)
     k = tl.arange(0, BK)[None, :]
-    tile = tl.load(weights + k, mask=(m < M)[:, None] & (k < K), other=0.0)                          # (BM, BK), before the wait
+    tile = tl.load(weights + k, mask=(m < M)[:, None] & (k < K), other=0.0)          # (BM, BK), before the wait
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -88,7 +92,7 @@ def _linear(x, w, bias, gain, shift, residual, y, tokens, M, K, N, x_row, y_row,
 def linear(x, w, bias=None, norm=None, act="", residual=None, shuffled=False):
     """act(norm(x) W^T + bias) + residual of x (tokens, n), at most MAX_TOKENS of them.
 
-    w (M, K), or G blocks (G, M, K): x in G pieces one behind the other, or, shuffled, dealt out to the blocks like cards.
+    w (M, K), or G blocks (G, M, K): block g reads piece g of G of x, or, shuffled, entries g, g + G, ...
     """
     tokens, n = x.shape
     G, M, K = w.shape if w.dim() == 3 else (1, *w.shape)
@@ -99,9 +103,11 @@ def linear(x, w, bias=None, norm=None, act="", residual=None, shuffled=False):
     kind = 0 if norm is None else 1 if isinstance(norm, nn.LayerNorm) else 2
     gain, shift = (norm.weight, getattr(norm, "bias", None)) if kind else (None, None)
     layout = (1, G, 1, G) if shuffled else (K, 1, M, 1)
-    _linear[triton.cdiv(M, BM), G](x, w, bias, gain, shift, residual, y, tokens, M, K, n, x.stride(0), y.stride(0), *layout, norm.eps if kind else 0.0,
-                                   NORM=kind, ACT=act, T=T, BM=BM, BK=BK, BN=triton.next_power_of_2(n) if kind else 1, PDL=PDL, num_warps=4,
-                                   **({"launch_pdl": True} if PDL else {}))
+    _linear[triton.cdiv(M, BM), G](
+        x, w, bias, gain, shift, residual, y, tokens, M, K, n, x.stride(0), y.stride(0), *layout,
+        norm.eps if kind else 0.0,
+        NORM=kind, ACT=act, T=T, BM=BM, BK=BK, BN=triton.next_power_of_2(n) if kind else 1, PDL=PDL, num_warps=4,
+        **({"launch_pdl": True} if PDL else {}))
     return y
 
 
@@ -130,8 +136,10 @@ def layer(module, x, norm=None, act="", residual=None):
 
 @triton.jit
 def _attention(qkv, cos, sin, position, k_cache, v_cache, y, row_stride, k_row, k_head, scale,
-               HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr, G: tl.constexpr, BL: tl.constexpr, PDL: tl.constexpr):
-    """One program per row and key head, with its HEADS // KV query heads, padded to G. Vectors are handled in halves, as rotation pairs them."""
+               HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr, G: tl.constexpr,
+               BL: tl.constexpr, PDL: tl.constexpr):
+    """A thread block per row and key head, with its HEADS // KV query heads, padded to G. Rotation pairs halves of
+    vectors."""
     H: tl.constexpr = D // 2
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if PDL:
@@ -161,7 +169,8 @@ def _attention(qkv, cos, sin, position, k_cache, v_cache, y, row_stride, k_row, 
     tl.store(v_cache + place * D + h, v1)
     tl.store(v_cache + place * D + H + h, v2)
     # the new token itself begins the running softmax, so nothing just stored is read
-    top = scale * tl.sum(q1.to(tl.float32) * k1.to(tl.float32)[None, :] + q2.to(tl.float32) * k2.to(tl.float32)[None, :], axis=1)   # (G,)
+    top = scale * tl.sum(q1.to(tl.float32) * k1.to(tl.float32)[None, :]
+                         + q2.to(tl.float32) * k2.to(tl.float32)[None, :], axis=1)                    # (G,)
     total = tl.full((G,), 1.0, tl.float32)
     o1 = tl.zeros((G, H), tl.float32) + v1.to(tl.float32)[None, :]
     o2 = tl.zeros((G, H), tl.float32) + v2.to(tl.float32)[None, :]
@@ -171,7 +180,8 @@ def _attention(qkv, cos, sin, position, k_cache, v_cache, y, row_stride, k_row, 
         ok = (l < place)[:, None]
         a1, a2 = tl.load(k_cache + at, mask=ok, other=0.0), tl.load(k_cache + at + H, mask=ok, other=0.0)
         b1, b2 = tl.load(v_cache + at, mask=ok, other=0.0), tl.load(v_cache + at + H, mask=ok, other=0.0)
-        score = tl.dot(q1, tl.trans(a1), input_precision="ieee") + tl.dot(q2, tl.trans(a2), input_precision="ieee")   # (G, BL)
+        score = (tl.dot(q1, tl.trans(a1), input_precision="ieee")
+                 + tl.dot(q2, tl.trans(a2), input_precision="ieee"))                                  # (G, BL)
         score = tl.where((l < place)[None, :], score * scale, -float("inf"))
         new = tl.maximum(top, tl.max(score, axis=1))
         weight = tl.exp(score - new[:, None])
@@ -186,33 +196,38 @@ def _attention(qkv, cos, sin, position, k_cache, v_cache, y, row_stride, k_row, 
 
 
 def attention(qkv, model, k_cache, v_cache, position):
-    """qkv (B, heads x head_size) of every row's new token, unturned -> (B, attn_dim); k and v go to `position` (B,) of the cache."""
+    """qkv (B, heads x head_size) of every row's new token, not yet rotated -> (B, attn_dim); stores k and v at
+    `position` (B,)."""
     B, (_, kv, _, D) = len(qkv), k_cache.shape
     heads = model.cfg.n_head
     y = qkv.new_empty(B, heads * D)
     G = max(16, triton.next_power_of_2(heads // kv))
-    _attention[B, kv](qkv, model.cos, model.sin, position, k_cache, v_cache, y, qkv.stride(0), k_cache.stride(0), k_cache.stride(1), D**-0.5,
-                      HEADS=heads, KV=kv, D=D, ROPE=model.cfg.pos == "rope", G=G, BL=64 if qkv.element_size() == 2 else 32, PDL=PDL,
-                      num_warps=4, num_stages=3 if qkv.element_size() == 2 else 2, **({"launch_pdl": True} if PDL else {}))
+    half = qkv.element_size() == 2
+    _attention[B, kv](
+        qkv, model.cos, model.sin, position, k_cache, v_cache, y, qkv.stride(0), k_cache.stride(0),
+        k_cache.stride(1), D**-0.5, HEADS=heads, KV=kv, D=D, ROPE=model.cfg.pos == "rope", G=G, BL=64 if half else 32,
+        PDL=PDL, num_warps=4, num_stages=3 if half else 2, **({"launch_pdl": True} if PDL else {}))
     return y
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The choice of a token
+# Sampling a token
 
-GOLDEN, MIX1, MIX2 = map(tl.constexpr, (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15))  # as decode.uniform's
+# As in decode.uniform
+GOLDEN, MIX1, MIX2 = map(tl.constexpr, (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15))
 
 
 @triton.jit
 def _likelihoods(logits, n, V, top, temperature, least):
-    """Of tokens n, as shares of the likeliest's, whose logit is top; zero where the logarithm lies below `least`."""
+    """Of tokens n, relative to the likeliest, whose logit is top; zero where the logarithm lies below `least`."""
     x = (tl.load(logits + n, mask=n < V, other=-float("inf")).to(tl.float32) - top) / temperature
     return tl.where(x >= least, tl.exp(x), 0.0)
 
 
 @triton.jit
-def _sample(logits, key, position, token, new, turn, logits_row, new_row, V, temperature, least, SAMPLE: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per row: decode.take. least: what (logit - largest) / temperature must be at least, the logarithm of min_p."""
+def _sample(logits, key, position, token, new, turn, logits_row, new_row, V, temperature, least, SAMPLE: tl.constexpr,
+            BLOCK: tl.constexpr):
+    """A thread block per row. least: the logarithm of min_p, a lower bound of (logit - largest) / temperature."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_row
     n = tl.arange(0, BLOCK)
@@ -247,7 +262,7 @@ def _sample(logits, key, position, token, new, turn, logits_row, new_row, V, tem
 
 
 def can_sample(tokens, s) -> bool:
-    """Whether `sample` knows the settings s: it does not sort."""
+    """Whether `sample` implements the settings s: it does not sort."""
     sorts = s.temperature > 0 and (s.top_k > 0 or s.top_p < 1)
     return (tokens.is_cuda or INTERPRET) and not sorts and works("sampling a token", lambda: _try_sample(s))
 
@@ -258,11 +273,15 @@ def _try_sample(s):
 
 
 def sample(logits, s, key, position, token, new, turn):
-    """decode.sample_token as one kernel: logits (B, V), key and position (B,) -> token (B, 1), also noted in column turn (B, 1) of new (B, length), which grows by one."""
+    """decode.sample_token as one kernel: logits (B, V), key and position (B,) -> token (B, 1).
+
+    The token is also written to column turn (B, 1) of new (B, length), and turn grows by one.
+    """
     V = logits.size(1)
     least = math.log(s.min_p) if s.min_p else -math.inf
-    _sample[len(logits),](logits, key, position, token, new, turn, logits.stride(0), new.stride(0), V, max(s.temperature, 1e-30), least,
-                          SAMPLE=s.temperature > 0, BLOCK=min(8192, triton.next_power_of_2(V)), num_warps=16)
+    _sample[len(logits),](logits, key, position, token, new, turn, logits.stride(0), new.stride(0), V,
+                          max(s.temperature, 1e-30), least, SAMPLE=s.temperature > 0,
+                          BLOCK=min(8192, triton.next_power_of_2(V)), num_warps=16)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -277,10 +296,10 @@ def add_norm(x, pending, norm):
 
 
 def can_step(model, cache) -> bool:
-    """Whether `step` can take this model's steps: head sizes that attention's tiles have."""
+    """Whether `step` can compute this model's steps: no parts but the paper's, and tiles for its heads."""
     cfg = model.cfg
     D, group = cfg.attn_dim // cfg.n_head, cfg.n_head // cfg.n_kv_head
-    if not (cache.position.is_cuda or INTERPRET) or D not in (32, 64, 128, 256) or group > 32:
+    if not (cache.position.is_cuda or INTERPRET) or D not in (32, 64, 128, 256) or group > 32 or cfg.extras:
         return False
     if len(cache.position) <= MAX_TOKENS and not works("linear on few tokens", _try_linear):
         return False
@@ -306,7 +325,7 @@ def ffn(block, x):
 
 def step(model, tokens, cache):
     """model.step for one token a row: tokens (B, 1) -> logits (B, vocab_size)."""
-    few, branch = len(tokens) <= MAX_TOKENS, None
+    few, pending = len(tokens) <= MAX_TOKENS, None
     x = model.wte(tokens[:, 0])
     if model.wpe is not None:
         x = x + model.wpe(cache.position)
@@ -314,10 +333,10 @@ def step(model, tokens, cache):
         if few:
             y = attention(layer(block.attn.qkv, x, block.norm1), model, k, v, cache.position)
             x = ffn(block, layer(block.attn.proj, y, residual=x))
-        else:  # as in training: every addition with the norm behind it
-            x, h = add_norm(x, branch, block.norm1)
+        else:  # as in training: the residual add is deferred and fuses with the next norm
+            x, h = add_norm(x, pending, block.norm1)
             y = attention(block.attn.qkv(h), model, k, v, cache.position)
             x, h = add_norm(x, block.attn.proj(y), block.norm2)
-            branch = block.ffn(h)
+            pending = block.ffn(h)
     cache.advance(1)
-    return layer(model.head, x, model.norm) if few else model.head(add_norm(x, branch, model.norm)[1])
+    return layer(model.head, x, model.norm) if few else model.head(add_norm(x, pending, model.norm)[1])

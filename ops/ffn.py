@@ -2,17 +2,19 @@
 
     t1 = x V1^T     hidden = act(t1 U1^T + bias)     t2 = hidden V2^T     y = t2 U2^T
 
-Each of the four is B matmuls side by side, (T, B, K) x (B, N, K) -> (T, B, N). Two things cost as much as the arithmetic when
-they are passes of their own, and cost next to nothing here:
+Each of the four is B matmuls side by side, (T, B, K) x (B, N, K) -> (T, B, N). Two things cost as much as the
+arithmetic when they are passes of their own, and cost next to nothing here:
 
-  * BlockShuffle's permutations. With the rows of V dealt out beforehand (weight-sized), f moves whole chunks of N/B columns, so
-    the matmul before it writes every tile where the next one reads it. The permutation between fc1 and fc2 commutes with the
-    elementwise activation and turns into the same kind of chunks. Backward mirrors this; no activation is ever copied.
-  * The activation and its derivative. They run in the epilogue of one matmul, under the main loop of another: two thread
-    blocks share each multiprocessor. Forward leaves the slope act' behind as one byte per hidden unit, so that backward multiplies
-    by it and never sees the pre-activation.
+  * BlockShuffle's permutations. The rows of V are reordered beforehand (weight-sized), so that f moves whole chunks
+    of N/B columns. The matmul before it then writes every tile where the next one reads it. The permutation between
+    fc1 and fc2 commutes with the elementwise activation and becomes the same kind of chunks. Backward mirrors this;
+    no activation is ever copied.
+  * The activation and its derivative. They run in the epilogue of one matmul, under the main loop of another: two
+    thread blocks share each multiprocessor. Forward stores the slope act' as one byte per hidden unit. Backward
+    multiplies by it and never sees the pre-activation.
 
-Plain matmuls and weight gradients are cuBLAS's. What they cannot do here, `can_ffn` says, and the caller takes the plain path.
+Plain matmuls and weight gradients are cuBLAS's. `can_ffn` says what the kernels cannot do; the caller then uses
+plain torch.
 """
 import math
 
@@ -48,7 +50,7 @@ def _gelu(a, FAST: tl.constexpr):
 
 @triton.jit
 def _to_byte(slope):
-    """gelu's slope lies in [-0.129, 1.129]; steps of 1/200, 0 and 1 exact. Adding 2^23 leaves the rounded integer in the low bits."""
+    """gelu's slope lies in [-0.129, 1.129]; steps of 1/200, 0 and 1 exact. Adding 2^23 leaves the rounded integer."""
     return (slope * 200.0 + 8388634.0).to(tl.int32, bitcast=True).to(tl.uint8)         # 2^23 + 26
 
 
@@ -57,8 +59,8 @@ def _from_byte(byte):
     return ((byte.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388634.0) * 0.005
 
 
-# Slopes are private to the two kernels that write and read them, so they lie in memory as the tensor cores leave a tile in the
-# registers: 16 bytes to a thread, threads side by side. In this order neither side moves data between threads.
+# Only these kernels write and read slopes, so they lie in memory as the tensor cores leave a tile in the registers:
+# 16 bytes to a thread, threads side by side. In this order neither side moves data between threads.
 
 @triton.jit
 def _to_fragments(a, BM: tl.constexpr, BN: tl.constexpr, WARPS: tl.constexpr):
@@ -91,7 +93,8 @@ def _column(g, n, G: tl.constexpr, CHUNK: tl.constexpr):
 @triton.jit
 def _store(acc, g, m, n, y, slope, sums, G: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, EPILOGUE: tl.constexpr,
            ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SUB: tl.constexpr):
-    """Writes the tile in pieces of SUB columns: staging a whole one would cost the shared memory of a pipeline stage."""
+    """Writes the tile in pieces of SUB columns: staging a whole one would cost the shared memory of a pipeline
+    stage."""
     if BN > SUB:
         left, right = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
         _store(left, g, m, n, y, slope, sums, G, N, CHUNK, EPILOGUE, ACT, BM, BN // 2, SUB)
@@ -109,7 +112,8 @@ def _store(acc, g, m, n, y, slope, sums, G: tl.constexpr, N: tl.constexpr, CHUNK
 def _matmul(x, w, bias, y, slope, sums, T, G: tl.constexpr, K: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
             ROWS_K: tl.constexpr, EPILOGUE: tl.constexpr, ACT: tl.constexpr, SAVE: tl.constexpr, FAST: tl.constexpr,
             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SUB: tl.constexpr, WARPS: tl.constexpr):
-    """y[t, map(g, n)] = epilogue(sum_k x[t, g, k] w[g, n, k]); x (T, G K), w (G N, K) or, with ROWS_K, (G K, N), y (T, G N)."""
+    """y[t, map(g, n)] = epilogue(sum_k x[t, g, k] w[g, n, k]); x (T, G K), w (G N, K) or, ROWS_K, (G K, N), y (T, G
+    N)."""
     per_row: tl.constexpr = G * N // BN
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * per_row, tl.num_programs(0), flatten=True):
         m, g, n = tile // per_row, tile % per_row // (N // BN), tile % (N // BN) * BN
@@ -135,7 +139,7 @@ def _matmul(x, w, bias, y, slope, sums, T, G: tl.constexpr, K: tl.constexpr, N: 
         _store(acc, g, m, n, y, slope, sums, G, N, CHUNK, EPILOGUE, ACT, BM, BN, SUB)
 
 
-# BM, BN, BK, columns that a store stages at once, warps, pipeline stages, blocks per multiprocessor looping over the tiles.
+# BM, BN, BK, columns that a store stages at once, warps, pipeline stages, thread blocks per multiprocessor.
 # Slopes need one BM, BN and number of warps in forward and backward.
 WIDE, NARROW, SLIM = (128, 256, 64, 128, 8, 4, 1), (128, 128, 64, 64, 4, 3, 2), (128, 128, 64, 32, 4, 3, 2)
 
@@ -146,7 +150,7 @@ def _divisor(n, *sizes):
 
 
 def _launch(x, w, chunk, whole, config, epilogue="none", act="none", bias=None, slope=None, save=False):
-    """x (T, G, K), w (G, N, K) -> y (T, G N) with its columns in (N/chunk, G, chunk) order, slope and the partial column sums.
+    """x (T, G, K), w (G, N, K) -> y (T, G N) with columns in (N/chunk, G, chunk) order, slope, partial column sums.
 
     w may be the .mT of a contiguous (G, K, N). A tile's columns divide `whole`, a store's divide chunk.
     """
@@ -167,9 +171,10 @@ def _launch(x, w, chunk, whole, config, epilogue="none", act="none", bias=None, 
         slope = TensorDescriptor.from_tensor(slope.view(T, -1), [BM, SUB])
     tiles = rows * (G * N // BN)
     _matmul[(min(tiles, per_sm * multiprocessors(x.device)),)](
-        TensorDescriptor.from_tensor(x.view(T, G * K), [BM, BK]), TensorDescriptor.from_tensor(w, [BK, BN] if rows_k else [BN, BK]), bias,
-        TensorDescriptor.from_tensor(y, [BM, SUB]), slope, sums, T, G, K, N, chunk, rows_k, epilogue, act, save, not INTERPRET,
-        BM, BN, BK, SUB, warps, num_warps=warps, num_stages=stages)
+        TensorDescriptor.from_tensor(x.view(T, G * K), [BM, BK]),
+        TensorDescriptor.from_tensor(w, [BK, BN] if rows_k else [BN, BK]), bias,
+        TensorDescriptor.from_tensor(y, [BM, SUB]), slope, sums, T, G, K, N, chunk, rows_k, epilogue, act, save,
+        not INTERPRET, BM, BN, BK, SUB, warps, num_warps=warps, num_stages=stages)
     return y, slope, sums
 
 
@@ -184,7 +189,8 @@ def _blocks(x, w, bias=None):
 
 
 def _dealt(x, w):
-    """y = w x with each block's N columns dealt out to all blocks: (T, B, K) x (B, N, K) -> (T, N/chunk = B, B, chunk)."""
+    """y = w x with each block's N columns spread over all blocks: (T, B, K) x (B, N, K) -> (T, N/chunk = B, B,
+    chunk)."""
     N, chunk = w.size(1), w.size(1) // w.size(0)
     return _launch(x, w, chunk, N, WIDE if N % 256 == 0 and chunk % 128 == 0 else NARROW)[0]
 
@@ -211,9 +217,9 @@ def _hidden(t1, U1, bias, V2, shuffle, act, save):
 
 
 @torch.library.custom_op("structured::ffn", mutates_args=())
-def ffn_op(x: Tensor, V1: Tensor, U1: Tensor, bias: Tensor, V2: Tensor, U2: Tensor, bias2: Tensor | None, shuffle: bool, act: str, save: bool
-           ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x (T, N), V (B, R/B, N/B), U (B, M/B, R/B), bias (H,): y (T, M) in the order of U2's blocks, t1, hidden, slope, t2.
+def ffn_op(x: Tensor, V1: Tensor, U1: Tensor, bias: Tensor, V2: Tensor, U2: Tensor, bias2: Tensor | None, shuffle: bool,
+           act: str, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x (T, N), V (B, R/B, N/B), U (B, M/B, R/B), bias (H,) -> y (T, M) in order of U2's blocks, t1, hidden, slope, t2.
 
     Without save, hidden and slope come back empty and backward computes them again from t1.
     """
@@ -231,12 +237,14 @@ def _(x, V1, U1, bias, V2, U2, bias2, shuffle, act, save):
     T, R1, R2, M = x.size(0), V1.size(0) * V1.size(1), V2.size(0) * V2.size(1), U2.size(0) * U2.size(1)
     H = U1.size(0) * U1.size(1) if save else 0
     slope = x.new_empty((T + 127) // 128 * 128 * H if act == "gelu" else 0, dtype=torch.uint8)
-    return x.new_empty(T, M), x.new_empty(T, R1), x.new_empty(T, H) if save else x.new_empty(0), slope, x.new_empty(T, R2)
+    hidden = x.new_empty(T, H) if save else x.new_empty(0)
+    return x.new_empty(T, M), x.new_empty(T, R1), hidden, slope, x.new_empty(T, R2)
 
 
 @torch.library.custom_op("structured::ffn_backward", mutates_args=())
-def ffn_backward_op(grad: Tensor, x: Tensor, V1: Tensor, U1: Tensor, bias: Tensor, V2: Tensor, U2: Tensor, t1: Tensor, hidden: Tensor,
-                    slope: Tensor, t2: Tensor, shuffle: bool, act: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def ffn_backward_op(grad: Tensor, x: Tensor, V1: Tensor, U1: Tensor, bias: Tensor, V2: Tensor, U2: Tensor, t1: Tensor,
+                    hidden: Tensor, slope: Tensor, t2: Tensor, shuffle: bool, act: str
+                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, V1, U1, bias, V2, U2 from that of y."""
     matmul = _dealt if shuffle else _blocks
     x, t1, t2, grad = _read_by(x, V1), _read_by(t1, U1), _read_by(t2, U2), _read_by(grad.contiguous(), U2)
@@ -247,7 +255,8 @@ def ffn_backward_op(grad: Tensor, x: Tensor, V1: Tensor, U1: Tensor, bias: Tenso
     grad_U2 = _weight_grad(grad, t2)
     grad_t2 = _read_by(matmul(grad, U2.mT), V2)
     grad_V2 = _weight_grad(grad_t2, _read_by(hidden, V2))
-    pre, _, sums = _launch(grad_t2, V2.mT, chunk, chunk, SLIM, "backward", act, slope=slope if act == "gelu" else hidden)
+    slope = slope if act == "gelu" else hidden
+    pre, _, sums = _launch(grad_t2, V2.mT, chunk, chunk, SLIM, "backward", act, slope=slope)
     pre = _read_by(pre, U1)                                                            # gradient before the activation
     grad_U1 = _weight_grad(pre, t1)
     grad_t1 = _read_by(matmul(pre, U1.mT), V1)
@@ -277,7 +286,7 @@ ffn_op.register_autograd(_backward, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.structured.ffn)
-def _ffn_flops(x, V1, U1, bias, V2, U2, *args, **kwargs):  # shapes; the partitioner of torch.compile must not take the op for free
+def _ffn_flops(x, V1, U1, bias, V2, U2, *args, **kwargs):  # of shapes; torch.compile recomputes what costs none
     return 2 * x[0] * sum(math.prod(w) for w in (V1, U1, V2, U2))
 
 
@@ -307,7 +316,8 @@ def unfit(x, fc1, fc2, act):
         return f"precision {_dtype(x)}"
     if act not in ("gelu", "relu2"):
         return f"activation {act}"
-    (_, r1, p1), (_, _, R1), (B, r2, p2), (_, s2, _) = (w.shape if w.dim() == 3 else (1, *w.shape) for w in (fc1.V, fc1.U, fc2.V, fc2.U))
+    weights = fc1.V, fc1.U, fc2.V, fc2.U
+    (_, r1, p1), (_, _, R1), (B, r2, p2), (_, s2, _) = (w.shape if w.dim() == 3 else (1, *w.shape) for w in weights)
     shuffle = fc1.U.dim() == 3
     if any(n % 32 for n in (R1, r2)) or (p2 // B if shuffle else p2) % 64 or p1 % 8 or s2 % 8:
         return f"widths and ranks that tiles do not divide, as in {tuple(fc1.V.shape)} and {tuple(fc2.V.shape)}"
@@ -317,15 +327,17 @@ def unfit(x, fc1, fc2, act):
 
 
 MIN_TOKENS = 128 if INTERPRET else 512   # with fewer, tiles of 128 tokens do not fill the card
-MIN_WORK = 0 if INTERPRET else 75e9      # multiply-adds of a forward: with less, launching the kernels takes the host longer than they run
+MIN_WORK = 0 if INTERPRET else 75e9      # multiply-adds of a forward: with less, launching takes longer than running
 
 
 def can_ffn(x, fc1, fc2, act):
-    """Whether `fused_ffn` is the way to compute fc2(act(fc1(x))); logs once why it cannot. For few tokens or little work it is not."""
+    """Whether `fused_ffn` is the way to compute fc2(act(fc1(x))): not for few tokens or little work. Logs once why it
+    cannot."""
     tokens = x.numel() // x.size(-1)
     if not (hasattr(fc1, "V") and hasattr(fc2, "V")) or tokens < MIN_TOKENS:
         return False
-    work = tokens * sum(w.numel() for w in (fc1.V, fc1.U, fc2.V, fc2.U)) * (4 if fc1.U.dim() == 3 else 1)  # permutations in plain torch are slow
+    work = tokens * sum(w.numel() for w in (fc1.V, fc1.U, fc2.V, fc2.U))
+    work *= 4 if fc1.U.dim() == 3 else 1                               # permutations in plain torch are slow
     if work < MIN_WORK * (1 if torch.is_grad_enabled() else 3):  # no backward to launch ahead of
         return False
     reason = unfit(x, fc1, fc2, act)
@@ -335,7 +347,8 @@ def can_ffn(x, fc1, fc2, act):
 
 
 def _try_ffn():
-    x, V1, U1, bias, V2, U2 = (torch.ones(shape, **TRIAL) for shape in ((1, 64), (1, 32, 64), (1, 128, 32), (128,), (1, 32, 128), (1, 64, 32)))
+    shapes = (1, 64), (1, 32, 64), (1, 128, 32), (128,), (1, 32, 128), (1, 64, 32)
+    x, V1, U1, bias, V2, U2 = (torch.ones(shape, **TRIAL) for shape in shapes)
     y, *saved = ffn_op(x, V1, U1, bias, V2, U2, None, False, "gelu", True)
     ffn_backward_op(y, x, V1, U1, bias, V2, U2, *saved, False, "gelu")
 
@@ -343,8 +356,8 @@ def _try_ffn():
 def fused_ffn(x, fc1, fc2, act="gelu", recompute=False):
     """fc2(act(fc1(x))) for two LowRank, BlockShuffle or BlockDense linears of one kind; x (..., N) -> (..., M).
 
-    For backward it keeps x, both rank-wide activations, the hidden units and, for gelu, a byte of slope for each; with recompute
-    only the rank-wide ones, and the wide ones are computed again.
+    For backward it keeps x, both rank-wide activations, the hidden units and, for gelu, a byte of slope for each. With
+    recompute it keeps only the rank-wide ones and computes the wide ones again.
     """
     dtype = _dtype(x)
     V1, U1, V2, U2 = (w.to(dtype) if w.dim() == 3 else w.to(dtype)[None] for w in (fc1.V, fc1.U, fc2.V, fc2.U))
@@ -360,11 +373,11 @@ def fused_ffn(x, fc1, fc2, act="gelu", recompute=False):
     x2d = x.to(dtype).reshape(-1, x.size(-1)).contiguous()                             # (T, N)
     y = ffn_op(x2d, V1.contiguous(), U1, bias, V2.contiguous(), U2, None if shuffle else bias2, shuffle, act, save)[0]
     if shuffle:
-        y = y.view(-1, B, U2.size(1)).transpose(1, 2).flatten(1)                       # f^-1, fused into whatever adds y on
+        y = y.view(-1, B, U2.size(1)).transpose(1, 2).flatten(1)  # f^-1, fused into whatever adds y on
         y = y if bias2 is None else y + bias2
     return y.reshape(*x.shape[:-1], -1)
 
 
 def _deal(V):
-    """Rows (i, l) -> (l, i), l < B: V (B, q, p) with its rows in the order in which f deals them out to the B blocks."""
+    """Rows (i, l) -> (l, i), l < B: V (B, q, p) with its rows in the order in which f gives them to the B blocks."""
     return V.unflatten(1, (-1, V.size(0))).transpose(1, 2).flatten(1, 2)

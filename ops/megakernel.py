@@ -1,4 +1,4 @@
-"""The host's side of megakernel.cu, a decoding step of a few sequences as one kernel: what each program does, compilation, launch."""
+"""The host's side of megakernel.cu, a decoding step of a few sequences as one kernel: its plan, compilation, launch."""
 import contextlib
 import ctypes
 import functools
@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,14 +18,14 @@ from structured import BlockShuffle, Structured, active_linear
 
 BATCHES = 1, 2, 4    # sequences that a step is compiled for
 
-WARPS = 8            # that compute
-FETCHERS = 4         # warps beside them, whose first thread fetches: registers are handed over by four warps at a time
+WARPS = 8            # consumer warps of a thread block
+PRODUCER_WARPS = 4   # one thread of them produces; registers are handed over by four warps at a time
 SLOT = 2**14         # bytes of a slot of the ring at least; it holds a row of every matrix
 LARGEST_SLOT = 2**16
-WIDEST = 2**13       # inputs, for all sequences, beyond which programs share the columns of a factor
-MOST_SPLITS = 8      # programs that share a head, a power of two
-COPIES = 8           # of a word that all programs read
-MOST_INPUTS = 2**15  # of a matrix, for all sequences: more would not fit into the registers
+WIDEST = 2**13       # inputs, of all sequences, above which thread blocks share the columns of a factor
+MAX_SPLITS = 8       # thread blocks that share a head, a power of two
+COPIES = 8           # of a tagged float that all thread blocks read
+MAX_INPUTS = 2**15   # of a matrix, for all sequences: more would not fit into the registers
 ACTIVATIONS = {"gelu": "GELU", "relu2": "RELU2", "swiglu": "SWIGLU"}
 
 
@@ -45,13 +46,16 @@ class Stage(NamedTuple):
 
     def by_block(self):
         """(blocks, rows, K)"""
-        return self.weights.view(self.rows, self.blocks, self.K).transpose(0, 1) if self.summed else self.weights.view(self.blocks, self.rows, self.K)
+        if self.summed:
+            return self.weights.view(self.rows, self.blocks, self.K).transpose(0, 1)
+        return self.weights.view(self.blocks, self.rows, self.K)
 
 
 def matrices(linear, batch):
     """The `Stage`s of a linear, one or two.
 
-    The first factor of one that narrows has few long rows, and all programs would have to read all of a long input: there they share the columns.
+    Where a linear narrows, its first factor has few long rows: thread blocks share the columns, so that none reads all
+    of a long input.
     """
     if not isinstance(linear, Structured):
         return [Stage(linear.weight, *linear.weight.shape, 1, len(linear.weight))]
@@ -60,45 +64,51 @@ def matrices(linear, batch):
     if isinstance(linear, BlockShuffle):
         _, s, r = U.shape
         return [Stage(V, q, p, blocks, blocks), Stage(U, s, r, blocks, s)]
-    parts = 1
-    while blocks == 1 and linear.in_features > linear.out_features and batch * p // parts > WIDEST and p % (32 * parts) == 0:
+    parts, narrows = 1, blocks == 1 and linear.in_features > linear.out_features
+    while narrows and batch * p // parts > WIDEST and p % (32 * parts) == 0:
         parts *= 2
     return [Stage(V, q, p // parts, blocks * parts, blocks * parts * q, parts > 1), Stage(U, *U.shape, 1, len(U))]
 
 
 def linears(model, batch):
-    """[(qkv, proj, fc1, fc2)] of the layers, as they answer for `batch` tokens."""
-    return [(b.attn.qkv, b.attn.proj, active_linear(b.ffn.fc1, batch), active_linear(b.ffn.fc2, batch)) for b in model.blocks]
+    """[(qkv, proj, fc1, fc2)] of the layers, as active for `batch` tokens."""
+    return [(b.attn.qkv, b.attn.proj, active_linear(b.ffn.fc1, batch), active_linear(b.ffn.fc2, batch))
+            for b in model.blocks]
 
 
 def all_matrices(model, batch=1):
-    return [m for layer in linears(model, batch) for linear in layer for m in matrices(linear, batch)] + matrices(model.head, batch)
+    of_layers = [m for layer in linears(model, batch) for linear in layer for m in matrices(linear, batch)]
+    return of_layers + matrices(model.head, batch)
 
 
 def usable(model, batch) -> bool:
-    """Whether `Step` can take this model's steps for `batch` sequences."""
+    """Whether `Step` can compute this model's steps for `batch` sequences."""
     weight = model.head.weight
     if weight.device.type != "cuda" or torch.version.hip is not None:
         return False
+    if model.cfg.extras:
+        log_once(f"decoding of few sequences: plain torch, since the kernels have no {', '.join(model.cfg.extras)}")
+        return False
     card = torch.cuda.get_device_properties(weight.device)
-    return card.major >= 9 and fits(model.cfg, all_matrices(model, batch), weight.dtype, card.multi_processor_count, batch) and bindings()
+    parts, grid = all_matrices(model, batch), card.multi_processor_count
+    return card.major >= 9 and fits(model.cfg, parts, weight.dtype, grid, batch) and bindings()
 
 
-def fits(cfg, parts, dtype, programs, batch=1) -> bool:
-    """Rows of whole 16-byte pieces, none longer than a slot; a program for each block, rows of qkv for each program; heads that a power of two of
-    at most 32 threads share; of several sequences no more input than registers hold."""
+def fits(cfg, parts, dtype, grid, batch=1) -> bool:
+    """Whether `grid` thread blocks can compute a step: rows of whole 16-byte pieces, none longer than a slot, rows of
+    qkv for each thread block, a thread block for each block of a matrix, inputs that registers hold."""
     size, D = dtype.itemsize, cfg.attn_dim // cfg.n_head
-    return (dtype in (torch.bfloat16, torch.float32) and D * size in (32, 64, 128, 256, 512) and parts[0].rows >= programs
-            and all(p.K * size % 16 == 0 and p.K * size <= LARGEST_SLOT and p.blocks <= programs for p in parts)
-            and (batch == 1 or batch <= max(BATCHES) and batch * max(p.K for p in parts) <= MOST_INPUTS))
+    return (dtype in (torch.bfloat16, torch.float32) and D * size in (32, 64, 128, 256, 512) and parts[0].rows >= grid
+            and all(p.K * size % 16 == 0 and p.K * size <= LARGEST_SLOT and p.blocks <= grid for p in parts)
+            and (batch == 1 or batch <= max(BATCHES) and batch * max(p.K for p in parts) <= MAX_INPUTS))
 
 
 @functools.cache
 def bindings() -> bool:
-    """Whether NVIDIA's Python bindings are there; torch 2.10 and newer installs them beside CUDA."""
+    """Whether NVIDIA's Python bindings are there; torch 2.10 and newer installs them with CUDA."""
     found = all(importlib.util.find_spec(name) for name in ("cuda", "cuda.bindings"))
     if not found:
-        log_once("decoding of a few sequences takes a kernel per linear, not one per step: the package cuda-bindings is not installed")
+        log_once("decoding of a few sequences is slower than it could be: the package cuda-bindings is not installed")
     return found
 
 
@@ -118,7 +128,7 @@ def step_for(model, cache):
     return step if step and works("decoding step of a few sequences", trial, step.defines) else None
 
 
-def constants(model, batch, programs, warps, slot):
+def constants(model, batch, grid, warps, slot):
     """The macros of megakernel.cu."""
     cfg = model.cfg
 
@@ -131,20 +141,22 @@ def constants(model, batch, programs, warps, slot):
 
     kinds = [f"{linear(fc1)}, {linear(fc2)}" for _, _, fc1, fc2 in linears(model, batch)]
     starts = [i for i in range(cfg.n_layer) if i == 0 or kinds[i] != kinds[i - 1]]
-    runs = [f"layers<{kinds[i]}>(fetching, {i}, {j});" for i, j in zip(starts, starts[1:] + [cfg.n_layer])]
+    runs = [f"layers<{kinds[i]}>(producer, {i}, {j});" for i, j in zip(starts, starts[1:] + [cfg.n_layer])]
     qkv, proj = model.blocks[0].attn.qkv, model.blocks[0].attn.proj
     values = dict(
-        BATCH=batch, Weight="bf16" if model.head.weight.dtype == torch.bfloat16 else "float", GRID=programs, WARPS=warps, SLOT=slot, N=cfg.n_embd, HEADS=cfg.n_head,
-        KV=cfg.n_kv_head, D=cfg.attn_dim // cfg.n_head, LAYERS=cfg.n_layer, SPLITS=min(MOST_SPLITS, 1 << max(programs // (batch * cfg.n_head), 1).bit_length() - 1),
-        COPIES=COPIES, ROPE=int(cfg.pos == "rope"), RMS=int(cfg.norm == "rmsnorm"), ACT=ACTIVATIONS[cfg.act], QKV=matrix(matrices(qkv, batch)[0]),
-        PROJ=matrix(matrices(proj, batch)[0]), HEAD=matrix(matrices(model.head, batch)[0]),
+        BATCH=batch, Weight="bf16" if model.head.weight.dtype == torch.bfloat16 else "float", GRID=grid, WARPS=warps,
+        SLOT=slot, N=cfg.n_embd, HEADS=cfg.n_head, KV=cfg.n_kv_head, D=cfg.attn_dim // cfg.n_head, LAYERS=cfg.n_layer,
+        SPLITS=min(MAX_SPLITS, 1 << max(grid // (batch * cfg.n_head), 1).bit_length() - 1), COPIES=COPIES,
+        ROPE=int(cfg.pos == "rope"), RMS=int(cfg.norm == "rmsnorm"), ACT=ACTIVATIONS[cfg.act],
+        QKV=matrix(matrices(qkv, batch)[0]), PROJ=matrix(matrices(proj, batch)[0]),
+        HEAD=matrix(matrices(model.head, batch)[0]),
         STAGES=2 + sum(1 + sum(len(matrices(m, batch)) for m in layer) for layer in linears(model, batch)))
-    return "".join(f"#define {name} {value}\n" for name, value in values.items()) + f"#define LAYERS_OF(fetching) {' '.join(runs)}\n"
+    lines = [f"#define {name} {value}\n" for name, value in values.items()]
+    return "".join(lines) + f"#define LAYERS_OF(producer) {' '.join(runs)}\n"
 
 
 def source(defines) -> str:
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "megakernel.cu")) as f:
-        return defines + f.read()
+    return defines + Path(__file__).with_name("megakernel.cu").read_text()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -154,7 +166,7 @@ def checked(result):
     """What a function of the bindings returns, without its error code."""
     error, *values = result
     if int(error):
-        raise RuntimeError(f"{error!r} in the persistent decoding kernel")
+        raise RuntimeError(f"{error!r} in the decoding kernel")
     return values[0] if len(values) == 1 else values
 
 
@@ -178,22 +190,26 @@ def compile_source(text, architecture) -> bytes:
 
 @functools.cache
 def binary(defines, capability) -> bytes:
-    """The kernel for cards of a capability such as (9, 0); kept in the user's cache, behind its checksum, since it takes seconds to compile."""
-    text, architecture = source(defines), "sm_{}{}".format(*capability) + ("a" if capability == (9, 0) else "")  # with setmaxnreg
+    """The kernel for cards of a capability such as (9, 0). Compiling takes seconds, so the user's cache keeps it."""
+    text, architecture = source(defines), "sm_{}{}".format(*capability)
+    if capability == (9, 0):
+        architecture += "a"  # for setmaxnreg
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = os.path.join(cache, "structured-ffn", hashlib.sha256(f"{compiler()} {architecture} {text}".encode()).hexdigest()[:32] + ".cubin")
+    key = hashlib.sha256(f"{compiler()} {architecture} {text}".encode()).hexdigest()[:32]
+    path = os.path.join(cache, "structured-ffn", f"{key}.cubin")
     with contextlib.suppress(OSError), open(path, "rb") as f:
         checksum, code = f.read(32), f.read()
         if checksum == hashlib.sha256(code).digest():
             return code
     code = compile_source(text, architecture)
-    with contextlib.suppress(UserError), atomic_write(path) as temp, open(temp, "wb") as f:  # not kept, it is compiled again next time
+    # Without a place for the file the next run compiles again
+    with contextlib.suppress(UserError), atomic_write(path) as temp, open(temp, "wb") as f:
         f.write(hashlib.sha256(code).digest() + code)
     return code
 
 
 def compile_ahead(steps):
-    """Compiles the kernels of planned steps side by side; what fails is told by step_for."""
+    """Compiles the kernels of planned steps in parallel; step_for reports what fails."""
     with ThreadPoolExecutor() as pool:
         for step in filter(None, steps):
             pool.submit(binary, step.defines, torch.cuda.get_device_capability(step.device))
@@ -206,63 +222,74 @@ def compiled(defines, device):
     module = checked(driver.cuModuleLoadData(binary(defines, torch.cuda.get_device_capability(device))))
     kernel = checked(driver.cuModuleGetFunction(module, b"decode_step"))
     shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    checked(driver.cuFuncSetAttribute(kernel, driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
+    largest = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    checked(driver.cuFuncSetAttribute(kernel, largest, shared))
     return kernel, shared
 
 
 class Arguments(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in "token position wte wpe head cos sin table head_norm x y qkv part lse rank1 rank2 hidden logits counter".split()]
+    """As in megakernel.cu."""
+    _fields_ = [(name, ctypes.c_void_p) for name in ("token position wte wpe head cos sin table head_norm "
+                                                     "x y qkv part lse rank1 rank2 hidden logits counter").split()]
     _fields_ += [("length", ctypes.c_longlong), ("eps", ctypes.c_float)]
 
 
-def launch(defines, programs, threads, arguments, device):
-    """A grid that is there as a whole: one that does not fit fails, it does not wait for ever."""
+def launch(defines, grid, threads, arguments, device):
+    """A cooperative launch: thread blocks that cannot all run at once are an error, not a deadlock."""
     from cuda.bindings import driver
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
     with torch.cuda.device(device):
         kernel, shared = compiled(defines, device)
         stream = torch.cuda.current_stream().cuda_stream
-        checked(driver.cuLaunchCooperativeKernel(kernel, programs, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers)))
+        checked(driver.cuLaunchCooperativeKernel(kernel, grid, 1, 1, threads, 1, 1, shared, stream,
+                                                 ctypes.addressof(pointers)))
 
 
 class Step:
-    """model.step for one token of a few sequences: step(tokens (B, 1), cache) -> logits (B, vocab_size), the same buffer each time.
+    """model.step for one token of a few sequences: step(tokens (B, 1), cache) -> logits (B, vocab_size), in the same
+    buffer each time.
 
-    programs: how many share the work; 0: one per multiprocessor.
+    grid: thread blocks that share the work; 0: one per multiprocessor.
     """
 
-    def __init__(self, model, cache, programs=0, warps=WARPS, slot=SLOT, launch=launch):
+    def __init__(self, model, cache, grid=0, warps=WARPS, slot=SLOT, launch=launch):
         cfg, weight = model.cfg, model.head.weight
-        self.device, self.model, self.cache, self.launch, self.threads = weight.device, model, cache, launch, 32 * (warps + FETCHERS)
-        self.programs = programs or torch.cuda.get_device_properties(self.device).multi_processor_count
-        self.batch = batch = len(cache.position)
-        slot = max(slot, max(1 << (m.K * weight.element_size() - 1).bit_length() for m in all_matrices(model, batch)))
+        self.device, self.model, self.cache, self.launch = weight.device, model, cache, launch
+        self.grid = grid or torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.threads, self.batch = 32 * (warps + PRODUCER_WARPS), len(cache.position)
+        longest = max(m.K * weight.element_size() for m in all_matrices(model, self.batch))
         self.layer_vectors, self.head_vectors = self.vectors()
         self.table = self.addresses()
-        self.defines = constants(model, batch, self.programs, warps, slot)
-        rank = max([1] + [parts[0].rows * parts[0].blocks for layer in linears(model, batch) for parts in (matrices(m, batch) for m in layer) if len(parts) == 2])
+        self.defines = constants(model, self.batch, self.grid, warps, max(slot, 1 << (longest - 1).bit_length()))
+        parts = [matrices(m, self.batch) for layer in linears(model, self.batch) for m in layer]
+        rank = max([1] + [first.rows * first.blocks for first, *second in parts if second])
 
-        def row_of(n):  # words
+        def row_of(n):  # tagged floats
             span = 512 // weight.element_size()
             return -(-n // span) * span
 
-        sizes = (*map(row_of, (cfg.n_embd, cfg.n_embd, model.blocks[0].attn.qkv.out_features)), MOST_SPLITS * row_of(cfg.attn_dim), COPIES * MOST_SPLITS * cfg.n_head,
+        attention = MAX_SPLITS * row_of(cfg.attn_dim), COPIES * MAX_SPLITS * cfg.n_head
+        sizes = (*map(row_of, (cfg.n_embd, cfg.n_embd, model.blocks[0].attn.qkv.out_features)), *attention,
                  *map(row_of, (rank, rank, cfg.n_hidden)))
-        self.buffers = [torch.full((batch * n,), -1, device=self.device, dtype=torch.int32) for n in sizes]  # words with a tag that the first launch does not wait for
-        self.logits = torch.empty(batch, cfg.vocab_size, device=self.device, dtype=weight.dtype)
+        # the epoch of -1 is not that of the first launch
+        self.buffers = [torch.full((self.batch * n,), -1, device=self.device, dtype=torch.int32) for n in sizes]
+        self.logits = torch.empty(self.batch, cfg.vocab_size, device=self.device, dtype=weight.dtype)
         self.counter = torch.zeros(2, device=self.device, dtype=torch.long)
 
     def vectors(self):
-        """([of each layer], of the head): norms and biases in float32, as megakernel.cu wants them; what a model lacks is zero."""
+        """([of each layer], of the head): norms and biases in float32 for megakernel.cu; what a model lacks is zero."""
         def bias(linear):
             return torch.zeros(linear.out_features, device=self.device) if linear.bias is None else linear.bias.float()
 
         def normed(norm, linear):
             parts = matrices(linear, self.batch)
-            vectors = torch.stack([v.double() for v in (norm.weight, getattr(norm, "bias", None)) if v is not None])  # (1 or 2, N)
-            vectors = vectors.view(-1, parts[0].blocks, parts[0].K).permute(1, 2, 0)                              # (blocks, K, 1 or 2)
-            products = torch.cat([w.double() @ vectors for w in parts[0].by_block().split(1024, dim=1)], dim=1)  # in parts for want of memory
-            of_gain, *of_shift = products.reshape(-1, parts[0].spread, products.size(-1)).transpose(0, 1).flatten(0, 1).float().unbind(1)  # by place
+            own = norm.weight, getattr(norm, "bias", None)
+            vectors = torch.stack([v.double() for v in own if v is not None])                   # (1 or 2, N)
+            vectors = vectors.view(-1, parts[0].blocks, parts[0].K).permute(1, 2, 0)            # (blocks, K, 1 or 2)
+            rows = parts[0].by_block().split(1024, dim=1)                                       # in parts: less memory
+            products = torch.cat([w.double() @ vectors for w in rows], dim=1)
+            by_place = products.reshape(-1, parts[0].spread, products.size(-1)).transpose(0, 1).flatten(0, 1)
+            of_gain, *of_shift = by_place.float().unbind(1)
             own = bias(linear) if len(parts) == 1 else torch.zeros_like(of_gain)
             return [norm.weight.float(), of_gain, sum(of_shift, own)] + [bias(linear)] * (len(parts) - 1)
 
@@ -271,19 +298,22 @@ class Step:
         return [torch.cat(parts) for parts in layers], torch.cat(normed(self.model.norm, self.model.head))
 
     def addresses(self):
-        """(n_layer, 9): qkv, proj, fc1's V and U, fc2's V and U, k, v and vectors of every layer; where there is one matrix, it stands twice."""
+        """(n_layer, 9): qkv, proj, fc1's V and U, fc2's V and U, k, v, vectors of a layer; a single matrix stands
+        twice."""
         rows = []
-        for (qkv, proj, *fcs), cache, vectors in zip(linears(self.model, self.batch), self.cache.layers, self.layer_vectors):
+        layers = zip(linears(self.model, self.batch), self.cache.layers, self.layer_vectors)
+        for (qkv, proj, *fcs), cache, vectors in layers:
             weights = [m[i].weights for fc in fcs for m in [matrices(fc, self.batch)] for i in (0, -1)]
             rows.append([t.data_ptr() for t in (qkv.weight, proj.weight, *weights, *cache, vectors)])
         return torch.tensor(rows).to(self.device)
 
     def __call__(self, tokens, cache):
         assert cache is self.cache, "the table holds the addresses of one cache"
-        assert tokens.is_contiguous(), "the kernel reads one token behind the other"
+        assert tokens.is_contiguous(), "the kernel reads one token after the other"
         model = self.model
-        tensors = (tokens, cache.position, model.wte.weight, None if model.wpe is None else model.wpe.weight, model.head.weight, model.cos, model.sin,
-                   self.table, self.head_vectors, *self.buffers, self.logits, self.counter)
+        wpe = None if model.wpe is None else model.wpe.weight
+        tensors = (tokens, cache.position, model.wte.weight, wpe, model.head.weight, model.cos, model.sin, self.table,
+                   self.head_vectors, *self.buffers, self.logits, self.counter)
         arguments = Arguments(*(None if t is None else t.data_ptr() for t in tensors), cache.length, model.norm.eps)
-        self.launch(self.defines, self.programs, self.threads, arguments, self.device)
+        self.launch(self.defines, self.grid, self.threads, arguments, self.device)
         return self.logits

@@ -1,7 +1,7 @@
 """Triton kernels of training around the matmuls, each one pass over memory.
 
-Rotary positions on the way into attention and out of it, the residual add with the norm that follows it, cross-entropy with its
-gradient, and the optimiser's update of all parameters in one launch.
+Rotary positions on the way into attention and out of it, the residual add with the norm that follows it, cross-entropy
+with its gradient, and the optimiser's update of all parameters in one launch.
 """
 import functools
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from ops.fallback import works
 
 INTERPRET = triton.knobs.runtime.interpret
-TRIAL = dict(device="cpu" if INTERPRET else "cuda", dtype=torch.float16 if INTERPRET else torch.bfloat16)  # of what the trials work on
+# Device and precision of the trials' inputs
+TRIAL = dict(device="cpu" if INTERPRET else "cuda", dtype=torch.float16 if INTERPRET else torch.bfloat16)
 
 
 @functools.cache
@@ -27,95 +28,133 @@ def _half_precision(x) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Rotary positions: q, k and v cut out of one tensor and put together again, turned on the way
+# Rotary positions: q, k and v cut out of one tensor and joined again, rotated on the way
 
 @triton.jit
-def _copy_heads(source, target, c, s, source_head, target_head, heads, H: tl.constexpr, HEADS: tl.constexpr, TURN: tl.constexpr):
-    """heads vectors (2 H,), the halves a, b of each as (a c - b s, b c + a s) with TURN."""
+def _copy_heads(source, target, c, s, source_head, target_head, normed, scale, gain, heads, H: tl.constexpr,
+                HEADS: tl.constexpr, TURN: tl.constexpr, NORM: tl.constexpr, BACK: tl.constexpr):
+    """heads vectors (2 H,), the halves a, b of each as (a c - b s, b c + a s) with TURN.
+
+    NORM: brought to root mean square `gain` before; the factors of that go to scale (heads,). With BACK they are read
+    there, and the gradients of the vectors `normed` become those of what was normed.
+    """
     head, h = tl.arange(0, HEADS)[:, None], tl.arange(0, H)[None, :]
     ok = head < heads
-    a = tl.load(source + head * source_head + h, mask=ok)                              # (HEADS, H)
-    b = tl.load(source + head * source_head + H + h, mask=ok)
+    a = tl.load(source + head * source_head + h, mask=ok, other=0.0)                   # (HEADS, H)
+    b = tl.load(source + head * source_head + H + h, mask=ok, other=0.0)
     if TURN:
         a, b = a.to(tl.float32), b.to(tl.float32)
+        if NORM and BACK:  # x = n / r: dx = r (dn - n mean(dn n))
+            r = tl.load(scale + head, mask=ok, other=0.0)
+            na = tl.load(normed + head * 2 * H + h, mask=ok, other=0.0).to(tl.float32) / gain
+            nb = tl.load(normed + head * 2 * H + H + h, mask=ok, other=0.0).to(tl.float32) / gain
+            dot = tl.sum(a * na + b * nb, 1)[:, None] / (2 * H)
+            a, b = r * gain * (a - na * dot), r * gain * (b - nb * dot)
+        if NORM and not BACK:
+            r = tl.rsqrt(tl.sum(a * a + b * b, 1)[:, None] / (2 * H) + 1e-5)
+            tl.store(scale + head, r, mask=ok)
+            a, b = a * r * gain, b * r * gain
         a, b = a * c - b * s, b * c + a * s
     tl.store(target + head * target_head + h, a.to(target.dtype.element_ty), mask=ok)
     tl.store(target + head * target_head + H + h, b.to(target.dtype.element_ty), mask=ok)
 
 
 @triton.jit
-def _rotate(qkv, q, k, v, cos, sin, T, qb, qt, qh, kb, kt, kh, vb, vt, vh, Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr,
-            HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BACK: tl.constexpr):
-    """One token: qkv (B, T, Q + 2 KV, 2 H) -> q, k, v by their strides; BACK: from q, k, v into qkv, turned the other way."""
+def _rotate(qkv, q, k, v, cos, sin, normed_q, normed_k, scale, gain, T, qb, qt, qh, kb, kt, kh, vb, vt, vh,
+            Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+            NORM: tl.constexpr, BACK: tl.constexpr):
+    """One token: qkv (B, T, Q + 2 KV, 2 H) -> q, k, v by their strides; BACK: from q, k, v into qkv, turned back."""
     token = tl.program_id(0).to(tl.int64)
     b, t = token // T, token % T
     h = tl.arange(0, H)[None, :]
-    c, s = tl.load(cos + t * 2 * H + h), tl.load(sin + t * 2 * H + H + h)              # (1, H); the second half of sin is positive
-    packed = qkv + token * (Q + 2 * KV) * 2 * H
+    c, s = tl.load(cos + t * 2 * H + h), tl.load(sin + t * 2 * H + H + h)  # (1, H); sin's second half is positive
+    of_q = qkv + token * (Q + 2 * KV) * 2 * H
+    of_k, of_v = of_q + Q * 2 * H, of_q + (Q + KV) * 2 * H
     q += b * qb + t * qt
     k += b * kb + t * kt
     v += b * vb + t * vt
+    scale += token * (Q + KV)
+    normed_q += token * Q * 2 * H
+    normed_k += token * KV * 2 * H
     if BACK:
-        _copy_heads(q, packed, c, -s, qh, 2 * H, Q, H, HEADS, True)
-        _copy_heads(k, packed + Q * 2 * H, c, -s, kh, 2 * H, KV, H, KV_HEADS, True)
-        _copy_heads(v, packed + (Q + KV) * 2 * H, c, s, vh, 2 * H, KV, H, KV_HEADS, False)
+        _copy_heads(q, of_q, c, -s, qh, 2 * H, normed_q, scale, gain, Q, H, HEADS, True, NORM, True)
+        _copy_heads(k, of_k, c, -s, kh, 2 * H, normed_k, scale + Q, gain, KV, H, KV_HEADS, True, NORM, True)
+        _copy_heads(v, of_v, c, s, vh, 2 * H, normed_k, scale, gain, KV, H, KV_HEADS, False, False, True)
     else:
-        _copy_heads(packed, q, c, s, 2 * H, qh, Q, H, HEADS, True)
-        _copy_heads(packed + Q * 2 * H, k, c, s, 2 * H, kh, KV, H, KV_HEADS, True)
-        _copy_heads(packed + (Q + KV) * 2 * H, v, c, s, 2 * H, vh, KV, H, KV_HEADS, False)
+        _copy_heads(of_q, q, c, s, 2 * H, qh, normed_q, scale, gain, Q, H, HEADS, True, NORM, False)
+        _copy_heads(of_k, k, c, s, 2 * H, kh, normed_k, scale + Q, gain, KV, H, KV_HEADS, True, NORM, False)
+        _copy_heads(of_v, v, c, s, 2 * H, vh, normed_k, scale, gain, KV, H, KV_HEADS, False, False, False)
 
 
-def _launch_rotate(qkv, q, k, v, cos, sin, back):
+def _launch_rotate(qkv, q, k, v, cos, sin, normed_q, normed_k, scale, gain, back):
     B, T, n_head, size = q.shape
     strides = [t.stride(i) for t in (q, k, v) for i in range(3)]
-    _rotate[(B * T,)](qkv, q, k, v, cos, sin, T, *strides, n_head, k.size(2), size // 2, triton.next_power_of_2(n_head),
-                      triton.next_power_of_2(k.size(2)), back, num_warps=4)
+    _rotate[(B * T,)](qkv, q, k, v, cos, sin, normed_q, normed_k, scale, gain, T, *strides, n_head, k.size(2),
+                      size // 2, triton.next_power_of_2(n_head), triton.next_power_of_2(k.size(2)), gain > 0, back,
+                      num_warps=4)
 
 
 def can_rotate(qkv, cos) -> bool:
     """Whether `split_rotated` can: whole positions, halves of a head a power of two."""
     half = qkv.size(-1) // 2
-    return _half_precision(qkv) and cos.dim() == 3 and half >= 16 and half & (half - 1) == 0 and works("rotary positions", _try_rotate)
+    fits = _half_precision(qkv) and cos.dim() == 3 and half >= 16 and half & (half - 1) == 0
+    return fits and works("rotary positions", _try_rotate)
 
 
 def _try_rotate():
     qkv, table = torch.zeros(1, 1, 3, 32, **TRIAL), torch.zeros(1, 1, 32, device=TRIAL["device"])
-    join_rotated(*split_rotated(qkv, table, table, 1, 1), table, table)
+    q, k, v, scale = split_rotated(qkv, table, table, 1, 1, 1.0)
+    join_rotated(q, k, v, table, table, q, k, scale, 1.0)
 
 
 @torch.library.custom_op("structured::split_rotated", mutates_args=())
-def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv (B, T, heads, size) -> q (B, T, n_head, size) and k (B, T, n_kv_head, size) turned by their positions, v; tables of model.rotary_table."""
+def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int, gain: float
+                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """qkv (B, T, heads, size) -> q (B, T, n_head, size) and k (B, T, n_kv_head, size) turned by their positions, v.
+
+    cos and sin are model.rotary_table's. With a gain above 0 every q and k first gets the root mean square gain. The
+    last result is for backward: the factors (B, T, n_head + n_kv_head) of these norms.
+    """
     B, T, _, size = qkv.shape
     q, k, v = (qkv.new_empty(B, T, heads, size) for heads in (n_head, n_kv_head, n_kv_head))
-    _launch_rotate(qkv.contiguous(), q, k, v, cos, sin, False)
-    return q, k, v
+    scale = qkv.new_empty(B, T, n_head + n_kv_head if gain > 0 else 0, dtype=torch.float32)
+    _launch_rotate(qkv.contiguous(), q, k, v, cos, sin, q, k, scale, gain, False)
+    return q, k, v, scale
 
 
 @split_rotated.register_fake
-def _(qkv, cos, sin, n_head, n_kv_head):
-    return tuple(qkv.new_empty(*qkv.shape[:2], heads, qkv.size(3)) for heads in (n_head, n_kv_head, n_kv_head))
+def _(qkv, cos, sin, n_head, n_kv_head, gain):
+    scale = qkv.new_empty(*qkv.shape[:2], n_head + n_kv_head if gain > 0 else 0, dtype=torch.float32)
+    return *(qkv.new_empty(*qkv.shape[:2], heads, qkv.size(3)) for heads in (n_head, n_kv_head, n_kv_head)), scale
 
 
 @torch.library.custom_op("structured::join_rotated", mutates_args=())
-def join_rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The gradient of qkv from those of q, k, v."""
+def join_rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, normed_q: Tensor, normed_k: Tensor,
+                 scale: Tensor, gain: float) -> Tensor:
+    """The gradient of qkv from those of q, k, v; normed_q, normed_k, scale are what split_rotated returned."""
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     qkv = q.new_empty(*q.shape[:2], q.size(2) + 2 * k.size(2), q.size(3))
-    _launch_rotate(qkv, q, k, v, cos, sin, True)
+    _launch_rotate(qkv, q, k, v, cos, sin, normed_q, normed_k, scale, gain, True)
     return qkv
 
 
 @join_rotated.register_fake
-def _(q, k, v, cos, sin):
+def _(q, k, v, cos, sin, normed_q, normed_k, scale, gain):
     return q.new_empty(*q.shape[:2], q.size(2) + 2 * k.size(2), q.size(3))
 
 
-def _save_tables(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[1:3])
+def _save_rotated(ctx, inputs, output):
+    _, cos, sin, _, _, ctx.gain = inputs
+    q, k, _, scale = output
+    ctx.mark_non_differentiable(scale)
+    ctx.save_for_backward(cos, sin, *((q, k, scale) if ctx.gain > 0 else (scale,) * 3))
 
 
-split_rotated.register_autograd(lambda ctx, *grads: (join_rotated(*grads, *ctx.saved_tensors), None, None, None, None), setup_context=_save_tables)
+def _rotated_grads(ctx, q, k, v, _):
+    return join_rotated(q, k, v, *ctx.saved_tensors, ctx.gain), None, None, None, None, None
+
+
+split_rotated.register_autograd(_rotated_grads, setup_context=_save_rotated)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -140,15 +179,18 @@ def _add_norm(x, y, weight, bias, total, normed, eps, N: tl.constexpr, BN: tl.co
 
 
 @triton.jit
-def _add_norm_backward(grad_total, grad_normed, total, weight, grad, grad_weight, grad_bias, rows, eps, N: tl.constexpr, BN: tl.constexpr, RMS: tl.constexpr):
-    """Rows pid, pid + grid, ...: the gradient of x and y, and this program's share (1, N) of those of weight and bias."""
+def _add_norm_backward(grad_total, grad_normed, total, weight, grad, grad_weight, grad_bias, rows, eps,
+                       N: tl.constexpr, BN: tl.constexpr, RMS: tl.constexpr):
+    """Rows pid, pid + grid, ...: the gradient of x and y, and this thread block's share (1, N) of those of weight and
+    bias."""
     n = tl.arange(0, BN)
     ok = n < N
     w = tl.load(weight + n, mask=ok, other=0.0).to(tl.float32)
     sum_w, sum_b = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         at = tl.full((), N, tl.int64) * row + n
-        a, g = tl.load(total + at, mask=ok, other=0.0).to(tl.float32), tl.load(grad_normed + at, mask=ok, other=0.0).to(tl.float32)
+        a, g = (tl.load(total + at, mask=ok, other=0.0).to(tl.float32),
+                tl.load(grad_normed + at, mask=ok, other=0.0).to(tl.float32))
         if not RMS:
             a = tl.where(ok, a - tl.sum(a, 0) / N, 0.0)
         scale = tl.rsqrt(tl.sum(a * a, 0) / N + eps)
@@ -169,12 +211,14 @@ def _row_warps(N):
 
 
 @torch.library.custom_op("structured::add_norm", mutates_args=())
-def add_norm_op(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
+def add_norm_op(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
+                ) -> tuple[Tensor, Tensor]:
     """x, y (..., N) -> x + y and its norm; without y the first is empty."""
     x, N = x.contiguous(), x.size(-1)
     y = None if y is None else y.contiguous()
     total, normed = x.new_empty(0) if y is None else torch.empty_like(x), torch.empty_like(x)
-    _add_norm[(x.numel() // N,)](x, y, weight, bias, total, normed, eps, N, triton.next_power_of_2(N), rms, num_warps=_row_warps(N))
+    _add_norm[(x.numel() // N,)](x, y, weight, bias, total, normed, eps, N, triton.next_power_of_2(N), rms,
+                                 num_warps=_row_warps(N))
     return total, normed
 
 
@@ -184,17 +228,19 @@ def _(x, y, weight, bias, eps, rms):
 
 
 @torch.library.custom_op("structured::add_norm_backward", mutates_args=())
-def add_norm_backward_op(grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor, Tensor]:
+def add_norm_backward_op(grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float,
+                         rms: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x (and y), weight, bias."""
     N, rows = total.size(-1), total.numel() // total.size(-1)
     grad_normed, total = grad_normed.contiguous(), total.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     BN = triton.next_power_of_2(N)
     warps, per_sm = (2, 8) if BN <= 1024 else (min(16, BN // 256), 4)
-    programs = min(rows, per_sm * multiprocessors(total.device))
-    shares = total.new_empty(2, programs, N, dtype=torch.float32)
+    grid = min(rows, per_sm * multiprocessors(total.device))
+    shares = total.new_empty(2, grid, N, dtype=torch.float32)
     grad = torch.empty_like(total)
-    _add_norm_backward[(programs,)](grad_total, grad_normed, total, weight, grad, shares[0], shares[1], rows, eps, N, BN, rms, num_warps=warps)
+    _add_norm_backward[(grid,)](grad_total, grad_normed, total, weight, grad, shares[0], shares[1], rows, eps, N, BN,
+                                rms, num_warps=warps)
     return grad, shares[0].sum(0).to(weight.dtype), shares[1].sum(0).to(weight.dtype)
 
 
@@ -211,7 +257,8 @@ def _save_total(ctx, inputs, output):
 
 
 def _add_norm_grads(ctx, grad_total, grad_normed):
-    grad, of_weight, of_bias = add_norm_backward_op(grad_total if ctx.added else None, grad_normed, *ctx.saved_tensors, ctx.eps, ctx.rms)
+    grad_total = grad_total if ctx.added else None
+    grad, of_weight, of_bias = add_norm_backward_op(grad_total, grad_normed, *ctx.saved_tensors, ctx.eps, ctx.rms)
     return grad, grad if ctx.added else None, of_weight, of_bias if ctx.biased else None, None, None
 
 
@@ -231,7 +278,8 @@ def _try_add_norm():
 
 def add_norm(x, y, norm):
     """(x + y, norm(x + y)) for an nn.LayerNorm or nn.RMSNorm; y may be None."""
-    total, normed = add_norm_op(x, y, norm.weight, getattr(norm, "bias", None), norm.eps, isinstance(norm, torch.nn.RMSNorm))
+    rms, bias = isinstance(norm, torch.nn.RMSNorm), getattr(norm, "bias", None)
+    total, normed = add_norm_op(x, y, norm.weight, bias, norm.eps, rms)
     return x if y is None else total, normed
 
 
@@ -240,7 +288,8 @@ def add_norm(x, y, norm):
 
 @triton.jit
 def _token_loss(logits, targets, scale, losses, V, BLOCK: tl.constexpr, GRADIENT: tl.constexpr):
-    """One row: its loss; with GRADIENT, scale x the gradient in the place of the logits. The second reading of a row is from L2."""
+    """One row: its loss; with GRADIENT, scale x the gradient replaces the logits. The second reading of a row is from
+    L2."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * V
     target = tl.load(targets + row)
@@ -267,7 +316,9 @@ def _token_loss(logits, targets, scale, losses, V, BLOCK: tl.constexpr, GRADIENT
 def token_loss(logits, targets, scale, gradient=True):
     """model.token_loss of contiguous logits (C, V), which the gradient overwrites; without `gradient` there is none."""
     losses = logits.new_empty(len(logits), dtype=torch.float32)
-    _token_loss[(len(logits),)](logits, targets.contiguous(), scale, losses, logits.size(1), 1024 if INTERPRET else 8192, gradient, num_warps=8)
+    block = 1024 if INTERPRET else 8192
+    _token_loss[(len(logits),)](logits, targets.contiguous(), scale, losses, logits.size(1), block, gradient,
+                                num_warps=8)
     return losses, logits if gradient else None
 
 
@@ -276,8 +327,8 @@ def can_token_loss(x) -> bool:
 
 
 def _try_token_loss():
-    device = TRIAL["device"]
-    token_loss(torch.zeros(1, 32, **TRIAL), torch.zeros(1, dtype=torch.long, device=device), torch.ones((), device=device))
+    targets, scale = torch.zeros(1, dtype=torch.long, device=TRIAL["device"]), torch.ones((), device=TRIAL["device"])
+    token_loss(torch.zeros(1, 32, **TRIAL), targets, scale)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -286,7 +337,8 @@ def _try_token_loss():
 @triton.jit
 def _adamw(chunks, pointers, grads, corrections, scale, decay, beta1, beta2, eps, n,
            MIXED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """One chunk of one tensor. pointers (5, n): fp32 weights, their bf16 copies, both moments, sizes; grads (n,): bf16 or fp32, or 0."""
+    """One chunk of one tensor. pointers (5, n): fp32 weights, bf16 copies, both moments, sizes; grads (n,): bf16 or
+    fp32, or 0."""
     tensor, start = tl.load(chunks + 2 * tl.program_id(0)), tl.load(chunks + 2 * tl.program_id(0) + 1)
     f32 = tl.pointer_type(tl.float32)
     weight, copy = tl.load(pointers + tensor).to(f32), tl.load(pointers + n + tensor).to(tl.pointer_type(tl.bfloat16))
@@ -316,25 +368,31 @@ ADAMW_BLOCK = 4096
 
 
 def adamw_tables(weights, copies, first, second):
-    """What stays the same over the steps: who works on which chunk, where the tensors are. Lists of n contiguous tensors, copies or None."""
+    """What stays the same over the steps: chunks and addresses. Lists of n contiguous tensors; copies may be None."""
     device, n = weights[0].device, len(weights)
     lists = weights, copies or weights, first, second
     pointers = torch.tensor([[t.data_ptr() for t in tensors] for tensors in lists] + [[t.numel() for t in weights]])
     assert all(t.is_contiguous() for tensors in lists for t in tensors)
-    chunks = torch.tensor([[i, c] for i, t in enumerate(weights) for c in range(triton.cdiv(t.numel(), ADAMW_BLOCK))], dtype=torch.int32)
-    return chunks.to(device), pointers.to(device), copies is not None, bool((pointers % 16 == 0).all()), n
+    chunks = [[i, c] for i, t in enumerate(weights) for c in range(triton.cdiv(t.numel(), ADAMW_BLOCK))]
+    aligned = bool((pointers % 16 == 0).all())
+    return torch.tensor(chunks, dtype=torch.int32).to(device), pointers.to(device), copies is not None, aligned, n
 
 
 def adamw(tables, grads, corrections, scale, decay, betas, eps):
-    """One step of AdamW: grads, n tensors like the weights, or None for those to leave alone; corrections, n pairs (lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t));
-    scale, a 0-d tensor that multiplies the gradients; decay = lr x weight decay."""
+    """One step of AdamW.
+
+    grads: n tensors like the weights, None for those to leave alone. corrections: n pairs (lr / (1 - beta1^t),
+    1 / sqrt(1 - beta2^t)). scale: a 0-d tensor that multiplies the gradients. decay: lr x weight decay.
+    """
     chunks, pointers, mixed, aligned, n = tables
     grads = [g if g is None else g.contiguous() for g in grads]
-    places, corrections = torch.tensor([0 if g is None else g.data_ptr() for g in grads]), torch.tensor(corrections, dtype=torch.float32)
-    aligned = aligned and bool((places % 16 == 0).all())
+    addresses = torch.tensor([0 if g is None else g.data_ptr() for g in grads])
+    corrections = torch.tensor(corrections, dtype=torch.float32)
+    aligned = aligned and bool((addresses % 16 == 0).all())
     if scale.is_cuda:  # from pinned memory: a copy from any other waits for the device
-        places, corrections = (t.pin_memory().to(scale.device, non_blocking=True) for t in (places, corrections))
-    _adamw[(len(chunks),)](chunks, pointers, places, corrections, scale, decay, *betas, eps, n, mixed, aligned, ADAMW_BLOCK, num_warps=8)
+        addresses, corrections = (t.pin_memory().to(scale.device, non_blocking=True) for t in (addresses, corrections))
+    _adamw[(len(chunks),)](chunks, pointers, addresses, corrections, scale, decay, *betas, eps, n, mixed, aligned,
+                           ADAMW_BLOCK, num_warps=8)
 
 
 def can_adamw(tensor) -> bool:
@@ -344,4 +402,5 @@ def can_adamw(tensor) -> bool:
 def _try_adamw():
     device = TRIAL["device"]
     weight, copy = torch.zeros(32, device=device), torch.zeros(32, device=device, dtype=torch.bfloat16)
-    adamw(adamw_tables([weight], [copy], [weight], [weight]), [copy], [(0.0, 1.0)], torch.ones((), device=device), 0.0, (0.9, 0.95), 1e-8)
+    tables = adamw_tables([weight], [copy], [weight], [weight])
+    adamw(tables, [copy], [(0.0, 1.0)], torch.ones((), device=device), 0.0, (0.9, 0.95), 1e-8)

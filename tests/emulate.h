@@ -1,5 +1,5 @@
-// What ops/megakernel.cu needs of a GPU, for a CPU: every thread of every program is a fiber, all in one thread of the host. A fiber
-// runs until it has to wait; which warp goes next is drawn at random. The copy engine copies when it likes, in any order.
+// What ops/megakernel.cu needs of a GPU, for a CPU. Every thread of every thread block is a fiber, all in one thread of
+// the host. A fiber runs until it has to wait; the next warp is drawn at random. Asynchronous copies end at random.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -26,7 +26,7 @@ struct Meeting {  // of n fibers
 };
 struct Block {
     std::vector<char> memory;
-    Meeting all, computing;
+    Meeting all, consumers;
     std::vector<Meeting> warps;
     std::vector<float> shuffled;  // [generation of the warp % 2][thread]
 };
@@ -60,7 +60,7 @@ inline void meet(Meeting& m) {
 inline Meeting& my_warp() { return my_block().warps[threadIdx.x / 32]; }
 inline void __syncthreads() { meet(my_block().all); }
 inline void __syncwarp() { meet(my_warp()); }
-inline void sync() { meet(my_block().computing); }
+inline void sync_consumers() { meet(my_block().consumers); }
 inline float shuffle(float value, int mask) {
     float* values = my_block().shuffled.data() + my_warp().generation % 2 * blockDim.x;
     values[threadIdx.x] = value;
@@ -75,7 +75,9 @@ inline Barrier& as_barrier(unsigned long long* b) { return *(Barrier*)b; }
 inline void settle(Barrier& b) {
     if (b.missing == 0 && b.bytes == 0) b.phase ^= 1, b.missing = b.arrivals;
 }
-inline void barrier_init(unsigned long long* b, int arrivals) { as_barrier(b) = {(int16_t)arrivals, (int16_t)arrivals, 0, 0}; }
+inline void barrier_init(unsigned long long* b, int arrivals) {
+    as_barrier(b) = {(int16_t)arrivals, (int16_t)arrivals, 0, 0};
+}
 inline void barrier_arrive(unsigned long long* b) { as_barrier(b).missing--, settle(as_barrier(b)); }
 inline void barrier_expect(unsigned long long* b, int bytes) { as_barrier(b).bytes += bytes, barrier_arrive(b); }
 inline void barrier_wait(unsigned long long* b, int phase) {
@@ -83,19 +85,22 @@ inline void barrier_wait(unsigned long long* b, int phase) {
 }
 inline bool barrier_done(unsigned long long* b, int phase) { return as_barrier(b).phase != (unsigned)phase; }
 inline void copy_async(void* to, const void* from, int bytes, unsigned long long* barrier) {
-    if (bytes % 16 || (uintptr_t)to % 16 || (uintptr_t)from % 16) fprintf(stderr, "the copy engine moves 16 bytes at a time\n"), abort();
+    if (bytes % 16 || (uintptr_t)to % 16 || (uintptr_t)from % 16)
+        fprintf(stderr, "a bulk copy needs 16-byte alignment\n"), abort();
     copies.push_back({to, from, bytes, barrier});
 }
 inline void pause() { yield(); }
 inline void more_registers() {}
 inline void fewer_registers() {}
-inline void arrive(unsigned long long* counter) { ++*counter; }
-inline unsigned long long arrivals(const unsigned long long* counter) { return *counter; }
-inline void count(unsigned* counter) { ++*counter; }
-inline unsigned counted(const unsigned* counter) { return *counter + (random_numbers() % 8 ? 0 : 1 << 20); }  // a hint may be wrong
-inline void write(unsigned* to, unsigned word) { *to = word; }
-inline unsigned read(const unsigned* from) { return *from; }
-inline void read_four(unsigned (&words)[4], const unsigned* from) { memcpy(words, from, 16); }
+inline void add_release(unsigned long long* counter) { ++*counter; }
+inline unsigned long long load_acquire(const unsigned long long* counter) { return *counter; }
+inline void add_relaxed(unsigned* counter) { ++*counter; }
+inline unsigned load_hint(const unsigned* counter) {  // a hint may be wrong
+    return *counter + (random_numbers() % 8 ? 0 : 1 << 20);
+}
+inline void store_relaxed(unsigned* to, unsigned value) { *to = value; }
+inline unsigned load_relaxed(const unsigned* from) { return *from; }
+inline void load_relaxed(unsigned (&values)[4], const unsigned* from) { memcpy(values, from, 16); }
 inline unsigned shared_bytes() { return my_block().memory.size() - 128; }
 inline char* shared_memory() { return (char*)(((uintptr_t)my_block().memory.data() + 127) / 128 * 128); }
 
@@ -111,7 +116,7 @@ struct Arguments;
 static Arguments* arguments_of_step;
 void enter();
 
-extern "C" void launch(int grid, int threads, int shared, int computing, unsigned seed, void* arguments) {
+extern "C" void launch(int grid, int threads, int shared, int consumers, unsigned seed, void* arguments) {
     arguments_of_step = (Arguments*)arguments;
     random_numbers.seed(seed);
     blockDim.x = threads;
@@ -119,7 +124,7 @@ extern "C" void launch(int grid, int threads, int shared, int computing, unsigne
     fibers = std::vector<Fiber>(grid * threads);
     for (auto& b : blocks) {
         b.memory = std::vector<char>(shared + 128, (char)0xff);  // NaN until something is written
-        b.all.n = threads, b.computing.n = computing;
+        b.all.n = threads, b.consumers.n = consumers;
         b.warps.resize(threads / 32);
         for (auto& w : b.warps) w.n = 32;
         b.shuffled.resize(2 * threads);
@@ -143,7 +148,8 @@ extern "C" void launch(int grid, int threads, int shared, int computing, unsigne
         size_t first = random_numbers() % (fibers.size() / 32) * 32;  // of a warp, which runs until it waits for others
         Block& block = blocks[fibers[first].block.x];
         unsigned met, turns = 1 + random_numbers() % 32;
-        auto meetings = [&] { return block.all.generation + block.computing.generation + block.warps[first % threads / 32].generation; };
+        Meeting& warp = block.warps[first % threads / 32];
+        auto meetings = [&] { return block.all.generation + block.consumers.generation + warp.generation; };
         do {
             met = meetings();
             for (size_t i = first; i < first + 32; i++) {

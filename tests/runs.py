@@ -19,7 +19,9 @@ ALONE = Ranks(0, 1, CPU, torch.float32, False)
 # 4 steps guided, 4 plain, 4 replayed
 GUIDED = ["--ffn=blockshuffle", "--nblocks=4", "--guide=fixedflop", "--guide_ratio=0.5", "--guide_skip=True"]
 RUNS = {"plain": [], "always": [*LOWRANK, "--guide=fixedflop", "--guide_ratio=0.5"],
-        "guided": [*GUIDED, "--dropout=0.1", "--eval_interval=3"]}
+        "guided": [*GUIDED, "--dropout=0.1", "--eval_interval=3"],
+        "muon": [*GUIDED, "--optimizer=muon", "--lr=0.01", "--weight_decay=auto", "--schedule=linear",
+                 "--warmup_steps=2", "--qk_norm=1.2", "--embed_skip=True", "--value_embeddings=True"]}
 
 
 def configure(*argv):

@@ -1,4 +1,4 @@
-"""Without a card: every Triton kernel of ops/ compiles to machine code, launched as its launcher does it, and so does the CUDA source.
+"""Without a card: every Triton kernel of ops/ compiles as its launcher launches it, and so does the CUDA source.
 
 CI runs this under several versions of Triton, those that torch brings among them.
 """
@@ -45,7 +45,8 @@ class Driver:
 
 @pytest.fixture
 def card(monkeypatch):
-    """card(capability): kernels compile for it and are not launched -> {name: the compiled kernels' hashes}, filled from then on."""
+    """card(capability): kernels compile for it and are not launched -> {name: the compiled kernels' hashes}, filled
+    from then on."""
     def become(capability):
         compiled, run = {}, JITFunction.run
 
@@ -95,7 +96,8 @@ def adamw():
 
 
 def fused_ffn():
-    for kind, rank, nblocks in (("lowrank", 128, 0), ("blockdense", 128, 2), ("blockshuffle", 0, 2), ("blockshuffle", 0, 4)):
+    kinds = ("lowrank", 128, 0), ("blockdense", 128, 2), ("blockshuffle", 0, 2), ("blockshuffle", 0, 4)
+    for kind, rank, nblocks in kinds:
         for act in ("gelu", "relu2"):
             fc1, fc2 = (structured.linear(kind, n, m, rank, nblocks, True) for n, m in ((512, 2048), (2048, 512)))
             x = torch.empty(130, 512, dtype=BF16, requires_grad=True)
@@ -120,8 +122,8 @@ def sample():
         decode.sample(torch.empty(2, 32_000, dtype=BF16), s, zeros[:, 0], zeros[:, 0], zeros, zeros, zeros)
 
 
-LAUNCHES = {rotate: {"_rotate"}, add_norm: {"_add_norm", "_add_norm_backward"}, token_loss: {"_token_loss"}, adamw: {"_adamw"},
-            fused_ffn: {"_matmul"}, decode_step: {"_linear", "_attention"}, sample: {"_sample"}}
+LAUNCHES = {rotate: {"_rotate"}, add_norm: {"_add_norm", "_add_norm_backward"}, token_loss: {"_token_loss"},
+            adamw: {"_adamw"}, fused_ffn: {"_matmul"}, decode_step: {"_linear", "_attention"}, sample: {"_sample"}}
 
 
 @pytest.mark.parametrize("capability", SHARED)
@@ -138,7 +140,8 @@ def test_triton_kernels_compile(launch, capability, card):
 
 def test_every_kernel_stands_above():
     sources = [Path(module.__file__).read_text() for module in (decode, ffn, pointwise)]
-    assert {name for source in sources for name in re.findall(r"^ +(_\w+)\[", source, re.M)} == set().union(*LAUNCHES.values())
+    launched = {name for source in sources for name in re.findall(r"^ +(_\w+)\[", source, re.M)}
+    assert launched == set().union(*LAUNCHES.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,7 +156,8 @@ def nvrtc_is_there():
 
 @pytest.mark.skipif(not nvrtc_is_there(), reason="needs cuda-bindings and nvidia-cuda-nvrtc")
 @pytest.mark.parametrize("architecture", ["sm_90a", "sm_100"])
-@pytest.mark.parametrize("batch, shape", [(1, dict(ffn="lowrank", rank=16)), (4, dict(ffn="blockshuffle", nblocks=4, act="swiglu", norm="rmsnorm"))])
+@pytest.mark.parametrize("batch, shape", [
+    (1, dict(ffn="lowrank", rank=16)), (4, dict(ffn="blockshuffle", nblocks=4, act="swiglu", norm="rmsnorm"))])
 def test_the_megakernel_compiles(batch, shape, architecture):
     model = make(n_layer=2, **shape).to(BF16)
     defines = megakernel.constants(model, batch, 132, megakernel.WARPS, megakernel.SLOT)

@@ -95,6 +95,23 @@ def test_every_preset_loads(path):
     assert cfg.out_dir == f"out/{path.stem}" and cfg.batch_size % cfg.micro_batch_size == 0
 
 
+def test_a_later_preset_has_the_last_word(tmp_path):
+    size = preset(tmp_path, "n_layer = 3\nlr = 1e-4\n", "size.py")
+    recipe = preset(tmp_path, "lr = 2e-4\ndropout = 0.1\n", "how.py")
+    cfg, = config.load([size, recipe, "--dropout=0.2"])
+    assert (cfg.n_layer, cfg.lr, cfg.dropout, cfg.out_dir) == (3, 2e-4, 0.2, os.path.join("out", "size-how"))
+
+
+def test_rates_of_muon_follow_the_rule_or_the_user():
+    base = ["--optimizer=muon", "--n_embd=3072", "--batch_size=64", "--max_tokens=65536000"]  # 1000 x 2^16 tokens
+    cfg, = config.load([*base, "--lr=auto", "--weight_decay=auto", "--head_lr=0.5"])
+    assert cfg.lr == pytest.approx(0.01) and cfg.weight_decay == pytest.approx(1.4)
+    assert cfg.embed_lr == pytest.approx(0.3 / 4) and cfg.head_lr == 0.5 and cfg.skip_lr == pytest.approx(0.25)
+    assert config.load([*base, "--lr=0.02", "--weight_decay=auto"])[0].weight_decay == pytest.approx(0.7)
+    assert "optimizer=muon" in refusal(["--embed_lr=0.1"]) and "optimizer=muon" in refusal(["--lr=auto"])
+    assert config.load(["config/m.py"])[0].embed_lr == "auto"
+
+
 def test_arithmetic_in_a_preset(tmp_path):
     text = '"""Text."""\nn_embd = 2 * 3 * 16\nmax_tokens = 2**20 + 10 // 3 - 1\nlr = 6 / 10**4  # why\nn_head = 3'
     cfg, = config.load([preset(tmp_path, text)])
@@ -161,7 +178,6 @@ MISTAKES = {
     "seed": (["--seed=2e19"], "seed=2", "2^64"),
     "no layers": (["--n_layer=0"], "n_layer=0", "at least 1"),
     "missing preset": (["config/quickstar.py"], "quickstar.py", "config/quickstart.py"),
-    "two presets": (["a.py", "b.py"], "a.py", "b.py"),
     "a word": (["m"], "m", "preset"),
 }
 
@@ -311,12 +327,14 @@ FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full 
 
 
 @FULL
-@pytest.mark.parametrize("argv", [
-    ["train.py", "--help"], ["train.py", *TINY, "--vocab_size=257", "--dry_run=True"], ["bench.py", "--help"],
-    ["sample.py", "--help"], ["prepare.py", "--help"]], ids=lambda argv: f"{argv[0]} {argv[-1]}")
-def test_a_full_output_is_one_sentence_in_every_script(argv):
+@pytest.mark.parametrize("argv, unbuffered", [
+    (["train.py", "--help"], ""), (["train.py", *TINY, "--vocab_size=257", "--dry_run=True"], ""),
+    (["train.py", "--help"], "1"), (["bench.py", "--help"], ""), (["sample.py", "--help"], "1"),
+    (["prepare.py", "--help"], "")], ids=lambda v: f"{v[0]} {v[-1]}" if v and v != "1" else v)
+def test_a_full_output_is_one_sentence_in_every_script(argv, unbuffered):
+    """The failure comes with the print, or when the buffer is flushed at the end."""
     with open("/dev/full", "w") as full:
-        process = start(*argv, stdout=full)
+        process = start(*argv, stdout=full, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
         assert_stream_sentence(process.wait(60), process.stderr.read(), "the output cannot be written (No space left")
         process.stderr.close()
 

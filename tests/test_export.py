@@ -16,10 +16,11 @@ import config
 import export
 from config import Config, UserError
 from conftest import LOWRANK, ROOT, STRUCTURES, assert_one_sentence, train_run
-from merge import merge_model
+from merge import replace_structured
 from model import build, load
 from prepare import TokenFile
 from run import save_beside
+from runs import stopped
 from tokenizer import byte_characters, load_tokenizer, pinned, tokenizer_from_blob, train_sentencepiece
 
 CPU = torch.device("cpu")
@@ -100,7 +101,7 @@ def test_the_end_of_a_document_is_named_by_one_of_the_folders_files(tmp_path):
     (path.parent / "config.json").write_text(json.dumps({"eos_token_id": 0}))  # StarCoder's is the first token
     assert load_tokenizer(str(path)).eos == 0
     path.write_text("{}")
-    with pytest.raises(UserError, match="are not a tokenizer"):
+    with pytest.raises(UserError, match="are not Hugging Face's tokenizer"):
         load_tokenizer(str(path))
 
 
@@ -185,6 +186,9 @@ def test_gpt2s_merges_are_those_it_was_trained_with(tmp_path):
     merges = json.loads((tmp_path / "small" / "tokenizer.json").read_text())["model"]["merges"]
     written = export.bytes_json(tokenizer_from_blob("gpt2", blob).table, True)
     assert len(merges) > 100 and written["model"]["merges"] == merges
+    ranks = {token: i for i, token in enumerate((b"a", b"b", b"c", b"bc", b"abc", b"cab"))}
+    assert export.last_merge(b"abc", ranks) == [b"a", b"bc"]
+    assert export.last_merge(b"cab", ranks) is None  # neither ca nor ab is a token
 
 
 def test_a_tokenizer_that_normalises_is_refused():
@@ -289,7 +293,7 @@ def test_the_architecture_computes_the_same_and_comes_back_equal(name, transform
 
     assert cli("export.py", tmp_path / "hf", f"--out_dir={tmp_path}/back")[0] == 0
     back, cfg, _ = load(str(tmp_path / "back"), CPU)
-    merge_model(ours)
+    replace_structured(ours)
     if (cfg.n_head, cfg.n_kv_head) == (ours.cfg.n_head, ours.cfg.n_kv_head):
         assert back.state_dict().keys() == ours.state_dict().keys()
         assert all(torch.equal(t, ours.state_dict()[key]) for key, t in back.state_dict().items())
@@ -343,7 +347,7 @@ def test_large_models_are_written_in_shards_and_in_bfloat16(transformers, cli, t
     assert all(f.stat().st_size < 24_000 for f in (tmp_path / "hf").glob("*.safetensors"))
     assert theirs(transformers, tmp_path / "hf", dtype="auto").dtype == torch.bfloat16
     assert export.main(*export.read_settings([str(tmp_path / "hf"), f"--out_dir={tmp_path}/back"])) is None
-    merge_model(ours)
+    replace_structured(ours)
     for key, t in load(str(tmp_path / "back"), CPU)[0].state_dict().items():
         assert torch.equal(t, ours.state_dict()[key].bfloat16().float())
 
@@ -399,9 +403,19 @@ def test_a_sentencepiece_model_goes_to_llama_cpp_too():
 
 
 def test_every_switch_of_the_model_is_known_here():
-    """A new one changes what the model computes: export.py has to express or refuse it before it is added here."""
-    assert SWITCHES == ["n_layer", "n_embd", "n_head", "n_kv_head", "attn_dim", "ffn_dim", "block_size", "vocab_size",
-                        "norm", "act", "pos", "bias", "tie_embeddings", "rope_theta", "norm_eps"]
+    """A new one changes what the model computes: export.py has to express or refuse it before it is added there."""
+    assert set(SWITCHES) == export.KNOWN
+
+
+def test_a_switch_that_is_not_known_is_refused_where_it_is_used():
+    fields = [(f.name, f.type, f.default) for f in dataclasses.fields(Config)]
+    at = SWITCHES.index("norm")
+    wider = dataclasses.make_dataclass("Wider", [*fields[:at], ("qk_norm", float, 0.0), *fields[at:]])
+    cfg = wider(**vars(tiny(LLAMA, SWIGLU)))
+    assert export.choose_home(cfg, "transformers", "spm") == "llama"
+    cfg.qk_norm = 1.2
+    with pytest.raises(UserError, match="expresses qk_norm=1.2"):
+        export.choose_home(cfg, "transformers", "spm")
 
 
 def test_nothing_at_the_root_hides_a_package_that_they_look_for(tmp_path):
@@ -597,6 +611,15 @@ def test_a_missing_model_and_a_failed_export_leave_nothing(cli, tmp_path, monkey
     with pytest.raises(UserError, match="No space left"):
         export.main(*export.read_settings([str(tmp_path / "run"), f"--to={tmp_path}/hf"]))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["begun", "run"]
+
+
+def test_an_unfinished_runs_card_counts_its_steps(cli, data, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit):
+        stopped(tmp_path / "run", data, 3, monkeypatch)
+    status, out, err = cli("export.py", tmp_path / "run", f"--to={tmp_path}/hf")
+    assert status == 0 and "not finished" in err
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "3 of 8 steps" in card and "FLOPs" not in card and "loss" not in card
 
 
 def test_a_model_of_ours_is_copied_with_its_run(cli, finished, tmp_path):

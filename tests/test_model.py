@@ -19,7 +19,7 @@ import run
 import train
 from config import UserError
 from conftest import ROOT, STRUCTURES, dense_oracle
-from model import GPT, LMLoss, build, flops_per_token, load
+from model import GPT, Cache, LMLoss, build, flops_per_token, load
 from structured import Dense
 
 PRESETS = sorted((ROOT / "config").glob("[a-z]*.py"))
@@ -53,9 +53,13 @@ def reference_logits(cfg, params, tokens, dense=None):
         y = x / (x.square().mean(-1, keepdim=True) + cfg.norm_eps).sqrt() * params[prefix + "weight"]
         return y + params[prefix + "bias"] if cfg.bias else y
 
-    def rotated(x):  # (B, T, head size): feature pairs (i, i + half) turn as complex numbers by t / theta^(2 i / head size)
+    def rms(x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    def rotated(x):  # (B, T, head size): features (i, i + half) turn as complex numbers by t / theta^(2 i / head size)
         T, half = x.size(1), x.size(2) // 2
-        turn = torch.tensor([[t * cfg.rope_theta ** (-2 * i / (2 * half)) for i in range(half)] for t in range(T)], dtype=torch.float64)
+        speed = [cfg.rope_theta ** (-2 * i / (2 * half)) for i in range(half)]
+        turn = torch.tensor([[t * s for s in speed] for t in range(T)], dtype=torch.float64)
         z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(turn), turn)
         return torch.cat((z.real, z.imag), -1)
 
@@ -64,6 +68,12 @@ def reference_logits(cfg, params, tokens, dense=None):
         qkv = linear(x, prefix + "qkv.")
         head = [qkv[..., i * size:(i + 1) * size] for i in range(cfg.n_head + 2 * cfg.n_kv_head)]
         q, k, v = head[:cfg.n_head], head[cfg.n_head:cfg.n_head + cfg.n_kv_head], head[cfg.n_head + cfg.n_kv_head:]
+        if cfg.qk_norm:
+            q, k = [rms(x) * cfg.qk_norm for x in q], [rms(x) * cfg.qk_norm for x in k]
+        if prefix + "values.weight" in params:
+            gate = 3 / (1 + torch.exp(-x[..., :16] @ params[prefix + "gate.weight"].T))
+            added = params[prefix + "values.weight"][tokens]
+            v = [a + gate[..., i:i + 1] * added[..., i * size:(i + 1) * size] for i, a in enumerate(v)]
         future = torch.ones(T, T).triu(1).bool()
         out = []
         for h in range(cfg.n_head):
@@ -85,9 +95,14 @@ def reference_logits(cfg, params, tokens, dense=None):
         return linear(h, prefix + "fc2.", dense(prefix + "fc2."))
 
     x = params["wte.weight"][tokens]
+    if cfg.embed_norm:
+        x = rms(x)
     if cfg.pos == "absolute":
         x = x + params["wpe.weight"][:tokens.size(1)]
+    x0 = x
     for i in range(cfg.n_layer):
+        if cfg.embed_skip:
+            x = params[f"blocks.{i}.a"] * x + params[f"blocks.{i}.b"] * x0
         x = x + attention(norm(x, f"blocks.{i}.norm1."), f"blocks.{i}.attn.")
         x = x + ffn(norm(x, f"blocks.{i}.norm2."), f"blocks.{i}.ffn.")
     return norm(x, "norm.") @ params["wte.weight" if cfg.tie_embeddings else "head.weight"].T
@@ -103,6 +118,8 @@ def random_model(cfg, scale=0.15):
     return gpt
 
 
+RECIPE = ["--norm=rmsnorm", "--act=relu2", "--bias=False", "--tie_embeddings=False", "--qk_norm=1.2",
+          "--embed_norm=True", "--embed_skip=True", "--value_embeddings=True", "--rope_theta=100000", "--init=zero"]
 SWITCHES = {
     "gpt": [],
     "llama": ["--norm=rmsnorm", "--act=swiglu", "--bias=False", "--n_kv_head=2", "--tie_embeddings=False", "--ffn_dim=40"],
@@ -111,6 +128,10 @@ SWITCHES = {
     "swiglu blocks": ["--act=swiglu", "--n_dense_layers=0", "--tie_embeddings=False", *STRUCTURES["blockdense"]],
     "theta and eps": ["--rope_theta=300", "--norm_eps=0.3", "--norm=rmsnorm"],
     "layer norm's eps": ["--norm_eps=0.3", "--pos=absolute"],
+    "recipe": RECIPE,
+    "recipe in parts": ["--qk_norm=0.7", "--value_embeddings=True", "--n_kv_head=2", "--attn_dim=16",
+                        "--rope_theta=500"],
+    "absolute recipe": [*RECIPE, "--pos=absolute", *STRUCTURES["lowrank"]],
     "swiglu shuffle": ["--act=swiglu", "--n_dense_layers=2", "--norm=layernorm", "--bias=False", *STRUCTURES["blockshuffle"]],
 }
 
@@ -192,6 +213,40 @@ def test_initialisation():
     assert not torch.equal(gpt.wte.weight, other.wte.weight)
     direct = GPT(cfg)
     assert torch.equal(direct.cos, gpt.cos) and torch.equal(direct.sin, gpt.sin) and gpt.cos.shape[0] == 16
+
+
+@pytest.mark.parametrize("kind", ["dense", *STRUCTURES])
+def test_blocks_of_init_zero_add_nothing_at_first_and_then_learn(kind):
+    cfg = configure("--n_layer=3", "--n_embd=128", "--n_head=4", "--block_size=16", "--vocab_size=500", *RECIPE,
+                    *STRUCTURES.get(kind, []))
+    gpt, tokens = build(cfg, CPU, seed=5), torch.randint(500, (2, 9))
+    def rms(x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    x = x0 = rms(gpt.wte.weight[tokens])
+    for a, b in ((1.15, 0.2), (1.1, 0.125), (1.05, 0.05)):
+        x = a * x + b * x0
+    torch.testing.assert_close(gpt.hidden(tokens), rms(x), rtol=0, atol=1e-5)
+    assert abs(gpt.blocks[0].attn.qkv.weight.std().item() * 128 ** 0.5 - 1) < 0.02
+    assert abs(gpt.wte.weight.std().item() - 1) < 0.02 and abs(gpt.head.weight.std().item() - 0.001) < 1e-4
+    hidden = gpt.blocks[1].ffn.fc1(torch.randn(4096, 128)).std().item()
+    assert 0.1 < hidden < 0.6  # dense 0.4, of rank 8 less, orthonormal blocks 0.5
+    gpt(tokens, torch.randint(500, (2, 9))).backward()
+    for name, p in gpt.named_parameters():  # beneath a zero matrix there is no gradient yet
+        above = "proj.weight", "fc2.weight", "fc2.U", "wte.weight", "head.weight", ".a", ".b", "norm.weight"
+        last = name.endswith(above)
+        assert p.grad is not None and bool(p.grad.any()) >= last, name
+
+
+@pytest.mark.parametrize("name", ["recipe", "recipe in parts", "absolute recipe"])
+def test_decoding_step_by_step_equals_the_forward(name):
+    gpt = random_model(tiny(*SWITCHES[name])).eval()
+    tokens = torch.randint(61, (2, 9))
+    cache = Cache(gpt.cfg, 2, 16, CPU, torch.float64)
+    steps = [gpt.step(tokens[:, :5], cache, torch.tensor([5, 5]))]
+    steps += [gpt.step(tokens[:, i:i + 1], cache) for i in range(5, 9)]
+    torch.testing.assert_close(torch.stack(steps, 1), gpt(tokens)[:, 4:], rtol=0, atol=1e-9)
+    assert gpt.cfg.extras  # the decoding kernels have none of these parts
 
 
 def test_dropout_works_in_training_only():

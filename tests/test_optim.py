@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn as nn
 
+import config
 import model as model_file
+import optim
+from conftest import STRUCTURES
 from optim import AdamW, MixedAdamW, total_norm
 
 CUDA = torch.cuda.is_available()
@@ -100,3 +103,124 @@ def test_the_loss_keeps_float32_sums_for_a_bf16_head(monkeypatch):
     model_file.LMLoss.apply(h.to(torch.bfloat16), weight, targets, model_file.token_loss).backward()
     assert weight.grad.dtype is torch.bfloat16
     assert ((weight.grad.double() - reference.grad).norm() / reference.grad.norm()).item() < 1e-2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Muon
+
+EXACT = ((2.0, -1.5, 0.5),) * 30  # converges to 1 from any singular value in (0, 1]
+
+
+def svd_polar(x):
+    U, _, Vh = torch.linalg.svd(x, full_matrices=False)
+    return U @ Vh
+
+
+def muon_model(*argv):
+    cfg, = config.load(["--n_layer=2", "--n_embd=32", "--n_head=4", "--n_kv_head=2", "--block_size=16",
+                        "--vocab_size=61", "--norm=rmsnorm", "--tie_embeddings=False", "--optimizer=muon", "--lr=0.01",
+                        "--weight_decay=0.5", *argv])
+    return cfg, model_file.build(cfg, torch.device("cpu"), seed=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 24, 8), (2, 8, 24)])
+def test_polar_is_the_orthogonal_factor(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(optim.polar(x, EXACT), svd_polar(x), rtol=0, atol=1e-6)
+    near = torch.linalg.svdvals(optim.polar(x))
+    assert 0.8 < near.min() and near.max() < 1.2
+    assert torch.linalg.svdvals(optim.polar(x.bfloat16()).double()).max() < 1.25
+    assert not optim.polar(torch.zeros(shape)).any()
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (48, 16), (16, 48)])
+def test_momentum_and_polar_are_torchs_muon(shape):
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.zeros(shape))
+    theirs = torch.optim.Muon([p], lr=1.0, weight_decay=0.0, momentum=0.95, nesterov=True, adjust_lr_fn="original")
+    momentum, newton_schulz = torch.zeros(1, *shape), ((3.4445, -4.775, 2.0315),) * 5
+    for _ in range(3):
+        before, p.grad = p.detach().clone(), torch.randn(shape)
+        ahead = optim.nesterov(p.grad[None].clone(), momentum, torch.ones(()), 0.95, torch.bfloat16)
+        step = optim.polar(ahead, newton_schulz, margin=1.0)
+        theirs.step()
+        change = before - p.detach()
+        assert ((max(1, shape[0] / shape[1]) ** 0.5 * step[0].float() - change).norm() / change.norm()).item() < 2e-2
+
+
+@pytest.mark.parametrize("structure", [[], *STRUCTURES.values()])
+def test_a_step_of_muon_matrix_by_matrix_in_float64(structure, monkeypatch):
+    """Queries, keys, values and every block of a factor apart, against the update written with an SVD."""
+    polar = optim.polar
+    monkeypatch.setattr(optim, "polar", lambda x: polar(x.double(), EXACT).float())
+    cfg, model = muon_model(*structure)
+    ours = optim.Muon(model, cfg, mixed=False)
+    names = [n for n, p in model.named_parameters() if n.startswith("blocks") and p.dim() > 1]
+    params = dict(model.named_parameters())
+    weights, momenta = {n: params[n].detach().double().clone() for n in names}, {n: 0.0 for n in names}
+    for step in range(3):
+        ours.momentum, ours.decay = 0.9 + 0.02 * step, 0.5 - 0.1 * step
+        grads = dict(zip(params, draw_grads(params.values(), step)))
+        for n, p in params.items():
+            p.grad = grads[n].float()
+        ours.param_groups[0]["lr"] = lr = 0.01 / (step + 1)
+        ours.step(0.0)
+        for n in names:
+            g, mu = grads[n].double(), ours.momentum
+            momenta[n] = mu * momenta[n] + (1 - mu) * g
+            ahead = (1 - mu) * g + mu * momenta[n]
+            pieces = ahead.unbind() if ahead.dim() == 3 else ahead.split((32, 16, 16) if "qkv" in n else len(ahead))
+            moves = []
+            for x in pieces:
+                o = svd_polar(x)
+                m, k = o.shape
+                o = o / o.norm(dim=1 if m >= k else 0, keepdim=True) * (min(m, k) / max(m, k)) ** 0.5
+                moves.append(o * max(1, m / k) ** 0.5)
+            move = torch.stack(moves) if ahead.dim() == 3 else torch.cat(moves)
+            w = weights[n]
+            weights[n] = w - lr * move - lr * ours.decay * w * (move * w > 0)
+    for n in names:
+        assert (params[n].detach().double() - weights[n]).abs().max() < 2e-4 * 0.01 + 1e-5, n
+
+
+def test_every_parameter_has_one_group_and_its_rate():
+    cfg, model = muon_model("--value_embeddings=True", "--embed_skip=True", "--pos=absolute", "--embed_lr=0.3",
+                            "--head_lr=0.008", "--vector_lr=0.005", "--skip_lr=0.5")
+    groups, names = optim.muon_groups(model, cfg), {p: n for n, p in model.named_parameters()}
+    rate = {names[p]: group["ratio"] * cfg.lr for group in groups for p in group["params"]}
+    assert sorted(rate) == sorted(names.values()) and sum(len(g["params"]) for g in groups) == len(names)
+    expected = {"wte.weight": 0.3, "wpe.weight": 0.3, "blocks.1.attn.values.weight": 0.15, "head.weight": 0.008,
+                "norm.weight": 0.005, "blocks.0.attn.qkv.bias": 0.005, "blocks.1.attn.gate.weight": 0.005,
+                "blocks.0.a": 0.005, "blocks.0.b": 0.5, "blocks.0.attn.qkv.weight": 0.01,
+                "blocks.0.ffn.fc2.weight": 0.01}
+    assert {n: rate[n] for n in expected} == pytest.approx(expected)
+    cfg, tied = muon_model("--tie_embeddings=True")
+    assert len(optim.muon_groups(tied, cfg)) == 3  # matrices, the embedding that is the head too, vectors
+
+
+def test_mixed_muon_keeps_masters_and_leaves_parameters_without_gradient_alone():
+    cfg, model = muon_model()
+    ours = optim.Muon(model, cfg, mixed=True)
+    still = model.blocks[1].ffn.fc1.weight
+    before = {p: ours.master(p).detach().clone() for p in model.parameters()}
+    for p in model.parameters():
+        p.grad = None if p is still else torch.ones_like(p)
+    ours.step(1.0)
+    for p in model.parameters():
+        assert torch.equal(ours.master(p), before[p]) is (p is still)
+        assert p.dtype is (torch.bfloat16 if p.dim() > 1 else torch.float32)
+        torch.testing.assert_close(p.detach(), ours.master(p).to(p.dtype), rtol=2**-7, atol=0)
+
+
+def share(rank, path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
+    x = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(0))
+    torch.save(optim.Muon.shared_polar(None, x), f"{path}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_share_the_orthogonalisation(tmp_path):
+    torch.multiprocessing.spawn(share, (str(tmp_path),), nprocs=2)
+    expected = optim.polar(torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(0)))
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / str(rank)), expected)

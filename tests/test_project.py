@@ -8,7 +8,7 @@ import config
 import project
 from config import UserError
 from conftest import STRUCTURES, assert_one_sentence, dense_oracle, train_run
-from merge import merge_model
+from merge import replace_structured
 from model import build, load
 from run import save_beside
 from structured import linear
@@ -166,7 +166,7 @@ def test_merged_factors_are_found_again_in_a_model(structure, kind, cli, tmp_pat
     tokens = torch.randint(257, (2, 16))
     with torch.no_grad():
         expected = model(tokens)
-        merge_model(model)
+        replace_structured(model)
     keep(tmp_path / "dense", model)
     (tmp_path / "text.txt").write_text(TEXT)
     for name, how in (("plain", []), ("weighted", [f"--calibrate={tmp_path}/text.txt"])):

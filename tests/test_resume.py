@@ -19,9 +19,8 @@ from structured import Structured
 # Resume
 
 @pytest.mark.parametrize("name, stops", [
-    ("plain", [3]), ("always", [3]), ("guided", [2]), ("guided", [4]), ("guided", [6]), ("guided", [8]), ("guided",
-                                                                                                          [10]),
-    ("guided", [1, 4, 5, 9, 11])], ids=str)
+    ("plain", [3]), ("always", [3]), ("guided", [2]), ("guided", [4]), ("guided", [6]), ("guided", [8]),
+    ("guided", [10]), ("guided", [1, 4, 5, 9, 11]), ("muon", [2, 6])], ids=str)
 def test_resume_equals_no_interruption(name, stops, whole, data, tmp_path, monkeypatch, capsys):
     """guided: 2 is before the switch, 4 at it, 6 after it, 8 before the replay, 10 inside it; dropout is on."""
     out = tmp_path / "run"
@@ -208,7 +207,8 @@ def test_a_signal_in_the_last_step_comes_before_the_final_validation(whole_plain
     with monkeypatch.context() as patch, pytest.raises((SystemExit, KeyboardInterrupt)) as e:
         patch.setattr(train, "evaluate", lambda *args, **kw: pytest.fail("it validated"))
         stopped(tmp_path / "run", data, 8, monkeypatch)
-    assert e.type is SystemExit and e.value.code == 143 and torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 8
+    assert e.type is SystemExit and e.value.code == 143
+    assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 8
     assert_same_run(train_run(tmp_path / "run", data, "--resume=auto"), whole_plain)
 
 

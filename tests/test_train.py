@@ -43,6 +43,26 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
     assert train.lr_at(dataclasses.replace(cfg, warmup_ratio=1.0), plan, 99) == 1e-3
 
 
+def test_a_line_to_zero_over_the_last_part_of_the_steps():
+    cfg = tiny("--max_tokens=12800", "--lr=1e-3", "--warmup_steps=4", "--schedule=linear", "--decay_ratio=0.5",
+               "--min_lr_ratio=0")  # 100 steps
+    plan = train.make_plan(cfg)
+    lr = [train.lr_at(cfg, plan, step) for step in range(100)]
+    assert lr[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3]) and lr[4:51] == [1e-3] * 47
+    assert lr[75] == pytest.approx(5e-4) and lr[99] == pytest.approx(2e-5)
+    late = dataclasses.replace(cfg, warmup_steps=60, min_lr_ratio=0.1)  # the warm-up ends after the fall would begin
+    assert train.lr_at(late, plan, 60) == 1e-3 and train.lr_at(late, plan, 80) == pytest.approx(0.55e-3)
+
+
+def test_muons_momentum_rises_and_falls_and_its_decay_ends():
+    cfg = tiny("--max_tokens=128000", "--optimizer=muon", "--lr=0.01", "--weight_decay=0.8", "--decay_ratio=0.4",
+               "--warmup_ratio=0")  # 1000 steps
+    plan = train.make_plan(cfg)
+    momentum, decay = zip(*(train.muon_at(cfg, plan, step) for step in (0, 200, 400, 600, 800, 999)))
+    assert momentum == pytest.approx([0.85, 0.91, 0.97, 0.97, 0.935, 0.90], abs=2e-4)
+    assert decay[0] == 0.8 and decay[1] == pytest.approx(0.8 * 0.9045, rel=1e-3) and decay[5] < 1e-5
+
+
 def test_alpha_falls_from_one_to_zero():
     root = math.sqrt(0.5)
     for schedule, values in (("cosine", (1, 0.5 + 0.5 * root, 0.5, 0.5 - 0.5 * root)),
@@ -603,8 +623,8 @@ def test_one_compilation_per_phase_and_variant(data, tmp_path, monkeypatch):
     for _, guided in after:
         seen |= {"dense"} | {"guided" if layer in guided else "plain" for layer in (1, 2)}
         variants.append(len(seen))
-    others = after[0][0] - variants[0]  # the loss, perhaps the last norm
-    assert seen == {"dense", "guided", "plain"} and 1 <= others <= 2
+    others = after[0][0] - variants[0]  # the embeddings, the loss, perhaps the last norm
+    assert seen == {"dense", "guided", "plain"} and 2 <= others <= 3
     assert [count for count, _ in after] == [n + others for n in variants]
     assert len(graphs) - after[-1][0] == 2 + others - 1  # the last validation: a dense block, a plain one, not the loss
     torch._dynamo.reset()
@@ -693,3 +713,21 @@ def test_cuda_compiled_steps_equal_eager_steps():
         losses.append([train.train_step(gpt, optimizer, b, cfg, ranks, 1e-3, alpha, guided)[0].item()
                        for b, guided in zip(batches, ((1, 2), (1,), (2,), ()))])
     assert losses[0] == pytest.approx(losses[1], abs=0.02) and losses[0][0] == pytest.approx(math.log(512), abs=0.1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Damaged data
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_damaged_data_ends_a_run_before_a_model_is_saved(cli, data, tmp_path, name):
+    folder = set_token(copy_data(data, tmp_path / "data"), name, 100, 7)
+    status, _, err = cli("train.py", *TINY, f"--data_dir={folder}", f"--out_dir={tmp_path}/out")
+    assert status == 2 and f"{name} is damaged" in err and "Traceback" not in err
+    assert not (tmp_path / "out" / "model.pt").exists()
+
+
+def test_a_damaged_validation_file_is_not_scored(cli, data, finished, tmp_path):
+    folder = set_token(copy_data(data, tmp_path / "data"), "val.bin", 100, 7)
+    status, out, err = cli("train.py", "--eval_only=True", f"--out_dir={finished}", f"--data_dir={folder}",
+                           "--device=cpu")
+    assert status == 2 and "val.bin is damaged" in err and not out
