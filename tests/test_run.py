@@ -454,7 +454,11 @@ def test_wandbs_id_is_random_and_stays_with_the_folder(data, tmp_path, monkeypat
 
 
 def test_perplexity_has_no_largest_loss():
-    assert run.perplexity(2.0) == math.exp(2) and run.perplexity(1e4) == math.inf
+    assert run.perplexity(2.0) == math.exp(2) and run.perplexity(800.0) == run.perplexity(1e4) == math.inf
+
+
+def test_times_are_in_minutes_and_then_in_hours():
+    assert [run.clock(s) for s in (0.9, 61, 3599, 3600, 7384)] == ["0m00s", "1m01s", "59m59s", "1h00m", "2h03m"]
 
 
 class Clock:
