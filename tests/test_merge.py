@@ -118,6 +118,18 @@ def test_auto_keeps_its_table_and_follows_it(tmp_path, monkeypatch):
     assert not any(isinstance(m, FactorsOrMerged) for m in model.modules())
 
 
+def test_a_linear_of_two_forms_uses_the_one_that_the_table_says():
+    """Told apart by their outputs, as the merged form here is another matrix."""
+    factors, merged = structured.linear("lowrank", 8, 6, rank=2), Dense(8, 6)
+    times = {structured.shape_of(factors): {"1": [2.0, 1.0], "8": [1.0, 2.0]}}
+    pair = FactorsOrMerged(factors, merged, merge.SpeedTable({"eager": times}))
+    for shape, used in (((1, 8), merged), ((2, 4, 8), factors), ((30, 8), factors)):
+        x = torch.randn(shape)
+        assert torch.equal(pair(x), used(x)) and not torch.allclose(factors(x), merged(x))
+        assert structured.active_linear(pair, x.numel() // 8) is used
+    assert structured.active_linear(merged, 1) is merged
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_auto_times_the_step_that_few_sequences_take():
     """As a graph, all linears of a model go the way in which the whole step was faster."""
