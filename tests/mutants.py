@@ -1,8 +1,9 @@
 """Does the suite catch bugs?  python tests/mutants.py [WORD ...] [--jobs=2] [--clean] [--verbose]
 
-Every entry of mutants.txt is a bug of one line. Each is planted in a copy of the repository, and its tests run until one fails:
-then the bug is caught. Words choose entries whose file or text holds one of them. Prints the bugs that survive, and the share
-that is caught. Status 1 if one survives that is not marked as known. --clean plants nothing: then all tests must pass.
+Every entry of mutants.txt is a bug of one line. Each is planted in a copy of the repository, and its tests run until
+one fails: then the bug is caught. Words choose entries whose file or text holds one of them. Prints the bugs that
+survive, and how many are caught. Status 1 if one survives that is not marked as known, or if the code that an entry
+changes is not there any more. --clean plants nothing: then all tests must pass. --verbose prints every entry's result.
 
 An entry of mutants.txt is a block of lines, ended by an empty one:
 
@@ -41,12 +42,14 @@ def read_mutants(path):
     return mutants
 
 
+def is_stale(mutant):
+    return (ROOT / mutant["file"]).read_text().count(mutant["old"]) != 1
+
+
 def plant(mutant, folder):
     """Puts the bug into the copy of the repository."""
     path = Path(folder) / mutant["file"]
-    text = path.read_text()
-    assert text.count(mutant["old"]) == 1, f"{mutant['file']} holds {text.count(mutant['old'])} times: {mutant['old']}"
-    path.write_text(text.replace(mutant["old"], mutant["new"]))
+    path.write_text(path.read_text().replace(mutant["old"], mutant["new"]))
 
 
 def run_tests(mutant, folder):
@@ -90,8 +93,11 @@ def run_all(mutants, jobs, clean, verbose):
         code = os.waitstatus_to_exitcode(status)
         log = Path(folder, "log").read_text(errors="replace")
         if verbose:
-            print(f"{time.monotonic() - began:5.1f} s  {'caught' if code else 'passed'}  {mutant['file']}: {mutant['why']}", flush=True)
-            print("".join(f"         {line}\n" for line in log.splitlines() if line.startswith(("FAILED", "ERROR"))), end="", flush=True)
+            what = mutant["tests"] if clean else f"{mutant['file']}: {mutant['why']}"
+            print(f"{time.monotonic() - began:5.1f} s  {'failed' if code else 'passed'}  {what}", flush=True)
+            for line in log.splitlines():
+                if line.startswith(("FAILED", "ERROR")):
+                    print(f"         {line}", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         assert code <= 2, f"pytest ended with {code}: {mutant['tests']}\n{log[-2000:]}"
         yield mutant, code != 0
@@ -101,15 +107,22 @@ def main(words, jobs=2, clean=False, verbose=False):
     mutants = [m for m in read_mutants(Path(__file__).with_suffix(".txt"))
                if not words or any(word in m["file"] + m["why"] + m["old"] for word in words)]
     if clean:
-        mutants = {(m["tests"], m["env"]): m for m in mutants}.values()
+        mutants = list({(m["tests"], m["env"]): m for m in mutants}.values())
         failing = [m for m, failed in run_all(mutants, jobs, clean, verbose) if failed]
-        print(*(f"fails without a bug: {m['tests']}" for m in failing), f"{len(mutants) - len(failing)} of {len(mutants)} pass", sep="\n")
+        for m in failing:
+            print(f"fails without a bug: {m['tests']}")
+        print(f"{len(mutants) - len(failing)} of {len(mutants)} selections of tests pass without a bug")
         return bool(failing)
-    survivors = [m for m, failed in run_all(mutants, jobs, clean, verbose) if not failed]
+    stale = [m for m in mutants if is_stale(m)]
+    results = list(run_all([m for m in mutants if m not in stale], jobs, clean, verbose))
+    survivors = [m for m, failed in results if not failed]
+    for m in stale:
+        print(f"stale, the code has changed: {m['file']}: {m['why']}\n  - {m['old']}")
     for m in survivors:
-        print(f"survives: {m['file']}: {m['why']}{'  (known: ' + m['known'] + ')' if m['known'] else ''}\n  - {m['old']}\n  + {m['new']}")
-    print(f"{len(mutants) - len(survivors)} of {len(mutants)} bugs are caught")
-    return any(not m["known"] for m in survivors)
+        known = f" (known: {m['known']})" if m["known"] else ""
+        print(f"survives: {m['file']}: {m['why']}{known}\n  - {m['old']}\n  + {m['new']}")
+    print(f"{len(results) - len(survivors)} of {len(mutants)} bugs are caught")
+    return bool(stale) or any(not m["known"] for m in survivors)
 
 
 if __name__ == "__main__":
@@ -119,4 +132,5 @@ if __name__ == "__main__":
     import numpy  # noqa: F401
     import pytest
     given = dict(arg.removeprefix("--").partition("=")[::2] for arg in sys.argv[1:] if arg.startswith("--"))
-    sys.exit(main([arg for arg in sys.argv[1:] if not arg.startswith("--")], int(given.get("jobs", 2)), "clean" in given, "verbose" in given))
+    words = [arg for arg in sys.argv[1:] if not arg.startswith("--")]
+    sys.exit(main(words, int(given.get("jobs", 2)), "clean" in given, "verbose" in given))

@@ -130,6 +130,14 @@ def test_a_linear_of_two_forms_uses_the_one_that_the_table_says():
     assert structured.active_linear(merged, 1) is merged
 
 
+def test_eager_and_graph_have_answers_of_their_own():
+    speeds = merge.SpeedTable({"eager": {"a": {"1": [2.0, 1.0]}}, "graph": {"a": {"1": [1.0, 2.0]}}})
+    assert speeds.merged("a", 1)
+    with speeds.launched("graph"):
+        assert not speeds.merged("a", 1)
+    assert speeds.merged("a", 1)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_auto_times_the_step_that_few_sequences_take():
     """As a graph, all linears of a model go the way in which the whole step was faster."""
