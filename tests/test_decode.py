@@ -353,6 +353,9 @@ def test_batch_beyond_memory_names_the_largest(monkeypatch):
     monkeypatch.setattr(decode, "free_bytes", lambda device: 2**29)
     fits = decode.largest_batch(model.cfg, 64, torch.device("cpu"), torch.float32)
     assert fits > 10
+    cache = Cache(model.cfg, 3, 64, "cpu", torch.float32)
+    stored = sum(t.nbytes for layer in cache.layers for t in layer)
+    assert decode.token_bytes(model.cfg, torch.float32) == stored / (3 * 64)
     Decoder(model, settings(), fits, 64)
     with pytest.raises(UserError, match=f"largest that fits is {fits}"):
         Decoder(model, settings(), fits + 1, 64)

@@ -173,6 +173,8 @@ def test_prompts_from_a_file_to_json_lines(folder, tmp_path, capsys):
     assert [(r["prompt"], r["fields"], r["sample"]) for r in found] == [
         ("hello", {"id": 7}, 0), ("hello", {"id": 7}, 1),
         ("a longer prompt, with é", {}, 0), ("a longer prompt, with é", {}, 1)]
+    batches = json_lines(say(capsys, folder, prompts=str(lines), n_samples=2, max_new_tokens=9, batch_size=3))
+    assert [{**a, "tokens_per_s": 0} for a in batches] == [{**b, "tokens_per_s": 0} for b in found]  # 3 rows, then 1
     assert found[0]["text"] != found[1]["text"] and found[0]["prompt_tokens"] == 5 and found[2]["prompt_tokens"] == 24
     assert all(r["finish"] in ("length", "eos") and r["new_tokens"] <= 9 and r["tokens_per_s"] > 0 for r in found)
 
