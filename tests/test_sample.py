@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -447,3 +448,14 @@ def test_standard_output_that_cannot_show_the_text(cli, folder, tmp_path, monkey
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     status, _, err = cli("sample.py", folder, *given, *QUICK)
     assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and "PYTHONIOENCODING=utf-8" in err
+
+
+def test_characters_that_the_tokenizer_does_not_know_are_refused():
+    """A replacement character of the text itself is another matter."""
+    stub = SimpleNamespace(identity="m.model@12", eos=2, table=["\ufffd".encode(), b"a", b""],
+                           encode=lambda text: [int(c == "a") for c in text])
+    cfg = SimpleNamespace(block_size=8)
+    assert sample.encode(sample.Prompt("aa"), stub, cfg) == [1, 1]
+    assert sample.encode(sample.Prompt("a\ufffd"), stub, cfg) == [1, 0]
+    with pytest.raises(UserError, match="in line 3 holds characters that the tokenizer m.model@12 does not know"):
+        sample.encode(sample.Prompt("ab", " in line 3"), stub, cfg)
