@@ -277,7 +277,7 @@ def assert_same(ours, model, tokens=None):
     greedy = model.generate(text, attention_mask=torch.ones_like(text), max_new_tokens=30, do_sample=False,
                             eos_token_id=None, pad_token_id=0)
     for _ in range(30):
-        text = torch.cat((text, ours.next_logits(text).argmax(1, keepdim=True)), 1)
+        text = torch.cat((text, ours(text)[:, -1].argmax(1, keepdim=True)), 1)
     assert torch.equal(greedy, text)
 
 
