@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections import Counter
@@ -172,6 +173,21 @@ def test_verify_in_background(tmp_path):
         raise_damage(wait=True)
     with pytest.raises(UserError, match="bad.bin is damaged"):
         raise_damage()
+
+
+def test_the_background_check_is_waited_for_where_that_is_wanted():
+    read = threading.Event()
+
+    class Slow:
+        def verify(self):
+            read.wait()
+            raise UserError("damaged.")
+
+    raise_damage = prepare.verify_in_background(Slow())
+    raise_damage()
+    threading.Timer(0.2, read.set).start()
+    with pytest.raises(UserError, match="damaged"):
+        raise_damage(wait=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
