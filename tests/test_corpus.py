@@ -48,6 +48,12 @@ def test_text_lines(longest):
     assert list(config.text_lines(io.BytesIO(b""), "x")) == []
 
 
+def test_the_end_of_a_line_that_comes_in_parts_is_no_separator(tmp_path):
+    text = "x" * (1 << 20) + "<|endoftext|>\nsecond\n"  # parts of 2^20 bytes, so the next one is the separator alone
+    (tmp_path / "a.txt").write_text(text)
+    assert list(corpus.text_documents(str(tmp_path / "a.txt"), "text", Counter())) == [(text.encode(), True)]
+
+
 def test_jsonl_columns(tmp_path):
     rows = [{"text": "one", "body": "x\n"}, {"text": "", "body": None}, {"text": "half \ud800", "body": "y"}]
     for name, opener in (("a.jsonl", open), ("a.jsonl.gz", gzip.open), ("a.jsonl.xz", lzma.open)):
