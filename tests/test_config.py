@@ -42,6 +42,8 @@ def test_defaults_then_preset_then_command_line(tmp_path):
 def test_sizes_left_out_follow_from_the_others():
     cfg, = config.load(["--n_embd=96", "--n_head=6", "--act=swiglu"])
     assert (cfg.n_kv_head, cfg.attn_dim, cfg.ffn_dim, cfg.n_hidden) == (6, 96, 384, 768)
+    cfg, = config.load(["--n_embd=96", "--n_head=6", "--attn_dim=48"])
+    assert (cfg.attn_dim, cfg.ffn_dim, cfg.n_hidden) == (48, 384, 384)
 
 
 @pytest.mark.parametrize("word, value", [

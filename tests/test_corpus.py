@@ -146,6 +146,9 @@ def test_the_shuffle_buffer_is_seeded_complete_and_bounded():
     stream = corpus._shuffled(((b"x" * 900, True) for _ in iter(lambda: next(pulled) < 10_000, False)), 1, size=100_000)
     next(stream)
     assert next(pulled) <= 102
+    for _ in range(1000):
+        next(stream)
+    assert next(pulled) <= 1200
 
 
 def test_text_lines_leaves_out_lines_that_are_not_utf8():

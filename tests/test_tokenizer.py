@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from corpora import make, some_documents, write_corpus
 
 import prepare
 from config import UserError
-from tokenizer import train_sentencepiece
+from tokenizer import remote, train_sentencepiece
 
 
 ODD = ["", " ", "  a  ", "\n\n \n", "\ta\t\tb", "\r\n", "a\x00b", "▁ a▁▁b", "▅x", "😀é\u0301",
@@ -152,3 +153,11 @@ def test_a_given_model_without_bytes_knows_its_unknown_id():
                                             model.getvalue())
     assert tokenizer.unknown == 0 and tokenizer.encode("a 漢").count(0) == 1 and tokenizer.decode([0]) == "\ufffd"
     assert prepare.load_tokenizer("byte").unknown == -1
+
+
+def test_no_answer_is_an_error_after_some_seconds():
+    asked = threading.Event()
+    with pytest.raises(UserError, match=r"GPT-2 cannot be downloaded \(no answer in 0.1 s\); without network use bytes"):
+        remote(lambda: asked.wait(30), "GPT-2", "bytes", seconds=0.1)
+    asked.set()
+    assert remote(lambda: 7, "GPT-2", "bytes") == 7
