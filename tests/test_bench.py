@@ -107,6 +107,11 @@ def test_timed_measures_a_known_sleep():
     assert 30 <= median < 38 and 15 <= spread < 30
 
 
+def test_a_copy_counts_bytes_read_and_written(monkeypatch):
+    monkeypatch.setattr(report, "timed", lambda run, device, settings: (run() is None, 2.0, 0.0)[1:])
+    assert report.copy_rate(CPU, Settings()) == pytest.approx(2 * 2**22 * 4 / 2e-3 / 1e9)
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case != "dense"])
 @pytest.mark.parametrize("n, m", [(32, 128), (128, 32)])
 @pytest.mark.parametrize("bias", [True, False])
@@ -129,8 +134,8 @@ def test_copies_take_turns_and_nothing_is_zero():
     assert len({t.data_ptr() for t in tensors}) == len(tensors) and all((t != 0).all() for t in tensors)
     seen = []
     settings = Settings(repeats=3, warmup=1)
-    for name, ms, spread, eager in bench.time_passes(lambda m, x: seen.append(x) or m(x), turns, ranks, settings):
-        assert ms > 0 and spread >= 0 and eager is None
+    for name, ms, spread, eager in bench.time_passes(lambda m, x: (seen.append(x), time.sleep(0.02), m(x))[2], turns, ranks, settings):
+        assert 20 <= ms < 39 and spread >= 0 and eager is None
     assert [id(x) for x in seen] == [id(turns[i % 2][1]) for i in range(16)]
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import bench
 import config
 import decode
 import merge
@@ -232,6 +233,15 @@ def test_the_fused_sampler_takes_only_the_filters_it_knows(monkeypatch):
         assert not kernels.can_sample(on_cuda, settings(temperature=0.8, **given)), given
 
 
+def test_one_kernel_takes_the_steps_of_few_sequences_only(monkeypatch):
+    import ops
+    single = SimpleNamespace(BATCHES=(1, 2, 4), step_for=lambda model, cache: "one kernel")
+    monkeypatch.setattr(ops, "megakernel", single, raising=False)
+    monkeypatch.setattr(ops, "can_step", lambda model, cache: False, raising=False)
+    found = [ops.fused_step(None, SimpleNamespace(position=torch.zeros(batch))) for batch in (1, 4, 5)]
+    assert found == ["one kernel", "one kernel", None]
+
+
 @torch.no_grad()
 def test_the_decoder_asks_whether_the_fused_sampler_knows_its_filters(monkeypatch):
     stub = SimpleNamespace(ON=True, fused_step=lambda model, cache: None, sample="fused",
@@ -385,12 +395,21 @@ def test_bench_decode_counts_and_agrees_with_itself(cli, tmp_path):
     assert cli("bench.py", "decode", *SMALL, "--kinds=fast")[0] == 2
 
 
+def test_the_time_of_a_further_token_is_that_after_the_first(monkeypatch):
+    clock = iter([1.0, 3.0, 6.0, 12.0])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    decoder = SimpleNamespace(key=torch.zeros(1), run=lambda rows: iter(range(3)))
+    given = bench.Settings(prompt_tokens=2, new_tokens=10)
+    assert bench.generation(decoder, Config(vocab_size=8), 4, given) == (2.0, 1.0)
+
+
 def test_bench_crossover_shows_what_auto_chose(cli, tmp_path):
     out = tmp_path / "rows.jsonl"
     assert cli("bench.py", "crossover", *SMALL, f"--json={out}", f"--plot={tmp_path / 'c.png'}")[0] == 0
     for r in map(json.loads, out.read_text().splitlines()):
         chosen = r["factors_ms" if r["auto"] == "factors" else "merged_ms"]
         assert r["slower_by"] == pytest.approx(chosen / min(r["factors_ms"], r["merged_ms"]) - 1)
+        assert r["speedup"] == r["merged_ms"] / r["factors_ms"]
         assert (r["launch"], r["of"]) == ("eager", "linear")
     assert (tmp_path / "c.png").exists()
 

@@ -178,7 +178,7 @@ def test_add_norm_is_an_addition_and_a_norm(width, rms, bias, add):
     for p in norm.parameters():
         torch.nn.init.normal_(p, mean=0.5)
     norm, exact = norm.to(DEVICE), copy.deepcopy(norm).to(DEVICE).double()
-    x, y = (torch.randn(3, 41, width, device=DEVICE).to(DTYPE).requires_grad_() for _ in range(2))
+    x, y = ((torch.randn(3, 41, width, device=DEVICE) + 0.5).to(DTYPE).requires_grad_() for _ in range(2))
     ref_x, ref_y = (t.detach().double().requires_grad_() for t in (x, y))
     poison()
     ours = pointwise.add_norm(x, y if add else None, norm)

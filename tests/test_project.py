@@ -231,6 +231,15 @@ def test_losses_and_errors_are_printed_and_weights_help(cli, tmp_path):
     assert len(outputs) == 3 and all(0 < float(of_output) < float(of_matrix) < 1 for of_matrix, of_output in outputs)
 
 
+def test_the_text_of_the_loss_is_apart_from_that_of_the_weights(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    saved = {"tokenizer": {"identity": "byte", "blob": torch.zeros(1, dtype=torch.uint8)}}
+    batches, held_out = project.calibration(str(tmp_path / "a.txt"), tiny(), saved, 10**6)
+    windows = torch.tensor(list(TEXT.encode()))[:len(TEXT) // 17 * 17].view(-1, 17)
+    assert len(held_out) == len(windows) // 4 and torch.equal(torch.cat(batches), windows[:-len(held_out), :-1])
+    assert torch.equal(held_out, windows[-len(held_out):])
+
+
 def test_what_cannot_be_projected_is_one_sentence(cli, finished, tmp_path):
     (tmp_path / "short.txt").write_text("short")
     keep(tmp_path / "dense", tiny())
