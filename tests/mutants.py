@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT = 600  # seconds; a bug that makes its tests hang, or kills them, is caught
+TIMEOUT = 180  # seconds; a bug that makes its tests hang, or kills them, is caught
 LEFT_OUT = shutil.ignore_patterns(".git", "out", "data", "wandb", "*.bin", "*.pt")
 
 

@@ -133,6 +133,19 @@ def test_polar_is_the_orthogonal_factor(shape):
     assert not optim.polar(torch.zeros(shape)).any()
 
 
+def test_every_matrix_of_a_batch_is_orthogonalised_by_its_own_size():
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    both = optim.polar(torch.stack((x, 1e-4 * x)))
+    torch.testing.assert_close(both[1], both[0], rtol=0, atol=1e-2)
+
+
+def test_a_clipped_gradient_enters_the_momentum_scaled():
+    g, momenta = torch.randn(2, 4, 3), [torch.ones(2, 4, 3), torch.ones(2, 4, 3)]
+    clipped = optim.nesterov(g, momenta[0], torch.tensor(0.25), 0.9, torch.float32)
+    torch.testing.assert_close(clipped, optim.nesterov(0.25 * g, momenta[1], torch.ones(()), 0.9, torch.float32))
+    torch.testing.assert_close(*momenta)
+
+
 @pytest.mark.parametrize("shape", [(16, 16), (48, 16), (16, 48)])
 def test_momentum_and_polar_are_torchs_muon(shape):
     torch.manual_seed(0)

@@ -50,6 +50,8 @@ def test_a_line_to_zero_over_the_last_part_of_the_steps():
     lr = [train.lr_at(cfg, plan, step) for step in range(100)]
     assert lr[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3]) and lr[4:51] == [1e-3] * 47
     assert lr[75] == pytest.approx(5e-4) and lr[99] == pytest.approx(2e-5)
+    short = dataclasses.replace(cfg, decay_ratio=0.2)
+    assert train.lr_at(short, plan, 80) == 1e-3 and train.lr_at(short, plan, 90) == pytest.approx(5e-4)
     late = dataclasses.replace(cfg, warmup_steps=60, min_lr_ratio=0.1)  # the warm-up ends after the fall would begin
     assert train.lr_at(late, plan, 60) == 1e-3 and train.lr_at(late, plan, 80) == pytest.approx(0.55e-3)
 
@@ -724,6 +726,37 @@ def test_damaged_data_ends_a_run_before_a_model_is_saved(cli, data, tmp_path, na
     status, _, err = cli("train.py", *TINY, f"--data_dir={folder}", f"--out_dir={tmp_path}/out")
     assert status == 2 and f"{name} is damaged" in err and "Traceback" not in err
     assert not (tmp_path / "out" / "model.pt").exists()
+
+
+def test_the_check_of_large_files_is_waited_for_before_a_model_is_saved(data, tmp_path, monkeypatch):
+    def found_late(*files):
+        def raise_damage(wait=False):
+            if wait:
+                raise UserError("train.bin is damaged.")
+        return raise_damage
+
+    monkeypatch.setattr(prepare, "verify_in_background", found_late)
+    with pytest.raises(UserError, match="train.bin is damaged"):
+        train_run(tmp_path / "out", data)
+    assert not (tmp_path / "out" / "model.pt").exists()
+
+
+def test_a_run_with_muon_moves_its_rates_momentum_and_decay(data, tmp_path, monkeypatch):
+    argv = ["--optimizer=muon", "--lr=0.01", "--embed_lr=0.3", "--weight_decay=0.5", "--tie_embeddings=False"]
+    cfg, seen, step = tiny(*argv), [], train.train_step
+
+    def noted(wrapped, optimizer, *args):
+        result = step(wrapped, optimizer, *args)
+        embed, = [group["lr"] for group in optimizer.param_groups if group["params"][0] is wrapped.wte.weight]
+        seen.append((optimizer.momentum, optimizer.decay, optimizer.param_groups[0]["lr"], embed))
+        return result
+
+    monkeypatch.setattr(train, "train_step", noted)
+    train_run(tmp_path / "out", data, *argv)
+    plan = train.make_plan(cfg)
+    rates = [train.lr_at(cfg, plan, k) for k in range(8)]
+    assert seen == [(*train.muon_at(cfg, plan, k), rate, pytest.approx(30 * rate)) for k, rate in enumerate(rates)]
+    assert len({momentum for momentum, *_ in seen}) == 8
 
 
 def test_a_damaged_validation_file_is_not_scored(cli, data, finished, tmp_path):
