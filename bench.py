@@ -181,11 +181,11 @@ import torch.nn.functional as F
 import curves
 import decode
 import merge
-from device import out_of_memory, peak_flops, pick_device, record_graph, set_up
+from device import out_of_memory, peak_flops, pick_device, pick_dtype, record_graph, set_up
 from model import FFN, build, ffn_params, flops_per_token, linear_params, ops
 from report import DRAW, Table, clocks, conditions, copy_rate, fresh, header, laps, middle, ratio, timed, within_memory
 from structured import BlockShuffle, LowRank, linear
-from train import make_optimizer, nominal_vocabulary, train_step
+from train import fill_vocabulary, make_optimizer, train_step
 
 PASSES = {"forward": 1, "forward+backward": 3}  # and how many times the forward's FLOPs
 SHORT = 4096  # tokens; up to this many, launching kernels can take longer than running them
@@ -367,7 +367,7 @@ def bench_ffn(cfg, settings):
 
 def bench_train(cfg, settings):
     """One micro-batch per step; the step is train.py's own. With a guide in cfg every structure also runs guided."""
-    cfg.vocab_size = cfg.vocab_size or nominal_vocabulary(cfg.tokenizer)
+    fill_vocabulary(cfg)
     cfg.batch_size = cfg.micro_batch_size
     ranks = set_up(cfg)
     columns = {"ffn": 24, "guided": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "speedup": 7, "mfu": 7, "gib": 6,
@@ -466,7 +466,7 @@ def marked_step(model, optimizer, batches, cfg, ranks, guided):
 def bench_prefill(cfg, settings):
     """Prompts -> the logits of the next token of each, without a KV cache; weights in the matmuls' precision."""
     lengths = numbers(settings, "tokens") or sorted({min(n, cfg.block_size) for n in (128, 512, cfg.block_size)})
-    cfg.vocab_size = cfg.vocab_size or nominal_vocabulary(cfg.tokenizer)
+    fill_vocabulary(cfg)
     cfg.block_size = max(lengths)
     ranks = set_up(cfg)
     columns = {"ffn": 20, "batch": 5, "prompt": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "speedup": 7, "tflops": 7,
@@ -507,8 +507,7 @@ def prefill_row(label, cfg, model, batch, length, dense_ms, ranks, table, settin
 def device_and_dtype(cfg):
     """As sample.py chooses them."""
     device = pick_device(cfg.device)
-    full = cfg.dtype == "float32" or cfg.dtype == "auto" and device.type != "cuda"
-    return device, torch.float32 if full else torch.bfloat16
+    return device, pick_dtype(cfg.dtype, device)
 
 
 @torch.no_grad()
@@ -567,7 +566,7 @@ def bench_decode(cfg, settings):
 
     GB/s counts the bytes that a step has to read: the weights and, on average, half of the final cache.
     """
-    cfg.vocab_size = cfg.vocab_size or nominal_vocabulary(cfg.tokenizer)
+    fill_vocabulary(cfg)
     device, dtype = device_and_dtype(cfg)
     launches, ceiling = launches_on(device, settings), copy_rate(device, settings)
     length = decode.padded(settings.prompt_tokens + settings.new_tokens, cfg.block_size)

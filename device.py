@@ -153,7 +153,10 @@ def in_memory(cfg, ranks, params):
 
 
 def record_graph(run, pool=None):
-    """run() as a CUDA graph, whose replay() repeats its kernels. run() runs once before: nothing may compile meanwhile."""
+    """run() as a CUDA graph, whose replay() repeats its kernels.
+
+    run() runs once before, so that nothing is compiled while the graph is recorded.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -84,7 +84,7 @@ import torch
 from config import Config, short
 from device import pick_device
 from merge import exact_matmuls, replace_structured
-from model import build, load, load_weights
+from model import build, load, load_weights, rms_norm
 from project import project_ffns
 from run import perplexity, read_json, save_beside, writing
 from tokenizer import byte_characters, load_tokenizer, package, tokenizer_from_blob
@@ -130,6 +130,7 @@ HOMES = {
     "llama": Home("LlamaForCausalLM", "rope", "rmsnorm", GATED, GATE_UP, "rms_norm_eps", 1e-6, layout=LLAMA),
     "mistral": Home("MistralForCausalLM", "rope", "rmsnorm", GATED, GATE_UP, "rms_norm_eps", 1e-6, layout=LLAMA),
     "qwen2": Home("Qwen2ForCausalLM", "rope", "rmsnorm", GATED, GATE_UP, "rms_norm_eps", 1e-6, layout=LLAMA),
+    "qwen3": Home("Qwen3ForCausalLM", "rope", "rmsnorm", GATED, GATE_UP, "rms_norm_eps", 1e-6, layout=LLAMA),
     "starcoder2": Home("Starcoder2ForCausalLM", "rope", "layernorm", PLAIN, FC, "norm_epsilon",
                        tied=True, layout=LLAMA),
     "arcee": Home("ArceeForCausalLM", "rope", "rmsnorm", PLAIN, UP, "rms_norm_eps", layout=LLAMA),
@@ -155,8 +156,14 @@ def can_add_heads(cfg):
 WHOLE = "needs n_embd to be made up of heads, attn_dim stands in the way"
 LIMITS = (
     ("qwen2", "", lambda c, t: False, "is read only"),
+    (" ".join(HOMES.keys() - {"qwen3"}), "", lambda c, t: not c.qk_norm,
+     "norms no queries and keys, qk_norm stands in the way"),
+    ("qwen3", "", lambda c, t: c.qk_norm, "norms queries and keys, qk_norm=0 stands in the way"),
+    ("qwen3", "", lambda c, t: c.norm_eps == 1e-5, "has one epsilon for all norms, which must be norm_eps=1e-05"),
+    (" ".join(HOMES), "", lambda c, t: not (c.embed_norm and c.tie_embeddings),
+     "norms no embeddings: embed_norm with tie_embeddings stands in the way"),
     ("llama arcee", "", lambda c, t: c.n_embd % c.n_head == 0, "needs n_embd to be a multiple of n_head"),
-    ("mistral stablelm", "", lambda c, t: not c.bias, "has no biases, bias=True stands in the way"),
+    ("mistral stablelm qwen3", "", lambda c, t: not c.bias, "has no biases, bias=True stands in the way"),
     ("gpt_bigcode", "", lambda c, t: (c.n_kv_head, c.attn_dim) == (1, c.n_embd), "needs n_kv_head=1, attn_dim=n_embd"),
     ("gpt_bigcode", "vllm gguf", lambda c, t: False, "was not tried there"),
     ("stablelm gpt2", "", lambda c, t: can_add_heads(c), WHOLE),
@@ -167,13 +174,13 @@ LIMITS = (
     ("stablelm", "gguf", lambda c, t: not c.tie_embeddings, "is untied there, tie_embeddings=True stands in the way"),
     ("gpt2", "gguf", lambda c, t: c.ffn_dim == 4 * c.n_embd, "needs ffn_dim = 4 n_embd there"),
     ("starcoder2 stablelm gpt2", "gguf", lambda c, t: t in ("gpt2", "hf"), "needs the tokenizer gpt2 there"),
-    ("llama mistral arcee", "gguf", lambda c, t: t != "byte", "needs the tokenizer gpt2 or spm:VOCAB there, not byte"),
+    ("llama mistral qwen3 arcee", "gguf", lambda c, t: t != "byte", "needs the tokenizer gpt2 or spm:VOCAB there, not byte"),
 )
 
 
 # The switches of Config, down to dropout, that the architectures above express or LIMITS refuses.
 KNOWN = {"n_layer", "n_embd", "n_head", "n_kv_head", "attn_dim", "ffn_dim", "block_size", "vocab_size", "norm", "act",
-         "pos", "bias", "tie_embeddings", "rope_theta", "norm_eps"}
+         "pos", "bias", "tie_embeddings", "rope_theta", "norm_eps", "qk_norm", "embed_norm", "init"}
 
 
 def unknown_switches(cfg) -> dict:
@@ -226,6 +233,7 @@ def hf_config(cfg, name, eos, dtype) -> dict:
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     biases = {"attention_bias": cfg.bias, "mlp_bias": cfg.bias}
     own = {"llama": biases, "arcee": biases, "mistral": {"sliding_window": None},
+           "qwen3": {"attention_bias": False, "use_sliding_window": False, "sliding_window": None},
            "starcoder2": {"use_bias": cfg.bias, "sliding_window": None, "embedding_dropout": 0.0,
                           "residual_dropout": 0.0},
            "stablelm": {"use_qkv_bias": False, "qk_layernorm": False, "use_parallel_residual": False,
@@ -298,6 +306,12 @@ def widen_heads(weights, cfg, wide) -> dict:
 def to_hf(weights, cfg, name) -> dict:
     """Our state dict -> theirs. Factors, where they were kept, stay mlp.fc1.V and so on."""
     out, layout = {}, HOMES[name].layout
+    if cfg.embed_norm:  # a norm without weights, whose results a table can hold
+        weights = {**weights, "wte.weight": rms_norm(weights["wte.weight"])}
+    if cfg.qk_norm:  # ours have one weight for all, theirs one for each entry of a head
+        gain = torch.full((head_size(cfg),), cfg.qk_norm)
+        out = {f"{layout.root}{layout.blocks}.{i}.self_attn.{part}_norm.weight": gain.clone()
+               for i in range(cfg.n_layer) for part in "qk"}
     for ours, theirs, rows in modules(cfg, name):
         if f"{ours}.V" in weights:
             _, i, _, fc = ours.split(".")
@@ -657,6 +671,16 @@ def read_weights(folder, root) -> dict:
     return {name: t for name, t in tensors.items() if not name.endswith(buffers)}
 
 
+def qk_gain(folder, tensors) -> float:
+    """The one weight of all norms of queries and keys, which are taken out of tensors."""
+    keys = [key for key in tensors if key.endswith((".q_norm.weight", ".k_norm.weight"))]
+    gains = torch.cat([tensors.pop(key).float() for key in keys]).unique().tolist()
+    if len(gains) != 1 or gains[0] <= 0:
+        raise UserError(f"the norms of queries and keys in {folder} have {len(gains)} different weights: "
+                        "only one for all can be computed here.")
+    return float(f"{gains[0]:.6g}")  # 1.2 comes back from float32 as 1.2
+
+
 def read_hf(folder, block_size=0):
     """A folder of Hugging Face's -> (model in fp32 on the CPU, its Config, the other entries of a model.pt)."""
     name, cfg = read_hf_config(os.path.join(folder, "config.json"), block_size)
@@ -669,6 +693,8 @@ def read_hf(folder, block_size=0):
         raise UserError(f"{cfg.tokenizer} has {tokenizer.vocab_size} tokens, the model {cfg.vocab_size}: "
                         "give the tokenizer that belongs to the model.")
     cfg.bias = any(t.any().item() for key, t in tensors.items() if key.endswith(".bias"))
+    if name == "qwen3":
+        cfg.qk_norm = qk_gain(folder, tensors)
     model = build(cfg, torch.device("cpu"))
     load_weights(model, from_hf(tensors, cfg, name), folder)
     blob = torch.frombuffer(bytearray(tokenizer.blob), dtype=torch.uint8)

@@ -1,7 +1,7 @@
 """GPT and LLaMA language models from one set of switches, with dense or structured feedforward layers.
 
-Pre-norm blocks x + attention(norm(x)), x + ffn(norm(x)); see config for the switches. Here too: the loss that never holds all
-logits, parameter and FLOP counts by the paper's rules, and building, saving and loading a model.
+Pre-norm blocks x + attention(norm(x)), x + ffn(norm(x)); config has the switches. Also here: a loss that never holds
+all logits, parameter and FLOP counts by the paper's rules, building and loading a model.
 """
 import copy
 import functools
@@ -29,32 +29,37 @@ ops = importlib.import_module("ops") if importlib.util.find_spec("ops") else Sim
 # Blocks
 
 def make_norm(cfg):
-    return nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps) if cfg.norm == "rmsnorm" else nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.bias)
+    if cfg.norm == "rmsnorm":
+        return nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
+    return nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.bias)
 
 
 def rms_norm(x):
+    """Without weights, over the last dimension; its epsilon is the one of the fused kernel."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-5).to(x.dtype)
 
 
-def add_norm(x, branch, norm):
-    """(x + branch, its norm); branch None adds nothing."""
+def add_norm(x, pending, norm):
+    """(x + pending, its norm), one pass over memory where it is fused. pending None adds nothing."""
     if ops.ON and ops.can_add_norm(x):
-        return ops.add_norm(x, branch, norm)
-    x = x if branch is None else x + branch
+        return ops.add_norm(x, pending, norm)
+    x = x if pending is None else x + pending
     return x, norm(x).to(x.dtype)
 
 
 def rotary_table(block_size, head_size, theta=10_000.0):
     """cos and sin (block_size, 1, head_size) for rotary positions with base theta, halves not interleaved.
 
-    The first half of sin is negative: (a, b) -> (a cos - b sin, b cos + a sin) is x cos + (x with its halves exchanged) sin.
+    The first half of sin is negative. So (a, b) -> (a cos - b sin, b cos + a sin) is x cos + (b, a) sin.
     """
     frequency = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
     angle = torch.arange(block_size, dtype=torch.float64)[:, None] * frequency
-    return torch.cat((angle.cos(), angle.cos()), 1).float()[:, None], torch.cat((-angle.sin(), angle.sin()), 1).float()[:, None]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), 1).float()[:, None], torch.cat((-sin, sin), 1).float()[:, None]
 
 
-def rotate(x, cos, sin):  # x (B, T, heads, head_size)
+def rotate(x, cos, sin):
+    """x (B, T, heads, head_size) rotated by its positions; cos, sin are rows of rotary_table."""
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((b, a), dim=-1) * sin).to(x.dtype)
 
@@ -83,10 +88,10 @@ class Attention(nn.Module):
             self.values = self.gate = None
 
     def forward(self, x, cos, sin, values=None, cache=None):
-        """x (B, T, n_embd) -> the same. values (B, T, n_kv_head x head_size): every key head adds its part to v, times
-        3 sigmoid(gate)."""
+        """x (B, T, n_embd) -> (B, T, n_embd). values (B, T, n_kv_head x head_size), with value embeddings: every key
+        head adds its part to v, times 3 sigmoid(gate). cache: the LayerCache of a decoding step."""
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, -1, self.head_size)                                        # (B, T, heads, head_size)
+        qkv = self.qkv(x).view(B, T, -1, self.head_size)                         # (B, T, heads, head_size)
         if self.rope and ops.ON and ops.can_rotate(qkv, cos):
             q, k, v, _ = ops.split_rotated(qkv, cos, sin, self.n_head, self.n_kv_head, self.qk_norm)
         else:
@@ -96,12 +101,12 @@ class Attention(nn.Module):
             if self.rope:
                 q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if values is not None:
-            gate = 3 * torch.sigmoid(self.gate(x[..., :GATED]))                                 # (B, T, n_kv_head)
+            gate = 3 * torch.sigmoid(self.gate(x[..., :GATED]))                  # (B, T, n_kv_head)
             v = v + (gate[..., None] * values.view_as(v)).to(v.dtype)
         if cache is not None:
             return self.proj(cache.attend(q, k, v).reshape(B, T, -1))
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
-                                           enable_gqa=self.n_kv_head < self.n_head)             # (B, n_head, T, head_size)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                         # (B, heads, T, head_size)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_kv_head < self.n_head)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -128,13 +133,17 @@ class FFN(nn.Module):
         return self.fc2(h, alpha)
 
 
-COSTLY = ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_efficient_attention",
-          "_scaled_dot_product_flash_attention_for_cpu", "block_linear", "ffn", "split_rotated")
+COSTLY = ("mm", "addmm", "bmm", "block_linear", "ffn", "split_rotated", "_scaled_dot_product_flash_attention",
+          "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_efficient_attention",
+          "_scaled_dot_product_flash_attention_for_cpu")
 
 
 def what_to_keep(wide, ctx, op, *args, **kwargs):
-    """Policy of a compiled block's backward: keep the results of matmuls and attention, of random draws, and the copies of weights in another
-    precision; compute the rest again. Of matmuls with `wide` or more columns, unless it is 0, keep none."""
+    """Which results a compiled block keeps for its backward; the rest is computed again.
+
+    Kept are matmuls, attention, random draws, and weights cast to another precision. Of matmuls with `wide` or more
+    columns none is kept, unless `wide` is 0.
+    """
     name = op._schema.name.partition("::")[2]
     costly = name in COSTLY and not (wide and "mm" in name and args[-1].size(-1) >= wide)
     random = torch.Tag.nondeterministic_seeded in op.tags
@@ -151,23 +160,31 @@ class Block(nn.Module):
         self.dropout, self.recompute = cfg.dropout, cfg.recompute
         self.wide = cfg.n_hidden if cfg.recompute == "wide" else 0
 
-    def forward(self, x, branch, cos, sin, alpha=None, values=None, x0=None, cache=None):
-        """The residual stream x (B, T, n_embd) and what the block before adds to it, or None -> the same of this block.
+    def forward(self, x, pending, cos, sin, alpha=None, values=None, x0=None, cache=None):
+        """x + pending is the residual stream (B, T, n_embd); returns the next x and pending. In plain form:
 
-        So every addition meets the norm behind it. alpha: weight of the guide in this layer's FFN, a 0-d tensor, or None for the
-        factors alone. values: of the value embeddings; x0 (B, T, n_embd): the token embeddings, for embed_skip.
+            x = x + attn(norm1(x))
+            x = x + ffn(norm2(x))
+
+        The last addition is deferred: ffn's output is returned as `pending`, and the next block adds it. So every
+        residual add fuses with the norm that follows it. pending is None before the first block.
+
+        alpha: weight of the guide in this layer's FFN, a 0-d tensor, or None for the factors alone. values: of the
+        value embeddings. x0 (B, T, n_embd): the token embeddings, for embed_skip.
         """
         if self.a is not None:
-            x, branch = self.a * (x if branch is None else x + branch) + self.b * x0, None
-        x, h = add_norm(x, branch, self.norm1)
+            x, pending = self.a * (x if pending is None else x + pending) + self.b * x0, None
+        x, h = add_norm(x, pending, self.norm1)
         if torch.compiler.is_compiling() and self.recompute != "off" and torch.is_grad_enabled():
-            contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(what_to_keep, self.wide))
+            policy = functools.partial(what_to_keep, self.wide)
+            contexts = functools.partial(create_selective_checkpoint_contexts, policy)
             return checkpoint(self.body, x, h, cos, sin, alpha, values, use_reentrant=False, context_fn=contexts)
         return self.body(x, h, cos, sin, alpha, values, cache)
 
     def body(self, x, h, cos, sin, alpha=None, values=None, cache=None):
-        """x and its norm h -> x + attention(h), ffn(norm of that)."""
-        x, h = add_norm(x, F.dropout(self.attn(h, cos, sin, values, cache), self.dropout, self.training), self.norm2)
+        """x and h = norm1(x) -> x + attn(h), and ffn of its norm, which is still to be added."""
+        attended = F.dropout(self.attn(h, cos, sin, values, cache), self.dropout, self.training)
+        x, h = add_norm(x, attended, self.norm2)
         return x, F.dropout(self.ffn(h, alpha), self.dropout, self.training)
 
 
@@ -175,15 +192,16 @@ class Block(nn.Module):
 # The keys and values of decoding
 
 class Cache:
-    """Keys and values of B sequences of up to `length` tokens, in buffers that never move, so that a CUDA graph may hold them.
+    """Keys and values of B sequences of up to `length` tokens, in buffers that never move: a CUDA graph holds them.
 
-    layers: for each, k and v (B, n_kv_head, length, head_size); position (B,): the tokens that each row holds. `seen`: a step looks
-    at the first `seen` places only, which the host sets, knowing that no row holds more.
+    layers: of each layer k and v (B, n_kv_head, length, head_size). position (B,): the tokens that each row holds.
+    seen: a step reads the first `seen` places only. The host sets it, knowing that no row holds more.
     """
 
     def __init__(self, cfg, batch, length, device, dtype):
         shape = batch, cfg.n_kv_head, length, cfg.attn_dim // cfg.n_head
-        self.layers = [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)) for _ in range(cfg.n_layer)]
+        self.layers = [tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+                       for _ in range(cfg.n_layer)]
         self.position = torch.zeros(batch, device=device, dtype=torch.long)
         self.length = self.seen = length
 
@@ -195,13 +213,13 @@ class Cache:
         return view
 
     def mask(self):
-        """(B, 1, 1, seen), added to the scores of a step: a row sees its own tokens and the one that comes."""
+        """(B, 1, 1, seen), added to the scores of a step: a row sees its own tokens and the new one."""
         hidden = torch.arange(self.seen, device=self.position.device) > self.position[:, None]
         dtype = self.layers[0][0].dtype
         return torch.zeros((), device=hidden.device, dtype=dtype).masked_fill(hidden, -torch.inf)[:, None, None]
 
     def advance(self, tokens):
-        """A full row stays full: what comes then is for nobody."""
+        """A full row stays full; what is written to its last place is ignored."""
         self.position.add_(tokens).clamp_(max=self.length - 1)
 
 
@@ -212,15 +230,16 @@ class LayerCache(NamedTuple):
     mask: torch.Tensor
 
     def attend(self, q, k, v):
-        """Stores k, v (B, T, n_kv_head, head_size); q (B, T, n_head, head_size) -> its attention, of q's size."""
+        """Stores k, v (B, T, n_kv_head, head_size); q (B, T, n_head, head_size) -> the output of attention, as q."""
         B, T, n_head, size = q.shape
         if T > 1:  # prompts: nothing was stored before
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                    # (B, heads, T, head_size)
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))                     # (B, heads, T, head_size)
             self.k[:, :, :T], self.v[:, :, :T] = k, v
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < n_head).transpose(1, 2)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < n_head)
+            return y.transpose(1, 2)                                             # (B, T, n_head, head_size)
         row, seen = torch.arange(B, device=q.device), self.mask.size(-1)
         self.k[row, :, self.position], self.v[row, :, self.position] = k[:, 0], v[:, 0]
-        q = q.view(B, k.size(2), -1, size)  # the query heads that share a key head stand where queries stand: no copy of k
+        q = q.view(B, k.size(2), -1, size)  # query heads that share a key head become its queries: k is not repeated
         return F.scaled_dot_product_attention(q, self.k[:, :, :seen], self.v[:, :, :seen], attn_mask=self.mask)
 
 
@@ -228,13 +247,16 @@ class LayerCache(NamedTuple):
 # LM head and cross-entropy, a chunk of tokens at a time
 
 def token_loss(logits, targets, scale):
-    """Cross-entropy (C,) of logits (C, V) in float32, and scale x its gradient in the logits' dtype; targets < 0 count nothing."""
+    """Cross-entropy (C,) of logits (C, V) in float32, and scale x its gradient in the logits' dtype.
+
+    Targets below 0 count nothing.
+    """
     logits32 = logits.float()
     kept = targets >= 0
-    picked = targets.clamp(min=0)[:, None]                                                      # (C, 1)
+    index = targets.clamp(min=0)[:, None]                                        # (C, 1)
     logz = logits32.logsumexp(dim=1, keepdim=True)
-    loss = (logz - logits32.gather(1, picked))[:, 0] * kept
-    one_hot = torch.arange(logits.size(1), device=logits.device) == picked                      # (C, V)
+    loss = (logz - logits32.gather(1, index))[:, 0] * kept
+    one_hot = torch.arange(logits.size(1), device=logits.device) == index        # (C, V)
     grad = ((logits32 - logz).exp() - one_hot.float()) * (kept * scale)[:, None]
     return loss, grad.to(logits.dtype)
 
@@ -242,10 +264,10 @@ def token_loss(logits, targets, scale):
 class LMLoss(torch.autograd.Function):
     """Mean cross-entropy of h (T, d) with head weight (V, d) and targets (T,), negative targets left out.
 
-    The logits of a chunk live only while the chunk is worked on: its share of both gradients is formed at once, so there is
-    no (T, V) tensor and nothing is computed twice.
+    The logits of a chunk of tokens live only while its share of both gradients is formed. So there is no (T, V) tensor,
+    and nothing is computed twice.
     """
-    CHUNK = 8192  # tokens, or twice as many where the gradient needs no buffer of its own; below, the matmuls lose speed
+    CHUNK = 8192  # tokens; twice as many where the gradient overwrites the logits. Smaller chunks slow the matmuls down
 
     @staticmethod
     def forward(ctx, h, weight, targets, token_loss):
@@ -259,9 +281,9 @@ class LMLoss(torch.autograd.Function):
         chunk = LMLoss.CHUNK * (2 if in_place else 1)
         for i in range(0, len(h), chunk):
             rows = slice(i, i + chunk)
-            logits = h[rows] @ w.T                                                              # (C, V)
+            logits = h[rows] @ w.T                                               # (C, V)
             if in_place:
-                losses, grad = ops.token_loss(logits, targets[rows], scale, training)       # (C,), (C, V)
+                losses, grad = ops.token_loss(logits, targets[rows], scale, training)  # (C,), (C, V)
             else:
                 losses, grad = token_loss(logits, targets[rows], scale)
             loss += losses.sum()
@@ -348,7 +370,7 @@ class GPT(nn.Module):
         return x, [None if block.attn.values is None else block.attn.values(tokens) for block in self.blocks]
 
     def hidden(self, tokens, alpha=None, guided=()):
-        """tokens (B, T) -> what the LM head reads, (B, T, n_embd). `guided`: the layers that use their guide, with weight alpha."""
+        """tokens (B, T) -> what the LM head reads, (B, T, n_embd). guided: the layers that use their guide."""
         T = tokens.size(1)
         assert T <= self.cfg.block_size, f"{T} tokens exceed block_size {self.cfg.block_size}"
         x, values = self.embed(tokens)
@@ -359,47 +381,50 @@ class GPT(nn.Module):
             x = x.to(torch.get_autocast_dtype(kind))  # the residual stream in the matmuls' precision
         x = F.dropout(x, self.cfg.dropout, self.training)
         cos, sin = self.cos[:T], self.sin[:T]
-        x0, branch = x if self.cfg.embed_skip else None, None
+        x0, pending = x if self.cfg.embed_skip else None, None
         for layer, block in enumerate(self.blocks):
-            x, branch = block(x, branch, cos, sin, alpha if layer in guided else None, values[layer], x0)
-        return add_norm(x, branch, self.norm)[1]
+            x, pending = block(x, pending, cos, sin, alpha if layer in guided else None, values[layer], x0)
+        return add_norm(x, pending, self.norm)[1]
 
     def forward(self, tokens, targets=None, alpha=None, guided=()):
-        """tokens (B, T) -> logits (B, T, vocab_size); with targets (B, T): their mean cross-entropy, negative ones left out."""
+        """tokens (B, T) -> logits (B, T, vocab_size), or with targets (B, T) their mean cross-entropy, a 0-d tensor.
+
+        Targets below 0 are left out.
+        """
         h = self.hidden(tokens, alpha, guided)
         if targets is None:
             return self.head(h)
-        weight = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()  # in a validation LMLoss forms no gradients
+        # LMLoss forms gradients for what requires them: in a validation nothing does
+        weight = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()
         return LMLoss.apply(h.flatten(0, 1), weight, targets.flatten(), self.token_loss)
 
-    def next_logits(self, tokens):
-        """tokens (B, T) -> logits (B, vocab_size) of the token that follows."""
-        return self.head(self.hidden(tokens)[:, -1])
-
     def step(self, tokens, cache, lengths=None):
-        """The decoding forward: each row's next tokens (B, T) -> logits (B, vocab_size) of what follows them.
+        """A prefill or a decode step: each row's next tokens (B, T) -> logits (B, vocab_size) of what follows them.
 
-        Either one token a row, or, into a cache whose rows are empty, prompts padded on the right to T tokens, `lengths` (B,) of
-        them real. The padding is behind every real token, so a causal mask hides it, and later steps overwrite its keys.
+        A decode step has one token a row. A prefill fills a cache whose rows are empty with prompts, padded on the
+        right to T tokens, of which `lengths` (B,) are real. The causal mask hides the padding from every real token,
+        and later steps overwrite its keys. The steps in ops/ compute the same; this is their reference.
         """
         B, T = tokens.shape
-        place = cache.position[:, None] + torch.arange(T, device=tokens.device)                 # (B, T)
+        place = cache.position[:, None] + torch.arange(T, device=tokens.device)  # (B, T)
         x, values = self.embed(tokens)
         if self.wpe is not None:
             x = x + self.wpe(place)
-        cos, sin = self.cos[place], self.sin[place]                                             # (B, T, 1, head_size)
-        mask, x0, branch = cache.mask(), x if self.cfg.embed_skip else None, None
+        cos, sin = self.cos[place], self.sin[place]                              # (B, T, 1, head_size)
+        mask, x0, pending = cache.mask(), x if self.cfg.embed_skip else None, None
         for block, layer, value in zip(self.blocks, cache.layers, values):
-            x, branch = block(x, branch, cos, sin, values=value, x0=x0, cache=LayerCache(*layer, cache.position, mask))
+            kept = LayerCache(*layer, cache.position, mask)
+            x, pending = block(x, pending, cos, sin, values=value, x0=x0, cache=kept)
         last = torch.full_like(cache.position, T - 1) if lengths is None else lengths - 1
         row = torch.arange(B, device=x.device)
         cache.advance(1 if lengths is None else lengths)
-        return self.head(add_norm(x[row, last], branch[row, last], self.norm)[1])
+        return self.head(add_norm(x[row, last], pending[row, last], self.norm)[1])
 
     def compile_parts(self):
         """torch.compile, block by block: equal blocks share one compilation, and parameters keep their names."""
         torch._dynamo.config.recompile_limit = 64  # dense and structured, guided and plain, training and validation
-        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # it warns of in-place operations, a block has none
+        # checkpoint warns of in-place operations; a block has none
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         for block in self.blocks:
             block.compile()
         self.embed = torch.compile(self.embed)  # the gradient of a table is one pass of sums, not a sort of the tokens
@@ -411,7 +436,7 @@ class GPT(nn.Module):
 
 
 def build(cfg, device, seed=None):
-    """A GPT on `device` without a detour over the host; initialised if a seed is given, else its weights await load_state_dict."""
+    """A GPT whose weights are made on `device`. Without a seed they are not initialised: load_state_dict follows."""
     with on_meta():
         model = GPT(cfg)
     model.to_empty(device=device)
@@ -427,8 +452,9 @@ def build(cfg, device, seed=None):
 def load_weights(model, weights, path):
     try:
         model.load_state_dict(weights)
-    except (RuntimeError, AttributeError) as e:  # the latter of names that are no text
-        raise UserError(f"the weights in {path} do not match its config: {str(e).splitlines()[:2][-1].strip()}") from None
+    except (RuntimeError, AttributeError) as e:  # AttributeError: a name that is no text
+        reason = str(e).splitlines()[:2][-1].strip()
+        raise UserError(f"the weights in {path} do not match its config: {reason}") from None
 
 
 def load(path, device):
@@ -443,7 +469,8 @@ def load(path, device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Counting, as in the paper's tables: a multiply-add is 2 FLOPs; matmuls only, the LM head and full attention products included
+# Counting, as in the paper's tables: a multiply-add is 2 FLOPs, and only matmuls count. The LM head does, and so do
+# attention's products, in full
 
 def linear_params(ffn, n, m, rank, nblocks):
     """Matrix parameters = multiply-adds per token of one linear n -> m."""
@@ -452,7 +479,7 @@ def linear_params(ffn, n, m, rank, nblocks):
 
 
 def ffn_params(cfg, ffn=None):
-    """Matrix parameters of all FFNs; `ffn` in place of cfg's for the structured layers."""
+    """Matrix parameters of all FFNs; `ffn` replaces cfg's in the structured layers."""
     def layer(kind):
         return (linear_params(kind, cfg.n_embd, cfg.n_hidden, cfg.rank, cfg.nblocks)
                 + linear_params(kind, cfg.ffn_dim, cfg.n_embd, cfg.rank, cfg.nblocks))
@@ -463,7 +490,7 @@ def ffn_params(cfg, ffn=None):
 def flops_per_token(cfg, ffn=None):
     """FLOPs of the forward per token at block_size; times 3 for a training step."""
     head_size = cfg.attn_dim // cfg.n_head
-    attention = cfg.n_embd * (2 * cfg.attn_dim + 2 * cfg.n_kv_head * head_size)                 # qkv and proj
-    products = 2 * cfg.block_size * cfg.attn_dim                                                # scores and values
+    attention = cfg.n_embd * (2 * cfg.attn_dim + 2 * cfg.n_kv_head * head_size)  # qkv and proj
+    products = 2 * cfg.block_size * cfg.attn_dim                                 # scores and values
     gates = sum(has_values(cfg, layer) for layer in range(cfg.n_layer)) * GATED * cfg.n_kv_head
     return 2 * (cfg.n_layer * (attention + products) + gates + ffn_params(cfg, ffn) + cfg.vocab_size * cfg.n_embd)

@@ -1,4 +1,4 @@
-"""AdamW and Muon with gradient clipping, behind one face: step(max_norm), carry, master.
+"""AdamW and Muon with gradient clipping and one interface: step(max_norm), accumulate(last), master(p).
 
 `AdamW` is torch's. `MixedAdamW` is for bf16 training: the model's matrices are bf16, cast once per optimiser step, and
 the fp32 masters live here. A step reads each gradient once, as bf16, and writes new bf16 weights beside the masters.
@@ -14,8 +14,10 @@ from model import ops
 
 def total_norm(grads):
     """The norm of all gradients together, 0-d float32; each dtype is reduced in one launch."""
-    parts = [norm for dtype in {g.dtype for g in grads}
-             for norm in torch._foreach_norm([g for g in grads if g.dtype is dtype], dtype=torch.promote_types(dtype, torch.float32))]
+    parts = []
+    for dtype in {g.dtype for g in grads}:
+        exact = torch.promote_types(dtype, torch.float32)
+        parts += torch._foreach_norm([g for g in grads if g.dtype is dtype], dtype=exact)
     return torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros(())
 
 
@@ -37,8 +39,8 @@ class AdamW(torch.optim.AdamW):
 class MixedAdamW(torch.optim.Optimizer):
     """AdamW on fp32 masters of a model whose matrices it turns into bf16; vectors (norms, biases) stay fp32.
 
-    state[p]: step, exp_avg, exp_avg_sq as in torch's AdamW, and for matrices `master`. A parameter without gradient is left alone.
-    Without `mixed` all parameters keep their precision.
+    state[p]: step, exp_avg, exp_avg_sq as in torch's AdamW, and for matrices `master`. A parameter without gradient is
+    left alone. Without `mixed` all parameters keep their precision.
     """
 
     def __init__(self, params, lr, betas, weight_decay, eps=1e-8, mixed=True):
@@ -60,7 +62,7 @@ class MixedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def accumulate(self, last):
-        """Before a further micro-batch's backward: bf16 gradients so far are summed in fp32, and handed back for the last one.
+        """Before a further micro-batch's backward: bf16 gradients are summed in fp32, and handed back for the last one.
 
         So a sum over many micro-batches is rounded once, and DDP reduces it with the last gradient.
         """
@@ -71,7 +73,7 @@ class MixedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, max_norm):
-        """One update with gradients scaled so that their global norm is at most max_norm (0: no clipping); returns the norm before."""
+        """One update with gradients clipped to the global norm max_norm (0: no clipping); returns the norm before."""
         norm = total_norm([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])
         scale = (max_norm / (norm + 1e-6)).clamp(max=1) if max_norm else torch.ones_like(norm)
         for number, group in enumerate(self.param_groups):

@@ -112,7 +112,7 @@ def project_model(model, cfg, batches=()):
     for layer, block in enumerate(model.blocks):
         block.ffn.kernels = False  # so that the linears are called
         moments = {name: Moments(getattr(block.ffn, name)) for name in ("fc1", "fc2")}
-        streams = [block(x, branch, model.cos[:x.size(1)], model.sin[:x.size(1)]) for x, branch in streams]
+        streams = [block(x, pending, model.cos[:x.size(1)], model.sin[:x.size(1)]) for x, pending in streams]
         errors = {}
         for name, moment in moments.items():
             moment.hook.remove()

@@ -77,6 +77,16 @@ def name_of(identity):
     return identity.rpartition("@")[0] or identity
 
 
+def nominal_vocabulary(tokenizer) -> int:
+    """The vocabulary that a tokenizer's name promises."""
+    known = {"byte": 257, "gpt2": 50257, "llama": 32000}
+    size = known.get(tokenizer) or tokenizer.removeprefix("spm:")
+    if not str(size).isdigit():
+        raise UserError(f"the vocabulary of tokenizer={tokenizer} is not known without its file: "
+                        "give --vocab_size for a dry run.")
+    return int(size)
+
+
 def tokenizer_from_blob(identity, blob) -> Tokenizer:
     """Rebuilds a tokenizer from what a data folder or a model.pt keeps of it, without network. Raises UserError."""
     name = name_of(identity)

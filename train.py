@@ -55,6 +55,7 @@ from device import device_name, in_memory, on_meta, peak_flops, pick_device, set
 from model import GPT, build, ffn_params, flops_per_token, load, load_weights
 from optim import AdamW, MixedAdamW, Muon
 from run import perplexity
+from tokenizer import nominal_vocabulary
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -618,16 +619,6 @@ def check_same_data(cfg, checksum, train_file):
     if checksum != train_file.checksum:
         raise UserError(f"{config.data_dir(cfg)} holds other training data than the run in {cfg.out_dir} began with: "
                         "restore it, or choose another --out_dir.")
-
-
-def nominal_vocabulary(tokenizer) -> int:
-    """The vocabulary that a tokenizer's name promises."""
-    known = {"byte": 257, "gpt2": 50257, "llama": 32000}
-    size = known.get(tokenizer) or tokenizer.removeprefix("spm:")
-    if not str(size).isdigit():
-        raise UserError(f"the vocabulary of tokenizer={tokenizer} is not known without its file: "
-                        "give --vocab_size for a dry run.")
-    return int(size)
 
 
 def fill_vocabulary(cfg):

@@ -227,11 +227,11 @@ def read_text(path) -> str:
 
 
 def text_lines(file, where, longest=1 << 20, skip=None):
-    """Yields (number, line) of a binary file: the line as UTF-8 bytes with its end, \\n or \\r\\n. A lone \\r ends no line.
+    """Yields (number, line) of a binary file: the line as UTF-8 bytes with its end, \\n or \\r\\n.
 
-    A byte order mark at the start is dropped. A line over `longest` bytes comes in parts, cut between characters, under
-    one number. A line that is not UTF-8 raises UserError, or is left out and reported to skip(number) where that is given.
-    Readers of JSON lines skip blank ones (`not line.strip()`), which count in the numbers.
+    A lone \\r ends no line. A byte order mark at the start is dropped. A line over `longest` bytes comes in parts, cut
+    between characters, under one number. A line that is not UTF-8 raises UserError, or is left out and reported to
+    skip(number) where that is given. Readers of JSON lines skip blank ones (`not line.strip()`), which count in the numbers.
     """
     number, offset, rest = 1, 0, b""
     while data := rest + file.readline(longest - len(rest)):
@@ -246,8 +246,8 @@ def text_lines(file, where, longest=1 << 20, skip=None):
                 line = b""
             else:
                 at = offset + len(data) - len(line) + e.start
-                raise UserError(f"{where} line {number} is not UTF-8 text ({e.reason} at byte {at}): convert it, as with "
-                                "iconv -t utf-8.") from None
+                raise UserError(f"{where} line {number} is not UTF-8 text ({e.reason} at byte {at}): "
+                                "convert it, as with iconv -t utf-8.") from None
         if line:
             yield number, line
         number, offset = number + data.endswith(b"\n"), offset + len(data) - len(rest)
@@ -401,8 +401,8 @@ def to_dict(cfg) -> dict:
 
 def check(cfg):
     """Fills in the sizes left 0 and refuses impossible combinations in one sentence. Needs neither data nor torch."""
-    for name in ("n_layer", "n_embd", "n_head", "block_size", "max_tokens", "batch_size", "micro_batch_size", "log_interval",
-                 "eval_tokens", "final_eval_tokens"):
+    for name in ("n_layer", "n_embd", "n_head", "block_size", "max_tokens", "batch_size", "micro_batch_size",
+                 "log_interval", "eval_tokens", "final_eval_tokens"):
         _require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)} must be at least 1.")
     for name in ("n_kv_head", "attn_dim", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval", "save_interval",
                  "grad_clip", "seed", "warmup_steps", "qk_norm"):

@@ -210,6 +210,8 @@ BLOCKS, SHUFFLE, RELU2, LEARNED = STRUCTURES["blockdense"], STRUCTURES["blockshu
 ROWS = {
     "llama": [LLAMA, SWIGLU, NO_BIAS, UNTIED, "--n_kv_head=2", "--ffn_dim=40", *LOWRANK],
     "llama, bias, wide attention": [LLAMA, SWIGLU, "--attn_dim=48", "--rope_theta=500", "--norm_eps=1e-3", *SHUFFLE],
+    "qwen3": [LLAMA, SWIGLU, NO_BIAS, UNTIED, "--n_kv_head=2", "--qk_norm=1.2", "--rope_theta=500", *LOWRANK],
+    "qwen3, tied": [LLAMA, SWIGLU, NO_BIAS, "--qk_norm=0.7", "--attn_dim=48", *SHUFFLE],
     "mistral": [LLAMA, SWIGLU, NO_BIAS, "--n_embd=34", "--attn_dim=32", *LOWRANK],
     "starcoder2": ["--n_kv_head=2", *LOWRANK],
     "starcoder2, no bias, wide attention": [RELU2, NO_BIAS, UNTIED, "--attn_dim=48", "--rope_theta=500",
@@ -277,7 +279,7 @@ def assert_same(ours, model, tokens=None):
     greedy = model.generate(text, attention_mask=torch.ones_like(text), max_new_tokens=30, do_sample=False,
                             eos_token_id=None, pad_token_id=0)
     for _ in range(30):
-        text = torch.cat((text, ours.next_logits(text).argmax(1, keepdim=True)), 1)
+        text = torch.cat((text, ours(text)[:, -1].argmax(1, keepdim=True)), 1)
     assert torch.equal(greedy, text)
 
 
@@ -404,17 +406,25 @@ def test_a_sentencepiece_model_goes_to_llama_cpp_too():
 
 def test_every_switch_of_the_model_is_known_here():
     """A new one changes what the model computes: export.py has to express or refuse it before it is added there."""
-    assert set(SWITCHES) == export.KNOWN
+    assert set(SWITCHES) == export.KNOWN | {"embed_skip", "value_embeddings"}  # which no architecture has
+
+
+@torch.no_grad()
+def test_normed_embeddings_are_written_normed(transformers, cli, tmp_path):
+    ours = random_model(tiny(*ROWS["qwen3"], "--embed_norm=True"))
+    keep_model(tmp_path / "run", ours)
+    assert cli("export.py", tmp_path / "run", f"--to={tmp_path}/hf")[0] == 0
+    assert_same(ours, theirs(transformers, tmp_path / "hf"))
 
 
 def test_a_switch_that_is_not_known_is_refused_where_it_is_used():
     fields = [(f.name, f.type, f.default) for f in dataclasses.fields(Config)]
     at = SWITCHES.index("norm")
-    wider = dataclasses.make_dataclass("Wider", [*fields[:at], ("qk_norm", float, 0.0), *fields[at:]])
+    wider = dataclasses.make_dataclass("Wider", [*fields[:at], ("q_norm", float, 0.0), *fields[at:]])
     cfg = wider(**vars(tiny(LLAMA, SWIGLU)))
     assert export.choose_home(cfg, "transformers", "spm") == "llama"
-    cfg.qk_norm = 1.2
-    with pytest.raises(UserError, match="expresses qk_norm=1.2"):
+    cfg.q_norm = 1.2
+    with pytest.raises(UserError, match="expresses q_norm=1.2"):
         export.choose_home(cfg, "transformers", "spm")
 
 
