@@ -70,7 +70,9 @@ def card(monkeypatch):
 
 def rotate():
     qkv, table = torch.empty(2, 8, 12 + 2 * 4, 64, dtype=BF16), torch.empty(8, 1, 64)
-    pointwise.join_rotated(*pointwise.split_rotated(qkv, table, table, 12, 4), table, table)
+    for gain in (0.0, 1.2):  # without and with the norm of queries and keys
+        q, k, v, scale = pointwise.split_rotated(qkv, table, table, 12, 4, gain)
+        pointwise.join_rotated(q, k, v, table, table, q, k, scale, gain)
 
 
 def add_norm():

@@ -203,6 +203,7 @@ def test_the_dtype_rule():
         assert device.pick_dtype(name, torch.device(kind)) is dtype
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a card the fused kernels load, and Triton's compiler with them")
 def test_a_dry_run_imports_no_compiler_and_no_logger(data):
     """Neither wandb nor torch's compiler, of which the second alone takes longer than all that a dry run needs."""
     code = ("import sys; sys.argv = 'train.py --dry_run=True --vocab_size=9 --ffn=lowrank --rank=8'.split()\n"

@@ -406,7 +406,8 @@ def test_cards_and_progress_of_a_log_file(cli, data, tmp_path):
     assert all(f"{name} {value:.2e}" in out for name, value in flops.items()) and len(flops) == 3
 
 
-def test_token_ids_beyond_the_vocabulary_are_told(data, tmp_path):
+def test_token_ids_beyond_the_vocabulary_are_one_sentence(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "verify_in_background", lambda *files: lambda wait=False: None)  # checksums fit
     for name, at in (("train.bin", 1000), ("val.bin", 100)):
         folder = set_token(copy_data(data, tmp_path / name), name, at, 257)
         words = f"{name} holds the token id 257, outside the vocabulary of 257: .* prepare it again"
