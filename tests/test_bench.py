@@ -134,7 +134,13 @@ def test_copies_take_turns_and_nothing_is_zero():
     assert len({t.data_ptr() for t in tensors}) == len(tensors) and all((t != 0).all() for t in tensors)
     seen = []
     settings = Settings(repeats=3, warmup=1)
-    for name, ms, spread, eager in bench.time_passes(lambda m, x: (seen.append(x), time.sleep(0.02), m(x))[2], turns, ranks, settings):
+
+    def call(m, x):
+        seen.append(x)
+        time.sleep(0.02)
+        return m(x)
+
+    for name, ms, spread, eager in bench.time_passes(call, turns, ranks, settings):
         assert 20 <= ms < 39 and spread >= 0 and eager is None
     assert [id(x) for x in seen] == [id(turns[i % 2][1]) for i in range(16)]
 
