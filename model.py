@@ -468,6 +468,31 @@ def load(path, device):
     return model.eval(), cfg, saved
 
 
+# Settings that change what a model computes and no shape that it has
+UNSEEN = ("n_head", "norm", "act", "pos", "rope_theta", "norm_eps", "qk_norm", "embed_norm")
+
+
+def load_init(cfg, model, tokenizer):
+    """cfg.init_from: the weights of another model of the same shapes, settings and tokenizer."""
+    path, saved = read_model(cfg.init_from)
+    identity, weights = saved["tokenizer"].get("identity"), saved["model"]
+    theirs = config.from_dict(saved["config"], path)
+    if identity != tokenizer.identity:
+        raise UserError(f"the weights in {path} are of the tokenizer {identity}, {config.data_dir(cfg)} holds tokens "
+                        f"of {tokenizer.identity}: prepare the text with the weights' tokenizer.")
+    shapes, mine = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (weights, model.state_dict()))
+    for name in sorted(shapes.keys() | mine.keys()):
+        if shapes.get(name) != mine.get(name):
+            there, here = shapes.get(name, "none"), mine.get(name, "none")
+            raise UserError(f"init_from={cfg.init_from} does not fit this model: the shape of {name} is {there} there, "
+                            f"{here} here; give the settings of that model.")
+    for name in UNSEEN:
+        if getattr(theirs, name) != getattr(cfg, name):
+            raise UserError(f"init_from={cfg.init_from} has {name}={getattr(theirs, name)}, this model "
+                            f"{name}={getattr(cfg, name)}: give --{name}={getattr(theirs, name)}.")
+    load_weights(model, weights, path)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Counting, as in the paper's tables: a multiply-add is 2 FLOPs, and only matmuls count. The LM head does, and so do
 # attention's products, in full

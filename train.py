@@ -52,7 +52,7 @@ import prepare
 import run
 from config import short
 from device import device_name, in_memory, on_meta, peak_flops, pick_device, set_up
-from model import GPT, build, ffn_params, flops_per_token, load, load_weights
+from model import GPT, build, ffn_params, flops_per_token, load, load_init, load_weights
 from optim import AdamW, MixedAdamW, Muon
 from run import perplexity
 from tokenizer import nominal_vocabulary
@@ -291,22 +291,6 @@ def moments(model, optimizer) -> dict:
     """{parameter's name: what the optimiser keeps of it}, without the masters, which are among the full weights."""
     names = {p: n for n, p in model.named_parameters()}
     return {names[p]: {k: v for k, v in state.items() if k != "master"} for p, state in optimizer.state.items()}
-
-
-def load_init(cfg, model, tokenizer):
-    """cfg.init_from: the weights of another model of the same shapes and tokenizer."""
-    path, saved = run.read_model(cfg.init_from)
-    identity, weights = saved["tokenizer"].get("identity"), saved["model"]
-    if identity != tokenizer.identity:
-        raise UserError(f"the weights in {path} are of the tokenizer {identity}, {config.data_dir(cfg)} holds tokens "
-                        f"of {tokenizer.identity}: prepare the text with the weights' tokenizer.")
-    shapes, mine = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (weights, model.state_dict()))
-    for name in sorted(shapes.keys() | mine.keys()):
-        if shapes.get(name) != mine.get(name):
-            there, here = shapes.get(name, "none"), mine.get(name, "none")
-            raise UserError(f"init_from={cfg.init_from} does not fit this model: the shape of {name} is {there} there, "
-                            f"{here} here; give the settings of that model.")
-    load_weights(model, weights, path)
 
 
 def start_or_continue(cfg, plan, ranks, state, data):

@@ -347,6 +347,14 @@ def test_init_from_starts_with_a_models_weights(cli, finished, data, tmp_path):
                   "--resume=auto")
 
 
+@pytest.mark.parametrize("flag", ["--n_head=4", "--act=relu2", "--rope_theta=500", "--norm_eps=1e-3", "--qk_norm=1"])
+def test_init_from_a_model_that_computes_something_else(flag, finished, data, tmp_path):
+    """The shapes fit, only the settings differ."""
+    name = flag[2:].partition("=")[0]
+    with pytest.raises(UserError, match=f"{name}=.* give --{name}="):
+        train_run(tmp_path / "run", data, *LOWRANK, f"--init_from={finished}", flag)
+
+
 def test_a_run_from_weights_resumes_by_its_checkpoint(cli, finished, data, tmp_path, monkeypatch):
     """The source is not needed any more."""
     source = shutil.copytree(finished, tmp_path / "source")
