@@ -17,7 +17,6 @@ from conftest import ROOT
 from model import Cache
 from ops import fallback
 from ops import megakernel as kernels
-from ops.decode import can_step
 from test_decode import MODELS, make
 
 ON_GPU = torch.cuda.is_available()
@@ -256,6 +255,7 @@ def test_a_compiled_kernel_is_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize("part", [dict(qk_norm=1.2), dict(embed_norm=True), dict(embed_skip=True),
                                   dict(value_embeddings=True)], ids=str)
 def test_parts_that_no_decoding_kernel_has_are_left_to_plain_torch(part, caplog, monkeypatch):
+    can_step = pytest.importorskip("ops.decode").can_step
     model, weight = make(n_layer=2, **part), SimpleNamespace(device=SimpleNamespace(type="cuda"))
     monkeypatch.setattr(fallback, "_logged", set())
     monkeypatch.setattr("ops.decode.works", lambda *_: True)
