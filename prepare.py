@@ -296,14 +296,23 @@ def _encoded(batches, tokenizer, workers):
     """_encode of every batch, in order whatever the number of workers."""
     global TOKENIZER
     TOKENIZER = tokenizer
+    others = multiprocessing.active_children()
     pool, pending = _pool(workers, tokenizer.identity, tokenizer.blob), deque()
     try:
         for batch in batches:
-            pending.append(pool.submit(_encode, batch))
+            try:
+                pending.append(pool.submit(_encode, batch))
+            except OSError as e:  # its pipes are closed while it breaks
+                raise BrokenExecutor(str(e)) from None
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except BrokenExecutor:
+        # A worker that starts while the pool breaks is not ended by it and holds its pipes: shutdown would wait forever
+        for worker in set(multiprocessing.active_children()) - set(others):
+            worker.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -330,7 +330,12 @@ def test_everything_imports_without_fcntl():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch):
+@pytest.mark.parametrize("attempt", range(3))
+def test_a_killed_worker_is_one_sentence(attempt, tmp_path, monkeypatch):
+    """Beside a thread, where workers start one by one: one that starts while the pool breaks must not hold it up."""
+    done = threading.Event()
+    threading.Thread(target=done.wait, daemon=True).start()
+
     def killed(*_):
         yield b"text", True
         os.kill(next(iter(multiprocessing.active_children())).pid, signal.SIGKILL)
@@ -340,6 +345,7 @@ def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "hold_out", lambda *_: lambda text: False)
     with pytest.raises(UserError, match="worker process was killed"):
         make(tmp_path, input=str(write_corpus(tmp_path / "a.txt", ["x"])))
+    done.set()
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
