@@ -477,7 +477,7 @@ def bench_prefill(cfg, settings):
         with within_memory(table, benchmark="prefill", ffn=label):
             model = build(case, ranks.device).eval()
             for p in model.parameters():
-                p.data = torch.randn_like(p, dtype=ranks.dtype) * p.shape[-1] ** -0.5
+                p.data = torch.randn_like(p, dtype=ranks.dtype) * (p.shape[-1] if p.dim() else 1) ** -0.5
             if ranks.compile:
                 model.compile_parts()
             for batch, length in itertools.product(numbers(settings, "batches") or (1, 16), lengths):
@@ -553,7 +553,7 @@ def decode_row(model, cfg, kind, launch, batch, ceiling, table, settings):
 
 
 def launches_on(device, settings) -> list:
-    """--launches without what this device has not; one line says so."""
+    """The --launches that this device has; prints one line where some are left out."""
     launches = names(settings, "launches", ("eager", "graph"))
     if device.type == "cuda" or launches == ["eager"]:
         return launches

@@ -1,4 +1,4 @@
-"""Text in: local files and Hugging Face datasets as documents, and which of the documents validate."""
+"""Reads text: local files and Hugging Face datasets as documents, and which of them are held out for validation."""
 import contextlib
 import functools
 import glob
@@ -163,7 +163,7 @@ def text_documents(path, column, meter, skip=False):
                 yield document
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as e:
         why = getattr(e, "strerror", None) or e
-        raise UserError(f"cannot read {path} ({why}): it is damaged or of another kind than its name says.") from None
+        raise UserError(f"cannot read {path} ({why}): it is damaged, or not what its suffix says.") from None
 
 
 def _decompressed(raw, name):
@@ -236,7 +236,7 @@ def _row_text(row, column, place):
         try:
             row = json.loads(row)
         except (ValueError, RecursionError) as e:
-            raise UserError(f"{place} is not JSON in UTF-8 ({reason(e)}): mend it, or leave such rows out with "
+            raise UserError(f"{place} is not JSON in UTF-8 ({reason(e)}): repair it, or leave such rows out with "
                             "--skip_bad_rows=True.") from None
     found = row
     for name in [column] if isinstance(row, dict) and column in row else column.split("."):

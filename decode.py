@@ -146,7 +146,7 @@ class Decoder:
         self.recorded, self.pool = {}, None                                                 # {cache.seen: CUDA graph}
         with model.speeds.launched("graph"):
             self.forward = self.graphs and ops.ON and ops.fused_step(model, self.cache) or model.step
-        self.exact_length = self.forward != model.step  # fused attention reads the stored keys only: cache.seen is moot
+        self.exact_length = self.forward != model.step  # fused attention reads the stored keys only, without cache.seen
         self.fused_sample = ops.sample if self.graphs and ops.ON and ops.can_sample(self.token, s) else None
 
     def step(self):

@@ -35,7 +35,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def agree(self):
-        """A UserError of one rank becomes that of all ranks, which leave the block together."""
+        """If a rank raises a UserError inside, all ranks raise it at the end of the block."""
         refusal = ""
         try:
             yield
@@ -51,7 +51,7 @@ class Ranks:
         return self
 
     def __exit__(self, kind, e, _):
-        """Leaves the process group where all ranks end together. Where one fails alone, the others might never come."""
+        """Leaves the process group where all ranks end together: after the failure of one it would wait forever."""
         if self.world > 1 and (kind in (None, SystemExit) or kind is UserError and not e.alone):
             # gloo's thread needs Python's lock for the last all_reduce: without a pause one exit in ten aborts
             time.sleep(0.1)
@@ -77,7 +77,7 @@ def pick_dtype(name, device):
 
 
 class ShapesOnly(torch.overrides.TorchFunctionMode):
-    """Calls of torch.nn.init do nothing, and arange counts on the host: on meta both import torch's compiler, 1.5 s."""
+    """torch.nn.init does nothing, arange runs on the CPU: on meta both import torch's compiler, which takes 1.5 s."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -1,7 +1,7 @@
 """Hugging Face out and in:  python export.py out/quickstart --to=hf/quickstart
                           python export.py hf/SmolLM2-135M --out_dir=out/smollm2
 
-The source is a run folder, a model.pt, or a folder of Hugging Face's (config.json, safetensors, tokenizer).
+The source is a run folder, a model.pt, or a Hugging Face folder (config.json, safetensors, tokenizer).
 --to=FOLDER writes it for Hugging Face's transformers and what reads their format: every structured linear merged, as
 the stock architecture that computes the same. --out_dir=FOLDER writes a model.pt, which sample.py, train.py and this
 script read. --ffn=lowrank --rank=256 projects the FFNs of a dense source onto factors on the way: the nearest in the
@@ -38,14 +38,14 @@ def read_settings(argv):
     argv = [arg.replace("--for=", "--target=", 1) if arg.startswith("--for=") else arg for arg in argv]  # a keyword
     words, values = config.parse(argv, Settings, usage=__doc__)
     if len(words) != 1:
-        raise UserError("give one source, a run folder, model.pt or folder of Hugging Face's; "
+        raise UserError("give one source, a run folder, model.pt or Hugging Face folder; "
                         f"{len(words)} were given.")
     s = Settings(**values)
     if bool(s.to) == bool(s.out_dir):
         raise UserError("give a destination: --to=FOLDER for Hugging Face's transformers, or --out_dir=FOLDER "
                         "for a model.pt.")
     checks = ((("target", "dtype", "factors"), s.to, "--to=FOLDER"),
-              (("block_size",), is_hf(words[0]), "a source of Hugging Face's"),
+              (("block_size",), is_hf(words[0]), "a Hugging Face folder as source"),
               (("rank", "nblocks", "n_dense_layers", "calibrate"), s.ffn != "dense", "a projection, as --ffn=lowrank"),
               (("calibrate_tokens", "weighted"), s.calibrate, "--calibrate=FILE"))
     for names, there, needed in checks:
@@ -58,13 +58,15 @@ def read_settings(argv):
             raise UserError(f"{name}={getattr(s, name)} must be at least {least}.")
     if os.path.exists(target := s.to or os.path.join(s.out_dir, "model.pt")):
         raise UserError(f"{target} exists: move it away, or write elsewhere.")
+    if s.out_dir and any(os.path.exists(os.path.join(s.out_dir, name)) for name in ("config.json", "ckpt.pt")):
+        raise UserError(f"{s.out_dir} holds a run that a model.pt would end: write elsewhere.")
     if s.calibrate and not os.path.isfile(s.calibrate):
         raise UserError(f"calibrate={s.calibrate} does not exist: give a text file.")
     return words[0], s
 
 
 def is_hf(path) -> bool:
-    """Whether a source is a folder of Hugging Face's; a run has a config.json too."""
+    """Whether a source is a Hugging Face folder; a run has a config.json too."""
     there, *of_a_run = (os.path.exists(os.path.join(path, n)) for n in ("config.json", "model.pt", "metrics.jsonl"))
     return there and not any(of_a_run)
 
@@ -92,7 +94,7 @@ from train import summary
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Architectures of Hugging Face's that compute what ours does
+# Hugging Face architectures that compute what ours does
 
 class Layout(NamedTuple):
     """Names of the modules that a family of architectures shares."""
@@ -193,11 +195,11 @@ def unknown_switches(cfg) -> dict:
 def choose_home(cfg, target, kind) -> str:
     """The first architecture that computes the same and that `target` reads as it is; kind: of the tokenizer."""
     for switch, value in unknown_switches(cfg).items():
-        raise UserError(f"no architecture of Hugging Face's that is known here expresses {switch}={value}.")
+        raise UserError(f"no Hugging Face architecture that is known here expresses {switch}={value}.")
     fits = [name for name, home in HOMES.items()
             if (cfg.pos, cfg.norm) == (home.pos, home.norm) and cfg.act in home.acts]
     if not fits:
-        raise UserError(f"no architecture of Hugging Face's has pos={cfg.pos} with norm={cfg.norm} and act={cfg.act}: "
+        raise UserError(f"no Hugging Face architecture has pos={cfg.pos} with norm={cfg.norm} and act={cfg.act}: "
                         "with learned positions there is only norm=layernorm with act=gelu or relu2.")
     reasons = []
     for name in fits:
@@ -534,7 +536,8 @@ def model_card(title, cfg, saved, name, params, factors) -> str:
         plan = summary(cfg)
         guide = f"{cfg.guide}, {plan['guided_steps']} of {plan['steps']} steps"
         facts |= {"self-guided training": "none" if cfg.guide == "off" else guide,
-                  "data": f"{cfg.dataset}, {short(plan['unique_tokens'])} tokens",
+                  "data": f"{cfg.data_dir or cfg.dataset}, {short(plan['unique_tokens'])} tokens",
+                  "first weights": cfg.init_from or "random",
                   "recipe": f"{cfg.optimizer}, {saved['step']} of {plan['steps']} steps of {cfg.batch_size} x "
                             f"{cfg.block_size} tokens, lr {cfg.lr:g}, weight decay {cfg.weight_decay:g}, "
                             f"seed {cfg.seed}"}
@@ -548,7 +551,7 @@ def model_card(title, cfg, saved, name, params, factors) -> str:
 
 
 def for_factors(values, cfg) -> dict:
-    """What config.json says besides, for MODELING."""
+    """The entries that config.json needs in addition, for MODELING."""
     ffn = {"ffn": cfg.ffn, "rank": cfg.rank, "nblocks": cfg.nblocks, "n_dense_layers": cfg.n_dense_layers,
            "act": cfg.act, "n_embd": cfg.n_embd, "ffn_dim": cfg.ffn_dim, "bias": cfg.bias}
     classname = values["architectures"][0] + "WithFactors"
@@ -594,7 +597,7 @@ def write_hf(folder, model, cfg, saved, s):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# In: a folder of Hugging Face's
+# In: a Hugging Face folder
 
 # Settings of config.json without a switch of ours: {name: the value that we compute}. Left out they mean it too.
 ONLY = {"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True, "add_cross_attention": False,
@@ -682,7 +685,7 @@ def qk_gain(folder, tensors) -> float:
 
 
 def read_hf(folder, block_size=0):
-    """A folder of Hugging Face's -> (model in fp32 on the CPU, its Config, the other entries of a model.pt)."""
+    """A Hugging Face folder -> (model in fp32 on the CPU, its Config, the other entries of a model.pt)."""
     name, cfg = read_hf_config(os.path.join(folder, "config.json"), block_size)
     paths = [os.path.join(folder, file) for file in ("tokenizer.json", "tokenizer.model")]
     cfg.tokenizer = next(filter(os.path.exists, paths), "")

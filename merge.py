@@ -98,7 +98,8 @@ def drop_unused(model):
 
 def step_weights(model, tokens, launch) -> int:
     """Bytes of weights that a step on `tokens` tokens reads, each once. An embedding's few rows are not counted."""
-    unread = {id(table.weight) for table in (model.wte, model.wpe) if table is not None} - {id(model.head.weight)}
+    tables = model.wte, model.wpe, *(block.attn.values for block in model.blocks)
+    unread = {id(table.weight) for table in tables if table is not None} - {id(model.head.weight)}
     with model.speeds.launched(launch):
         for pair in (module for module in model.modules() if isinstance(module, FactorsOrMerged)):
             merged = model.speeds.merged(pair.shape, tokens)

@@ -486,7 +486,7 @@ def load_init(cfg, model, tokenizer):
             there, here = shapes.get(name, "none"), mine.get(name, "none")
             raise UserError(f"init_from={cfg.init_from} does not fit this model: the shape of {name} is {there} there, "
                             f"{here} here; give the settings of that model.")
-    for name in UNSEEN:
+    for name in (*UNSEEN, *["tie_embeddings"] * cfg.tie_embeddings):  # one table cannot hold two
         if getattr(theirs, name) != getattr(cfg, name):
             raise UserError(f"init_from={cfg.init_from} has {name}={getattr(theirs, name)}, this model "
                             f"{name}={getattr(cfg, name)}: give --{name}={getattr(theirs, name)}.")

@@ -1,4 +1,4 @@
-"""Stock architectures of Hugging Face's with structured FFNs as factors; export.py puts a copy beside the weights.
+"""Hugging Face architectures with structured FFNs as factors; export.py puts a copy beside the weights.
 
 AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) loads them. Everything but the FFNs is the stock
 class; y = W x + bias of the structured linears ("Building on Efficient Foundations", arXiv 2406.16450) goes through
@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from transformers import ArceeForCausalLM, GPT2LMHeadModel, GPTBigCodeForCausalLM, LlamaForCausalLM
-from transformers import MistralForCausalLM, StableLmForCausalLM, Starcoder2ForCausalLM
+from transformers import MistralForCausalLM, Qwen3ForCausalLM, StableLmForCausalLM, Starcoder2ForCausalLM
 
 
 class Factors(nn.Module):
@@ -63,6 +63,10 @@ class LlamaForCausalLMWithFactors(WithFactors, LlamaForCausalLM):
 
 
 class MistralForCausalLMWithFactors(WithFactors, MistralForCausalLM):
+    pass
+
+
+class Qwen3ForCausalLMWithFactors(WithFactors, Qwen3ForCausalLM):
     pass
 
 

@@ -15,7 +15,7 @@ from model import ops
 def total_norm(grads):
     """The norm of all gradients together, 0-d float32; each dtype is reduced in one launch."""
     parts = []
-    for dtype in {g.dtype for g in grads}:
+    for dtype in dict.fromkeys(g.dtype for g in grads):  # not a set: its order differs between ranks
         exact = torch.promote_types(dtype, torch.float32)
         parts += torch._foreach_norm([g for g in grads if g.dtype is dtype], dtype=exact)
     return torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros(())
@@ -64,7 +64,8 @@ class MixedAdamW(torch.optim.Optimizer):
     def accumulate(self, last):
         """Before a further micro-batch's backward: bf16 gradients are summed in fp32, and handed back for the last one.
 
-        So a sum over many micro-batches is rounded once, and DDP reduces it with the last gradient.
+        So however many micro-batches there are, their sum is rounded to bf16 twice, and DDP reduces it with the last
+        gradient.
         """
         for p in self.state:
             if p.dtype is torch.bfloat16 and p.grad is not None:
@@ -100,7 +101,7 @@ class MixedAdamW(torch.optim.Optimizer):
         if not any(p.grad is not None for p in params):
             return
         key = tuple(map(id, params))
-        if self.tables.get(table, (None,))[0] != key:  # at the start, and when the guides have left
+        if self.tables.get(table, (None,))[0] != key:  # at the start, and after the guides are dropped
             states = [self.state[p] for p in params]
             copies = [p.data for p in params] if table[1] else None
             first, second = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]

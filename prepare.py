@@ -551,6 +551,8 @@ def next_command(preset, folder):
     out = next(out + n for n in numbers if not os.path.exists(os.path.join(out + n, "config.json")))
     if out != plan.out_dir:
         words.append(f"--out_dir={out}")
+    if 0 < plan.vocab_size < train.vocab_size:
+        words.append("--vocab_size=0")
     fits = min(val.count - 1, (train.count - 1) // plan.batch_size)
     if fits < plan.block_size:
         print(f"warning: {train.count:,} training and {val.count:,} validation tokens are few for {preset} (batch_size "

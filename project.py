@@ -106,13 +106,17 @@ class Moments:
 
 def project_model(model, cfg, batches=()):
     """Projects the FFNs of a dense model in place, weighted by their inputs on batches of tokens if there are any."""
-    streams = [(model.wte(tokens), None) for tokens in batches]
-    if model.wpe is not None:
-        streams = [(x + model.wpe.weight[:x.size(1)], None) for x, _ in streams]
+    streams = []  # of each batch: x and pending of the residual stream, its token embeddings, its value embeddings
+    for tokens in batches:
+        x, values = model.embed(tokens)
+        x = x if model.wpe is None else x + model.wpe.weight[:x.size(1)]
+        streams.append((x, None, x, values))
     for layer, block in enumerate(model.blocks):
         block.ffn.kernels = False  # so that the linears are called
         moments = {name: Moments(getattr(block.ffn, name)) for name in ("fc1", "fc2")}
-        streams = [block(x, pending, model.cos[:x.size(1)], model.sin[:x.size(1)]) for x, pending in streams]
+        streams = [(*block(x, pending, model.cos[:x.size(1)], model.sin[:x.size(1)], None, values[layer], x0),
+                    x0, values)
+                   for x, pending, x0, values in streams]
         errors = {}
         for name, moment in moments.items():
             moment.hook.remove()

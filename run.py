@@ -1,7 +1,7 @@
 """A run is a folder: config.json, metrics.jsonl, ckpt.pt and model.pt. It has one owner at a time.
 
 Every file is written beside its place, synced to the disk and renamed, so that it is whole or not there. The chapters:
-files, the folder and its owner, metrics.jsonl, checkpoints, what a run says as it goes.
+files, the folder and its owner, metrics.jsonl, checkpoints, the log.
 """
 import contextlib
 import dataclasses
@@ -85,7 +85,8 @@ def read_json(path, lines=False):
 # The folder: its owner, and what is in it
 
 FILES = ("config.json", "metrics.jsonl", "ckpt.pt", "model.pt")
-# settings that may change when a run is continued: they do not change what is computed, or the data's checksum does
+# settings that may change when a run is continued: they do not change the weights, or they only name the data, whose
+# checksum is compared
 MAY_CHANGE = {"micro_batch_size", "eval_interval", "final_eval_tokens", "log_interval", "save_interval", "out_dir",
               "resume", "wandb", "wandb_project", "device", "compile", "recompute", "kernels", "eval_only", "data_dir",
               "input", "val_input", "dataset", "tokenizer"}
@@ -294,7 +295,7 @@ def data_checksum(folder):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a run says as it goes
+# The log
 
 def perplexity(loss):
     return math.exp(loss) if loss < 700 else math.inf
@@ -324,7 +325,7 @@ class Log:
     """metrics.jsonl (one object a line, flushed at once), Weights & Biases if wanted, and progress. Only rank 0 speaks.
 
     On a terminal progress is one line that is rewritten. In a log file it is a line for each 1 % of the run or every
-    five minutes, whichever comes first. Rates leave out validation and saving; their clock never jumps.
+    five minutes, whichever comes first. Rates leave out the time of validation and saving.
     """
 
     def __init__(self, cfg, ranks, step, flops):
@@ -337,7 +338,8 @@ class Log:
         self.tty, self.next_step, self.next_time = sys.stdout.isatty(), 0, 0.0
         self.lost = None                                        # why standard output takes no more
         self.began = self.mark = time.monotonic()
-        self.mark_step, self.rate = step, None
+        self.first = self.mark_step = step
+        self.rate = None
         self.steady_tokens, self.steady_seconds, self.steady_flops = 0, 0.0, 0.0
         if ranks.master:
             # wandb first: it may want a login, and then the folder holds no run and the same command can be given again
@@ -369,7 +371,7 @@ class Log:
         self.check(step, "loss", loss)
         now, tokens = time.monotonic(), (step - self.mark_step) * self.tokens_per_step
         seconds, flops = max(now - self.mark, 1e-9), self.flops[step] - self.flops[self.mark_step]
-        if self.mark_step > self.cfg.log_interval or not self.ranks.compile:  # the first steps compile
+        if self.mark_step > self.first + self.cfg.log_interval or not self.ranks.compile:  # the first steps compile
             self.steady_tokens += tokens
             self.steady_seconds += seconds
             self.steady_flops += flops

@@ -139,7 +139,7 @@ from tokenizer import tokenizer_from_blob
 
 
 def encode(prompt, tokenizer, cfg) -> list:
-    """Token ids of a prompt, checked; no text is the end of the document before."""
+    """Token ids of a prompt, checked; without text the EOS token, as at the beginning of a document."""
     text, where = prompt.text, prompt.where
     if not text:
         return [tokenizer.eos]

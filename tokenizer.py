@@ -1,7 +1,7 @@
 """Tokenizers: a function text -> ids, and the bytes of every id.
 
 GPT-2's and LLaMA's vocabularies are downloaded once. Sentencepiece models are read from a file or trained on the
-corpus, a tokenizer.json is read from a folder of Hugging Face's. Data folders and models keep a tokenizer's identity
+corpus, a tokenizer.json is read from a Hugging Face folder. Data folders and models keep a tokenizer's identity
 and blob, which rebuild it without network.
 """
 import functools
@@ -182,14 +182,14 @@ def _huggingface(identity, blob):
     """A tokenizer.json: a BPE over bytes (GPT-2, LLaMA 3) or over pieces with bytes as fallback (LLaMA 2)."""
     library = package("tokenizers", f"tokenizer={identity}")
     data = json.loads(blob)
-    eos, decoder = data.pop("eos_token"), json.dumps(data["decoder"])
-    if data["model"]["type"] != "BPE" or not ("ByteLevel" in decoder or "ByteFallback" in decoder):
+    eos, decoder = data.pop("eos_token"), json.dumps(data.get("decoder"))
+    if data["model"].setdefault("type", "BPE") != "BPE" or not ("ByteLevel" in decoder or "ByteFallback" in decoder):
         raise UserError(f"{name_of(identity)} is {data['model']['type']} without bytes for every text: give a BPE over "
                         "bytes or with byte fallback.")
     inner = library.Tokenizer.from_str(json.dumps(data))
     inner.encode_special_tokens = True  # they are ordinary text
     special = {t["content"] for t in data["added_tokens"] if t["special"]} | {eos}
-    added, unknown = {t["content"] for t in data["added_tokens"]}, data["model"]["unk_token"]
+    added, unknown = {t["content"] for t in data["added_tokens"]}, data["model"].get("unk_token")
     of_character = {c: bytes([byte]) for byte, c in enumerate(byte_characters())}
 
     def bytes_of(token):

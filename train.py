@@ -34,7 +34,6 @@ if __name__ == "__main__":
 
 import collections
 import contextlib
-import dataclasses
 import itertools
 import json
 import math
@@ -51,7 +50,7 @@ from torch.nn.parallel import DistributedDataParallel
 import prepare
 import run
 from config import short
-from device import device_name, in_memory, on_meta, peak_flops, pick_device, set_up
+from device import device_name, in_memory, on_meta, peak_flops, set_up
 from model import GPT, build, ffn_params, flops_per_token, load, load_init, load_weights
 from optim import AdamW, MixedAdamW, Muon
 from run import perplexity
@@ -252,7 +251,7 @@ def batches(cfg, plan, tokens, n_windows, steps, ranks):
 
     def make(step):
         windows = windows_of(cfg, step if step < plan.unique else step - plan.unique, n_windows)
-        whole = read_windows(tokens, windows, cfg.block_size)   # of all ranks, so that all refuse the same
+        whole = read_windows(tokens, windows, cfg.block_size)   # of all ranks, so that every rank raises the same error
         check_ids(whole, cfg.vocab_size, os.path.join(config.data_dir(cfg), "train.bin"))
         mine = whole.reshape(-1, ranks.world, cfg.micro_batch_size, cfg.block_size + 1)[:, ranks.rank]
         batch = torch.from_numpy(np.ascontiguousarray(mine))
@@ -414,7 +413,7 @@ class Stop:
 
     @contextlib.contextmanager
     def at_once(self):
-        """Inside, nothing is left to save: the first signal ends the run too, and so does one that came before."""
+        """Inside, a signal ends the run at once, since nothing is left to save; an earlier one does so on entry."""
         self.immediate = True
         if self.signal:
             raise KeyboardInterrupt(self.signal)
@@ -475,7 +474,8 @@ def train(cfg, ranks, state, data):
     with ranks.agree():
         log = run.Log(cfg, ranks, step, step_flops(cfg, plan))
     log.show(start_card(cfg, plan, ranks, data))
-    # Checksums of large files take minutes: a thread reads them beside the first steps, and no damage is saved.
+    # Checksums of large files take minutes: a thread checks them during the first steps. Damage found ends the run
+    # before the next checkpoint.
     raise_damage = prepare.verify_in_background(*(data.train, data.val) if ranks.master else ())
     if step:
         log.say(f"continuing after step {step} of {plan.steps}")
@@ -496,12 +496,12 @@ def train(cfg, ranks, state, data):
                 end_guide(model, optimizer)
                 wrapped = wrap_ddp(model, cfg, plan, step, ranks)  # DDP's buckets still hold the guides
 
-            # what it says
+            # log
             if step % cfg.log_interval == 0 or step in (1, plan.steps):
                 with ranks.agree():
                     log.step(step, loss, lr, norm, a)
 
-            # what it keeps
+            # validate and save
             if log.lost:
                 stop.signal = stop.signal or signal.SIGTERM
             stopping = stop.agreed(ranks)
@@ -615,19 +615,20 @@ def fill_vocabulary(cfg):
 
 def score(cfg):
     """eval_only: the loss of the model in out_dir on data_dir's validation file."""
-    device = pick_device(cfg.device)
-    model, trained, saved = load(cfg.out_dir, device)
-    _, val_file, tokenizer = prepare.open_data(cfg)
-    val_file.verify()
-    if tokenizer.identity != saved["tokenizer"]["identity"]:
-        raise UserError(f"the model in {cfg.out_dir} was trained with the tokenizer {saved['tokenizer']['identity']}, "
-                        f"{config.data_dir(cfg)} holds tokens of {tokenizer.identity}: "
-                        "prepare the text with the model's.")
-    trained.micro_batch_size = cfg.micro_batch_size
-    n = count_validation(trained, val_file, cfg.final_eval_tokens)
-    ranks = set_up(dataclasses.replace(trained, device=cfg.device, dtype=cfg.dtype, compile=cfg.compile,
-                                       batch_size=cfg.batch_size))
-    with ranks, in_memory(trained, ranks, summary(trained)["params"]):
+    ranks = set_up(cfg)  # first: it chooses each rank's device
+    with ranks, contextlib.ExitStack() as memory:
+        model, trained, saved = load(cfg.out_dir, ranks.device)
+        for block in model.blocks:
+            block.ffn.kernels = cfg.kernels
+        _, val_file, tokenizer = prepare.open_data(cfg)
+        val_file.verify()
+        if tokenizer.identity != saved["tokenizer"]["identity"]:
+            raise UserError(f"the model in {cfg.out_dir} was trained with the tokenizer "
+                            f"{saved['tokenizer']['identity']}, {config.data_dir(cfg)} holds tokens of "
+                            f"{tokenizer.identity}: prepare the text with the model's.")
+        trained.micro_batch_size = cfg.micro_batch_size
+        n = count_validation(trained, val_file, cfg.final_eval_tokens)
+        memory.enter_context(in_memory(trained, ranks, summary(trained)["params"]))
         if ranks.compile:
             model.compile_parts()
         loss = evaluate(model, val_file, n, trained, ranks)

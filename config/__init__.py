@@ -36,8 +36,8 @@ from typing import Literal
 class UserError(Exception):
     """A user's mistake, or a failure of the machine, in one sentence; scripts print it and exit with status 2.
 
-    Under torchrun rank 0 prints for all, unless a rank may have met it `alone`. In a sentence of more than 400
-    characters, values and paths of more than 80 are cut.
+    Under torchrun rank 0 prints for all. With `alone` the rank that raised it prints too, since the others may not
+    raise it. In a sentence of more than 400 characters, words of more than 80 are cut.
     """
 
     def __init__(self, sentence, alone=False):
@@ -464,12 +464,12 @@ def _check_optimizer(cfg):
 def muon_rates(cfg) -> dict:
     """The scaling rule: Muon's rates from the width, the tokens of a step and the number of steps.
 
-        b = (tokens of a step / 2^19)^(1/3)       gradients averaged over more tokens carry further
+        b = (tokens of a step / 2^19)^(1/3)       gradients averaged over more tokens allow larger steps
         lr         0.02 b                         an update's spectral norm is lr sqrt(max(1, rows / columns))
         embed_lr   0.3 b sqrt(768 / n_embd)       AdamW moves every entry alike, so a wide row by more
         head_lr    0.008 b sqrt(768 / n_embd)
         vector_lr  0.005 b,  skip_lr 0.5 b
-        weight_decay  14 / (lr steps)             weights forget what lies further back than a 14th of the run
+        weight_decay  14 / (lr steps)             a weight decays by 1/e over a 14th of the run
 
     Initialisation follows the width too (init=zero in model.py). At 2^19 tokens a step the constants are nanochat's,
     tuned there at 12 to 26 layers; at 2^15, 8 layers x 768 and 60M tokens, 1.5 times more than the square root of the
@@ -534,7 +534,7 @@ def run(main):
         with contextlib.suppress(UserError):
             check_output()
         if os.environ.get("RANK", "0") != "0" and not e.alone:
-            time.sleep(PATIENCE)  # rank 0 prints this and ends, then torchrun ends this process; or else it speaks
+            time.sleep(PATIENCE)  # rank 0 prints the same and ends, then torchrun ends this process; else it prints
         with contextlib.suppress(OSError):
             print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -14,8 +14,8 @@ batch_size = 4              # many small steps rather than few large ones
 micro_batch_size = 4        # no gradient accumulation
 
 lr = 1e-3                   # small models take a high one
-betas = (0.9, 0.95)         # a run of 1171 steps has no use for a memory of 1000
-eval_interval = 300         # three looks on the way
+betas = (0.9, 0.95)         # 0.999 would average over 1000 steps, nearly the whole run
+eval_interval = 300         # three validations during the run
 eval_tokens = 64 * 256      # a second or two each
 final_eval_tokens = 512 * 256  # about ten seconds
 log_interval = 20           # a line every five seconds

@@ -1,4 +1,4 @@
-"""config: precedence, types, presets that are parsed and not run, mistakes told in one sentence without torch."""
+"""config: precedence, types, presets that are parsed and not run, mistakes reported in one sentence, without torch."""
 import dataclasses
 import os
 import random

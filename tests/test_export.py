@@ -615,7 +615,7 @@ def test_a_missing_model_and_a_failed_export_leave_nothing(cli, tmp_path, monkey
     (tmp_path / "begun" / "metrics.jsonl").write_text("")
     status, out, err = cli("export.py", tmp_path / "begun", f"--to={tmp_path}/hf")
     assert_one_sentence(status, out, err)
-    assert "model.pt does not exist" in err  # and not that it is no folder of Hugging Face's
+    assert "model.pt does not exist" in err  # and not that it is no Hugging Face folder
     keep_model(tmp_path / "run", random_model(tiny()))
     (tmp_path / "hf.tmp").mkdir()
 

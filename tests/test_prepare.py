@@ -395,7 +395,7 @@ def test_mistakes_are_one_sentence_and_status_2(tmp_path, args, sentence):
 
 
 def test_remote_failures_name_the_offline_way(tmp_path):
-    # a proxy that nobody serves: no network, wherever this test runs
+    # a proxy address where nothing listens: no network, wherever this test runs
     closed = {**os.environ, **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY",
                                              "all_proxy"), "http://127.0.0.1:9"),
               "NO_PROXY": "", "no_proxy": "", "HF_HOME": str(tmp_path / "hf"),

@@ -39,7 +39,7 @@ def test_resume_equals_no_interruption(name, stops, whole, data, tmp_path, monke
 
 @pytest.mark.parametrize("crash, torn", [(3, ""), (7, '{"step": 7, "tok'), (11, '{"step": 11, "loss": 1.5}'), (6, "")])
 def test_after_a_crash_no_step_stands_twice(crash, torn, whole, data, tmp_path, monkeypatch):
-    """Checkpoints every 5 steps; the steps after the last one are told again, a torn last line goes."""
+    """Checkpoints every 5 steps; the steps after the last one are logged again, a torn last line goes."""
     out, flags = tmp_path / "run", [*RUNS["guided"], "--save_interval=5", "--resume=auto"]
     with pytest.raises(RuntimeError, match="machine failed"):
         stopped(out, data, crash, monkeypatch, *flags, how=RuntimeError)

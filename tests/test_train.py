@@ -364,7 +364,7 @@ def test_mistakes_about_data_are_told_before_the_first_step(cli, data, tmp_path,
     status, out, err = cli("train.py", *TINY, f"--data_dir={data}", "--vocab_size=256", f"--out_dir={tmp_path / 'run'}")
     assert_one_sentence(status, out, err)
     assert "vocab_size=256" in err and "257" in err
-    monkeypatch.setattr(prepare, "ensure_data", lambda cfg: pytest.fail("data was asked for"))
+    monkeypatch.setattr(prepare, "ensure_data", lambda cfg: pytest.fail("data was requested"))
     monkeypatch.setenv("WORLD_SIZE", "3")
     for argv, words in ((["--batch_size=8"], "batch_size=8 does not divide among 3 processes x micro_batch_size=4 "),
                         (["--max_tokens=100"], "max_tokens=100 is less than one step of batch_size 8 x block_size 16"),
