@@ -176,7 +176,8 @@ LIMITS = (
     ("stablelm", "gguf", lambda c, t: not c.tie_embeddings, "is untied there, tie_embeddings=True stands in the way"),
     ("gpt2", "gguf", lambda c, t: c.ffn_dim == 4 * c.n_embd, "needs ffn_dim = 4 n_embd there"),
     ("starcoder2 stablelm gpt2", "gguf", lambda c, t: t in ("gpt2", "hf"), "needs the tokenizer gpt2 there"),
-    ("llama mistral qwen3 arcee", "gguf", lambda c, t: t != "byte", "needs the tokenizer gpt2 or spm:VOCAB there, not byte"),
+    ("llama mistral qwen3 arcee", "gguf", lambda c, t: t != "byte",
+     "needs the tokenizer gpt2 or spm:VOCAB there, not byte"),
 )
 
 

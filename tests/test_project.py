@@ -6,7 +6,6 @@ import torch
 
 import config
 import project
-from config import UserError
 from conftest import STRUCTURES, assert_one_sentence, dense_oracle, train_run
 from merge import replace_structured
 from model import build, load
