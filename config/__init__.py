@@ -231,7 +231,7 @@ def text_lines(file, where, longest=1 << 20, skip=None):
 
     A lone \\r ends no line. A byte order mark at the start is dropped. A line over `longest` bytes comes in parts, cut
     between characters, under one number. A line that is not UTF-8 raises UserError, or is left out and reported to
-    skip(number) where that is given. Readers of JSON lines skip blank ones (`not line.strip()`), which are numbered too.
+    skip(number) where that is given. Readers of JSON lines skip blank ones (`not line.strip()`), which count as lines.
     """
     number, offset, rest = 1, 0, b""
     while data := rest + file.readline(longest - len(rest)):

@@ -162,8 +162,12 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(data, tmp_path, monkeypatch)
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_every_signal_to_end_saves(name, data, tmp_path, monkeypatch):
     number = getattr(signal, name)
-    with pytest.raises(SystemExit) as e:
-        stopped(tmp_path / "run", data, 3, monkeypatch, how=number)
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored
+    try:
+        with pytest.raises(SystemExit) as e:
+            stopped(tmp_path / "run", data, 3, monkeypatch, how=number)
+    finally:
+        signal.signal(number, before)
     assert e.value.code == 128 + number and torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 3
 
 

@@ -284,7 +284,7 @@ def test_everything_works_without_the_folder_ops(data, tmp_path):
     code = f"""
 import importlib, runpy, sys
 sys.path.insert(0, ".")
-for name in {sorted(path.stem for path in ROOT.glob("*.py"))}:
+for name in {sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "modeling_factors")}:  # of transformers
     importlib.import_module(name)
 sampling = ["sample.py", "out", "--prompt=the", "--temperature=0", "--device=cpu"]
 commands = ["train.py", *{argv}, "--out_dir=out"], sampling
