@@ -89,7 +89,7 @@ from merge import exact_matmuls, replace_structured
 from model import build, load, load_weights, rms_norm
 from project import project_ffns
 from run import perplexity, read_json, save_beside, writing
-from tokenizer import byte_characters, load_tokenizer, package, tokenizer_from_blob
+from tokenizer import byte_characters, load_tokenizer, name_of, package, tokenizer_from_blob
 from train import summary
 
 
@@ -359,7 +359,7 @@ EOS = "<|endoftext|>"
 
 def kind_of(identity) -> str:
     """byte | gpt2 | spm | model | hf"""
-    name = identity.partition("@")[0]
+    name = name_of(identity)
     return name if name in ("byte", "gpt2") else name.partition(":")[0] if name.startswith(("spm:", "hf:")) else "model"
 
 
@@ -698,6 +698,9 @@ def read_hf(folder, block_size=0):
                         "give the tokenizer that belongs to the model.")
     cfg.bias = any(t.any().item() for key, t in tensors.items() if key.endswith(".bias"))
     if name == "qwen3":
+        if cfg.norm_eps != 1e-5:
+            raise UserError(f"{folder} has {HOMES[name].eps}={cfg.norm_eps}: "
+                            "here queries and keys are normed with 1e-05.")
         cfg.qk_norm = qk_gain(folder, tensors)
     model = build(cfg, torch.device("cpu"))
     load_weights(model, from_hf(tensors, cfg, name), folder)

@@ -418,6 +418,25 @@ def test_normed_embeddings_are_written_normed(transformers, cli, tmp_path):
     assert_same(ours, theirs(transformers, tmp_path / "hf"))
 
 
+def test_a_qwen3_with_another_epsilon_or_weights_of_its_own_is_refused(transformers, cli, tmp_path):
+    from safetensors.torch import load_file, save_file
+    keep_model(tmp_path / "run", random_model(tiny(*ROWS["qwen3"])))
+    assert cli("export.py", tmp_path / "run", f"--to={tmp_path}/hf")[0] == 0
+    path, weights = tmp_path / "hf" / "config.json", tmp_path / "hf" / "model.safetensors"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "rms_norm_eps": 1e-6}))
+    status, out, err = cli("export.py", tmp_path / "hf", f"--out_dir={tmp_path}/back")
+    assert_one_sentence(status, out, err)
+    assert "rms_norm_eps=1e-06" in err
+    path.write_text(json.dumps(data))
+    tensors = load_file(weights)
+    tensors["model.layers.1.self_attn.k_norm.weight"][3] = 0.5
+    save_file(tensors, weights, metadata={"format": "pt"})
+    status, out, err = cli("export.py", tmp_path / "hf", f"--out_dir={tmp_path}/back")
+    assert_one_sentence(status, out, err)
+    assert "2 different weights" in err
+
+
 def test_a_switch_that_is_not_known_is_refused_where_it_is_used():
     fields = [(f.name, f.type, f.default) for f in dataclasses.fields(Config)]
     at = SWITCHES.index("norm")
