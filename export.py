@@ -89,7 +89,7 @@ from merge import exact_matmuls, replace_structured
 from model import build, load, load_weights, rms_norm
 from project import project_ffns
 from run import perplexity, read_json, save_beside, writing
-from tokenizer import byte_characters, load_tokenizer, name_of, package, tokenizer_from_blob
+from tokenizer import byte_characters, load_tokenizer, name_of, package, saved_tokenizer
 from train import summary
 
 
@@ -563,7 +563,7 @@ def for_factors(values, cfg) -> dict:
 @torch.no_grad()
 def write_hf(folder, model, cfg, saved, s):
     """Merges the model and writes it; the folder appears whole or not at all."""
-    tokenizer = tokenizer_from_blob(saved["tokenizer"]["identity"], saved["tokenizer"]["blob"].numpy().tobytes())
+    tokenizer = saved_tokenizer(saved["tokenizer"])
     name = choose_home(cfg, s.target, kind_of(tokenizer.identity))
     files = tokenizer_files(tokenizer, cfg.block_size, s.target)
     factors = s.factors and cfg.ffn != "dense"

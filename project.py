@@ -10,7 +10,7 @@ import config
 from config import UserError
 from merge import exact_matmuls
 from structured import linear
-from tokenizer import tokenizer_from_blob
+from tokenizer import saved_tokenizer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def project_model(model, cfg, batches=()):
 
 def calibration(path, model, saved, n_tokens):
     """A text -> (batches of tokens for the activations, other windows of tokens for the loss)."""
-    tokenizer = tokenizer_from_blob(saved["tokenizer"]["identity"], saved["tokenizer"]["blob"].numpy().tobytes())
+    tokenizer = saved_tokenizer(saved["tokenizer"])
     length = min(model.cfg.block_size, 512) + 1
     text = config.read_text(path)[:8 * (n_tokens + 20 * length)]  # enough: few tokens are longer than 8 characters
     ids = torch.tensor(tokenizer.encode(text), device=model.head.weight.device)

@@ -69,11 +69,11 @@ def atomic_write(path):
             os.remove(temp)
 
 
-def read_json(path, lines=False):
-    """The value in a JSON file, or those of a file of JSON lines; a torn last line is left out."""
+def read_json(path):
+    """The value in a JSON file."""
     try:
         with open(path, encoding="utf-8") as f:
-            return [json.loads(line) for line in f if line.endswith("\n")] if lines else json.load(f)
+            return json.load(f)
     except OSError as e:
         reason = "is missing" if isinstance(e, FileNotFoundError) else f"cannot be read ({e.strerror})"
         raise UserError(f"{path} {reason}: give the folder of a run.") from None

@@ -135,7 +135,7 @@ from device import out_of_memory, pick_device, pick_dtype
 from merge import exact_matmuls, prepare_model, replace_structured
 from model import load
 from run import save_beside, writing
-from tokenizer import tokenizer_from_blob
+from tokenizer import saved_tokenizer
 
 
 def encode(prompt, tokenizer, cfg) -> list:
@@ -274,7 +274,7 @@ def main(path, s, prompts):
     if s.graphs is True and device.type != "cuda":
         raise UserError(f"graphs=True needs a CUDA device, this is {device}: leave --graphs out.")
     model, cfg, saved = load(path, device)
-    tokenizer = tokenizer_from_blob(saved["tokenizer"]["identity"], saved["tokenizer"]["blob"].numpy().tobytes())
+    tokenizer = saved_tokenizer(saved["tokenizer"])
     encoded = [encode(prompt, tokenizer, cfg) for prompt in prompts]
     if s.merge:
         return write_merged(path, model, cfg, saved, encoded[0])

@@ -100,6 +100,11 @@ def tokenizer_from_blob(identity, blob) -> Tokenizer:
     return _gpt2(blob) if name == "gpt2" else _sentencepiece(identity, blob)
 
 
+def saved_tokenizer(entry) -> Tokenizer:
+    """The tokenizer in a model.pt: entry {identity, blob}, the blob a uint8 tensor."""
+    return tokenizer_from_blob(entry["identity"], entry["blob"].numpy().tobytes())
+
+
 def short_hash(data):
     return hashlib.sha256(data).hexdigest()[:12]
 
