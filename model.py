@@ -246,23 +246,31 @@ class LayerCache(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------------------
 # LM head and cross-entropy, a chunk of tokens at a time
 
-def token_loss(logits, targets, scale):
-    """Cross-entropy (C,) of logits (C, V) in float32, and scale x its gradient in the logits' dtype.
+def softcap(logits, cap):
+    """cap tanh(logits / cap), in at least float32; cap 0: the logits as they are."""
+    return cap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap) if cap else logits
+
+
+def token_loss(logits, targets, scale, cap=0.0):
+    """Cross-entropy (C,) of softcap(logits, cap) (C, V) in float32, and scale x its gradient in the logits' dtype.
 
     Targets below 0 count nothing.
     """
-    logits32 = logits.float()
+    logits32 = softcap(logits, cap).float()
     kept = targets >= 0
     index = targets.clamp(min=0)[:, None]                                        # (C, 1)
     logz = logits32.logsumexp(dim=1, keepdim=True)
     loss = (logz - logits32.gather(1, index))[:, 0] * kept
     one_hot = torch.arange(logits.size(1), device=logits.device) == index        # (C, V)
     grad = ((logits32 - logz).exp() - one_hot.float()) * (kept * scale)[:, None]
+    if cap:
+        grad = grad * (1 - (logits32 / cap).square())  # the slope of tanh
     return loss, grad.to(logits.dtype)
 
 
 class LMLoss(torch.autograd.Function):
-    """Mean cross-entropy of h (T, d) with head weight (V, d) and targets (T,), negative targets left out.
+    """Mean cross-entropy of h (T, d) with head weight (V, d) and targets (T,), negative targets left out; cap: of
+    softcap.
 
     The logits of a chunk of tokens live only while its share of both gradients is formed. So there is no (T, V) tensor,
     and nothing is computed twice.
@@ -270,7 +278,7 @@ class LMLoss(torch.autograd.Function):
     CHUNK = 8192  # tokens; twice as many where the gradient overwrites the logits. Smaller chunks slow the matmuls down
 
     @staticmethod
-    def forward(ctx, h, weight, targets, token_loss):
+    def forward(ctx, h, weight, targets, token_loss, cap):
         w = weight.to(h.dtype)
         training = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         scale = 1.0 / (targets >= 0).sum().clamp(min=1)
@@ -283,9 +291,9 @@ class LMLoss(torch.autograd.Function):
             rows = slice(i, i + chunk)
             logits = h[rows] @ w.T                                               # (C, V)
             if in_place:
-                losses, grad = ops.token_loss(logits, targets[rows], scale, training)  # (C,), (C, V)
+                losses, grad = ops.token_loss(logits, targets[rows], scale, training, cap)  # (C,), (C, V)
             else:
-                losses, grad = token_loss(logits, targets[rows], scale)
+                losses, grad = token_loss(logits, targets[rows], scale, cap)
             loss += losses.sum()
             if training:
                 torch.mm(grad, w, out=grad_h[rows])
@@ -297,7 +305,7 @@ class LMLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad_loss.to(grad_h.dtype), (grad_w * grad_loss).to(ctx.weight_dtype), None, None
+        return grad_h * grad_loss.to(grad_h.dtype), (grad_w * grad_loss).to(ctx.weight_dtype), None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -386,6 +394,10 @@ class GPT(nn.Module):
             x, pending = block(x, pending, cos, sin, alpha if layer in guided else None, values[layer], x0)
         return add_norm(x, pending, self.norm)[1]
 
+    def logits(self, h):
+        """h (..., n_embd) -> logits (..., vocab_size)."""
+        return softcap(self.head(h), self.cfg.logit_softcap)
+
     def forward(self, tokens, targets=None, alpha=None, guided=()):
         """tokens (B, T) -> logits (B, T, vocab_size), or with targets (B, T) their mean cross-entropy, a 0-d tensor.
 
@@ -393,10 +405,10 @@ class GPT(nn.Module):
         """
         h = self.hidden(tokens, alpha, guided)
         if targets is None:
-            return self.head(h)
+            return self.logits(h)
         # LMLoss forms gradients for what requires them: in a validation nothing does
         weight = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()
-        return LMLoss.apply(h.flatten(0, 1), weight, targets.flatten(), self.token_loss)
+        return LMLoss.apply(h.flatten(0, 1), weight, targets.flatten(), self.token_loss, self.cfg.logit_softcap)
 
     def step(self, tokens, cache, lengths=None):
         """A prefill or a decode step: each row's next tokens (B, T) -> logits (B, vocab_size) of what follows them.
@@ -418,7 +430,7 @@ class GPT(nn.Module):
         last = torch.full_like(cache.position, T - 1) if lengths is None else lengths - 1
         row = torch.arange(B, device=x.device)
         cache.advance(1 if lengths is None else lengths)
-        return self.head(add_norm(x[row, last], pending[row, last], self.norm)[1])
+        return self.logits(add_norm(x[row, last], pending[row, last], self.norm)[1])
 
     def compile_parts(self):
         """torch.compile, block by block: equal blocks share one compilation, and parameters keep their names."""
@@ -469,7 +481,7 @@ def load(path, device):
 
 
 # Settings that change what a model computes and no shape that it has
-UNSEEN = ("n_head", "norm", "act", "pos", "rope_theta", "norm_eps", "qk_norm", "embed_norm")
+UNSEEN = ("n_head", "norm", "act", "pos", "rope_theta", "norm_eps", "qk_norm", "embed_norm", "logit_softcap")
 
 
 def load_init(cfg, model, tokenizer):

@@ -66,6 +66,7 @@ class Config:
     embed_norm: bool = False             # RMS norm of the token embeddings
     embed_skip: bool = False             # before every block x <- a x + b (token embeddings), a and b learned
     value_embeddings: bool = False       # every other layer adds a gated embedding of the token to its values
+    logit_softcap: float = 0.0           # logits <- c tanh(logits / c), so that none exceeds c; 0: none
     rope_theta: float = 10_000.0         # base of the rotary positions
     norm_eps: float = 1e-5               # added to the variance or mean square in every norm
     init: Literal["paper", "zero"] = "paper"                 # paper: N(0, 0.02^2); zero: branches 0, rest by width
@@ -126,7 +127,8 @@ class Config:
     @property
     def extras(self) -> list:
         """Names of the parts that the paper's model lacks: the decoding kernels know none of them."""
-        return [name for name in ("qk_norm", "embed_norm", "embed_skip", "value_embeddings") if getattr(self, name)]
+        return [name for name in ("qk_norm", "embed_norm", "embed_skip", "value_embeddings", "logit_softcap")
+                if getattr(self, name)]
 
     @property
     def n_hidden(self) -> int:
@@ -405,7 +407,7 @@ def check(cfg):
                  "log_interval", "eval_tokens", "final_eval_tokens"):
         _require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)} must be at least 1.")
     for name in ("n_kv_head", "attn_dim", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval", "save_interval",
-                 "grad_clip", "seed", "warmup_steps", "qk_norm"):
+                 "grad_clip", "seed", "warmup_steps", "qk_norm", "logit_softcap"):
         _require(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)} must not be negative.")
     for name, top in (("dropout", "below 1"), ("min_lr_ratio", "1"), ("warmup_ratio", "1"), ("decay_ratio", "1")):
         v = getattr(cfg, name)
