@@ -195,6 +195,7 @@ class Cache:
     """Keys and values of B sequences of up to `length` tokens, in buffers that never move: a CUDA graph holds them.
 
     layers: of each layer k and v (B, n_kv_head, length, head_size). position (B,): the tokens that each row holds.
+    newest (B,): the last of them, for smear.
     seen: a step reads the first `seen` places only. The host sets it, knowing that no row holds more.
     """
 
@@ -202,14 +203,14 @@ class Cache:
         shape = batch, cfg.n_kv_head, length, cfg.attn_dim // cfg.n_head
         self.layers = [tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
                        for _ in range(cfg.n_layer)]
-        self.position = torch.zeros(batch, device=device, dtype=torch.long)
+        self.position, self.newest = torch.zeros(2, batch, device=device, dtype=torch.long)
         self.length = self.seen = length
 
     def rows(self, start, stop):
         """The same buffers, some of the rows."""
         view = copy.copy(self)
         view.layers = [(k[start:stop], v[start:stop]) for k, v in self.layers]
-        view.position = self.position[start:stop]
+        view.position, view.newest = self.position[start:stop], self.newest[start:stop]
         return view
 
     def mask(self):
@@ -218,9 +219,14 @@ class Cache:
         dtype = self.layers[0][0].dtype
         return torch.zeros((), device=hidden.device, dtype=dtype).masked_fill(hidden, -torch.inf)[:, None, None]
 
-    def advance(self, tokens):
-        """A full row stays full; what is written to its last place is ignored."""
+    def before(self):
+        """(B,): the token before each row's next one, -1 in an empty row."""
+        return torch.where(self.position > 0, self.newest, -1)
+
+    def advance(self, tokens, newest):
+        """A full row stays full; what is written to its last place is ignored. newest (B,): each row's last token."""
         self.position.add_(tokens).clamp_(max=self.length - 1)
+        self.newest.copy_(newest)
 
 
 class LayerCache(NamedTuple):
@@ -311,11 +317,26 @@ class LMLoss(torch.autograd.Function):
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
+class Smear(nn.Module):
+    """x_t + scale sigmoid(gate(x_t)) x_(t-1): with the token before it beside it, attention need not fetch it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.scale = nn.Linear(GATED, 1, bias=False), nn.Parameter(torch.empty(()))
+
+    def forward(self, x, first):
+        """x (B, T + 1, n_embd), the first of which counts where `first` (B,) is true -> (B, T, n_embd)."""
+        before = torch.cat((x[:, :1] * first[:, None, None], x[:, 1:-1]), 1)     # (B, T, n_embd)
+        gate = self.scale * torch.sigmoid(self.gate(x[:, 1:, :GATED]))           # (B, T, 1)
+        return x[:, 1:] + (gate * before).to(x.dtype)
+
+
 class GPT(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg = cfg
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.smear = Smear() if cfg.smear else None
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.pos == "absolute" else None
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
         self.norm = make_norm(cfg)
@@ -347,6 +368,8 @@ class GPT(nn.Module):
                 nn.init.zeros_(module.bias)
             if isinstance(module, Structured):
                 module.reset_parameters(0.4 * std if zero else std)
+        if self.smear is not None:
+            nn.init.zeros_(self.smear.scale)
         for layer, block in enumerate(self.blocks if self.cfg.embed_skip else ()):
             depth = layer / max(1, self.cfg.n_layer - 1)
             block.a.fill_(1.15 - 0.1 * depth)  # early layers weigh more, and see more of the embeddings
@@ -370,18 +393,23 @@ class GPT(nn.Module):
             nn.init.normal_(self.wte.weight)
             nn.init.normal_(self.head.weight, std=0.001)
 
-    def embed(self, tokens):
-        """tokens (B, T) -> their embeddings, (B, T, n_embd), and of each layer its value embeddings or None."""
-        x = self.wte(tokens)
+    def embed(self, tokens, before):
+        """tokens (B, T) -> their embeddings, (B, T, n_embd), and of each layer its value embeddings or None.
+
+        before (B,): the token before each row's first, -1 where there is none; used with smear only.
+        """
+        x = self.wte(torch.cat((before.clamp(min=0)[:, None], tokens), 1) if self.cfg.smear else tokens)
         if self.cfg.embed_norm:
             x = rms_norm(x)
+        if self.cfg.smear:
+            x = self.smear(x, before >= 0)
         return x, [None if block.attn.values is None else block.attn.values(tokens) for block in self.blocks]
 
     def hidden(self, tokens, alpha=None, guided=()):
         """tokens (B, T) -> what the LM head reads, (B, T, n_embd). guided: the layers that use their guide."""
         T = tokens.size(1)
         assert T <= self.cfg.block_size, f"{T} tokens exceed block_size {self.cfg.block_size}"
-        x, values = self.embed(tokens)
+        x, values = self.embed(tokens, tokens.new_full((len(tokens),), -1))
         if self.wpe is not None:
             x = x + self.wpe.weight[:T]
         kind = x.device.type
@@ -419,7 +447,7 @@ class GPT(nn.Module):
         """
         B, T = tokens.shape
         place = cache.position[:, None] + torch.arange(T, device=tokens.device)  # (B, T)
-        x, values = self.embed(tokens)
+        x, values = self.embed(tokens, cache.before())
         if self.wpe is not None:
             x = x + self.wpe(place)
         cos, sin = self.cos[place], self.sin[place]                              # (B, T, 1, head_size)
@@ -429,7 +457,7 @@ class GPT(nn.Module):
             x, pending = block(x, pending, cos, sin, values=value, x0=x0, cache=kept)
         last = torch.full_like(cache.position, T - 1) if lengths is None else lengths - 1
         row = torch.arange(B, device=x.device)
-        cache.advance(1 if lengths is None else lengths)
+        cache.advance(1 if lengths is None else lengths, tokens[row, last])
         return self.logits(add_norm(x[row, last], pending[row, last], self.norm)[1])
 
     def compile_parts(self):

@@ -97,6 +97,9 @@ def reference_logits(cfg, params, tokens, dense=None):
     x = params["wte.weight"][tokens]
     if cfg.embed_norm:
         x = rms(x)
+    if cfg.smear:
+        share = params["smear.scale"] / (1 + torch.exp(-x[..., :16] @ params["smear.gate.weight"].T))
+        x = torch.cat((x[:, :1], x[:, 1:] + share[:, 1:] * x[:, :-1]), 1)
     if cfg.pos == "absolute":
         x = x + params["wpe.weight"][:tokens.size(1)]
     x0 = x
@@ -120,8 +123,8 @@ def random_model(cfg, scale=0.15):
 
 
 RECIPE = ["--norm=rmsnorm", "--act=relu2", "--bias=False", "--tie_embeddings=False", "--qk_norm=1.2",
-          "--embed_norm=True", "--embed_skip=True", "--value_embeddings=True", "--logit_softcap=3", "--rope_theta=100000",
-          "--init=zero"]
+          "--embed_norm=True", "--smear=True", "--embed_skip=True", "--value_embeddings=True", "--logit_softcap=3",
+          "--rope_theta=100000", "--init=zero"]
 SWITCHES = {
     "gpt": [],
     "llama": ["--norm=rmsnorm", "--act=swiglu", "--bias=False", "--n_kv_head=2", "--tie_embeddings=False", "--ffn_dim=40"],
