@@ -115,6 +115,7 @@ def padded(length, block_size) -> int:
 BUCKETS = 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048  # lengths of prompts that have a CUDA graph
 FEW = 4    # prompts at a time that go one by one, as graphs; more fill the device while their kernels are launched
 CHUNK = 8  # steps between two looks at the new tokens
+SOON = 2   # the same while prompts wait, since a row that has ended keeps its place until then
 
 
 @dataclass
@@ -263,12 +264,13 @@ class Decoder:
     @torch.no_grad()
     def run(self, rows, chunk=CHUNK):
         """Continues rows, `batch` at a time; where one ends, the next begins. Yields [(row, its latest tokens)] after
-        the first step and then every `chunk` steps.
+        the first step and then every `chunk` steps, or sooner.
 
         With CUDA graphs a chunk is launched before the tokens of the one before are read: the device does not wait for
         the host. So an EOS is seen one chunk late. Ends by length are known beforehand.
         """
         waiting, places, launched, steps, ahead = deque(rows), [None] * len(self.key), deque(), 1, 0
+        soon = min(chunk, max(SOON, len(places) // 32))  # a large batch collects prompts for one forward
         while True:
             self.refill(places, waiting)
             left = max((row.limit - row.steps for row in places if row), default=0)
@@ -278,7 +280,7 @@ class Decoder:
                 launched.append(self.launch(places, min(steps, left)))
             if not left or len(launched) > ahead:
                 yield self.read(*launched.popleft())
-            steps, ahead = chunk, int(self.graphs)
+            steps, ahead = soon if waiting else chunk, int(self.graphs)
 
     def refill(self, places, waiting):
         """Rows that have ended leave their places [Row or None] to those that wait."""

@@ -357,6 +357,7 @@ def test_ends_by_length_are_known_before_the_tokens_are_read(fake_graphs):
     looks = [name for name in calls if name != "step"]
     assert looks[:6] == ["launch", "read", "launch", "launch", "read", "launch"] and looks[-2:] == ["read", "read"]
     assert [len(tokens) for _, tokens in yields[0]] == [1, 1, 1]  # the first tokens are not held back by a whole chunk
+    assert len(yields[1][0][1]) == 2 and len(yields[-2][0][1]) == 5  # while prompts wait, and after that
     without = list(Decoder(model, settings(max_new_tokens=10), 3, 64, graphs=False).run([Row([1])], chunk=5))
     assert [len(tokens) for (_, tokens), in without] == [1, 5, 4]
 
