@@ -519,7 +519,7 @@ def decode_row(model, cfg, kind, launch, batch, ceiling, table, settings):
     greedy = SimpleNamespace(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, max_new_tokens=settings.new_tokens)
     decoder = decode.Decoder(model, greedy, batch, length, graphs=launch == "graph")
     prompts = torch.randint(cfg.vocab_size, (batch, settings.prompt_tokens)).tolist()
-    for _ in range(2):  # the second prompt of a length records its graph
+    for _ in range(min(2, settings.prompt_tokens)):  # the second prompt of a length records its graph
         generation(decoder, prompts, settings)
     runs = [generation(decoder, prompts, settings) for _ in range(settings.repeats or 3)]
     first, each = (statistics.median(column) for column in zip(*runs))
