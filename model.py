@@ -204,13 +204,13 @@ class Cache:
         self.layers = [tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
                        for _ in range(cfg.n_layer)]
         self.position, self.newest = torch.zeros(2, batch, device=device, dtype=torch.long)
+        self.index = torch.arange(batch, device=device)
         self.length = self.seen = length
 
-    def rows(self, start, stop):
-        """The same buffers, some of the rows."""
+    def rows(self, index):
+        """The same buffers, for prompts that go to the rows index (n,). A CUDA graph reads index anew each time."""
         view = copy.copy(self)
-        view.layers = [(k[start:stop], v[start:stop]) for k, v in self.layers]
-        view.position, view.newest = self.position[start:stop], self.newest[start:stop]
+        view.index, view.position, view.newest = index, torch.zeros_like(index), torch.zeros_like(index)
         return view
 
     def mask(self):
@@ -232,6 +232,7 @@ class Cache:
 class LayerCache(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
+    index: torch.Tensor
     position: torch.Tensor
     mask: torch.Tensor
 
@@ -240,10 +241,11 @@ class LayerCache(NamedTuple):
         B, T, n_head, size = q.shape
         if T > 1:  # prompts: nothing was stored before
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))                     # (B, heads, T, head_size)
-            self.k[:, :, :T], self.v[:, :, :T] = k, v
+            self.k[:, :, :T].index_copy_(0, self.index, k)
+            self.v[:, :, :T].index_copy_(0, self.index, v)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < n_head)
             return y.transpose(1, 2)                                             # (B, T, n_head, head_size)
-        row, seen = torch.arange(B, device=q.device), self.mask.size(-1)
+        row, seen = self.index, self.mask.size(-1)
         self.k[row, :, self.position], self.v[row, :, self.position] = k[:, 0], v[:, 0]
         q = q.view(B, k.size(2), -1, size)  # query heads that share a key head become its queries: k is not repeated
         return F.scaled_dot_product_attention(q, self.k[:, :, :seen], self.v[:, :, :seen], attn_mask=self.mask)
@@ -442,23 +444,33 @@ class GPT(nn.Module):
         """A prefill or a decode step: each row's next tokens (B, T) -> logits (B, vocab_size) of what follows them.
 
         A decode step has one token a row. A prefill fills a cache whose rows are empty with prompts, padded on the
-        right to T tokens, of which `lengths` (B,) are real. The causal mask hides the padding from every real token,
-        and later steps overwrite its keys. The steps in ops/ compute the same; this is their reference.
+        right to T tokens, of which `lengths` (B,) are real. The steps in ops/ compute the same as this.
         """
         B, T = tokens.shape
+        x, pending = self.store(tokens, cache)
+        last = torch.full_like(cache.position, T - 1) if lengths is None else lengths - 1
+        row = torch.arange(B, device=x.device)
+        cache.advance(1 if lengths is None else lengths, tokens[row, last])
+        return self.logits(add_norm(x[row, last], pending[row, last], self.norm)[1])
+
+    def store(self, tokens, cache):
+        """A step without the head: stores keys and values of tokens (B, T) -> x and pending of the last block.
+
+        Prompts are padded on the right. The causal mask hides the padding from every real token, and later steps
+        overwrite its keys.
+        """
+        T = tokens.size(1)
         place = cache.position[:, None] + torch.arange(T, device=tokens.device)  # (B, T)
         x, values = self.embed(tokens, cache.before())
         if self.wpe is not None:
             x = x + self.wpe(place)
         cos, sin = self.cos[place], self.sin[place]                              # (B, T, 1, head_size)
-        mask, x0, pending = cache.mask(), x if self.cfg.embed_skip else None, None
+        mask = cache.mask() if T == 1 else None                                  # prompts need none but the causal one
+        x0, pending = x if self.cfg.embed_skip else None, None
         for block, layer, value in zip(self.blocks, cache.layers, values):
-            kept = LayerCache(*layer, cache.position, mask)
+            kept = LayerCache(*layer, cache.index, cache.position, mask)
             x, pending = block(x, pending, cos, sin, values=value, x0=x0, cache=kept)
-        last = torch.full_like(cache.position, T - 1) if lengths is None else lengths - 1
-        row = torch.arange(B, device=x.device)
-        cache.advance(1 if lengths is None else lengths, tokens[row, last])
-        return self.logits(add_norm(x[row, last], pending[row, last], self.norm)[1])
+        return x, pending
 
     def compile_parts(self):
         """torch.compile, block by block: equal blocks share one compilation, and parameters keep their names."""
