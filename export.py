@@ -5,7 +5,7 @@ The source is a run folder, a model.pt, or a Hugging Face folder (config.json, s
 --to=FOLDER writes it for Hugging Face's transformers and what reads their format: every structured linear merged, as
 the stock architecture that computes the same. --out_dir=FOLDER writes a model.pt, which sample.py, train.py and this
 script read. --ffn=lowrank --rank=256 projects the FFNs of a dense source onto factors on the way: the nearest in the
-weights or, with --calibrate=FILE, in the outputs on that text's activations.
+weights or, with --calibrate=FILE, in the outputs on that text's activations. --ffn_dim=1024 leaves out hidden units.
 """
 import os
 from dataclasses import dataclass
@@ -27,7 +27,8 @@ class Settings:
     rank: int = 0                        # R of lowrank and blockdense
     nblocks: int = 0                     # B of blockshuffle and blockdense
     n_dense_layers: int = 1              # the first layers whose FFN stays dense
-    calibrate: str = ""                  # a text file: weigh the projection by its activations, print its loss
+    ffn_dim: int = 0                     # hidden units to leave in every FFN, those that add most; 0: all
+    calibrate: str = ""                  # a text file: weigh projection or pruning by its activations, print its loss
     calibrate_tokens: int = 16384        # tokens of the text that the activations come from
     weighted: bool = True                # False: the plain projection, the text for its losses only
     device: str = "auto"                 # of the projection: auto | cpu | cuda | cuda:N | mps
@@ -44,16 +45,18 @@ def read_settings(argv):
     if bool(s.to) == bool(s.out_dir):
         raise UserError("give a destination: --to=FOLDER for Hugging Face's transformers, or --out_dir=FOLDER "
                         "for a model.pt.")
+    projection = s.ffn != "dense" or s.ffn_dim
     checks = ((("target", "dtype", "factors"), s.to, "--to=FOLDER"),
               (("block_size",), is_hf(words[0]), "a Hugging Face folder as source"),
-              (("rank", "nblocks", "n_dense_layers", "calibrate"), s.ffn != "dense", "a projection, as --ffn=lowrank"),
+              (("rank", "nblocks", "n_dense_layers"), s.ffn != "dense", "a projection, as --ffn=lowrank"),
+              (("calibrate",), projection, "a projection, as --ffn=lowrank or --ffn_dim=1024"),
               (("calibrate_tokens", "weighted"), s.calibrate, "--calibrate=FILE"))
     for names, there, needed in checks:
         if unused := [name for name in names if name in values and not there]:
             raise UserError(f"{unused[0]}={values[unused[0]]} needs {needed}: give that too, or leave {unused[0]} out.")
     if s.factors and s.target != "transformers":
         raise UserError(f"factors=True is read by transformers only, not by {s.target}: leave one of them out.")
-    for name, least in (("block_size", 0), ("calibrate_tokens", 1)):
+    for name, least in (("block_size", 0), ("ffn_dim", 0), ("calibrate_tokens", 1)):
         if getattr(s, name) < least:
             raise UserError(f"{name}={getattr(s, name)} must be at least {least}.")
     if os.path.exists(target := s.to or os.path.join(s.out_dir, "model.pt")):
@@ -427,7 +430,7 @@ def model_card(title, cfg, saved, name, params, factors) -> str:
         guide = f"{cfg.guide}, {plan['guided_steps']} of {plan['steps']} steps"
         facts |= {"self-guided training": "none" if cfg.guide == "off" else guide,
                   "data": f"{cfg.data_dir or cfg.dataset}, {short(plan['unique_tokens'])} tokens",
-                  "first weights": cfg.init_from or "random",
+                  "first weights": cfg.init_from or "random", "teacher": cfg.distill or "none",
                   "recipe": f"{cfg.optimizer}, {saved['step']} of {plan['steps']} steps of {cfg.batch_size} x "
                             f"{cfg.block_size} tokens, lr {cfg.lr:g}, weight decay {cfg.weight_decay:g}, "
                             f"seed {cfg.seed}"}
@@ -600,9 +603,10 @@ def read_hf(folder, block_size=0):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def main(path, s):
-    device = pick_device(s.device if s.ffn != "dense" else "cpu")
+    smaller = s.ffn != "dense" or s.ffn_dim
+    device = pick_device(s.device if smaller else "cpu")
     model, cfg, saved = read_hf(path, s.block_size) if is_hf(path) else load(path, torch.device("cpu"))
-    if s.ffn != "dense":
+    if smaller:
         project_ffns(path, model.to(device), cfg, saved, s)
         model.cpu()
         saved |= {"step": 0, "val_loss": None}  # no longer the model that was trained
