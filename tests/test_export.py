@@ -126,7 +126,7 @@ def test_the_architecture_computes_the_same_and_comes_back_equal(name, transform
 
 
 @pytest.mark.parametrize("name, structure", [
-    ("llama", "lowrank"), ("llama", "blockshuffle"), ("llama", "blockdense"), ("mistral", "lowrank"),
+    ("llama", "lowrank"), ("llama", "blockshuffle"), ("qwen3", "blockdense"), ("mistral", "lowrank"),
     ("gpt2", "lowrank"), ("starcoder2, no bias, wide attention", "blockshuffle"), ("arcee", "blockdense"),
     ("stablelm", "blockdense"), ("gpt2, groups", "blockshuffle"), ("gpt_bigcode", "lowrank")])
 def test_the_factors_stay_behind_a_modeling_file(name, structure, transformers, cli, tmp_path, monkeypatch):

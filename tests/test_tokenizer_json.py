@@ -1,7 +1,9 @@
 """tokenizer.json in and out: ids and bytes of every kind of tokenizer, against tokenizers and transformers."""
+import argparse
 import io
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +104,11 @@ def tokenizer_of(kind, folder):
     return tokenizer_from_blob(pinned(name, blob) if name else kind, blob)
 
 
+def source_lines(n=1000):
+    """Lines of the standard library, with their ends."""
+    return Path(argparse.__file__).read_text(encoding="utf-8").splitlines(keepends=True)[:n]
+
+
 def odd_texts(n=300):
     rng = random.Random(0)
     kinds = ((32, 127), (0, 0x250), (0x250, 0xD800), (0xE000, 0x1FFFF))
@@ -123,6 +130,8 @@ def test_transformers_reads_every_tokenizer_with_the_same_ids_and_bytes(kind, tm
     (folder / "config.json").write_text('{"model_type": "llama"}')
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     assert theirs.eos_token_id == tokenizer.eos and len(theirs) == tokenizer.vocab_size
+    lines = source_lines()
+    assert len(lines) == 1000 and theirs(lines)["input_ids"] == [tokenizer.encode(line) for line in lines]
     for text in (*TEXTS, *LINES, *odd_texts()):
         if kind == "hf" and "</s>" in text:  # their special tokens stay theirs
             continue
