@@ -31,7 +31,7 @@ class Settings:
     calibrate: str = ""                  # a text file: weigh projection or pruning by its activations, print its loss
     calibrate_tokens: int = 16384        # tokens of the text that the activations come from
     weighted: bool = True                # False: the plain projection, the text for its losses only
-    device: str = "auto"                 # of the projection: auto | cpu | cuda | cuda:N | mps
+    device: str = "auto"                 # of the projection, which is in float64: auto | cpu | cuda | cuda:N
 
 
 def read_settings(argv):
@@ -56,6 +56,8 @@ def read_settings(argv):
             raise UserError(f"{unused[0]}={values[unused[0]]} needs {needed}: give that too, or leave {unused[0]} out.")
     if s.factors and s.target != "transformers":
         raise UserError(f"factors=True is read by transformers only, not by {s.target}: leave one of them out.")
+    if s.device == "mps":
+        raise UserError("device=mps has no float64, which a projection needs: use --device=cpu or leave it out.")
     for name, least in (("block_size", 0), ("ffn_dim", 0), ("calibrate_tokens", 1)):
         if getattr(s, name) < least:
             raise UserError(f"{name}={getattr(s, name)} must be at least {least}.")

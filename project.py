@@ -85,7 +85,9 @@ def project(W, ffn, shape_V, shape_U, C=None):
 
 def damped(C):
     """C with a little of every direction, since inputs seldom span all; None stays None."""
-    return C if C is None else C + 1e-4 * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
+    if C is None:
+        return C
+    return C + torch.diag((1e-4 * C.diagonal().mean()).clamp(min=1e-30).expand(len(C)))  # inputs may be 0 too
 
 
 def relative_errors(W, D, C=None) -> list:
@@ -142,8 +144,8 @@ class Moments:
         self.hook = linear.register_forward_pre_hook(self.add)
 
     def add(self, module, inputs):
-        x = inputs[0].flatten(0, -2)
-        self.C += (x.T @ x).double()
+        x = inputs[0].flatten(0, -2).double()  # a sum in fp32 need not be positive definite where few inputs are large
+        self.C += x.T @ x
 
 
 @torch.no_grad()

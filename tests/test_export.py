@@ -432,7 +432,8 @@ def test_damaged_and_foreign_folders_are_one_sentence(transformers, cli, tmp_pat
     ([], "0 were given"), (["a", "b", "--to=c"], "2 were given"), (["a"], "--to=FOLDER"),
     (["a", "--to=b", "--out_dir=c"], "--out_dir"), (["a", "--to=b", "--for=onnx"], "onnx"),
     (["a", "--out_dir=b", "--dtype=bfloat16"], "dtype=bfloat16"), (["a", "--to=b", "--block_size=64"], "block_size=64"),
-    (["a", "--to=b", "--rank=3"], "rank=3"),
+    (["a", "--to=b", "--rank=3"], "rank=3"), (["a", "--to=b", "--calibrate=export.py"], "calibrate=export.py"),
+    (["a", "--to=b", "--ffn_dim=3", "--device=mps"], "device=mps"),
     (["a", "--to=b", "--ffn=lowrank", "--rank=3", "--weighted=False"], "weighted=False"),
     (["a", "--to=b", "--ffn=lowrank", "--rank=3", "--calibrate=no.txt"], "no.txt"),
     (["a", "--to=.", "--for=vllm"], ". exists"), (["a", "--to=b", "--for=vllm", "--factors=True"], "vllm")])

@@ -133,6 +133,20 @@ def test_matrices_of_low_rank_and_of_zeros_leave_no_nan(shape):
             assert D.isfinite().all() and (shape[0] == "blockshuffle" or (D - W).abs().max() < 1e-9)
 
 
+@pytest.mark.parametrize("few", [0.0, 1e5])
+def test_inputs_that_are_zero_or_of_very_different_size_are_weights_too(few):
+    x = random(40, 12, seed=3).float()
+    x[:, 1:] *= few > 0
+    x[:, 0] *= few
+    fc = torch.nn.Linear(12, 20)
+    moments = project.Moments(fc)
+    with torch.no_grad():
+        fc(x)
+        new, errors = project.projected(fc, configure("--ffn=lowrank", "--rank=3"), moments.C)
+    assert new.V.isfinite().all() and new.U.isfinite().all()
+    torch.testing.assert_close(moments.C, x.double().T @ x.double(), rtol=1e-12, atol=0)
+
+
 def test_factors_are_balanced():
     left, right = project.best_factors(random(9, 14), 5, torch.linalg.cholesky(moments(14)))
     torch.testing.assert_close(left.norm(dim=0), right.norm(dim=1))
