@@ -276,32 +276,55 @@ def token_loss(logits, targets, scale, cap=0.0):
     return loss, grad.to(logits.dtype)
 
 
+def token_mixture(logits, targets, scale, cap, theirs, share):
+    """token_loss with share p + (1 - share) one_hot as the wanted distribution, p of a teacher's logits (C, V).
+
+    The loss is share KL(p || q) + (1 - share) cross-entropy, q the softmax of softcap(logits, cap).
+    """
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    capped = softcap(logits.to(exact), cap)
+    logq, logp = capped.log_softmax(1), theirs.to(exact).log_softmax(1)
+    p, kept, index = logp.exp(), targets >= 0, targets.clamp(min=0)[:, None]
+    loss = (share * (p * (logp - logq)).sum(1) - (1 - share) * logq.gather(1, index)[:, 0]) * kept
+    one_hot = (torch.arange(logits.size(1), device=logits.device) == index).to(exact)
+    grad = (logq.exp() - share * p - (1 - share) * one_hot) * (kept * scale)[:, None]
+    if cap:
+        grad = grad * (1 - (capped / cap).square())
+    return loss, grad.to(logits.dtype)
+
+
 class LMLoss(torch.autograd.Function):
     """Mean cross-entropy of h (T, d) with head weight (V, d) and targets (T,), negative targets left out; cap: of
     softcap.
 
     The logits of a chunk of tokens live only while its share of both gradients is formed. So there is no (T, V) tensor,
-    and nothing is computed twice.
+    and nothing is computed twice. With a teacher = (its h (T, d'), its head weight (V, d'), its cap, share) token_loss
+    is token_mixture; the teacher has no gradients.
     """
     CHUNK = 8192  # tokens; twice as many where the gradient overwrites the logits. Smaller chunks slow the matmuls down
 
     @staticmethod
-    def forward(ctx, h, weight, targets, token_loss, cap):
+    def forward(ctx, h, weight, targets, token_loss, cap, teacher=None):
         w = weight.to(h.dtype)
         training = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         scale = 1.0 / (targets >= 0).sum().clamp(min=1)
-        loss = torch.zeros((), device=h.device, dtype=torch.float32)
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        loss = torch.zeros((), device=h.device, dtype=exact)
         grad_h = torch.empty_like(h) if training else None
-        grad_w = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if training else None
-        in_place = ops.ON and ops.can_token_loss(h)
+        grad_w = torch.zeros_like(weight, dtype=exact) if training else None
+        in_place = teacher is None and ops.ON and ops.can_token_loss(h)
         chunk = LMLoss.CHUNK * (2 if in_place else 1)
         for i in range(0, len(h), chunk):
             rows = slice(i, i + chunk)
             logits = h[rows] @ w.T                                               # (C, V)
             if in_place:
                 losses, grad = ops.token_loss(logits, targets[rows], scale, training, cap)  # (C,), (C, V)
-            else:
+            elif teacher is None:
                 losses, grad = token_loss(logits, targets[rows], scale, cap)
+            else:
+                their_h, their_weight, their_cap, share = teacher
+                theirs = softcap(their_h[rows] @ their_weight.T.to(their_h.dtype), their_cap)  # (C, V)
+                losses, grad = token_loss(logits, targets[rows], scale, cap, theirs, share)
             loss += losses.sum()
             if training:
                 torch.mm(grad, w, out=grad_h[rows])
@@ -313,7 +336,7 @@ class LMLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad_loss.to(grad_h.dtype), (grad_w * grad_loss).to(ctx.weight_dtype), None, None, None
+        return grad_h * grad_loss.to(grad_h.dtype), (grad_w * grad_loss).to(ctx.weight_dtype), None, None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -347,7 +370,7 @@ class GPT(nn.Module):
         tables = rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head, cfg.rope_theta)
         for name, table in zip(("cos", "sin"), tables):
             self.register_buffer(name, table, persistent=False)
-        self.token_loss = token_loss
+        self.token_loss, self.token_mixture, self.teacher = token_loss, token_mixture, None
 
     def tie(self):
         if self.cfg.tie_embeddings:
@@ -431,11 +454,14 @@ class GPT(nn.Module):
     def forward(self, tokens, targets=None, alpha=None, guided=()):
         """tokens (B, T) -> logits (B, T, vocab_size), or with targets (B, T) their mean cross-entropy, a 0-d tensor.
 
-        Targets below 0 are left out.
+        Targets below 0 are left out. In training with a teacher the loss is that of token_mixture.
         """
         h = self.hidden(tokens, alpha, guided)
         if targets is None:
             return self.logits(h)
+        if self.teacher is not None and self.training:
+            return LMLoss.apply(h.flatten(0, 1), self.head.weight, targets.flatten(), self.token_mixture,
+                                self.cfg.logit_softcap, self.teacher(tokens))
         # LMLoss forms gradients for what requires them: in a validation nothing does
         weight = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()
         return LMLoss.apply(h.flatten(0, 1), weight, targets.flatten(), self.token_loss, self.cfg.logit_softcap)
@@ -480,11 +506,26 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.compile()
         self.embed = torch.compile(self.embed)  # the gradient of a table is one pass of sums, not a sort of the tokens
-        self.token_loss = torch.compile(token_loss)
+        self.token_loss, self.token_mixture = torch.compile(token_loss), torch.compile(token_mixture)
+        if self.teacher is not None:
+            self.teacher.model.compile_parts()
 
     def structured_linears(self):
         """[(layer, linear)] of all structured linears."""
         return [(i, m) for i, block in enumerate(self.blocks) for m in block.modules() if isinstance(m, Structured)]
+
+
+class Teacher:
+    """A trained model that another one learns from, and no part of it: neither its parameters nor its state dict."""
+
+    def __init__(self, model, share):
+        self.model, self.share = model.eval(), share
+
+    @torch.no_grad()
+    def __call__(self, tokens):
+        """tokens (B, T) -> what LMLoss reads of it."""
+        return (self.model.hidden(tokens).flatten(0, 1), self.model.head.weight, self.model.cfg.logit_softcap,
+                self.share)
 
 
 def build(cfg, device, seed=None):
@@ -520,31 +561,6 @@ def load(path, device):
     return model.eval(), cfg, saved
 
 
-# Settings that change what a model computes and no shape that it has
-UNSEEN = ("n_head", "norm", "act", "pos", "rope_theta", "norm_eps", "qk_norm", "embed_norm", "logit_softcap")
-
-
-def load_init(cfg, model, tokenizer):
-    """cfg.init_from: the weights of another model of the same shapes, settings and tokenizer."""
-    path, saved = read_model(cfg.init_from)
-    identity, weights = saved["tokenizer"].get("identity"), saved["model"]
-    theirs = config.from_dict(saved["config"], path)
-    if identity != tokenizer.identity:
-        raise UserError(f"the weights in {path} are of the tokenizer {identity}, {config.data_dir(cfg)} holds tokens "
-                        f"of {tokenizer.identity}: prepare the text with the weights' tokenizer.")
-    shapes, mine = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (weights, model.state_dict()))
-    for name in sorted(shapes.keys() | mine.keys()):
-        if shapes.get(name) != mine.get(name):
-            there, here = shapes.get(name, "none"), mine.get(name, "none")
-            raise UserError(f"init_from={cfg.init_from} does not fit this model: the shape of {name} is {there} there, "
-                            f"{here} here; give the settings of that model.")
-    for name in (*UNSEEN, *["tie_embeddings"] * cfg.tie_embeddings):  # one table cannot hold two
-        if getattr(theirs, name) != getattr(cfg, name):
-            raise UserError(f"init_from={cfg.init_from} has {name}={getattr(theirs, name)}, this model "
-                            f"{name}={getattr(cfg, name)}: give --{name}={getattr(theirs, name)}.")
-    load_weights(model, weights, path)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Counting, as in the paper's tables: a multiply-add is 2 FLOPs, and only matmuls count. The LM head does, and so do
 # attention's products, in full
@@ -569,5 +585,5 @@ def flops_per_token(cfg, ffn=None):
     head_size = cfg.attn_dim // cfg.n_head
     attention = cfg.n_embd * (2 * cfg.attn_dim + 2 * cfg.n_kv_head * head_size)  # qkv and proj
     products = 2 * cfg.block_size * cfg.attn_dim                                 # scores and values
-    gates = sum(has_values(cfg, layer) for layer in range(cfg.n_layer)) * GATED * cfg.n_kv_head
+    gates = GATED * (sum(has_values(cfg, layer) for layer in range(cfg.n_layer)) * cfg.n_kv_head + cfg.smear)
     return 2 * (cfg.n_layer * (attention + products) + gates + ffn_params(cfg, ffn) + cfg.vocab_size * cfg.n_embd)

@@ -89,7 +89,7 @@ FILES = ("config.json", "metrics.jsonl", "ckpt.pt", "model.pt")
 # checksum is compared
 MAY_CHANGE = {"micro_batch_size", "eval_interval", "final_eval_tokens", "log_interval", "save_interval", "out_dir",
               "resume", "wandb", "wandb_project", "device", "compile", "recompute", "kernels", "eval_only", "data_dir",
-              "input", "val_input", "dataset", "tokenizer"}
+              "input", "val_input", "dataset", "tokenizer", "teacher_flops"}
 
 
 @contextlib.contextmanager

@@ -24,8 +24,9 @@ def read_settings(argv):
     """Command line -> (Config, Settings)."""
     cfg, settings = config.load(argv, Settings, usage=__doc__)
     continued = os.path.exists(os.path.join(cfg.out_dir, "config.json"))
-    if cfg.init_from and not continued and not os.path.exists(cfg.init_from):
-        raise UserError(f"init_from={cfg.init_from} does not exist: give a run folder or a model.pt.")
+    for name in () if continued else ("init_from", "distill"):
+        if (path := getattr(cfg, name)) and not os.path.exists(path):
+            raise UserError(f"{name}={path} does not exist: give a run folder or a model.pt.")
     return cfg, settings
 
 
@@ -51,8 +52,9 @@ import prepare
 import run
 from config import short
 from device import device_name, in_memory, on_meta, peak_flops, set_up
-from model import GPT, build, ffn_params, flops_per_token, load, load_init, load_weights
+from model import GPT, build, ffn_params, flops_per_token, load, load_weights
 from optim import AdamW, MixedAdamW, Muon
+from project import load_init, load_teacher, teacher_flops
 from run import perplexity
 from tokenizer import nominal_vocabulary
 
@@ -145,19 +147,20 @@ def guided_layers(cfg, plan, step) -> tuple:
 
 
 def step_flops(cfg, plan):
-    """Training FLOPs of every step (steps,); with guide_skip the expected alpha dense + (1 - alpha) factors."""
+    """Training FLOPs of every step (steps,), a teacher's too; with guide_skip alpha dense + (1 - alpha) factors."""
     dense, factors = flops_per_token(cfg, "dense"), flops_per_token(cfg)
     guided = np.array([alpha_at(cfg, plan, s) if cfg.guide_skip else 1.0 for s in range(plan.guided)])
     per_token = np.full(plan.steps, factors, dtype=float)
     per_token[:plan.guided] += guided * (dense - factors)
-    return 3 * cfg.batch_size * cfg.block_size * per_token
+    return cfg.batch_size * cfg.block_size * (3 * per_token + cfg.teacher_flops)
 
 
 def train_flops(cfg, plan) -> dict:
-    """Training FLOPs by phase."""
-    flops = step_flops(cfg, plan)
+    """Training FLOPs by phase, and those of the teacher's forwards."""
+    teacher = cfg.batch_size * cfg.block_size * cfg.teacher_flops
+    flops = step_flops(cfg, plan) - teacher
     return {"guided": float(flops[:plan.guided].sum()), "plain": float(flops[plan.guided:plan.unique].sum()),
-            "replay": float(flops[plan.unique:].sum())}
+            "replay": float(flops[plan.unique:].sum()), "teacher": plan.steps * teacher}
 
 
 def summary(cfg) -> dict:
@@ -300,13 +303,14 @@ def start_or_continue(cfg, plan, ranks, state, data):
         check_same_data(cfg, saved["data"], data.train)
     step = saved["step"] if saved else 0
     model = build(cfg, ranks.device, None if saved else cfg.seed)
-    if cfg.init_from and not saved:
-        load_init(cfg, model, data.tokenizer)
+    originals = load_init(cfg, model, data, ranks) if cfg.init_from and not saved else {}
     if step < plan.guided:
         for _, module in model.structured_linears():
-            module.start_guide()
+            module.start_guide(originals.get(module))
     if saved:
         load_weights(model, saved["model"], path)
+    if cfg.distill:
+        model.teacher = load_teacher(cfg, data.tokenizer, ranks)
     optimizer = make_optimizer(cfg, model, ranks)
     if saved:
         for name, p in model.named_parameters():
@@ -453,6 +457,8 @@ def start_card(cfg, plan, ranks, data) -> str:
                   f"{', skip' if cfg.guide_skip else ''}; +{short(facts['params_guide'])} parameters until then"]
     if cfg.init_from:
         lines += [f"weights  {cfg.init_from}"]
+    if cfg.distill:
+        lines += [f"teacher  {cfg.distill}; loss = {cfg.distill_share:g} KL + {1 - cfg.distill_share:g} cross-entropy"]
     lines += [f"data     {config.data_dir(cfg)}: {short(data.train.count)} tokens, vocabulary {data.train.vocab_size}; "
               f"validation on {short(data.n_val * tokens)}, at the end {short(data.n_final * tokens)}",
               f"training {plan.steps} steps x {cfg.batch_size} x {cfg.block_size} = {short(facts['tokens'])} tokens, "
@@ -652,6 +658,8 @@ def check_finished(cfg):
 
 
 def main(cfg, settings):
+    if cfg.distill and not cfg.eval_only:
+        cfg.teacher_flops = teacher_flops(cfg)
     if settings.dry_run:
         fill_vocabulary(cfg)
         print(json.dumps(summary(cfg)))

@@ -116,7 +116,11 @@ class Config:
     save_interval: int = 1000            # steps between checkpoints; 0: only at the end
     out_dir: str = ""                    # the run's folder; empty: out/<preset name>
     resume: Literal["off", "auto"] = "off"                   # auto: continue the run in out_dir if there is one
-    init_from: str = ""                  # start from the weights of this run folder or model.pt; empty: random ones
+    init_from: str = ""                  # first weights, a run folder or model.pt; FFNs of a dense one are made to fit
+    calibrate_tokens: int = 65536        # init_from: training tokens that weigh how its FFNs are made to fit; 0: none
+    distill: str = ""                    # learn the predictions of this run folder or model.pt on the same batches
+    distill_share: float = 1.0           # of them in the loss, the rest is cross-entropy with the text
+    teacher_flops: float = 0.0           # per token, of the forward of distill's model; filled in from it
     wandb: bool = False                  # log to Weights & Biases too
     wandb_project: str = "structured-ffn"                    # its project
     device: str = "auto"                 # auto | cpu | cuda | cuda:N | mps
@@ -176,7 +180,7 @@ def _fits(kind, value):
     return float(value)
 
 
-PATHS = {"init_from", "data_dir", "out_dir", "dataset", "input", "val_input", "tokenizer",  # of Config
+PATHS = {"init_from", "distill", "data_dir", "out_dir", "dataset", "input", "val_input", "tokenizer",  # of Config
          "prompt_file", "prompts", "out", "json", "plot"}                                     # of the scripts
 
 
@@ -408,9 +412,10 @@ def check(cfg):
                  "log_interval", "eval_tokens", "final_eval_tokens"):
         _require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)} must be at least 1.")
     for name in ("n_kv_head", "attn_dim", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval", "save_interval",
-                 "grad_clip", "seed", "warmup_steps", "qk_norm", "logit_softcap"):
+                 "grad_clip", "seed", "warmup_steps", "qk_norm", "logit_softcap", "calibrate_tokens", "teacher_flops"):
         _require(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)} must not be negative.")
-    for name, top in (("dropout", "below 1"), ("min_lr_ratio", "1"), ("warmup_ratio", "1"), ("decay_ratio", "1")):
+    for name, top in (("dropout", "below 1"), ("min_lr_ratio", "1"), ("warmup_ratio", "1"), ("decay_ratio", "1"),
+                      ("distill_share", "1")):
         v = getattr(cfg, name)
         _require(0 <= v <= 1 and (top == "1" or v < 1), f"{name}={v} must lie between 0 and {top}.")
     _require(cfg.seed < 2**64, f"seed={cfg.seed} must be below 2^64.")
