@@ -185,6 +185,7 @@ from device import out_of_memory, peak_flops, pick_device, pick_dtype, record_gr
 from model import FFN, build, ffn_params, flops_per_token, linear_params, ops
 from report import DRAW, Table, clocks, conditions, copy_rate, fresh, header, laps, middle, ratio, timed, within_memory
 from structured import BlockShuffle, LowRank, linear
+from tokenizer import reason
 from train import fill_vocabulary, make_optimizer, train_step
 
 PASSES = {"forward": 1, "forward+backward": 3}  # and how many times the forward's FLOPs
@@ -652,7 +653,7 @@ def bench_crossover(cfg, settings):
 def read_rows(path) -> list:
     """The rows that --json wrote to a file."""
     try:
-        return [json.loads(line) for line in config.read_text(path).splitlines() if line.strip()]
+        return [json.loads(line) for line in config.read_text(path, 1 << 24).splitlines() if line.strip()]
     except (ValueError, RecursionError):
         raise UserError(f"{path} does not hold rows as --json writes them: one JSON object per line.") from None
 
@@ -669,7 +670,11 @@ def plot_rows(paths, settings):
     if len(found) != 1 or found[0] not in DRAW:
         raise UserError(f"{', '.join(paths)} has rows of {' and '.join(found) or 'no benchmark'} with these settings: "
                         f"give rows of one of {', '.join(DRAW)}.")
-    DRAW[found[0]](settings.plot, [r for r in rows if r["benchmark"] == found[0]])
+    try:
+        DRAW[found[0]](settings.plot, [r for r in rows if r["benchmark"] == found[0]])
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{', '.join(paths)} has rows of {found[0]} that cannot be drawn ({reason(e)}): "
+                        "give rows as --json writes them.") from e
 
 
 BENCHMARKS = {"kernel": bench_kernel, "ffn": bench_ffn, "train": bench_train, "prefill": bench_prefill,
