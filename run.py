@@ -215,7 +215,7 @@ def open_metrics(folder, step, last):
 # ckpt.pt (everything that an exact continuation needs) and model.pt (the result)
 
 ENTRIES = {"model.pt": {"config": dict, "model": dict, "tokenizer": dict, "step": int},
-           "ckpt.pt": {"config": dict, "model": dict, "tokenizer": dict, "step": int, "data": int, "optimizer": dict}}
+           "ckpt.pt": {"config": dict, "model": dict, "step": int, "data": int, "optimizer": dict}}
 
 
 def save_beside(obj, path):
@@ -261,24 +261,25 @@ def check_archive(path):
 
 
 def check_tensors(saved, size):
-    """ValueError unless names are text and tensors plain ones, which together claim no more than the file's size.
+    """ValueError unless names are text and tensors plain ones, which together claim at most twice the file's size.
 
-    Half as much again is left for a head that is the embedding. A tensor may claim more than it holds: with a stride
-    of 0, or with the memory of another one.
+    Twice, for a head that is the embedding stands there twice. A tensor may claim more than it holds: with a stride of
+    0, or with the memory of another one.
     """
-    states = saved.get("optimizer", {}).values()
+    states, tokenizer = saved.get("optimizer", {}).values(), saved.get("tokenizer")
     if not all(isinstance(state, dict) and len(state) <= 3 for state in states):
         raise ValueError("its optimizer does not hold a few tensors for each parameter")
-    named = [*saved["model"].items(), ("tokenizer.blob", saved["tokenizer"].get("blob"))]
-    named += [item for state in states for item in state.items()]
+    named = [*saved["model"].items(), *(item for state in states for item in state.items())]
+    if tokenizer is not None:
+        named.append(("blob", blob := tokenizer.get("blob")))
+        if not isinstance(tokenizer.get("identity"), str) or getattr(blob, "dtype", None) is not torch.uint8:
+            raise ValueError("its tokenizer lacks identity or blob")
     for name, t in named:
         if not isinstance(name, str) or type(t) is not torch.Tensor or t.layout is not torch.strided \
                 or t.device.type != "cpu" or t.requires_grad or t.is_neg():
             raise ValueError(f"{config.shown(name)} is not the name of a plain tensor")
-    if sum(t.nbytes for _, t in named) > 1.5 * size:
+    if sum(t.nbytes for _, t in named) > 2 * size:
         raise ValueError("its tensors are larger than the file")
-    if not isinstance(saved["tokenizer"].get("identity"), str) or named[len(saved["model"])][1].dtype is not torch.uint8:
-        raise ValueError("its tokenizer lacks identity or blob")
     if not isinstance(saved.get("val_loss"), float | None) or saved["step"] < 0:
         raise ValueError("its step or val_loss is not a number that a run writes")
 
@@ -332,9 +333,10 @@ def check_continues(cfg, saved, steps, identity, path):
         if getattr(theirs, name) != getattr(cfg, name):
             raise UserError(f"{path} is of another run: it has {name}={getattr(theirs, name)}, config.json "
                             f"{name}={getattr(cfg, name)}; restore the one that belongs there.")
-    if saved["step"] > steps or saved["tokenizer"]["identity"] != identity:
-        raise UserError(f"{path} is of another run: step {saved['step']} of {steps}, tokenizer "
-                        f"{saved['tokenizer']['identity']}, here {identity}; restore the one that belongs there.")
+    there = saved["tokenizer"]["identity"] if "tokenizer" in saved else identity  # older versions kept none
+    if saved["step"] > steps or there != identity:
+        raise UserError(f"{path} is of another run: step {saved['step']} of {steps}, tokenizer {there}, here "
+                        f"{identity}; restore the one that belongs there.")
 
 
 def read_model(path):

@@ -229,7 +229,7 @@ def as_text(data: bytes, where) -> str:
 def read_text(path, most=1 << 30) -> str:
     """The UTF-8 text in the file at path, or of standard input for "-", as `as_text` reads it: up to `most` bytes."""
     try:
-        with open(0 if path == "-" else path, "rb", closefd=path != "-") as f:
+        with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
             data = f.read(most + 1)
     except OSError as e:
         raise UserError(f"cannot read {path} ({e.strerror}): give the path of a UTF-8 text file.") from None

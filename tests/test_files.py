@@ -64,7 +64,7 @@ def test_endless_values_are_shown_in_short():
                                   "1" + "0" * 70_000])
 def test_deep_and_large_presets(line, tmp_path):
     (tmp_path / "p.py").write_text(f"n_layer = {line}\n")
-    with pytest.raises(UserError, match="p.py"):
+    with pytest.raises(UserError, match="p.py|n_layer=a number of thousands of digits"):
         config.read_preset(str(tmp_path / "p.py"))
 
 
@@ -126,7 +126,7 @@ MODELS = {
     "number": (weight("norm.bias", lambda t: 3), "plain tensor"),
     "name": (lambda s: s["model"].update({7: s["model"].pop("norm.bias")}), "7 is not the name of a plain tensor"),
     "blob": (lambda s: s["tokenizer"].update(blob=torch.zeros(9, dtype=torch.bfloat16)), "lacks identity or blob"),
-    "negated blob": (lambda s: s["tokenizer"].update(blob=torch._neg_view(torch.zeros(3))), "plain tensor"),
+    "negated": (weight("norm.bias", torch._neg_view), "plain tensor"),
     "identity": (lambda s: s["tokenizer"].update(identity=None), "lacks identity or blob"),
     "val_loss": (lambda s: s.update(val_loss="3"), "step or val_loss"), "step": (lambda s: s.update(step=-1), "step or val_loss"),
     "true": (lambda s: s.update(step=True), "lacks step")}
