@@ -620,7 +620,7 @@ def check_hf_config(path, data, name, rope):
     for key, kind in kinds.items():
         value = data.get(key)
         if value is not None and (type(value) is not kind or kind is int and value < 1):
-            raise UserError(f"{path} has {key}={config.shown(value)}: expected {'a size' if kind is int else 'a name'}.")
+            raise UserError(f"{path} has {key}={config.shown(value)}: expected a {'size' if kind is int else 'name'}.")
     if not isinstance(rope, dict):
         raise UserError(f"{path} has rotary settings {config.shown(rope)}: expected names with values.")
     for key, value in ONLY.items():

@@ -478,8 +478,8 @@ def load_weights(model, weights, path):
     model.load_state_dict(dict(weights))
     for name, t in model.state_dict().items():
         if t.numel() and not all(map(math.isfinite, t.aminmax())):
-            raise UserError(f"the weights in {path} are not finite, {name} for one: its training has diverged, or it is "
-                            "damaged.")
+            raise UserError(f"the weights in {path} are not finite, {name} for one: its training has diverged, or the "
+                            "file is damaged.")
 
 
 def load(path, device):

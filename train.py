@@ -250,7 +250,7 @@ def batches(cfg, plan, token_file, n_windows, steps, ranks):
 
     def make(step):
         windows = windows_of(cfg, step if step < plan.unique else step - plan.unique, n_windows)
-        whole = read_windows(token_file, windows, cfg.block_size)   # of all ranks, so that every rank raises the same error
+        whole = read_windows(token_file, windows, cfg.block_size)  # of all ranks, so that all raise the same error
         check_ids(whole, cfg.vocab_size, os.path.join(config.data_dir(cfg), "train.bin"))
         mine = whole.reshape(-1, ranks.world, cfg.micro_batch_size, cfg.block_size + 1)[:, ranks.rank]
         batch = torch.from_numpy(np.ascontiguousarray(mine))
