@@ -695,7 +695,7 @@ def read_weights(folder, root) -> dict:
 def qk_gain(folder, tensors) -> float:
     """The one weight of all norms of queries and keys, which are taken out of tensors."""
     keys = [key for key in tensors if key.endswith((".q_norm.weight", ".k_norm.weight"))]
-    gains = torch.cat([tensors.pop(key).float() for key in keys]).unique().tolist()
+    gains = torch.cat([torch.empty(0), *(tensors.pop(key).float().flatten() for key in keys)]).unique().tolist()
     if len(gains) != 1 or gains[0] <= 0:
         raise UserError(f"the norms of queries and keys in {folder} have {len(gains)} different weights: "
                         "only one for all can be computed here.")

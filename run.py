@@ -295,7 +295,8 @@ def read_checkpoint(path, name):
         check_archive(path)
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         lacking = [entry for entry, kind in ENTRIES[name].items()
-                   if not isinstance(saved, dict) or not isinstance(saved.get(entry), kind) or saved[entry] is True]
+                   if not isinstance(saved, dict) or not isinstance(saved.get(entry), kind)
+                   or isinstance(saved[entry], bool)]
         if lacking:
             raise ValueError(f"it lacks {', '.join(lacking)}")
         check_tensors(saved, os.path.getsize(path))

@@ -417,6 +417,13 @@ def test_an_index_names_files_of_its_folder(hf, tmp_path):
             export.read_weights(str(folder), "model.")
 
 
+def test_norms_of_queries_and_keys_of_strangers():
+    for tensors in ({}, {"a.q_norm.weight": torch.tensor(-1.0)}, {"a.q_norm.weight": torch.tensor([1.0, 2.0])}):
+        with pytest.raises(UserError, match="different weights"):
+            export.qk_gain("hf", tensors)
+    assert export.qk_gain("hf", {"a.q_norm.weight": torch.tensor(1.2), "a.k_norm.weight": torch.full((4,), 1.2)}) == 1.2
+
+
 def test_safetensors_of_shapes_that_cannot_be_joined(hf, tmp_path):
     from safetensors.torch import load_file, save_file
     folder = shutil.copytree(hf, tmp_path / "hf")
