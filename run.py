@@ -242,7 +242,7 @@ def save_model(cfg, weights, step, tokenizer, val_loss):
 
 
 def check_archive(path):
-    """ValueError unless the archive is one of torch.save: parts as they are, which the file holds, and undamaged.
+    """Bytes of tensors in the archive. ValueError unless it is one of torch.save: parts as they are, and undamaged.
 
     torch looks at no checksum, takes the bytes of a compressed part for weights, and unpacks a data.pkl of any size.
     A byte of that may become 64 in memory.
@@ -258,13 +258,14 @@ def check_archive(path):
             raise ValueError("its table of contents is too large for what it holds")
         if damaged := archive.testzip():
             raise ValueError(f"the checksum of its part {damaged} does not fit")
+        return sum(part.file_size for part in parts if "/data/" in part.filename)
 
 
 def check_tensors(saved, size):
-    """ValueError unless names are text and tensors plain ones, which together claim at most twice the file's size.
+    """ValueError unless names are text and tensors plain ones of `size` bytes in all.
 
-    Twice, for a head that is the embedding stands there twice. A tensor may claim more than it holds: with a stride of
-    0, or with the memory of another one.
+    torch maps what a tensor claims, beyond the end of its part too. With a stride of 0, or with the memory of another
+    one, a tensor claims more than its memory: twice as much is left, for a head that is the embedding.
     """
     states, tokenizer = saved.get("optimizer", {}).values(), saved.get("tokenizer")
     if not all(isinstance(state, dict) and len(state) <= 3 for state in states):
@@ -278,7 +279,8 @@ def check_tensors(saved, size):
         if not isinstance(name, str) or type(t) is not torch.Tensor or t.layout is not torch.strided \
                 or t.device.type != "cpu" or t.requires_grad or t.is_neg():
             raise ValueError(f"{config.shown(name)} is not the name of a plain tensor")
-    if sum(t.nbytes for _, t in named) > 2 * size:
+    parts = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for _, t in named)}
+    if sum(parts.values()) > size or sum(t.nbytes for _, t in named) > 2 * size:
         raise ValueError("its tensors are larger than the file")
     if not isinstance(saved.get("val_loss"), float | None) or saved["step"] < 0:
         raise ValueError("its step or val_loss is not a number that a run writes")
@@ -292,14 +294,14 @@ def read_checkpoint(path, name):
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist: give a run folder such as out/quickstart or a model.pt.")
     try:
-        check_archive(path)
+        size = check_archive(path)
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         lacking = [entry for entry, kind in ENTRIES[name].items()
                    if not isinstance(saved, dict) or not isinstance(saved.get(entry), kind)
                    or isinstance(saved[entry], bool)]
         if lacking:
             raise ValueError(f"it lacks {', '.join(lacking)}")
-        check_tensors(saved, os.path.getsize(path))
+        check_tensors(saved, size)
     except Exception as e:  # whatever the libraries raise on a damaged file
         reason = e if type(e) is ValueError else type(e).__name__
         raise UserError(f"{path} is damaged or not the {name} of a run ({reason}): give another one.") from e

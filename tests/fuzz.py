@@ -344,7 +344,7 @@ def pickles(rng):
 
 def in_archive(rng, data):
     """The parts of a checkpoint in another archive, which torch would read."""
-    parts, out = [], io.BytesIO()
+    out, must = io.BytesIO(), False
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         parts = [(part.filename, archive.read(part)) for part in archive.infolist()]
     how = rng.choice(("all deflated", "pickle deflated", "weights deflated", "another pickle", "another pickle",
@@ -359,6 +359,7 @@ def in_archive(rng, data):
         parts = [(name, bytes(300 * MB) if name.endswith("data.pkl") else part) for name, part in parts]
     elif how in ("short part", "long part"):
         at = rng.randrange(len(parts))
+        must = how == "short part" and "/data/" in parts[at][0] and len(parts[at][1]) > 3
         parts[at] = parts[at][0], parts[at][1][:3] if how == "short part" else parts[at][1] + bytes(1000)
     elif how == "many parts":
         parts += [(f"archive/x{n}", b"") for n in range(60_000)]
@@ -369,7 +370,7 @@ def in_archive(rng, data):
             with contextlib.suppress(UserWarning):
                 kind = zipfile.ZIP_DEFLATED if deflated in name else zipfile.ZIP_STORED
                 archive.writestr(name, part, kind)
-    must = "deflated" in how or how in ("another pickle", "bomb")
+    must = must or "deflated" in how or how in ("another pickle", "bomb")
     return out.getvalue(), f"{'!' * must}archive, {how}"
 
 
