@@ -226,15 +226,18 @@ def as_text(data: bytes, where) -> str:
         raise UserError(f"{where} is not UTF-8 text (byte {e.start}): convert it, as with iconv -t utf-8.") from None
 
 
-def read_text(path, most=1 << 30) -> str:
-    """The UTF-8 text in the file at path, or of standard input for "-", as `as_text` reads it: up to `most` bytes."""
+def read_text(path, most=None) -> str:
+    """The UTF-8 text in the file at path, or of standard input for "-", as `as_text` reads it.
+
+    UserError above `most` bytes, where that is given.
+    """
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
-            data = f.read(most + 1)
+            data = f.read(most and most + 1)
     except OSError as e:
         raise UserError(f"cannot read {path} ({e.strerror}): give the path of a UTF-8 text file.") from None
-    if len(data) > most:
-        raise UserError(f"{path} is longer than {most} bytes: it is not what is read here.")
+    if most and len(data) > most:
+        raise UserError(f"{path} is longer than {most} bytes, so it is not a file of its kind: give another one.")
     return as_text(data, "standard input" if path == "-" else path)
 
 
