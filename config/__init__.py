@@ -339,7 +339,7 @@ def read_preset(path) -> dict:
     try:
         body = ast.parse(read_text(path, 1 << 16)).body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
-        raise UserError(f"{path} is not a preset: {getattr(e, 'msg', e) or 'it is nested too deeply'}; "
+        raise UserError(f"{path} is not a preset: {getattr(e, 'msg', str(e)) or 'it is nested too deeply'}; "
                         "write plain assignments such as n_layer = 12.") from None
     values = {}
     for node in body:
