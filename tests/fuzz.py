@@ -461,8 +461,8 @@ READERS = (
     Reader("config", "run/config.json", benched("curves", "run"), JSON, VALUE),
     Reader("metrics", "run/metrics.jsonl", benched("curves", "run"), LINES, "an odd row of a log is left out, counted"),
     Reader("decode", "run/decode.json", sampled("run"), JSON, VALUE + ", or a table for another card"),
-    Reader("train.bin", "data/train.bin", opened("data"), (in_header, in_header, *BYTES), "spaces in the header"),
-    Reader("val.bin", "data/val.bin", opened("data"), (in_header, in_header, *BYTES), "spaces in the header"),
+    Reader("train.bin", "data/train.bin", opened("data"), (in_header, in_header, *BYTES), ""),
+    Reader("val.bin", "data/val.bin", opened("data"), (in_header, in_header, *BYTES), ""),
     Reader("tokenizer.bin", "spm/tokenizer.bin", opened("spm"), BYTES, ""),
     Reader("spm.model", "some.model", tokenised("some.model"), (in_model_file, *BYTES), "other pieces or scores"),
     Reader("tokenizer.json", "hf/tokenizer.json", tokenised("hf/tokenizer.json"), JSON, VALUE),
@@ -612,7 +612,7 @@ def main(words, files=2000, seed=0, first=0, verbose=False):
     for reader in READERS:
         if any((reader.name, kind) in counts for kind in (0, 2, "fault")):
             numbers = "".join(f"{counts[reader.name, kind]:7}" for kind in (2, 0, "fault"))
-            print(f"{reader.name:16}{numbers}  {reader.why or 'the same result, or an empty file'}")
+            print(f"{reader.name:16}{numbers}  {reader.why or 'the same result, or of an empty file'}")
     total = [sum(n for (_, kind), n in counts.items() if kind == want) for want in (2, 0, "fault")]
     print(f"{'all':16}{''.join(f'{n:7}' for n in total)}  in {time.monotonic() - began:.0f} s")
     return bool(total[2])
