@@ -91,7 +91,7 @@ import torch
 from config import Config, short
 from device import pick_device
 from merge import exact_matmuls, replace_structured
-from model import build, load, load_weights, rms_norm
+from model import build, load, rms_norm
 from project import project_ffns
 from run import perplexity, read_json, save_beside, writing
 from tokenizer import load_tokenizer, package, saved_tokenizer
@@ -340,10 +340,13 @@ def from_hf(tensors, cfg, name) -> dict:
     out = {}
     for ours, theirs, rows in modules(cfg, name):
         weights, biases = ([tensors.pop(f"{module}.{kind}", None) for module in theirs] for kind in ("weight", "bias"))
-        if any(part is None for part in weights):
+        if any(part is None or not part.dim() for part in weights):
             raise UserError(f"the weights lack {theirs[0]}.weight: the folder is incomplete, or not what its "
                             "config.json says.")
         weights = [part.float().T if is_turned(ours, name) else part.float() for part in weights]
+        if len({part.shape[1:] for part in weights}) > 1 or any(b is not None and b.dim() != 1 for b in biases):
+            raise UserError(f"the shapes of {theirs[0]} and what belongs to it do not fit each other: "
+                            "the weights are damaged.")
         out[f"{ours}.weight"] = torch.cat(weights)[:cfg.block_size if ours == "wpe" else None].contiguous()
         if our_bias(ours, cfg):
             biases = [torch.zeros(len(part)) if bias is None else bias.float() for part, bias in zip(weights, biases)]
@@ -457,7 +460,7 @@ def for_factors(values, cfg) -> dict:
 @torch.no_grad()
 def write_hf(folder, model, cfg, saved, s):
     """Merges the model and writes it; the folder appears whole or not at all."""
-    tokenizer = saved_tokenizer(saved["tokenizer"])
+    tokenizer = saved_tokenizer(saved["tokenizer"], cfg.vocab_size)
     name = choose_home(cfg, s.target, kind_of(tokenizer.identity))
     files = tokenizer_files(tokenizer, cfg.block_size, s.target)
     factors = s.factors and cfg.ffn != "dense"
@@ -506,6 +509,14 @@ GPT_KEYS = ("n_layer", "n_embd", "n_head", "n_positions", "n_inner", "activation
 
 def check_hf_config(path, data, name, rope):
     """Refuses what our model does not compute."""
+    sizes = (*ROPE_KEYS[:-1], *GPT_KEYS[:-1], "vocab_size", "head_dim", "num_key_value_heads", "sliding_window")
+    kinds = dict.fromkeys(sizes, int) | {"hidden_act": str, "activation_function": str}
+    for key, kind in kinds.items():
+        value = data.get(key)
+        if value is not None and (type(value) is not kind or kind is int and value < 1):
+            raise UserError(f"{path} has {key}={config.shown(value)}: expected a {'size' if kind is int else 'name'}.")
+    if not isinstance(rope, dict):
+        raise UserError(f"{path} has rotary settings {config.shown(rope)}: expected names with values.")
     for key, value in ONLY.items():
         found = data.get(key, rope.get(key, 0.25 if (name, key) == ("stablelm", "partial_rotary_factor") else value))
         if found != value:
@@ -523,8 +534,8 @@ def read_hf_config(path, block_size=0):
     """config.json -> (architecture, Config; whether it has biases, the weights say)."""
     data = read_json(path)
     name = data.get("model_type") if isinstance(data, dict) else None
-    if name not in HOMES:
-        raise UserError(f"{path} has model_type={name}: {', '.join(HOMES)} are read.")
+    if not isinstance(name, str) or name not in HOMES:
+        raise UserError(f"{path} has model_type={config.shown(name)}: {', '.join(HOMES)} are read.")
     home, rope = HOMES[name], data.get("rope_parameters") or data.get("rope_scaling") or {}
     check_hf_config(path, data, name, rope)
     keys = ROPE_KEYS if home.pos == "rope" else GPT_KEYS
@@ -553,8 +564,14 @@ def read_weights(folder, root) -> dict:
     safetensors, tensors = package("safetensors", "export.py"), {}
     from safetensors.torch import load_file
     index = os.path.join(folder, "model.safetensors.index.json")
-    files = set(read_json(index)["weight_map"].values()) if os.path.exists(index) else {"model.safetensors"}
-    for file in sorted(files):
+    files = ["model.safetensors"]
+    if os.path.exists(index):
+        data = read_json(index, 1 << 22)
+        names = data.get("weight_map") if isinstance(data, dict) else None
+        files = list(names.values()) if isinstance(names, dict) else []
+        if not files or not all(isinstance(file, str) and file == os.path.basename(file) for file in files):
+            raise UserError(f"{index} is damaged: it does not name files of its folder.")
+    for file in sorted(set(files)):
         path = os.path.join(folder, file)
         if not os.path.exists(path):
             raise UserError(f"{path} is missing: weights are read from safetensors, as transformers' save_pretrained "
@@ -572,7 +589,7 @@ def read_weights(folder, root) -> dict:
 def qk_gain(folder, tensors) -> float:
     """The one weight of all norms of queries and keys, which are taken out of tensors."""
     keys = [key for key in tensors if key.endswith((".q_norm.weight", ".k_norm.weight"))]
-    gains = torch.cat([tensors.pop(key).float() for key in keys]).unique().tolist()
+    gains = torch.cat([torch.empty(0), *(tensors.pop(key).float().flatten() for key in keys)]).unique().tolist()
     if len(gains) != 1 or gains[0] <= 0:
         raise UserError(f"the norms of queries and keys in {folder} have {len(gains)} different weights: "
                         "only one for all can be computed here.")
@@ -596,8 +613,7 @@ def read_hf(folder, block_size=0):
             raise UserError(f"{folder} has {HOMES[name].eps}={cfg.norm_eps}: "
                             "here queries and keys are normed with 1e-05.")
         cfg.qk_norm = qk_gain(folder, tensors)
-    model = build(cfg, torch.device("cpu"))
-    load_weights(model, from_hf(tensors, cfg, name), folder)
+    model = build(cfg, torch.device("cpu"), weights=from_hf(tensors, cfg, name), path=folder)
     blob = torch.frombuffer(bytearray(tokenizer.blob), dtype=torch.uint8)
     return model.eval(), cfg, {"step": 0, "val_loss": None, "tokenizer": {"identity": tokenizer.identity, "blob": blob}}
 

@@ -7,6 +7,7 @@ import copy
 import functools
 import importlib.util
 import logging
+import math
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -54,8 +55,8 @@ def rotary_table(block_size, head_size, theta=10_000.0):
     """
     frequency = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
     angle = torch.arange(block_size, dtype=torch.float64)[:, None] * frequency
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((cos, cos), 1).float()[:, None], torch.cat((-sin, sin), 1).float()[:, None]
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return torch.cat((cos, cos), 1)[:, None], torch.cat((-sin, sin), 1)[:, None]
 
 
 def rotate(x, cos, sin):
@@ -418,12 +419,16 @@ class GPT(nn.Module):
             nn.init.normal_(self.wte.weight)
             nn.init.normal_(self.head.weight, std=0.001)
 
-    def embed(self, tokens, before):
+    def embed(self, tokens, before=None):
         """tokens (B, T) -> their embeddings, (B, T, n_embd), and of each layer its value embeddings or None.
 
-        before (B,): the token before each row's first, -1 where there is none; used with smear only.
+        before (B,), for smear: the token before each row's first, -1 where there is none. None: nowhere is one.
         """
-        x = self.wte(torch.cat((before.clamp(min=0)[:, None], tokens), 1) if self.cfg.smear else tokens)
+        if self.cfg.smear:
+            before = tokens.new_full((len(tokens),), -1) if before is None else before
+            x = self.wte(torch.cat((before.clamp(min=0)[:, None], tokens), 1))   # (B, T + 1, n_embd)
+        else:
+            x = self.wte(tokens)
         if self.cfg.embed_norm:
             x = rms_norm(x)
         if self.cfg.smear:
@@ -434,7 +439,7 @@ class GPT(nn.Module):
         """tokens (B, T) -> what the LM head reads, (B, T, n_embd). guided: the layers that use their guide."""
         T = tokens.size(1)
         assert T <= self.cfg.block_size, f"{T} tokens exceed block_size {self.cfg.block_size}"
-        x, values = self.embed(tokens, tokens.new_full((len(tokens),), -1))
+        x, values = self.embed(tokens)
         if self.wpe is not None:
             x = x + self.wpe.weight[:T]
         kind = x.device.type
@@ -528,10 +533,13 @@ class Teacher:
                 self.share)
 
 
-def build(cfg, device, seed=None):
-    """A GPT whose weights are made on `device`. Without a seed they are not initialised: load_state_dict follows."""
+def build(cfg, device, seed=None, weights=None, path=""):
+    """A GPT whose weights are made on `device`: of the seed, or those of the file at path, which are checked before
+    memory is taken. Without either they are not initialised."""
     with on_meta():
         model = GPT(cfg)
+    if weights is not None:
+        check_weights(model, weights, path)
     model.to_empty(device=device)
     model.tie()  # to_empty gave each its own memory
     cos, sin = rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head, cfg.rope_theta)
@@ -539,26 +547,43 @@ def build(cfg, device, seed=None):
     if seed is not None:
         torch.manual_seed(seed)
         model.init_weights()
+    if weights is not None:
+        load_weights(model, weights, path)
     return model
 
 
+PRECISIONS = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+def check_weights(model, weights, path):
+    """UserError unless the weights of the file at path are those of a model, which may be on the meta device."""
+    mine = model.state_dict()
+    for name in sorted(mine.keys() | weights.keys()):
+        there, here = (tuple(tensors[name].shape) if name in tensors else "none" for tensors in (weights, mine))
+        if there != here or weights[name].dtype not in PRECISIONS:
+            what = f"the shape of {name} is {there}, expected {here}" if there != here else \
+                f"{name} is {weights[name].dtype}"
+            raise UserError(f"the weights in {path} do not match its config: {what}.")
+    positions = model.cos.numel()  # no weights, and yet memory
+    if positions > (1 << 23) + sum(t.numel() for t in mine.values()):
+        raise UserError(f"the config in {path} has block_size={model.cfg.block_size}, whose rotary positions take more "
+                        "memory than the model: give a model of a shorter context.")
+
+
 def load_weights(model, weights, path):
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, AttributeError) as e:  # AttributeError: a name that is no text
-        reason = str(e).splitlines()[:2][-1].strip()
-        raise UserError(f"the weights in {path} do not match its config: {reason}") from None
+    check_weights(model, weights, path)
+    model.load_state_dict(dict(weights))
+    for name, t in model.state_dict().items():
+        if t.numel() and not all(map(math.isfinite, t.aminmax())):
+            raise UserError(f"the weights in {path} are not finite, {name} for one: its training has diverged, or the "
+                            "file is damaged.")
 
 
 def load(path, device):
     """model.pt, or a run folder, finished or not -> (model ready to use, config, the file's other entries)."""
     path, saved = read_model(path)
-    if not isinstance(saved["tokenizer"].get("identity"), str) or not torch.is_tensor(saved["tokenizer"].get("blob")):
-        raise UserError(f"{path} is not the model.pt of a run: its tokenizer lacks identity or blob.")
     cfg = config.from_dict(saved["config"], path)
-    model = build(cfg, device)
-    load_weights(model, saved.pop("model"), path)
-    return model.eval(), cfg, saved
+    return build(cfg, device, weights=saved.pop("model"), path=path).eval(), cfg, saved
 
 
 # ----------------------------------------------------------------------------------------------------------------------

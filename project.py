@@ -185,7 +185,7 @@ def project_model(model, cfg, batches=(), show=print) -> list:
 
 def calibration(path, model, saved, n_tokens):
     """A text -> (batches of tokens for the activations, other windows of tokens for the loss)."""
-    tokenizer = saved_tokenizer(saved["tokenizer"])
+    tokenizer = saved_tokenizer(saved["tokenizer"], model.cfg.vocab_size)
     length = min(model.cfg.block_size, 512) + 1
     text = config.read_text(path)[:8 * (n_tokens + 20 * length)]  # enough: few tokens are longer than 8 characters
     ids = torch.tensor(tokenizer.encode(text), device=model.head.weight.device)

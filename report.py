@@ -16,6 +16,7 @@ import torch.nn as nn
 from config import UserError, read_text, short
 from device import device_name, out_of_memory
 from run import writing
+from tokenizer import reason
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -438,7 +439,7 @@ DRAW = {"kernel": draw_kernel, "ffn": draw_ffn, "train": draw_train, "prefill": 
 def read_rows(path) -> list:
     """The rows that --json wrote to a file."""
     try:
-        return [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
+        return [json.loads(line) for line in read_text(path, 1 << 24).splitlines() if line.strip()]
     except (ValueError, RecursionError):
         raise UserError(f"{path} does not hold rows as --json writes them: one JSON object per line.") from None
 
@@ -453,4 +454,8 @@ def draw_rows(picture, paths, kinds, launches, widths, tokens):
     if len(found) != 1 or found[0] not in DRAW:
         raise UserError(f"{', '.join(paths)} has rows of {' and '.join(found) or 'no benchmark'} with these settings: "
                         f"give rows of one of {', '.join(DRAW)}.")
-    DRAW[found[0]](picture, [r for r in rows if r["benchmark"] == found[0]])
+    try:
+        DRAW[found[0]](picture, [r for r in rows if r["benchmark"] == found[0]])
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{', '.join(paths)} has rows of {found[0]} that cannot be drawn ({reason(e)}): "
+                        "give rows as --json writes them.") from e

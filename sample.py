@@ -273,7 +273,7 @@ def main(path, s, prompts):
     if s.graphs is True and device.type != "cuda":
         raise UserError(f"graphs=True needs a CUDA device, this is {device}: leave --graphs out.")
     model, cfg, saved = load(path, device)
-    tokenizer = saved_tokenizer(saved["tokenizer"])
+    tokenizer = saved_tokenizer(saved["tokenizer"], cfg.vocab_size)
     encoded = [encode(prompt, tokenizer, cfg) for prompt in prompts]
     if s.merge:
         return write_merged(path, model, cfg, saved, encoded[0])

@@ -80,8 +80,8 @@ def make_plan(cfg) -> Plan:
     if unique < 1:
         raise UserError(f"max_tokens={cfg.max_tokens} is less than one step of batch_size {cfg.batch_size} x "
                         f"block_size {cfg.block_size} = {cfg.batch_size * cfg.block_size} tokens.")
-    if unique > 1e8:
-        raise UserError(f"max_tokens={cfg.max_tokens:.3g} are {unique:.3g} steps, more than 1e+08: "
+    if unique > 2e6:
+        raise UserError(f"max_tokens={cfg.max_tokens:.3g} are {unique:.3g} steps, more than 2e+06: "
                         "lower max_tokens, or raise batch_size.")
     ratio = cfg.guide_ratio
     if cfg.guide == "off":
@@ -228,10 +228,9 @@ def dropout_seed(cfg, step, rank) -> int:
     return int(random.Random(f"dropout {cfg.seed} {step} {rank}").getrandbits(63))
 
 
-def read_windows(tokens, windows, block_size):
-    """tokens (count,), windows (n,) -> (n, block_size + 1) int64: inputs and, one further, targets; without overlap."""
-    at = windows[:, None] * block_size + np.arange(block_size + 1)
-    return tokens[at].astype(np.int64)
+def read_windows(token_file, windows, block_size):
+    """windows (n,) -> (n, block_size + 1) int64: inputs and, one further, targets; without overlap."""
+    return token_file.read(windows * block_size, block_size + 1)
 
 
 def count_windows(token_file, block_size) -> int:
@@ -245,7 +244,7 @@ def check_ids(ids, vocab_size, path):
                         f"{prepare.AGAIN}.")
 
 
-def batches(cfg, plan, tokens, n_windows, steps, ranks):
+def batches(cfg, plan, token_file, n_windows, steps, ranks):
     """Yields for each step this rank's (n_micro, micro_batch_size, block_size + 1) tokens, prefetched by a thread.
 
     Micro-batch m of rank r holds the sequences (m world + r) micro_batch_size ... of the step. So the ranks together
@@ -254,7 +253,7 @@ def batches(cfg, plan, tokens, n_windows, steps, ranks):
 
     def make(step):
         windows = windows_of(cfg, step if step < plan.unique else step - plan.unique, n_windows)
-        whole = read_windows(tokens, windows, cfg.block_size)   # of all ranks, so that every rank raises the same error
+        whole = read_windows(token_file, windows, cfg.block_size)  # of all ranks, so that all raise the same error
         check_ids(whole, cfg.vocab_size, os.path.join(config.data_dir(cfg), "train.bin"))
         mine = whole.reshape(-1, ranks.world, cfg.micro_batch_size, cfg.block_size + 1)[:, ranks.rank]
         batch = torch.from_numpy(np.ascontiguousarray(mine))
@@ -301,6 +300,7 @@ def start_or_continue(cfg, plan, ranks, state, data):
     if state == "continue":
         saved = run.read_checkpoint(path, "ckpt.pt")
         check_same_data(cfg, saved["data"], data.train)
+        run.check_continues(cfg, saved, plan.steps, data.tokenizer.identity, path)
     step = saved["step"] if saved else 0
     model = build(cfg, ranks.device, None if saved else cfg.seed)
     originals = load_init(cfg, model, data, ranks) if cfg.init_from and not saved else {}
@@ -313,6 +313,7 @@ def start_or_continue(cfg, plan, ranks, state, data):
         model.teacher = load_teacher(cfg, data.tokenizer, ranks)
     optimizer = make_optimizer(cfg, model, ranks)
     if saved:
+        run.check_moments(saved, optimizer, model, path)
         for name, p in model.named_parameters():
             state = optimizer.state[p]
             for k, v in saved["optimizer"].get(name, {}).items():
@@ -370,7 +371,7 @@ def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=(), sh
     mine, losses, sizes = np.arange(ranks.rank, n_windows, ranks.world), [], []
     with ranks.agree():
         for i in range(0, len(mine), cfg.micro_batch_size):
-            windows = read_windows(token_file.tokens, mine[i:i + cfg.micro_batch_size], cfg.block_size)
+            windows = read_windows(token_file, mine[i:i + cfg.micro_batch_size], cfg.block_size)
             check_ids(windows, cfg.vocab_size, token_file.path)
             batch = torch.full((cfg.micro_batch_size, cfg.block_size + 1), -1)  # always one shape: one compilation
             batch[:len(windows)] = torch.from_numpy(windows)
@@ -488,7 +489,7 @@ def train(cfg, ranks, state, data):
     alpha = torch.ones((), device=ranks.device)  # a tensor, so that a new value compiles nothing
 
     with Stop() as stop:
-        for batch in batches(cfg, plan, data.train.tokens, data.n_windows, range(step, plan.steps), ranks):
+        for batch in batches(cfg, plan, data.train, data.n_windows, range(step, plan.steps), ranks):
             # one step
             lr, a, guided = lr_at(cfg, plan, step), alpha_at(cfg, plan, step), guided_layers(cfg, plan, step)
             if cfg.dropout:

@@ -414,7 +414,7 @@ def test_damaged_and_foreign_folders_are_one_sentence(transformers, cli, tmp_pat
         assert word in err and not (tmp_path / "in").exists(), err
 
     values = json.loads(kept["config.json"])
-    refused("model_type=mamba", **{"config.json": json.dumps({**values, "model_type": "mamba"}).encode()})
+    refused("model_type='mamba'", **{"config.json": json.dumps({**values, "model_type": "mamba"}).encode()})
     refused("has no hidden_size", **{"config.json": json.dumps({**values} | {"model_type": "llama"}).replace(
         '"hidden_size"', '"other"').encode()})
     refused("lack", **{"config.json": json.dumps({**values, "num_hidden_layers": 3}).encode()})

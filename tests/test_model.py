@@ -485,7 +485,7 @@ def test_load_gives_back_what_was_saved(tmp_path):
 
 @pytest.mark.parametrize("changes, words", [
     (dict(model=lambda m: None), "lacks"), (dict(tokenizer=lambda t: None), "lacks"),
-    (dict(model=lambda m: [1]), "lacks model"), (dict(model=lambda m: {1: 2}), "do not match"), (dict(config=lambda c: {3: 4}), "names with values"),
+    (dict(model=lambda m: [1]), "lacks model"), (dict(model=lambda m: {1: 2}), "plain tensor"), (dict(config=lambda c: {3: 4}), "names with values"),
     (dict(tokenizer=lambda t: {"identity": 3}), "tokenizer lacks"),
     (dict(config=lambda c: c | {"n_layers": 3}), "did you mean n_layer"), (dict(config=lambda c: c | {"n_embd": "x"}), "n_embd"),
     (dict(config=lambda c: c | {"n_layer": 2}), "do not match"), (dict(config=lambda c: c | {"rank": 9}), "do not match"),
@@ -508,7 +508,7 @@ def test_a_missing_or_damaged_model_is_refused_in_a_sentence(tmp_path):
         assert name in str(e.value) and "damaged" in str(e.value) and "\n" not in str(e.value)
     at = whole.index(torch.load(path)["model"]["wte.weight"].numpy().tobytes()) + 10
     (tmp_path / "flipped.pt").write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1:])
-    with pytest.raises(UserError, match="flipped.pt is damaged: the checksum of its part .*/data/"):
+    with pytest.raises(UserError, match="flipped.pt is damaged or .* .the checksum of its part .*/data/"):
         load(str(tmp_path / "flipped.pt"), CPU)
     torch.save([1, 2], tmp_path / "list.pt")
     for name, words in (("list.pt", "lacks"), ("nowhere", "does not exist"), ("nowhere/model.pt", "does not exist")):
