@@ -225,7 +225,7 @@ def project_ffns(path, model, cfg, saved, s):
 # The start of a run
 
 # Settings that change what a model computes and no shape that it has
-UNSEEN = ("n_head", "norm", "act", "pos", "rope_theta", "norm_eps", "qk_norm", "embed_norm")
+UNSEEN = ("n_head", "norm", "act", "pos", "rope_theta", "norm_eps", "qk_norm", "embed_norm", "logit_softcap")
 
 
 def check_tokenizer(path, saved, cfg, tokenizer):
