@@ -157,7 +157,7 @@ def project_model(model, cfg, batches=(), show=print) -> list:
     """
     streams, originals = [], []  # streams: of each batch x, pending, its token embeddings, its value embeddings
     for tokens in batches:
-        x, values = model.embed(tokens)
+        x, values = model.embed(tokens, tokens.new_full((len(tokens),), -1))
         x = x if model.wpe is None else x + model.wpe.weight[:x.size(1)]
         streams.append((x, None, x, values))
     for layer, block in enumerate(model.blocks):

@@ -175,7 +175,9 @@ def keep(path, model, ffn="dense"):
 
 TEXT = "".join(f"line {i * i % 97} of the text, {i % 7} words\n" for i in range(40))
 KINDS = {"gpt": [], "llama": ["--norm=rmsnorm", "--act=swiglu", "--bias=False", "--n_kv_head=2"],
-         "learned": ["--pos=absolute", "--act=relu2"]}
+         "learned": ["--pos=absolute", "--act=relu2"],
+        "recipe": ["--norm=rmsnorm", "--act=relu2", "--bias=False", "--tie_embeddings=False", "--qk_norm=1.2",
+                   "--embed_norm=True", "--smear=True", "--embed_skip=True", "--value_embeddings=True"]}
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -199,8 +201,9 @@ def test_merged_factors_are_found_again_in_a_model(structure, kind, cli, tmp_pat
         assert all(float(e) < 1e-4 for e in re.findall(r"(?<=fc[12]) ([\d.]+)", out))
 
 
-def test_the_moments_are_those_of_the_inputs_in_the_whole_model(monkeypatch):
-    model = tiny("--pos=absolute")
+@pytest.mark.parametrize("kind", ["learned", "recipe"])
+def test_the_moments_are_those_of_the_inputs_in_the_whole_model(kind, monkeypatch):
+    model = tiny(*KINDS[kind])
     seen, tokens = {}, torch.randint(257, (6, 16))
 
     def listen(key):
