@@ -526,7 +526,7 @@ def check_hf_config(path, data, name, rope):
         raise UserError(f"{path} scales its rotary positions ({scaling}): only unscaled ones can be computed here.")
     optional = () if HOMES[name].pos == "rope" else GPT_KEYS[4:]
     for key in ("vocab_size", *(ROPE_KEYS if HOMES[name].pos == "rope" else GPT_KEYS)):
-        if key not in data and key not in optional:
+        if data.get(key) is None and key not in optional:
             raise UserError(f"{path} has no {key}: it is not the config.json of a {name} model.")
 
 

@@ -397,6 +397,7 @@ def hf(finished, tmp_path_factory):
 @pytest.mark.parametrize("changes, words", [
     ({"sliding_window": "x"}, "sliding_window='x': expected a size"), ({"head_dim": -1}, "head_dim=-1"),
     ({"hidden_size": 2.5}, "hidden_size=2.5"), ({"vocab_size": True}, "vocab_size=True"),
+    ({"max_position_embeddings": None}, "has no max_position_embeddings"),
     ({"hidden_act": ["gelu"]}, "expected a name"), ({"model_type": []}, r"model_type=\[\]"),
     ({"rope_parameters": [1]}, r"rotary settings \[1\]"), ({"num_hidden_layers": 10**9}, "must be at most"),
     ({"vocab_size": 1 << 24}, "the shape of head.weight is")])

@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_told(cli, data, tmp_path, monkeypatch):
         stopped(tmp_path / "run", data, 3, monkeypatch)
     path = tmp_path / "run" / "ckpt.pt"
     saved = torch.load(path, weights_only=True)
-    for other, words in ((None, "damaged"), ({"epoch": 3, "model": {}}, "lacks config, tokenizer, step, data, optimizer"),
+    for other, words in ((None, "damaged"), ({"epoch": 3, "model": {}}, "lacks config, step, data, optimizer"),
                          ([1], "lacks config, model"),
                          (saved | {"model": weights(tmp_path / "run", "ckpt.pt") | {"more": torch.zeros(1)}},
                           "do not match")):
