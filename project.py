@@ -252,8 +252,8 @@ def check_fits(cfg, theirs, weights, model, ffns):
 def calibration_windows(cfg, data, device):
     """Batches of windows, (4, block_size) tokens or less, spread evenly over the training data."""
     n = min(data.n_windows, -(-cfg.calibrate_tokens // cfg.block_size))
-    at = np.linspace(0, data.n_windows - 1, n).astype(np.int64)[:, None] * cfg.block_size + np.arange(cfg.block_size)
-    tokens = data.train.tokens[at].astype(np.int64).clip(max=cfg.vocab_size - 1)  # damage is reported where it is read
+    starts = np.linspace(0, data.n_windows - 1, n).astype(np.int64) * cfg.block_size
+    tokens = data.train.read(starts, cfg.block_size).clip(max=cfg.vocab_size - 1)  # damage is reported by the first step
     return torch.from_numpy(tokens).to(device).split(4) if n else ()
 
 

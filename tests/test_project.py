@@ -393,7 +393,7 @@ def opened(data, *argv):
 @torch.no_grad()
 def first_loss(model, cfg, plan, files, **how):
     """The loss on the batch of the first step."""
-    batch = next(train.batches(cfg, plan, files.train.tokens, files.n_windows, range(1), ALONE)).flatten(0, 1)
+    batch = next(train.batches(cfg, plan, files.train, files.n_windows, range(1), ALONE)).flatten(0, 1)
     return model(batch[:, :-1], batch[:, 1:], **how).item()
 
 
@@ -515,7 +515,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(data, dense_run, tm
 def test_a_step_with_a_teacher_has_the_loss_of_torchs_divergence(data, dense_run, tmp_path):
     run = train_run(tmp_path / "run", data, *LOWRANK, f"--distill={dense_run}", "--distill_share=0.3", "--seed=4")
     cfg, files, plan = opened(data, *LOWRANK, "--seed=4")
-    batch = next(train.batches(cfg, plan, files.train.tokens, files.n_windows, range(1), ALONE)).flatten(0, 1)
+    batch = next(train.batches(cfg, plan, files.train, files.n_windows, range(1), ALONE)).flatten(0, 1)
     x, y = batch[:, :-1], batch[:, 1:].flatten()
     student, teacher = build(cfg, CPU, seed=4).double(), load(str(dense_run), CPU)[0].double()
     with torch.no_grad():
