@@ -1,6 +1,10 @@
-"""Where a program runs: device, precision, ranks and their process group, peak FLOP/s, out-of-memory."""
+"""Where a program runs: device, precision, ranks and their process group, signals, peak FLOP/s, out-of-memory."""
 import contextlib
 import os
+import signal
+import socket
+import sys
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +37,10 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def any(self, flag) -> bool:
+        """Whether the flag of any rank is set."""
+        return bool(self.sum_over_ranks(torch.tensor([float(bool(flag))], device=self.device)).item())
+
     @contextlib.contextmanager
     def agree(self):
         """If a rank raises a UserError inside, all ranks raise it at the end of the block."""
@@ -41,7 +49,7 @@ class Ranks:
             yield
         except UserError as e:
             refusal = str(e)
-        if self.sum_over_ranks(torch.tensor([float(len(refusal))], device=self.device)).item():
+        if self.any(refusal):
             refusals = [refusal] * self.world
             if self.world > 1:
                 dist.all_gather_object(refusals, refusal)
@@ -56,6 +64,102 @@ class Ranks:
             # gloo's thread needs Python's lock for the last all_reduce: without a pause one exit in ten aborts
             time.sleep(0.1)
             dist.destroy_process_group()
+
+
+class OneStepLate:
+    """A device's value of each step on the host, one step later.
+
+    This step's is ready only when the device has finished the step, and waiting for it would delay the next launches;
+    the one before is ready already.
+    """
+
+    def __init__(self, device):
+        self.on_cuda, self.before = device.type == "cuda", None
+
+    def __call__(self, value):
+        """value: a 0-d tensor -> the float of the call before, None without one."""
+        new = torch.empty((), pin_memory=self.on_cuda).copy_(value, non_blocking=True)
+        event = torch.cuda.current_stream().record_event() if self.on_cuda else None
+        late = self.last()
+        self.before = new, event
+        return late
+
+    def last(self):
+        """The latest value, waited for; None if it has been returned."""
+        before, self.before = self.before, None
+        if before is None:
+            return None
+        if self.on_cuda:
+            before[1].synchronize()
+        return before[0].item()
+
+
+SAVED = 75  # exit status of a run that a signal ended after it was saved: EX_TEMPFAIL, the same command goes on
+
+
+class Stop:
+    """The first signal lets a run finish its step and save; another one, a second or more later, ends it at once.
+
+    Launchers signal a process group and then every process of it: what comes within a second is one request. A limit on
+    CPU time sends SIGXCPU every second, which is one too.
+    """
+    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+               if hasattr(signal, name)]
+
+    def __init__(self, ranks):
+        self.ranks, self.signal, self.first = ranks, 0, 0.0
+        self.late, self.ended = OneStepLate(ranks.device), threading.Event()
+
+    def __enter__(self):
+        self.handlers = {s: signal.getsignal(s) for s in self.SIGNALS}
+        for s in self.SIGNALS:
+            if s == signal.SIGINT or self.handlers[s] is not signal.SIG_IGN:  # nohup makes a process ignore SIGHUP
+                signal.signal(s, self.catch)
+        self.received, self.wake = socket.socketpair()
+        self.wake.setblocking(False)
+        self.wakeup = signal.set_wakeup_fd(self.wake.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self.watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+        signal.set_wakeup_fd(self.wakeup)
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+        self.wake.close()  # ends the thread
+
+    def catch(self, number, frame):
+        now = time.monotonic()
+        if not self.signal:
+            self.signal, self.first = number, now
+        elif now - self.first >= 1 and number != getattr(signal, "SIGXCPU", 0):
+            raise KeyboardInterrupt(number)
+
+    def watch(self):
+        """A thread, since Python runs `catch` only when the main thread is back from C++.
+
+        There it may wait for another rank for minutes: then a second signal ends the process from here.
+        """
+        first = None
+        while received := self.received.recv(1):
+            if received[0] in self.SIGNALS:
+                first = first or time.monotonic()
+                again = time.monotonic() - first >= 1 and received[0] != getattr(signal, "SIGXCPU", 0)
+                if again and not self.ended.wait(1):
+                    print("interrupted while the main thread was waiting.", file=sys.stderr, flush=True)
+                    os._exit(128 + received[0])
+        self.received.close()
+
+    def agreed(self) -> int:
+        """The signal that any rank has received, 0 without one. With several ranks all call it after every step.
+
+        They learn what was known one call before.
+        """
+        if self.ranks.world == 1:
+            return self.signal
+        signals = torch.full((1,), float(self.signal), device=self.ranks.device)
+        dist.all_reduce(signals, op=dist.ReduceOp.MAX)
+        return int(self.late(signals[0]) or 0)
 
 
 def pick_device(name):

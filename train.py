@@ -6,8 +6,8 @@ A run is a folder: config.json, metrics.jsonl, ckpt.pt (all that an exact contin
 Which tokens a step sees, its learning rate and its guide are pure functions of (config, step). So a run can stop
 anywhere and continue elsewhere, on another number of processes too.
 
-The chapters: one step, the loop, the command. schedule.py has the plan and the data order, run.py the folder, the log and
-the checkpoints.
+The chapters: one step, the loop, the command. schedule.py has the plan and the data order, run.py the folder, the log
+and the checkpoints.
 """
 import os
 from dataclasses import dataclass
@@ -41,13 +41,12 @@ import sys
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import prepare
 import run
 from config import short
-from device import device_name, in_memory, peak_flops, set_up
+from device import SAVED, Stop, device_name, in_memory, peak_flops, set_up
 from model import build, load, load_init, load_weights
 from optim import AdamW, MixedAdamW, Muon
 from run import perplexity
@@ -82,11 +81,18 @@ def moments(model, optimizer) -> dict:
     return {names[p]: {k: v for k, v in state.items() if k != "master"} for p, state in optimizer.state.items()}
 
 
+def sizes_on_disk(model, optimizer):
+    """Bytes of model.pt and of a checkpoint; torch's AdamW has its two moments from the first step on."""
+    weights, states = run.size_of(full_weights(model, optimizer)), moments(model, optimizer)
+    return weights, weights + sum(run.size_of(states[n]) if n in states else 2 * p.numel() * p.element_size()
+                                  for n, p in model.named_parameters())
+
+
 def start_or_continue(cfg, plan, ranks, state, data):
     """A new model, or the checkpoint's in the phase of its step -> (model, optimizer, finished steps)."""
-    saved, path = None, os.path.join(cfg.out_dir, "ckpt.pt")
+    saved = None
     if state == "continue":
-        saved = run.read_checkpoint(path, "ckpt.pt")
+        saved = run.read_newest(cfg.out_dir)
         check_same_data(cfg, saved["data"], data.train)
     step = saved["step"] if saved else 0
     model = build(cfg, ranks.device, None if saved else cfg.seed)
@@ -96,7 +102,7 @@ def start_or_continue(cfg, plan, ranks, state, data):
         for _, module in model.structured_linears():
             module.start_guide()
     if saved:
-        load_weights(model, saved["model"], path)
+        load_weights(model, saved["model"], os.path.join(cfg.out_dir, "ckpt.pt"))
     optimizer = make_optimizer(cfg, model, ranks)
     if saved:
         for name, p in model.named_parameters():
@@ -142,7 +148,8 @@ def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, gu
         with contextlib.nullcontext() if last or ranks.world == 1 else wrapped.no_sync():
             with ranks.autocast():
                 loss = wrapped(batch[:, :-1], batch[:, 1:], alpha, guided) / n
-            loss.backward()
+            # a loss that is not finite makes all gradients so, on all ranks: then no rank updates its weights
+            loss.backward(1 + 0 * loss.detach())
         total = total + loss.detach()
     norm = optimizer.step(cfg.grad_clip)
     optimizer.zero_grad(set_to_none=True)
@@ -150,25 +157,34 @@ def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, gu
 
 
 @torch.no_grad()
-def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=(), show=None) -> float:
-    """Mean loss on the first n_windows windows of a token file, shared among the ranks; show(fraction) follows it."""
+def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=(), show=None, stop=None):
+    """Mean loss on the first n_windows windows of a token file, shared among the ranks; show(fraction) follows it.
+
+    None if a signal has ended it: all ranks leave after the same micro-batch.
+    """
     model.eval()
     mine, losses, sizes = np.arange(ranks.rank, n_windows, ranks.world), [], []
+    each = -(-n_windows // ranks.world)  # all ranks take as many micro-batches; the last of some is empty
     with ranks.agree():
-        for i in range(0, len(mine), cfg.micro_batch_size):
+        for i in range(0, each, cfg.micro_batch_size):
+            if stop and stop.agreed():
+                break
             windows = read_windows(token_file.tokens, mine[i:i + cfg.micro_batch_size], cfg.block_size)
-            check_ids(windows, cfg.vocab_size, token_file.path)
             batch = torch.full((cfg.micro_batch_size, cfg.block_size + 1), -1)  # always one shape: one compilation
-            batch[:len(windows)] = torch.from_numpy(windows)
+            if len(windows):
+                check_ids(windows, cfg.vocab_size, token_file.path)
+                batch[:len(windows)] = torch.from_numpy(windows)
             batch = batch.to(ranks.device)
             with ranks.autocast():
                 losses.append(model(batch[:, :-1].clamp(min=0), batch[:, 1:], alpha, guided))
             sizes.append(len(windows))
             if show:
-                show(i / len(mine))
+                show(i / each)
     model.train()
+    if len(losses) < -(-each // cfg.micro_batch_size):
+        return None
     # summed on the host in double precision: not every device has that
-    total = math.fsum(loss * size for loss, size in zip(torch.stack(losses).tolist(), sizes)) if losses else 0.0
+    total = math.fsum(loss * size for loss, size in zip(torch.stack(losses).tolist(), sizes))
     if ranks.world > 1:
         total = ranks.sum_over_ranks(torch.tensor([total], dtype=torch.float64, device=ranks.device)).item()
     return total / n_windows
@@ -177,60 +193,7 @@ def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=(), sh
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
-class Stop:
-    """The first Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 lets the run finish its step and save; a second ends it at once."""
-
-    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-
-    def __init__(self):
-        self.signal, self.before, self.immediate = 0, None, False
-
-    def __enter__(self):
-        self.handlers = {s: signal.getsignal(s) for s in self.SIGNALS}
-        for s in self.SIGNALS:
-            if s == signal.SIGINT or self.handlers[s] is not signal.SIG_IGN:  # nohup makes a process ignore SIGHUP
-                signal.signal(s, self.catch)
-        return self
-
-    def __exit__(self, *_):
-        for s, handler in self.handlers.items():
-            signal.signal(s, handler)
-
-    def catch(self, number, frame):
-        again, self.signal = self.signal, self.signal or number
-        if again or self.immediate:
-            raise KeyboardInterrupt(number)
-
-    @contextlib.contextmanager
-    def at_once(self):
-        """Inside, a signal ends the run at once, since nothing is left to save; an earlier one does so on entry."""
-        self.immediate = True
-        if self.signal:
-            raise KeyboardInterrupt(self.signal)
-        yield
-        self.immediate = False
-
-    def agreed(self, ranks) -> int:
-        """The signal that any rank has received, 0 without one. With several ranks all call it after every step.
-
-        They learn what was known one step before. This step's maximum over the ranks is ready only when the device has
-        finished the step, and waiting for it would delay the next launches; the one before is ready already.
-        """
-        if ranks.world == 1:
-            return self.signal
-        signals = torch.full((1,), float(self.signal), device=ranks.device)
-        dist.all_reduce(signals, op=dist.ReduceOp.MAX)
-        on_cuda = ranks.device.type == "cuda"
-        new = torch.empty(1, pin_memory=on_cuda).copy_(signals, non_blocking=on_cuda)
-        before, self.before = self.before, (new, torch.cuda.current_stream().record_event() if on_cuda else None)
-        if before is None:
-            return 0
-        if on_cuda:
-            before[1].synchronize()
-        return int(before[0].item())
-
-
-def start_card(cfg, plan, ranks, data) -> str:
+def start_card(cfg, plan, ranks, data, sizes) -> str:
     facts, peak, tokens = summary(cfg), peak_flops(ranks.device), cfg.block_size
     ffn = {"dense": "dense", "lowrank": f"lowrank rank {cfg.rank}",
            "blockshuffle": f"blockshuffle {cfg.nblocks} blocks",
@@ -249,7 +212,8 @@ def start_card(cfg, plan, ranks, data) -> str:
               f"{plan.unique * cfg.batch_size / data.n_windows:.2f} epochs{replayed}, {facts['train_flops']:.2e} FLOPs",
               f"device   {ranks.world} x {device_name(ranks.device)}, {str(ranks.dtype)[6:]}, "
               f"peak {short(peak) + 'FLOP/s' if peak else 'n/a'}, {'compiled' if ranks.compile else 'not compiled'}",
-              f"folder   {cfg.out_dir}"]
+              f"folder   {cfg.out_dir}: {cfg.keep_checkpoints} checkpoints of {short(sizes[1])}B"
+              f"{', best.pt' if cfg.eval_interval else ''} and model.pt of {short(sizes[0])}B"]
     return "\n".join(lines)
 
 
@@ -262,8 +226,8 @@ def train(cfg, ranks, state, data):
         model.compile_parts()
     wrapped = wrap_ddp(model, cfg, plan, step, ranks)
     with ranks.agree():
-        log = run.Log(cfg, ranks, step, step_flops(cfg, plan))
-    log.show(start_card(cfg, plan, ranks, data))
+        log = run.Log(cfg, ranks, step, step_flops(cfg, plan), plan.guided)
+    log.show(start_card(cfg, plan, ranks, data, sizes_on_disk(model, optimizer)))
     # Checksums of large files take minutes: a thread checks them during the first steps. Damage found ends the run
     # before the next checkpoint.
     raise_damage = prepare.verify_in_background(*(data.train, data.val) if ranks.master else ())
@@ -271,7 +235,12 @@ def train(cfg, ranks, state, data):
         log.say(f"continuing after step {step} of {plan.steps}")
     alpha = torch.ones((), device=ranks.device)  # a tensor, so that a new value compiles nothing
 
-    with Stop() as stop:
+    with run.Saver(ranks.device) as saver, Stop(ranks) as stop:
+        optimizer.register_step_pre_hook(saver.before_update)
+        if is_due(cfg.eval_interval, step, plan) and ranks.any(ranks.master and log.validated < step):
+            # the validation that a signal had ended
+            if validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, step, alpha):
+                end_early(ranks, log, saver, step)
         for batch in batches(cfg, plan, data.train.tokens, data.n_windows, range(step, plan.steps), ranks):
             # one step
             lr, a, guided = lr_at(cfg, plan, step), alpha_at(cfg, plan, step), guided_layers(cfg, plan, step)
@@ -284,66 +253,99 @@ def train(cfg, ranks, state, data):
             step += 1
             if step == plan.guided:
                 end_guide(model, optimizer)
+                saver.forget()
                 wrapped = wrap_ddp(model, cfg, plan, step, ranks)  # DDP's buckets still hold the guides
 
             # log
+            log.watch(step, norm)
             if step % cfg.log_interval == 0 or step in (1, plan.steps):
                 with ranks.agree():
+                    saver.raise_error()
                     log.step(step, loss, lr, norm, a)
 
             # validate and save
             if log.lost:
                 stop.signal = stop.signal or signal.SIGTERM
-            stopping = stop.agreed(ranks)
-            saving = stopping or cfg.save_interval and step % cfg.save_interval == 0 or step == plan.steps
-            validating = cfg.eval_interval and step % cfg.eval_interval == 0 and step < plan.steps
-            if saving:
-                log.check(step, "gradient norm", norm.item())
-            if saving or validating:
+            stopping = stop.agreed()
+            if is_due(cfg.eval_interval, step, plan) and not stopping:
+                stopping = validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, step, alpha)
+            if stopping or is_due(cfg.save_interval, step, plan) or step == plan.steps:
+                log.settle(step)
                 with log.pause(), ranks.agree():
-                    if validating:
-                        validate(cfg, plan, ranks, model, data, log, step, alpha)
                     raise_damage()
-                    if saving and ranks.master:
-                        run.save_checkpoint(cfg, full_weights(model, optimizer), step, data.tokenizer,
-                                            data.train.checksum, moments(model, optimizer))
+                    save(cfg, ranks, model, optimizer, data, log, saver, step)
             if stopping:
-                end_early(log, step, stopping)
+                end_early(ranks, log, saver, step)
         with ranks.agree():
             raise_damage(wait=True)
-        finish(cfg, plan, ranks, model, optimizer, data, log, stop)
+        finish(cfg, plan, ranks, model, optimizer, data, log, saver, stop)
 
 
-def validate(cfg, plan, ranks, model, data, log, step, alpha):
-    """A validation during the run, of the model as the next step uses it: with the guide while there is one."""
+def is_due(interval, step, plan):
+    """Whether something that happens every `interval` steps (0: never) is due after a step, the last one left out."""
+    return bool(interval and step and step % interval == 0 and step < plan.steps)
+
+
+def validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, step, alpha):
+    """A validation during the run, of the model as the next step uses it: with the guide while there is one.
+
+    The best of those without a guide is kept as best.pt. Returns whether a signal has ended it.
+    """
     guided = tuple(range(cfg.n_dense_layers, cfg.n_layer)) if step < plan.guided else ()
     alpha.fill_(alpha_at(cfg, plan, step))
-    log.validation(step, evaluate(model, data.val, data.n_val, cfg, ranks, alpha, guided))
+    with log.pause():
+        loss = evaluate(model, data.val, data.n_val, cfg, ranks, alpha, guided, stop=stop)
+        if loss is None:
+            return True
+        with ranks.agree():
+            if log.validation(step, loss) and ranks.master:
+                best = run.entries(cfg, full_weights(model, optimizer), step, data.tokenizer, val_loss=loss)
+                saver.save([(os.path.join(cfg.out_dir, "best.pt"), best, 1)])
+    return False
 
 
-def end_early(log, step, number):
-    """After a signal and its checkpoint."""
+def checkpoint(cfg, model, optimizer, step, data) -> dict:
+    """What ckpt.pt holds."""
+    return run.entries(cfg, full_weights(model, optimizer), step, data.tokenizer, data=data.train.checksum,
+                       optimizer=moments(model, optimizer))
+
+
+def save(cfg, ranks, model, optimizer, data, log, saver, step):
+    """ckpt.pt, which the thread writes after the rows of metrics.jsonl until its step."""
+    log.saved = step
+    if ranks.master:
+        path = os.path.join(cfg.out_dir, "ckpt.pt")
+        saver.save([(path, checkpoint(cfg, model, optimizer, step, data), cfg.keep_checkpoints)], [log.file.name])
+
+
+def end_early(ranks, log, saver, step):
+    """After a signal and its checkpoint: status SAVED, on which a scheduler may give the same command again."""
+    with ranks.agree():
+        saver.wait()
     again = "the same command with --resume=auto continues it"
     if log.lost:
         raise UserError(f"the output cannot be written ({log.lost}): the run is saved after step {step}, {again}.")
     log.say(f"stopped after step {step} and saved; {again}")
-    sys.exit(128 + number)
+    sys.exit(SAVED)
 
 
-def finish(cfg, plan, ranks, model, optimizer, data, log, stop):
-    """The final validation and model.pt. The last step is saved already, so a signal may end the validation at once."""
-    try:
-        with stop.at_once():
-            val_loss = evaluate(model, data.val, data.n_final, cfg, ranks, show=log.final)
-    except KeyboardInterrupt:
+def finish(cfg, plan, ranks, model, optimizer, data, log, saver, stop):
+    """The final validation and model.pt. The last step is saved already: a signal ends the validation."""
+    val_loss = evaluate(model, data.val, data.n_final, cfg, ranks, show=log.final, stop=stop)
+    with ranks.agree():
+        saver.wait()
+    if val_loss is None:
         log.say(f"stopped in the final validation; all {plan.steps} steps are saved, "
                 "the same command with --resume=auto repeats it")
-        raise
+        sys.exit(SAVED)
     with ranks.agree():
         log.validation(plan.steps, val_loss)
         if ranks.master:
-            run.save_model(cfg, full_weights(model, optimizer), plan.steps, data.tokenizer, val_loss)
-    log.end_card(val_loss, data.n_final * cfg.block_size, train_flops(cfg, plan))
+            weights = full_weights(model, optimizer)
+            model_pt = run.entries(cfg, weights, plan.steps, data.tokenizer, val_loss=val_loss)
+            saver.save([(os.path.join(cfg.out_dir, "model.pt"), model_pt, 1)], [log.file.name])
+            saver.wait()
+    log.end_card(val_loss, data.n_final * cfg.block_size, train_flops(cfg, plan), saver.report())
     if log.lost:
         raise UserError(f"the output cannot be written ({log.lost}), but the run is finished: "
                         f"its model is in {cfg.out_dir}.")

@@ -112,6 +112,8 @@ class Config:
     eval_only: bool = False              # score out_dir's finished model on data_dir, then stop
     log_interval: int = 10               # steps between log lines
     save_interval: int = 1000            # steps between checkpoints; 0: only at the end
+    keep_checkpoints: int = 2            # checkpoints that stay: the newest, and those before it for when it is damaged
+    max_bad_steps: int = 10              # end after so many steps in a row whose loss or gradient is not finite
     out_dir: str = ""                    # the run's folder; empty: out/<preset name>
     resume: Literal["off", "auto"] = "off"                   # auto: continue the run in out_dir if there is one
     init_from: str = ""                  # start from the weights of this run folder or model.pt; empty: random ones
@@ -402,7 +404,7 @@ def to_dict(cfg) -> dict:
 def check(cfg):
     """Fills in the sizes left 0 and refuses impossible combinations in one sentence. Needs neither data nor torch."""
     for name in ("n_layer", "n_embd", "n_head", "block_size", "max_tokens", "batch_size", "micro_batch_size",
-                 "log_interval", "eval_tokens", "final_eval_tokens"):
+                 "log_interval", "eval_tokens", "final_eval_tokens", "keep_checkpoints", "max_bad_steps"):
         _require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)} must be at least 1.")
     for name in ("n_kv_head", "attn_dim", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval", "save_interval",
                  "grad_clip", "seed", "warmup_steps", "qk_norm"):

@@ -23,13 +23,13 @@ from runs import ALONE, CPU, GUIDED, RUNS, copy_data, metrics, set_token, stoppe
 WORKER = """
 import contextlib, io, json, os, signal, sys
 sys.path.insert(0, {root!r})
-import config, torch, train
+import config, device, torch, train
 rank = os.environ["RANK"]
-real, end = train.dist.init_process_group, train.dist.destroy_process_group
+real, end = device.dist.init_process_group, device.dist.destroy_process_group
 def once(*args, **kw):  # one group for all runs
-    return train.dist.is_initialized() or real(*args, **kw)
-train.dist.init_process_group = once
-train.dist.destroy_process_group = lambda: None
+    return device.dist.is_initialized() or real(*args, **kw)
+device.dist.init_process_group = once
+device.dist.destroy_process_group = lambda: None
 good, bad, signalled = json.load(open({runs!r}))
 seeds, step = [], train.train_step
 for argv in good:
@@ -124,7 +124,7 @@ def test_what_one_of_two_processes_refuses_both_refuse(two_processes):
 
 def test_a_signal_to_one_rank_ends_both_after_the_same_step(two_processes):
     """Rank 1 got it in step 3; all learn of it one step later, and the checkpoint is of that step."""
-    assert two_processes["ended"] == ([4, 128 + signal.SIGUSR1],) * 2
+    assert two_processes["ended"] == ([4, device.SAVED],) * 2
     saved = torch.load(two_processes["signalled"] / "ckpt.pt", weights_only=True)
     assert saved["step"] == 4 and not (two_processes["signalled"] / "model.pt").exists()
 
