@@ -1,5 +1,8 @@
 """AdamW and Muon with gradient clipping and one interface: step(max_norm), accumulate(last), master(p).
 
+Where the gradients' norm is not finite a step changes no weight and no moment. That is decided on the device: the host
+waits for nothing.
+
 `AdamW` is torch's. `MixedAdamW` is for bf16 training: the model's matrices are bf16, cast once per optimiser step, and
 the fp32 masters live here. A step reads each gradient once, as bf16, and writes new bf16 weights beside the masters.
 `Muon` is MixedAdamW on embeddings, head and vectors; the matrices of the blocks move by the orthogonalised momentum.
@@ -29,6 +32,7 @@ class AdamW(torch.optim.AdamW):
 
     def step(self, max_norm):
         norm = torch.nn.utils.clip_grad_norm_([p for g in self.param_groups for p in g["params"]], max_norm or math.inf)
+        self.found_inf = (~norm.isfinite()).float()  # where it is 1, torch's fused update leaves all as it is
         super().step()
         return norm
 
@@ -40,7 +44,8 @@ class MixedAdamW(torch.optim.Optimizer):
     """AdamW on fp32 masters of a model whose matrices it turns into bf16; vectors (norms, biases) stay fp32.
 
     state[p]: step, exp_avg, exp_avg_sq as in torch's AdamW, and for matrices `master`. A parameter without gradient is
-    left alone. Without `mixed` all parameters keep their precision.
+    left alone; `step`, on the host, counts updates that were skipped too. Without `mixed` all parameters keep their
+    precision.
     """
 
     def __init__(self, params, lr, betas, weight_decay, eps=1e-8, mixed=True):
@@ -77,6 +82,7 @@ class MixedAdamW(torch.optim.Optimizer):
         """One update with gradients clipped to the global norm max_norm (0: no clipping); returns the norm before."""
         norm = total_norm([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])
         scale = (max_norm / (norm + 1e-6)).clamp(max=1) if max_norm else torch.ones_like(norm)
+        scale = torch.where(norm.isfinite(), scale, -1.0)  # negative: nothing changes
         for number, group in enumerate(self.param_groups):
             self.update_group(number, group, scale)
         return norm
@@ -116,8 +122,10 @@ class MixedAdamW(torch.optim.Optimizer):
         for p in params:
             state, weight, grad = self.state[p], self.master(p), p.grad.float() * scale
             rate, root = self.corrections(p, group)
-            m, v = state["exp_avg"].lerp_(grad, 1 - beta1), state["exp_avg_sq"].lerp_(grad * grad, 1 - beta2)
-            weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(rate * m / (v.sqrt() * root + group["eps"]))
+            m, v = state["exp_avg"].lerp(grad, 1 - beta1), state["exp_avg_sq"].lerp(grad * grad, 1 - beta2)
+            moved = weight * (1 - group["lr"] * group["weight_decay"]) - rate * m / (v.sqrt() * root + group["eps"])
+            for tensor, new in ((state["exp_avg"], m), (state["exp_avg_sq"], v), (weight, moved)):
+                tensor.copy_(torch.where(scale >= 0, new, tensor))
             if weight is not p:
                 p.copy_(weight)
 
@@ -146,14 +154,19 @@ def polar(x, polynomials=POLAR_EXPRESS, margin=1.02):
 
 
 def nesterov(grads, momentum, scale, mu, dtype):
-    """momentum <- mu momentum + (1 - mu) grads, in place; returns the step that looks one ahead. All (K, m, n)."""
-    grads = grads.float() * scale
-    momentum.add_((1 - mu) * (grads - momentum))
+    """momentum <- mu momentum + (1 - mu) grads, in place; returns the step that looks one ahead. All (K, m, n).
+
+    With a negative scale the momentum stays, and the step is of gradients 0.
+    """
+    grads = torch.where(scale >= 0, grads.float() * scale, 0)  # not a product alone: NaN times 0 is NaN
+    momentum.add_(torch.where(scale >= 0, (1 - mu) * (grads - momentum), 0))
     return (grads + mu * (momentum - grads)).to(dtype)
 
 
-def descend(weights, step, rate, decay):
+def descend(weights, step, rate, decay, scale):
     """weights -= rate step + decay weights, in place, all (K, m, n); no decay where the step leads away from 0.
+
+    With a negative scale nothing changes.
 
     The m rows of a tall step, or the n columns of a wide one, get one norm, which an orthogonal step has in the mean:
     so every hidden unit moves alike.
@@ -162,7 +175,7 @@ def descend(weights, step, rate, decay):
     rows = step.size(-2) >= step.size(-1)
     share = min(step.shape[1:]) / max(step.shape[1:])
     step = step * (share ** 0.5 / step.norm(dim=-1 if rows else -2, keepdim=True).clamp_min(1e-7))
-    weights.sub_(rate * step + decay * weights * (step * weights > 0))
+    weights.sub_(torch.where(scale >= 0, rate * step + decay * weights * (step * weights > 0), 0))
 
 
 class Muon(MixedAdamW):
@@ -205,7 +218,7 @@ class Muon(MixedAdamW):
             grads, momenta, weights, copies = (list(tensors) for tensors in zip(*pieces))
             momentum, weight = torch.stack(momenta), torch.stack(weights)
             step = self.shared_polar(self.nesterov(torch.stack(grads), momentum, scale, mu, self.dtype))
-            self.descend(weight, step, lr * max(1, rows / columns) ** 0.5, decay)
+            self.descend(weight, step, lr * max(1, rows / columns) ** 0.5, decay, scale)
             torch._foreach_copy_(momenta, momentum.unbind())
             torch._foreach_copy_(weights, weight.unbind())
             if self.dtype is torch.bfloat16:

@@ -66,7 +66,7 @@ def make_optimizer(cfg, model, ranks):
         return Muon(model, cfg, mixed, ranks.compile)
     if mixed:
         return MixedAdamW(model.parameters(), **settings)
-    return AdamW(model.parameters(), fused=ranks.device.type in ("cpu", "cuda"), **settings)
+    return AdamW(model.parameters(), fused=True, **settings)
 
 
 def full_weights(model, optimizer) -> dict:

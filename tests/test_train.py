@@ -17,13 +17,14 @@ import torch.nn.functional as F
 import config
 import optim
 import prepare
+import run
 import train
 from config import UserError
 from conftest import LOWRANK, TINY, assert_one_sentence, train_run, write_data
 from device import Ranks
 from model import load
 from optim import MixedAdamW
-from runs import ALONE, CPU, GUIDED, assert_same_run, configure, copy_data, metrics, set_token, stopped, tiny, weights
+from runs import ALONE, CPU, GUIDED, RUNS, assert_same_run, configure, copy_data, metrics, set_token, stopped, tiny, weights
 from test_model import random_model, reference_logits
 
 
@@ -128,7 +129,7 @@ def test_loss_alpha_and_guided_validation_of_a_guided_run(data, tmp_path, monkey
     """The logged loss is that of the step, before its update, with its alpha; a validation blends as the next step."""
     seen = []
 
-    def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=(), show=None):
+    def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=(), show=None, stop=None):
         seen.append((n_windows, None if alpha is None else alpha.item(), guided))
         return real(model, token_file, n_windows, cfg, ranks, alpha, guided)
 
@@ -167,11 +168,90 @@ def test_mistakes_about_data_are_told_before_the_first_step(cli, data, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(cli, data, tmp_path):
+def test_a_run_that_has_diverged_ends_in_one_sentence(cli, data, tmp_path):
     status, _, err = cli("train.py", *TINY, "--lr=1e30", "--grad_clip=0", f"--data_dir={data}",
-                         f"--out_dir={tmp_path / 'run'}")
-    assert status == 2 and err.count("\n") == 1 and "the loss is nan at step" in err and "lower lr" in err
+                         f"--out_dir={tmp_path / 'run'}", "--max_bad_steps=5")
+    assert status == 2 and err.count("\n") == 1 and len(err) < 400 and "lower lr" in err
+    assert "5 steps in a row, the last of them 6, have a loss or gradient that is not finite" in err
+    assert f"the last good loss logged is {metrics(tmp_path / 'run')[0]['loss']:.4f}" in err
     assert "another --out_dir" in err  # going on with other settings is refused
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_updates_nothing_though_its_gradient_is(bad):
+    cfg = tiny("--vocab_size=61")
+    gpt = random_model(cfg).float()
+    before = {n: p.detach().clone() for n, p in gpt.named_parameters()}
+    optimizer = train.make_optimizer(cfg, gpt, ALONE)
+    batch = torch.randint(61, (2, 4, 17), generator=torch.Generator().manual_seed(0))
+    _, norm = train.train_step(lambda *args: gpt(*args) + bad, optimizer, batch, cfg, ALONE, 1e-3)
+    assert not norm.isfinite() and all(torch.equal(p, before[n]) for n, p in gpt.named_parameters())
+    _, norm = train.train_step(gpt, optimizer, batch, cfg, ALONE, 1e-3)
+    assert norm.isfinite() and not torch.equal(gpt.wte.weight, before["wte.weight"])
+
+
+@pytest.fixture
+def bad_steps(monkeypatch):
+    """bad_steps(2, 5): the gradients of these steps of a run are not finite."""
+    calls, real = [], train.train_step
+
+    def choose(*steps, first=1):
+        calls[:] = range(first - 1)
+
+        def step(wrapped, optimizer, batch, cfg, ranks, *args):
+            calls.append(1)
+            factor = math.nan if len(calls) in steps else 1
+            return real(lambda *inputs: wrapped(*inputs) * factor, optimizer, batch, cfg, ranks, *args)
+        monkeypatch.setattr(train, "train_step", step)
+    return choose
+
+
+@pytest.mark.parametrize("name", ["plain", "muon"])
+def test_bad_steps_are_skipped_counted_and_resumed(name, bad_steps, data, tmp_path, monkeypatch):
+    """Steps 3, 4 and 7 of a run; log lines every 2 steps. Interrupted after 3 it is the same run."""
+    flags = [*RUNS[name], "--log_interval=2", "--grad_clip=0"]
+    bad_steps(3, 4, 7)
+    whole = train_run(tmp_path / "whole", data, *flags)
+    rows = metrics(whole)
+    assert [r["step"] for r in rows if "skipped" in r] == [3, 4, 7]
+    assert [r["step"] for r in rows if "loss" in r] == [s for s in range(1, rows[-1]["step"] + 1)
+                                                       if s in (1, rows[-1]["step"]) or s % 2 == 0 and s != 4]
+    assert all(math.isfinite(v) for r in rows for v in r.values() if v is not None)
+    bad_steps(3, 4, 7)
+    with pytest.raises(SystemExit):
+        stopped(tmp_path / "run", data, 3, monkeypatch, *flags)
+    assert metrics(tmp_path / "run")[-1] == {"step": 3, "skipped": 1}
+    bad_steps(3, 4, 7, first=4)
+    train_run(tmp_path / "run", data, *flags, "--resume=auto")
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_with_its_checkpoint(bad_steps, data, tmp_path):
+    bad_steps(2, 3, 5, 6, 7)
+    words = r"3 steps in a row, the last of them 7, .* last good loss logged is 5\.\d+: the checkpoint of step 6 is kept"
+    with pytest.raises(UserError, match=words) as e:
+        train_run(tmp_path / "run", data, "--max_bad_steps=3", "--save_interval=2")
+    assert len(str(e.value)) < 400
+    saved = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+    assert saved["step"] == 6 and all(t.isfinite().all() for t in saved["model"].values())
+
+
+def test_a_spike_of_the_loss_is_recorded_also_after_a_resume(data, tmp_path, monkeypatch):
+    """The losses are 3 but for that of step 30, which is 9 and the only spike, interrupted before it or not."""
+    real = run.is_spike
+    monkeypatch.setattr(run, "is_spike", lambda losses, loss: real([3.0] * len(losses), 9.0 if spiking[0] else 3.0))
+    spiking, step = [False], run.Log.step
+
+    def log_step(self, number, *args):
+        spiking[0] = number == 30
+        step(self, number, *args)
+    monkeypatch.setattr(run.Log, "step", log_step)
+    flags = ["--max_tokens=5120"]  # 40 steps
+    whole = train_run(tmp_path / "whole", data, *flags)
+    assert [r["step"] for r in metrics(whole) if "spike" in r] == [30]
+    with pytest.raises(SystemExit):
+        stopped(tmp_path / "run", data, 25, monkeypatch, *flags)
+    assert_same_run(train_run(tmp_path / "run", data, *flags, "--resume=auto"), whole)
 
 
 def test_a_final_loss_that_is_not_finite_is_no_result(cli, finished, data, tmp_path, monkeypatch):
