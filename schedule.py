@@ -183,9 +183,18 @@ def windows_of(cfg, data_step, n_windows):
     return windows
 
 
-def dropout_seed(cfg, step, rank) -> int:
-    """Dropout is a function of step and rank, so that a continuation needs no state of a generator."""
-    return int(random.Random(f"dropout {cfg.seed} {step} {rank}").getrandbits(63))
+@np.errstate(over="ignore")
+def dropout_keys(cfg, step, ranks):
+    """The keys of a step's dropout (n_micro, 1 + 2 n_layer, micro_batch_size) int64, for this rank's sequences.
+
+    A key is a hash of (seed, step, sequence of the step, place in the model). So a continuation needs no state, and
+    neither the number of processes nor the size of a micro-batch changes what is drawn.
+    """
+    sequences = np.arange(cfg.batch_size, dtype=np.uint64).reshape(-1, ranks.world, 1, cfg.micro_batch_size)
+    places = np.arange(1 + 2 * cfg.n_layer, dtype=np.uint64)[:, None]
+    key = mix(mix(np.uint64([cfg.seed]) ^ np.uint64(0x64726F70)) ^ np.uint64(step))
+    keys = mix(mix(key ^ sequences[:, ranks.rank]) ^ places) >> np.uint64(2)     # 62 bits: a positive int64
+    return torch.from_numpy(keys.astype(np.int64))
 
 
 def read_windows(tokens, windows, block_size):

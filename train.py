@@ -50,7 +50,7 @@ from device import SAVED, Stop, device_name, in_memory, peak_flops, set_up
 from model import build, load, load_init, load_weights
 from optim import AdamW, MixedAdamW, Muon
 from run import perplexity
-from schedule import (alpha_at, batches, check_ids, count_windows, dropout_seed, guided_layers, lr_at, make_plan,
+from schedule import (alpha_at, batches, check_ids, count_windows, dropout_keys, guided_layers, lr_at, make_plan,
                       muon_at, read_windows, step_flops, summary, train_flops)
 from tokenizer import nominal_vocabulary
 
@@ -132,10 +132,11 @@ def end_guide(model, optimizer):
         group["params"] = [p for p in group["params"] if id(p) in kept]
 
 
-def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, guided=()):
+def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, guided=(), keys=None):
     """One optimiser step over (n_micro, micro_batch, T + 1) tokens -> (this rank's mean loss, gradient norm), both 0-d.
 
-    They stay on the device. Nothing in here waits for it: the next launches are queued while it computes.
+    keys: those of schedule.dropout_keys, with dropout. The results stay on the device. Nothing in here waits for it: the
+    next launches are queued while it computes.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("ratio", 1)
@@ -147,7 +148,8 @@ def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, gu
         # the ranks' gradients are averaged once a step, with the last micro-batch's backward
         with contextlib.nullcontext() if last or ranks.world == 1 else wrapped.no_sync():
             with ranks.autocast():
-                loss = wrapped(batch[:, :-1], batch[:, 1:], alpha, guided) / n
+                drawn = None if keys is None else keys[i]
+                loss = wrapped(batch[:, :-1], batch[:, 1:], alpha, guided, drawn) / n
             # a loss that is not finite makes all gradients so, on all ranks: then no rank updates its weights
             loss.backward(1 + 0 * loss.detach())
         total = total + loss.detach()
@@ -244,12 +246,11 @@ def train(cfg, ranks, state, data):
         for batch in batches(cfg, plan, data.train.tokens, data.n_windows, range(step, plan.steps), ranks):
             # one step
             lr, a, guided = lr_at(cfg, plan, step), alpha_at(cfg, plan, step), guided_layers(cfg, plan, step)
-            if cfg.dropout:
-                torch.manual_seed(dropout_seed(cfg, step, ranks.rank))
+            keys = dropout_keys(cfg, step, ranks).to(ranks.device) if cfg.dropout else None
             if cfg.optimizer == "muon":
                 optimizer.momentum, optimizer.decay = muon_at(cfg, plan, step)
             batch = batch.to(ranks.device, non_blocking=True)
-            loss, norm = train_step(wrapped, optimizer, batch, cfg, ranks, lr, alpha.fill_(a), guided)
+            loss, norm = train_step(wrapped, optimizer, batch, cfg, ranks, lr, alpha.fill_(a), guided, keys)
             step += 1
             if step == plan.guided:
                 end_guide(model, optimizer)

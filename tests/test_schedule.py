@@ -214,6 +214,21 @@ def test_batches_are_the_same_for_any_number_of_processes_and_any_start():
         assert step < 5 or np.array_equal(one[step], late[step])
 
 
+def test_dropouts_keys_are_one_for_every_sequence_place_step_and_seed():
+    """They belong to the sequences, whose order in `batches` they share, however these are split."""
+    cfg = tiny("--batch_size=16", "--dropout=0.1")
+
+    def keys(cfg, step, world, micro):
+        cfg = dataclasses.replace(cfg, micro_batch_size=micro)
+        ranks = [schedule.dropout_keys(cfg, step, Ranks(rank, world, CPU, torch.float32, False)) for rank in range(world)]
+        assert ranks[0].shape == (16 // world // micro, 7, micro) and ranks[0].dtype is torch.int64
+        return torch.stack(ranks, 1).movedim(2, 0).flatten(1)                    # (places, sequences)
+    one = keys(cfg, 3, 1, 16)
+    assert all(torch.equal(one, keys(cfg, 3, *split)) for split in ((1, 1), (2, 4), (2, 8), (4, 2), (8, 2)))
+    every = torch.stack([keys(c, step, 1, 4) for c in (cfg, dataclasses.replace(cfg, seed=1)) for step in range(50)])
+    assert len(every.unique()) == 100 * 7 * 16 and every.min() > 0 and len((every & 0x7FFFFFFF).unique()) > 11_190
+
+
 def test_fixedflop_replays_the_guided_steps_data():
     tokens, cfg = np.random.default_rng(0).integers(0, 257, 16 * 100 + 1), tiny(*GUIDED)
     batch = all_batches(cfg, tokens, 100, range(12), 1)

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 
 import config
+import model as model_file
 import optim
 import prepare
 import run
+import schedule
 import train
 from config import UserError
 from conftest import LOWRANK, TINY, assert_one_sentence, train_run, write_data
@@ -343,21 +345,52 @@ def test_each_dropout_acts_in_training_alone(monkeypatch):
     """On the embeddings and on both branches of each of 3 blocks: what any of these 7 draws changes the output."""
     cfg = tiny("--dropout=0.3", "--vocab_size=61")
     gpt, tokens, calls, zeroed = random_model(cfg).float(), torch.randint(61, (2, 16)), [], None
+    keys = schedule.dropout_keys(dataclasses.replace(cfg, micro_batch_size=2, batch_size=2), 3, ALONE)[0]
 
-    def dropout(x, p, training, inplace=False):
-        calls.append((tuple(x.shape), p, training))
+    def dropout(x, p, drawn):
+        calls.append((tuple(x.shape), p, drawn.tolist()))
         return x * 0 if len(calls) - 1 == zeroed else x
-    monkeypatch.setattr(F, "dropout", dropout)
+    monkeypatch.setattr(model_file, "dropout", dropout)
     with torch.no_grad():
-        whole = gpt.train()(tokens)
-        assert calls == [((2, 16, 32), 0.3, True)] * 7
+        whole = gpt.train()(tokens, keys=keys)
+        assert calls == [((2, 16, 32), 0.3, key.tolist()) for key in keys] and len(calls) == 7
         for zeroed in range(7):
             calls.clear()
-            assert not torch.allclose(gpt(tokens), whole, atol=1e-3), zeroed
-        zeroed = None
+            assert not torch.allclose(gpt(tokens, keys=keys), whole, atol=1e-3), zeroed
+        with pytest.raises(AssertionError, match="needs keys"):
+            gpt(tokens)
         calls.clear()
         gpt.eval()(tokens)
-        assert [training for _, _, training in calls] == [False] * 7
+        assert not calls
+
+
+def test_dropout_keeps_a_share_of_the_entries_by_place_and_key():
+    """Each key's mask against the others and itself shifted: as independent as coins; the kept are divided by 1 - p."""
+    keys = schedule.dropout_keys(tiny("--dropout=0.3", "--n_layer=2"), 5, ALONE).flatten()        # 2 x 5 x 4
+    x = torch.ones(len(keys), 64, 48)
+    y = model_file.dropout(x, 0.3, keys)
+    kept = y != 0
+    assert torch.equal(y[kept], torch.full((int(kept.sum()),), 1 / 0.7)) and len(keys) == 40
+    share = kept.float().mean((1, 2))                                                             # of 3072 entries
+    assert (share - 0.7).abs().max() < 4 * (0.21 / 3072) ** 0.5 and abs(share.mean() - 0.7) < 0.005
+    masks = kept.flatten(1).double() - 0.7
+    shifted = torch.stack([masks[0].roll(n) for n in (1, 2, 47, 48, 49, 64, 1024)])
+    correlation = torch.cat((masks, shifted)) @ torch.cat((masks, shifted)).T / (0.21 * 3072)
+    assert (correlation - torch.eye(47)).abs().max() < 5 / 3072 ** 0.5
+    alone = torch.cat([model_file.dropout(x[i:i + 1], 0.3, keys[i:i + 1]) for i in range(40)])
+    assert torch.equal(alone, y)                                                                  # whatever the batch
+
+
+def test_the_hash_of_dropout_is_one_to_one_and_that_of_its_paper():
+    """Against the same in Python's integers."""
+    def by_hand(x):
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+            x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+        return x
+    values = [0, 1, 2, 12345, 2**31 - 1, 2**31, 2**32 - 1, 0xDEADBEEF]
+    got = model_file.scramble(torch.tensor([v - 2**32 if v >= 2**31 else v for v in values], dtype=torch.int32))
+    assert [int(v) % 2**32 for v in got] == [by_hand(v) for v in values]
+    assert len(model_file.scramble(torch.arange(100_000, dtype=torch.int32)).unique()) == 100_000
 
 
 def test_the_seed_is_that_of_the_first_weights(data, tmp_path):
@@ -486,7 +519,7 @@ def test_one_compilation_per_phase_and_variant(data, tmp_path, monkeypatch):
 
     def train_step(*args):
         result = real(*args)
-        after.append((len(graphs), args[-1]))
+        after.append((len(graphs), args[7]))
         return result
 
     torch._dynamo.reset()
@@ -510,7 +543,7 @@ def test_one_compilation_per_phase_and_variant(data, tmp_path, monkeypatch):
 
 
 def test_a_compiled_block_uses_one_dropout_mask_in_forward_and_recomputed_backward(monkeypatch):
-    """Central differences under one seed, in float64: they see the forward's mask alone."""
+    """Central differences with one set of keys, in float64: they see the forward's mask alone."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
     gpt = random_model(tiny(*LOWRANK, "--vocab_size=61", "--dropout=0.4")).double().train()
@@ -518,9 +551,10 @@ def test_a_compiled_block_uses_one_dropout_mask_in_forward_and_recomputed_backwa
     tokens = torch.randint(61, (4, 16), generator=torch.Generator().manual_seed(0))
     weight = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
+    keys = schedule.dropout_keys(tiny("--dropout=0.4"), 0, ALONE)[0]
+
     def value():
-        torch.manual_seed(5)
-        return (gpt.hidden(tokens) * weight).sum()
+        return (gpt.hidden(tokens, keys=keys) * weight).sum()
 
     value().backward()
     for name, p in gpt.named_parameters():
