@@ -1,5 +1,7 @@
 """Where a program runs: device, precision, ranks and their process group, signals, peak FLOP/s, out-of-memory."""
 import contextlib
+import json
+import math
 import os
 import signal
 import socket
@@ -12,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from config import UserError, short
+from config import UserError, place_among_processes, short
 
 
 @dataclass
@@ -23,6 +25,9 @@ class Ranks:
     device: object
     dtype: object
     compile: bool
+    patient: object = None               # the group of waits that have no limit, on the host
+    now: tuple = (0, "the start", 0.0)   # what this process does: a count, words, since when
+    ending: bool = False                 # a Watch is about to end the process
 
     @property
     def master(self):
@@ -31,25 +36,35 @@ class Ranks:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def sum_over_ranks(self, values):
+    def note(self, words, patient=False):
+        """Says what this process does next, for a `Watch`. All ranks note the same; `patient` may take for ever."""
+        self.now = self.now[0] + 1, words, math.inf if patient else time.monotonic()
+
+    def sum_over_ranks(self, values, group=None):
         """Sum over the ranks of a 1-D tensor."""
         if self.world > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=group)
         return values
 
-    def any(self, flag) -> bool:
+    def any(self, flag, patient=False) -> bool:
         """Whether the flag of any rank is set."""
-        return bool(self.sum_over_ranks(torch.tensor([float(bool(flag))], device=self.device)).item())
+        flags = torch.tensor([float(bool(flag))], device="cpu" if patient else self.device)
+        return bool(self.sum_over_ranks(flags, self.patient if patient else None).item())
 
     @contextlib.contextmanager
-    def agree(self):
-        """If a rank raises a UserError inside, all ranks raise it at the end of the block."""
+    def agree(self, patient=False):
+        """If a rank raises a UserError inside, all ranks raise it at the end of the block.
+
+        patient: the ranks may wait for one of them for hours, as for rank 0 that prepares the data.
+        """
         refusal = ""
+        if patient:
+            self.note("a wait for rank 0", patient)
         try:
             yield
         except UserError as e:
             refusal = str(e)
-        if self.any(refusal):
+        if self.any(refusal, patient):
             refusals = [refusal] * self.world
             if self.world > 1:
                 dist.all_gather_object(refusals, refusal)
@@ -199,7 +214,7 @@ def on_meta():
 
 def set_up(cfg) -> Ranks:
     """Device, precision and, under torchrun, the process group (nccl on CUDA, gloo on CPU)."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = place_among_processes()
     if cfg.batch_size % (cfg.micro_batch_size * world):
         raise UserError(f"batch_size={cfg.batch_size} does not divide among {world} processes x "
                         f"micro_batch_size={cfg.micro_batch_size} = {cfg.micro_batch_size * world} sequences: "
@@ -209,10 +224,116 @@ def set_up(cfg) -> Ranks:
         device = torch.device("cuda", device.index if device.index is not None and world == 1 else local)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    patient = join(rank, world, device, cfg.timeout) if world > 1 else None
     compile = device.type == "cuda" if cfg.compile == "auto" else cfg.compile
-    return Ranks(rank, world, device, pick_dtype(cfg.dtype, device), compile)
+    return Ranks(rank, world, device, pick_dtype(cfg.dtype, device), compile, patient)
+
+
+def join(rank, world, device, minutes):
+    """The process group, and one whose waits have no limit; UserError where the others do not come in time."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # in here Python's handler of Ctrl-C would wait too
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))
+        # torchrun keeps its store when it starts processes again: there the addresses of dead ones must not be read
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        # a Watch ends a run before the group's own limit does: it knows who is missing
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=timedelta(minutes=minutes + 1))
+        return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    except RuntimeError as e:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"rank {rank} of {world} has not met the others at {where} within {minutes:g} minutes "
+                        f"({str(e).splitlines()[0]:.100}): start all of them, or raise --timeout.", alone=True) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def lost_process(ranks):
+    """Turns a collective that fails, since another process has died, into one sentence."""
+    try:
+        yield
+    except RuntimeError as e:
+        words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "ProcessGroup")
+        if ranks.world == 1 or not (isinstance(e, dist.DistError) or any(word in str(e) for word in words)):
+            raise
+        if ranks.ending:
+            time.sleep(60)  # its sentence says more
+        reason = next(word for word in (*words, type(e).__name__) if word in str(e) or word == type(e).__name__)
+        raise UserError(f"rank {ranks.rank} of {ranks.world} has lost another process during {ranks.now[1]} ({reason}): "
+                        "look for its error; the same command with --resume=auto continues from the last checkpoint.",
+                        alone=True) from None
+
+
+class Watch:
+    """A thread of every rank that ends its process when all ranks stand still, and names the one that is waited for.
+
+    Each thread tells the others, through the process group's store, what its main thread does. So a process that has
+    stopped is one that says nothing new, and one that is stuck is the one that has noted the fewest steps.
+    """
+
+    def __init__(self, ranks, minutes):
+        self.ranks, self.limit, self.ended = ranks, 60 * minutes, threading.Event()
+        self.tick, self.beat = min(5.0, self.limit / 10), 0
+
+    def __enter__(self):
+        self.ranks.note("the start")
+        if self.ranks.world > 1:
+            self.store = dist.distributed_c10d._get_default_store().clone()  # its own connection: `wait` holds the other
+            self.store.set_timeout(timedelta(seconds=self.tick))
+            threading.Thread(target=self.watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+
+    def watch(self):
+        while not self.ended.is_set():
+            self.wait(1)
+            if not self.late():
+                continue
+            self.ranks.ending = True
+            rank, sentence = self.culprit()
+            self.ranks.ending = self.late() and not self.ended.is_set()
+            if self.ranks.ending:
+                if self.ranks.rank == (0 if rank else 1):  # one speaks for all
+                    print(f"error: {sentence}, nothing has moved for {self.limit / 60:g} minutes; the same command with "
+                          "--resume=auto continues from the last checkpoint.", file=sys.stderr, flush=True)
+                self.wait(4)
+                os._exit(2)
+
+    def late(self):
+        return time.monotonic() - self.ranks.now[2] > self.limit
+
+    def wait(self, ticks):
+        """Waits, and goes on telling the others."""
+        for _ in range(2 * ticks):
+            self.ended.wait(self.tick / 2)
+            self.beat += 1
+            mine = [self.beat, os.getpid(), socket.gethostname(), *self.ranks.now[:2]]
+            with contextlib.suppress(dist.DistError):  # where the store does not answer, culprit says so
+                self.store.set(f"watch {self.ranks.rank}", json.dumps(mine))
+
+    def state(self, rank):
+        """[beats, process, machine, count, words] of a rank; None where the store or the rank has said nothing."""
+        try:
+            return json.loads(self.store.get(f"watch {rank}"))
+        except dist.DistError:
+            return None
+
+    def culprit(self):
+        """(rank, words) of the one that is waited for: it has stopped, or has noted the fewest steps."""
+        ranks, mine = range(self.ranks.world), self.ranks.rank
+        before = [self.state(rank) for rank in ranks]
+        self.wait(3)
+        after = [self.state(rank) for rank in ranks]
+        silent = [rank for rank in ranks if rank != mine and before[rank] == after[rank]]
+        if after[mine] is None:
+            return 0, "rank 0, or the torchrun that the processes share, does not answer"
+        rank = silent[0] if silent else min(ranks, key=lambda rank: after[rank][3])
+        where = f"rank {rank} of {len(ranks)} (process {after[rank][1]} on {after[rank][2]})" if after[rank] else (
+            f"rank {rank} of {len(ranks)}")
+        return rank, f"{where} {'does not answer' if silent else f'is stuck in {after[rank][4]}'}"
 
 
 def device_name(device):

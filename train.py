@@ -24,6 +24,9 @@ class Settings:
 def read_settings(argv):
     """Command line -> (Config, Settings)."""
     cfg, settings = config.load(argv, Settings, usage=__doc__)
+    config.place_among_processes()  # a wrong one is better told now
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        cfg.resume = "auto"  # torchrun --max-restarts starts the same command again
     continued = os.path.exists(os.path.join(cfg.out_dir, "config.json"))
     if cfg.init_from and not continued and not os.path.exists(cfg.init_from):
         raise UserError(f"init_from={cfg.init_from} does not exist: give a run folder or a model.pt.")
@@ -46,7 +49,7 @@ from torch.nn.parallel import DistributedDataParallel
 import prepare
 import run
 from config import short
-from device import SAVED, Stop, device_name, in_memory, peak_flops, set_up
+from device import SAVED, Stop, Watch, device_name, in_memory, lost_process, peak_flops, set_up
 from model import build, load, load_init, load_weights
 from optim import AdamW, MixedAdamW, Muon
 from run import perplexity
@@ -169,6 +172,7 @@ def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=(), sh
     each = -(-n_windows // ranks.world)  # all ranks take as many micro-batches; the last of some is empty
     with ranks.agree():
         for i in range(0, each, cfg.micro_batch_size):
+            ranks.note("a validation")
             if stop and stop.agreed():
                 break
             windows = read_windows(token_file.tokens, mine[i:i + cfg.micro_batch_size], cfg.block_size)
@@ -237,7 +241,7 @@ def train(cfg, ranks, state, data):
         log.say(f"continuing after step {step} of {plan.steps}")
     alpha = torch.ones((), device=ranks.device)  # a tensor, so that a new value compiles nothing
 
-    with run.Saver(ranks.device) as saver, Stop(ranks) as stop:
+    with (Watch(ranks, cfg.timeout), lost_process(ranks), run.Saver(ranks.device) as saver, Stop(ranks) as stop):
         optimizer.register_step_pre_hook(saver.before_update)
         if is_due(cfg.eval_interval, step, plan) and ranks.any(ranks.master and log.validated < step):
             # the validation that a signal had ended
@@ -245,6 +249,7 @@ def train(cfg, ranks, state, data):
                 end_early(ranks, log, saver, step)
         for batch in batches(cfg, plan, data.train.tokens, data.n_windows, range(step, plan.steps), ranks):
             # one step
+            ranks.note(f"step {step + 1}")
             lr, a, guided = lr_at(cfg, plan, step), alpha_at(cfg, plan, step), guided_layers(cfg, plan, step)
             keys = dropout_keys(cfg, step, ranks).to(ranks.device) if cfg.dropout else None
             if cfg.optimizer == "muon":
@@ -258,6 +263,7 @@ def train(cfg, ranks, state, data):
                 wrapped = wrap_ddp(model, cfg, plan, step, ranks)  # DDP's buckets still hold the guides
 
             # log
+            ranks.note(f"the end of step {step}")
             log.watch(step, norm)
             if step % cfg.log_interval == 0 or step in (1, plan.steps):
                 with ranks.agree():
@@ -274,10 +280,12 @@ def train(cfg, ranks, state, data):
                 log.settle(step)
                 with log.pause(), ranks.agree():
                     raise_damage()
+                    ranks.note(f"saving step {step}")
                     save(cfg, ranks, model, optimizer, data, log, saver, step)
             if stopping:
                 end_early(ranks, log, saver, step)
-        with ranks.agree():
+            ranks.note(f"reading the tokens of step {step + 1}")
+        with ranks.agree(patient=True):
             raise_damage(wait=True)
         finish(cfg, plan, ranks, model, optimizer, data, log, saver, stop)
 
@@ -333,6 +341,7 @@ def end_early(ranks, log, saver, step):
 def finish(cfg, plan, ranks, model, optimizer, data, log, saver, stop):
     """The final validation and model.pt. The last step is saved already: a signal ends the validation."""
     val_loss = evaluate(model, data.val, data.n_final, cfg, ranks, show=log.final, stop=stop)
+    ranks.note("the last checkpoint")
     with ranks.agree():
         saver.wait()
     if val_loss is None:
@@ -466,7 +475,7 @@ def main(cfg, settings):
             if ranks.master:
                 print(f"{cfg.out_dir} holds a finished run; sample from it with: python sample.py {cfg.out_dir}")
             return
-        with ranks.agree():
+        with ranks.agree(patient=True):
             if ranks.master:
                 prepare.ensure_data(cfg)
         with ranks.agree():

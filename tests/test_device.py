@@ -1,9 +1,13 @@
 """device: two processes against one, mistakes of one of several, out-of-memory."""
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ import torch
 import device
 import train
 from config import UserError
-from conftest import LOWRANK, ROOT, TINY, train_run
+from conftest import LOWRANK, ROOT, TINY, assert_one_sentence, start, train_run
 from device import Ranks, in_memory
 from model import GPT
 from runs import ALONE, CPU, GUIDED, RUNS, copy_data, metrics, set_token, stopped, tiny
@@ -174,6 +178,139 @@ def test_a_mistake_reaches_the_user_when_rank_0_is_late(data, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode != 0 and done.stderr.count("error: ") == 1, done.stderr
     assert "did you mean n_layer?" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes that do not come, stop, die or are started again
+
+@pytest.mark.parametrize("place, words", [
+    ({"RANK": "x"}, "RANK=x in the environment is not a whole number"), ({"RANK": "-1"}, "RANK=-1"),
+    ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK=3 in the environment is not below WORLD_SIZE=2"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 needs MASTER_ADDR and MASTER_PORT")], ids=str)
+def test_a_place_that_cannot_be_is_one_sentence_before_torch_loads(place, words, without_torch, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    began = time.monotonic()
+    status, out, err = without_torch("train.py", *TINY)
+    assert_one_sentence(status, out, err)
+    assert words in err and time.monotonic() - began < 5
+
+
+def place(rank, port):
+    return {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def test_a_process_whose_others_never_come_ends_or_is_interrupted(data, tmp_path, port):
+    """Ctrl-C works while it waits for them; after the timeout one sentence says who waited where."""
+    argv = [*TINY, f"--out_dir={tmp_path / 'run'}", f"--data_dir={data}"]
+    waiting = start("train.py", *argv, env=place(0, port))
+    try:
+        end = time.monotonic() + 60
+        while subprocess.run(["ss", "-ltn"], capture_output=True, text=True).stdout.count(f":{port} ") == 0:
+            assert time.monotonic() < end and waiting.poll() is None
+            time.sleep(0.1)
+        waiting.send_signal(signal.SIGINT)
+        assert waiting.wait(10) == -signal.SIGINT
+    finally:
+        waiting.kill()
+    waiting = start("train.py", *argv, "--timeout=0.02", env=place(1, port))
+    _, err = waiting.communicate(timeout=100)
+    assert waiting.returncode == 2 and err.count("error: ") == 1 and "Traceback" not in err
+    assert f"rank 1 of 2 has not met the others at localhost:{port} within 0.02 minutes" in err
+
+
+def two_ranks(data, out, port, *argv):
+    return [start("train.py", *TINY, f"--out_dir={out}", f"--data_dir={data}", "--max_tokens=1_280_000",
+                  "--save_interval=20", "--keep_checkpoints=1", *argv, env=place(rank, port)) for rank in range(2)]
+
+
+def finish_all(processes):
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_step(out, step):
+    end = time.monotonic() + 90
+    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < step:
+        assert time.monotonic() < end, "it did not train"
+        time.sleep(0.05)
+
+
+def test_a_rank_that_stops_is_named_and_one_that_dies_is_noticed(data, tmp_path, port):
+    """Rank 1 is stopped: after the timeout rank 0 says so and ends. Then it continues, and rank 1 is killed."""
+    processes = two_ranks(data, tmp_path / "run", port, "--timeout=0.05")
+    try:
+        wait_for_step(tmp_path / "run", 5)
+        processes[1].send_signal(signal.SIGSTOP)
+        _, err = processes[0].communicate(timeout=60)
+        assert processes[0].returncode == 2 and err.count("error: ") == 1 and "Traceback" not in err
+        assert f"rank 1 of 2 (process {processes[1].pid} on " in err and "does not answer" in err
+        assert "nothing has moved for 0.05 minutes" in err and len(err) < 400
+    finally:
+        finish_all(processes)
+    processes = two_ranks(data, tmp_path / "run", port, "--resume=auto")
+    try:
+        before = (tmp_path / "run" / "metrics.jsonl").read_text().count("\n")
+        wait_for_step(tmp_path / "run", before + 3)
+        processes[1].kill()
+        _, err = processes[0].communicate(timeout=60)
+        assert processes[0].returncode == 2 and err.count("error: ") == 1 and "Traceback" not in err, err
+        assert "rank 0 of 2 has lost another process during " in err
+    finally:
+        finish_all(processes)
+
+
+def test_a_stuck_rank_says_where(data, tmp_path, port):
+    """Rank 1 waits in its data for ever, and answers all the same: it has noted less than rank 0."""
+    stuck = ("import runpy, sys, time, schedule; real = schedule.batches\n"
+             "def batches(*args):\n"
+             "    for n, batch in enumerate(real(*args)):\n"
+             "        if n == 4: time.sleep(1000)\n"
+             "        yield batch\n"
+             "schedule.batches = batches\n"
+             "sys.argv[:] = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')")
+    argv = ["train.py", *TINY, f"--out_dir={tmp_path / 'run'}", f"--data_dir={data}", "--timeout=0.05"]
+    processes = [start("train.py", *argv[1:], env=place(0, port)),
+                 subprocess.Popen([sys.executable, "-c", stuck, *argv], cwd=ROOT, env=place(1, port), text=True,
+                                  stderr=subprocess.PIPE, stdout=subprocess.PIPE)]
+    try:
+        _, err = processes[0].communicate(timeout=60)
+        assert processes[0].returncode == 2 and "Traceback" not in err
+        assert f"rank 1 of 2 (process {processes[1].pid} on " in err
+        assert "is stuck in reading the tokens of step 5" in err
+    finally:
+        finish_all(processes)
+
+
+def test_torchrun_starts_a_run_again_from_its_last_checkpoint(data, tmp_path, whole_plain):
+    """Without --resume=auto. Rank 1 is killed in the fourth step of the first start, the second one finishes."""
+    code = ("import os, runpy, signal, sys; sys.path.insert(0, os.getcwd()); import schedule; real = schedule.batches\n"
+            "def batches(*args):\n"
+            "    for n, batch in enumerate(real(*args)):\n"
+            "        if n == 3 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+            "            os.kill(os.getpid(), signal.SIGKILL)\n"
+            "        yield batch\n"
+            "schedule.batches = batches\n"
+            "runpy.run_path('train.py', run_name='__main__')\n")
+    (tmp_path / "dies.py").write_text(code)
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3",
+               str(tmp_path / "dies.py"), *TINY, f"--out_dir={out}", f"--data_dir={data}", "--save_interval=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "continuing after step 2 of 8" in done.stdout
+    rows = [[r["loss"] for r in metrics(folder) if "loss" in r] for folder in (out, whole_plain)]
+    assert rows[0] == pytest.approx(rows[1], abs=1e-5) and len(rows[0]) == 8
 
 
 # ----------------------------------------------------------------------------------------------------------------------
