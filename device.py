@@ -243,9 +243,45 @@ def join(rank, world, device, minutes):
     except RuntimeError as e:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(f"rank {rank} of {world} has not met the others at {where} within {minutes:g} minutes "
-                        f"({str(e).splitlines()[0]:.100}): start all of them, or raise --timeout.", alone=True) from None
+                        f"({str(e).splitlines()[0]:.100}): start all of them, or raise --timeout.",
+                        alone=True) from None
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def full(t):
+    """The whole of a tensor that fsdp has split among the ranks, which all call this; another tensor as it is."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def local(t):
+    """This rank's share of such a tensor, in the same memory."""
+    return t.detach().to_local() if hasattr(t, "to_local") else t
+
+
+def share_of(whole, t):
+    """A tensor like t, split or not, of the values `whole` that every rank has."""
+    whole = whole.to(t.device, copy=True)
+    if not hasattr(t, "to_local"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(whole, t.device_mesh, t.placements, src_data_rank=None)
+
+
+def split(model, ranks):
+    """fsdp: every rank keeps a share of each block's parameters, and of the rest (FSDP2, `fully_shard`).
+
+    They are gathered for a block's forward and again for its backward, in bf16 where the matmuls are, and the gradients
+    are averaged in float32, with each micro-batch. Scalars stay whole.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    policy = MixedPrecisionPolicy(None if ranks.dtype is torch.float32 else ranks.dtype, torch.float32,
+                                  cast_forward_inputs=False)
+    mesh, scalars = init_device_mesh(ranks.device.type, (ranks.world,)), {p for p in model.parameters() if not p.dim()}
+    tables = [block.attn.values for block in model.blocks if block.attn.values is not None]  # the model calls them
+    for module in (*tables, *model.blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=scalars, reshard_after_forward=True)
 
 
 @contextlib.contextmanager
@@ -260,9 +296,9 @@ def lost_process(ranks):
         if ranks.ending:
             time.sleep(60)  # its sentence says more
         reason = next(word for word in (*words, type(e).__name__) if word in str(e) or word == type(e).__name__)
-        raise UserError(f"rank {ranks.rank} of {ranks.world} has lost another process during {ranks.now[1]} ({reason}): "
-                        "look for its error; the same command with --resume=auto continues from the last checkpoint.",
-                        alone=True) from None
+        raise UserError(f"rank {ranks.rank} of {ranks.world} has lost another process during {ranks.now[1]} "
+                        f"({reason}): look for its error; the same command with --resume=auto continues from the last "
+                        "checkpoint.", alone=True) from None
 
 
 class Watch:
@@ -279,7 +315,8 @@ class Watch:
     def __enter__(self):
         self.ranks.note("the start")
         if self.ranks.world > 1:
-            self.store = dist.distributed_c10d._get_default_store().clone()  # its own connection: `wait` holds the other
+            # a connection of its own: a wait holds the other one
+            self.store = dist.distributed_c10d._get_default_store().clone()
             self.store.set_timeout(timedelta(seconds=self.tick))
             threading.Thread(target=self.watch, daemon=True).start()
         return self
@@ -297,8 +334,8 @@ class Watch:
             self.ranks.ending = self.late() and not self.ended.is_set()
             if self.ranks.ending:
                 if self.ranks.rank == (0 if rank else 1):  # one speaks for all
-                    print(f"error: {sentence}, nothing has moved for {self.limit / 60:g} minutes; the same command with "
-                          "--resume=auto continues from the last checkpoint.", file=sys.stderr, flush=True)
+                    print(f"error: {sentence}, nothing has moved for {self.limit / 60:g} minutes; the same command "
+                          "with --resume=auto continues from the last checkpoint.", file=sys.stderr, flush=True)
                 self.wait(4)
                 os._exit(2)
 

@@ -12,6 +12,7 @@ import math
 import torch
 import torch.distributed as dist
 
+from device import full, local, share_of
 from model import ops
 
 
@@ -80,12 +81,26 @@ class MixedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, max_norm):
         """One update with gradients clipped to the global norm max_norm (0: no clipping); returns the norm before."""
-        norm = total_norm([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])
+        norm = self.norm([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])
         scale = (max_norm / (norm + 1e-6)).clamp(max=1) if max_norm else torch.ones_like(norm)
         scale = torch.where(norm.isfinite(), scale, -1.0)  # negative: nothing changes
         for number, group in enumerate(self.param_groups):
             self.update_group(number, group, scale)
         return norm
+
+    def norm(self, grads):
+        """total_norm; under fsdp of all ranks' shares, after the gradients of what is whole are averaged."""
+        shares, whole = ([g for g in grads if hasattr(g, "to_local") is split] for split in (True, False))
+        if not shares:
+            return total_norm(grads)
+        square = total_norm([local(g) for g in shares]).square().reshape(1)
+        dist.all_reduce(square)
+        if whole:
+            values = torch.stack(whole)  # scalars
+            dist.all_reduce(values)
+            torch._foreach_copy_(whole, (values / dist.get_world_size()).unbind())
+            square += total_norm(whole).square()
+        return square.sqrt()[0]
 
     def update_group(self, number, group, scale):
         for p in group["params"]:
@@ -110,23 +125,26 @@ class MixedAdamW(torch.optim.Optimizer):
         if self.tables.get(table, (None,))[0] != key:  # at the start, and after the guides are dropped
             states = [self.state[p] for p in params]
             copies = [p.data for p in params] if table[1] else None
-            first, second = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-            self.tables[table] = key, ops.adamw_tables([self.master(p).data for p in params], copies, first, second)
+            first, second = ([local(s[name]) for s in states] for name in ("exp_avg", "exp_avg_sq"))
+            masters = [local(self.master(p).data) for p in params]
+            self.tables[table] = key, ops.adamw_tables(masters, copies, first, second)
         corrections = [(0.0, 1.0) if p.grad is None else self.corrections(p, group) for p in params]
-        ops.adamw(self.tables[table][1], [p.grad for p in params], corrections, scale,
+        grads = [p.grad if p.grad is None else local(p.grad) for p in params]
+        ops.adamw(self.tables[table][1], grads, corrections, scale,
                   group["lr"] * group["weight_decay"], group["betas"], group["eps"])
 
     def update(self, params, scale, group):
         """The same in plain torch."""
         beta1, beta2 = group["betas"]
         for p in params:
-            state, weight, grad = self.state[p], self.master(p), p.grad.float() * scale
+            weight, grad = local(self.master(p)), local(p.grad).float() * scale
+            first, second = (local(self.state[p][name]) for name in ("exp_avg", "exp_avg_sq"))
             rate, root = self.corrections(p, group)
-            m, v = state["exp_avg"].lerp(grad, 1 - beta1), state["exp_avg_sq"].lerp(grad * grad, 1 - beta2)
+            m, v = first.lerp(grad, 1 - beta1), second.lerp(grad * grad, 1 - beta2)
             moved = weight * (1 - group["lr"] * group["weight_decay"]) - rate * m / (v.sqrt() * root + group["eps"])
-            for tensor, new in ((state["exp_avg"], m), (state["exp_avg_sq"], v), (weight, moved)):
+            for tensor, new in ((first, m), (second, v), (weight, moved)):
                 tensor.copy_(torch.where(scale >= 0, new, tensor))
-            if weight is not p:
+            if "master" in self.state[p]:
                 p.copy_(weight)
 
 
@@ -171,11 +189,16 @@ def descend(weights, step, rate, decay, scale):
     The m rows of a tall step, or the n columns of a wide one, get one norm, which an orthogonal step has in the mean:
     so every hidden unit moves alike.
     """
+    step = normed(step)
+    weights.sub_(torch.where(scale >= 0, rate * step + decay * weights * (step * weights > 0), 0))
+
+
+def normed(step):
+    """The rows of a tall step, or the columns of a wide one, brought to one norm; (K, m, n) in float32."""
     step = step.float()
     rows = step.size(-2) >= step.size(-1)
     share = min(step.shape[1:]) / max(step.shape[1:])
-    step = step * (share ** 0.5 / step.norm(dim=-1 if rows else -2, keepdim=True).clamp_min(1e-7))
-    weights.sub_(torch.where(scale >= 0, rate * step + decay * weights * (step * weights > 0), 0))
+    return step * (share ** 0.5 / step.norm(dim=-1 if rows else -2, keepdim=True).clamp_min(1e-7))
 
 
 class Muon(MixedAdamW):
@@ -206,6 +229,8 @@ class Muon(MixedAdamW):
     def update_group(self, number, group, scale):
         if not group.get("muon"):
             return super().update_group(number, group, scale)
+        if any(hasattr(p, "to_local") for p in group["params"]):
+            return self.update_split(group, scale)
         shapes = {}
         for p in group["params"]:
             if p.grad is not None:
@@ -223,6 +248,26 @@ class Muon(MixedAdamW):
             torch._foreach_copy_(weights, weight.unbind())
             if self.dtype is torch.bfloat16:
                 torch._foreach_copy_(copies, weight.unbind())
+
+    def update_split(self, group, scale):
+        """The same under fsdp: momenta and weights are this rank's shares, the steps between them are gathered."""
+        shapes, steps = {}, {}
+        for p in group["params"]:
+            if p.grad is not None:
+                mine = torch.empty_like(p, dtype=self.dtype)
+                grad, momentum = local(p.grad)[None], local(self.state[p]["momentum"])[None]
+                local(mine).copy_(nesterov(grad, momentum, scale, self.momentum, self.dtype)[0])
+                steps[p] = full(mine).float()
+                for piece in self.matrices(p, steps[p]):
+                    shapes.setdefault(piece.shape, []).append(piece)
+        for (rows, columns), pieces in shapes.items():
+            rate = group["lr"] * max(1, rows / columns) ** 0.5
+            found = rate * normed(self.shared_polar(torch.stack(pieces).to(self.dtype)))
+            torch._foreach_copy_(pieces, found.unbind())
+        for p, step in steps.items():
+            weight, step = local(p), local(share_of(step, p))
+            decayed = group["lr"] * self.decay * weight * (step * weight > 0)
+            weight.sub_(torch.where(scale >= 0, step + decayed, 0))
 
     def shared_polar(self, x):
         """polar(x) (K, m, n), of which every rank computes K / world matrices."""

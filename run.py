@@ -22,7 +22,7 @@ import torch
 
 import config
 from config import Config, UserError, short
-from device import OneStepLate, peak_flops
+from device import OneStepLate, full, local, peak_flops
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def data_checksum(folder):
 
 def size_of(tree) -> int:
     """Bytes of the tensors in nested dicts."""
-    return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in tensors_in(tree)}.values())
+    return sum(t.numel() * t.element_size() for t in {local(t).data_ptr(): t for t in tensors_in(tree)}.values())
 
 
 def tensors_in(tree) -> list:
@@ -370,13 +370,16 @@ def tensors_in(tree) -> list:
     return [tree] if torch.is_tensor(tree) else []
 
 
-def peak_of(trees, device):
-    """The largest absolute value of the floating-point tensors on a device, 0-d, without waiting; NaN where one is."""
-    tensors = [t for tree in trees for t in tensors_in(tree) if t.is_floating_point() and t.device == device]
+def peak_of(tensors):
+    """The largest absolute value of the floating-point tensors with dimensions, those that are split left out.
+
+    0-d, NaN where one is; None without any.
+    """
+    tensors = [t for t in tensors if t.is_floating_point() and t.dim() and local(t) is t]
     norms = []
     for dtype in dict.fromkeys(t.dtype for t in tensors):
         norms += [n.float() for n in torch._foreach_norm([t for t in tensors if t.dtype is dtype], math.inf)]
-    return torch.stack(norms).amax()
+    return torch.stack(norms).amax() if norms else None
 
 
 class Saver:
@@ -387,8 +390,9 @@ class Saver:
     error of the thread, as of a full disk, is raised by the next `wait` or `raise_error`.
     """
 
-    def __init__(self, device):
-        self.device, self.on_cuda = device, device.type == "cuda"
+    def __init__(self, device, master=True):
+        """master: this rank writes; of tensors that are split the others only give their shares."""
+        self.master, self.on_cuda = master, device.type == "cuda"
         self.stream = torch.cuda.Stream() if self.on_cuda else None
         self.thread = self.error = self.copied = None
         self.buffers = {}                         # of the copies, used again: pinning memory takes longer than a copy
@@ -409,10 +413,12 @@ class Saver:
         """
         began = time.monotonic()
         self.wait()
-        peak, copies = peak_of([tree for _, tree, _ in files], self.device), {}
         with self.beside():
-            job = [(path, self.copy(tree, path, copies), keep) for path, tree, keep in files]
-            peak = self.copy(peak, "peak", copies)
+            copies, peaks = {}, [peak_of([t for _, tree, _ in files for t in tensors_in(tree)])]
+            job = [(path, self.copy(tree, path, copies, peaks), keep) for path, tree, keep in files]
+            peak = self.copy(torch.stack([peak for peak in peaks if peak is not None]).amax(), "peak", copies, peaks)
+        if not self.master:
+            return
         self.thread = threading.Thread(target=self.write, args=(job, peak, self.copied, after), daemon=True)
         self.thread.start()
         self.blocked += time.monotonic() - began
@@ -433,18 +439,22 @@ class Saver:
         if self.copied:
             torch.cuda.current_stream().wait_event(self.copied)
 
-    def copy(self, tree, name, copies):
+    def copy(self, tree, name, copies, peaks):
         """Nested dicts with their tensors in host memory; one that stands in several places is copied once."""
         if isinstance(tree, dict):
-            return {key: self.copy(value, f"{name}/{key}", copies) for key, value in tree.items()}
+            return {key: self.copy(value, f"{name}/{key}", copies, peaks) for key, value in tree.items()}
         if not torch.is_tensor(tree):
             return tree
-        key = tree.data_ptr(), tree.shape, tree.dtype
+        key = local(tree).data_ptr(), tree.shape, tree.dtype
         if key not in copies:
-            copies[key] = self.buffers.get(name)
-            if copies[key] is None or (copies[key].shape, copies[key].dtype) != key[1:]:
-                copies[key] = self.buffers[name] = torch.empty(tree.shape, dtype=tree.dtype, pin_memory=self.on_cuda)
-            copies[key].copy_(tree, non_blocking=True)
+            whole, copies[key] = full(tree), self.buffers.get(name)
+            if whole is not tree:
+                peaks.append(peak_of([whole]))
+            if self.master:
+                if copies[key] is None or (copies[key].shape, copies[key].dtype) != key[1:]:
+                    copies[key] = self.buffers[name] = torch.empty(whole.shape, dtype=whole.dtype,
+                                                                   pin_memory=self.on_cuda)
+                copies[key].copy_(whole, non_blocking=True)
         return copies[key]
 
     def write(self, job, peak, copied, after):
@@ -618,9 +628,9 @@ class Log:
             self.say(f"step {step}/{self.steps}  its loss or gradient is not finite, so its update is skipped")
         if self.bad_steps >= self.cfg.max_bad_steps:
             last = f"{self.losses[-1]:.4f}" if self.losses else "none"
-            raise UserError(f"{self.bad_steps} steps in a row, the last of them {step}, have a loss or gradient that is "
-                            f"not finite, the last good loss logged is {last}: the checkpoint of step {self.saved} is "
-                            "kept; start again with a lower lr or grad_clip, in another --out_dir.")
+            raise UserError(f"{self.bad_steps} steps in a row, the last of them {step}, have a loss or gradient that "
+                            f"is not finite, the last good loss logged is {last}: the checkpoint of step {self.saved} "
+                            "is kept; start again with a lower lr or grad_clip, in another --out_dir.")
 
     def final(self, fraction):
         """Progress of the final validation."""

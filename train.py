@@ -49,7 +49,8 @@ from torch.nn.parallel import DistributedDataParallel
 import prepare
 import run
 from config import short
-from device import SAVED, Stop, Watch, device_name, in_memory, lost_process, peak_flops, set_up
+from device import (SAVED, Stop, Watch, device_name, full, in_memory, lost_process, peak_flops, set_up, share_of,
+                    split)
 from model import build, load, load_init, load_weights
 from optim import AdamW, MixedAdamW, Muon
 from run import perplexity
@@ -63,12 +64,15 @@ from tokenizer import nominal_vocabulary
 
 def make_optimizer(cfg, model, ranks):
     """AdamW or Muon; for bf16 on CUDA the model's matrices become bf16, cast once per step, not in every forward."""
-    mixed = ranks.device.type == "cuda" and ranks.dtype is torch.bfloat16
+    half = ranks.device.type == "cuda" and ranks.dtype is torch.bfloat16
+    fsdp = is_split(cfg, ranks)  # its shares are the masters
     settings = dict(lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
     if cfg.optimizer == "muon":
-        return Muon(model, cfg, mixed, ranks.compile)
-    if mixed:
-        return MixedAdamW(model.parameters(), **settings)
+        muon = Muon(model, cfg, half and not fsdp, ranks.compile)
+        muon.dtype = torch.bfloat16 if half else torch.float32
+        return muon
+    if half or fsdp:
+        return MixedAdamW(model.parameters(), mixed=not fsdp, **settings)
     return AdamW(model.parameters(), fused=True, **settings)
 
 
@@ -95,51 +99,78 @@ def start_or_continue(cfg, plan, ranks, state, data):
     """A new model, or the checkpoint's in the phase of its step -> (model, optimizer, finished steps)."""
     saved = None
     if state == "continue":
-        saved = run.read_newest(cfg.out_dir)
+        with ranks.agree():  # rank 0 first: it may move a damaged checkpoint away
+            saved = run.read_newest(cfg.out_dir) if ranks.master else None
+        saved = saved or run.read_checkpoint(os.path.join(cfg.out_dir, "ckpt.pt"), "ckpt.pt")
         check_same_data(cfg, saved["data"], data.train)
+    return assemble(cfg, plan, ranks, saved, data.tokenizer)
+
+
+def assemble(cfg, plan, ranks, saved=None, tokenizer=None):
+    """A new model, or one of the entries `saved` of a checkpoint, on the device -> (model, optimizer, its step)."""
     step = saved["step"] if saved else 0
     model = build(cfg, ranks.device, None if saved else cfg.seed)
     if cfg.init_from and not saved:
-        load_init(cfg, model, data.tokenizer)
+        load_init(cfg, model, tokenizer)
     if step < plan.guided:
         for _, module in model.structured_linears():
             module.start_guide()
     if saved:
         load_weights(model, saved["model"], os.path.join(cfg.out_dir, "ckpt.pt"))
+    if ranks.compile:
+        model.compile_parts()
+    if is_split(cfg, ranks):
+        split(model, ranks)
     optimizer = make_optimizer(cfg, model, ranks)
     if saved:
         for name, p in model.named_parameters():
             state = optimizer.state[p]
             for k, v in saved["optimizer"].get(name, {}).items():
-                # torch's fused AdamW counts steps on the device, ours on the host
-                state[k] = v.to(state[k].device if k in state else ranks.device, copy=True)
+                if v.dim():
+                    state[k] = share_of(v, p)
+                else:  # torch's fused AdamW counts steps on the device, ours on the host
+                    state[k] = v.to(state[k].device if k in state else ranks.device, copy=True)
     return model, optimizer, step
 
 
+def is_split(cfg, ranks):
+    return cfg.parallel == "fsdp" and ranks.world > 1
+
+
 def wrap_ddp(model, cfg, plan, step, ranks):
-    """The model as the step calls it: under DDP where there are several processes."""
-    if ranks.world == 1:
+    """The model as the step calls it: under DDP where there are several processes that each have all of it."""
+    if ranks.world == 1 or is_split(cfg, ranks):
         return model
     unused = cfg.guide_skip and step < plan.guided  # a skipped layer's guide gets no gradient
     return DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
                                    gradient_as_bucket_view=True, find_unused_parameters=unused)
 
 
-def end_guide(model, optimizer):
-    """The switch: W leaves the model and the optimiser."""
+def end_guide(cfg, plan, ranks, model, optimizer):
+    """The switch: W leaves the model and the optimiser -> (model, optimizer).
+
+    Under fsdp, where a parameter cannot leave its group, they are put together anew, as after a resume.
+    """
+    if is_split(cfg, ranks):
+        weights, states = ({name: value for name, value in tree.items() if not name.endswith(".W")}
+                           for tree in (full_weights(model, optimizer), moments(model, optimizer)))
+        saved = {"step": plan.guided, "model": {name: full(t).cpu() for name, t in weights.items()},
+                 "optimizer": {name: {k: full(v).cpu() for k, v in state.items()} for name, state in states.items()}}
+        return assemble(cfg, plan, ranks, saved)[:2]
     for _, module in model.structured_linears():
         optimizer.state.pop(module.W, None)
         module.end_guide()
     kept = {id(p) for p in model.parameters()}
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) in kept]
+    return model, optimizer
 
 
 def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, guided=(), keys=None):
     """One optimiser step over (n_micro, micro_batch, T + 1) tokens -> (this rank's mean loss, gradient norm), both 0-d.
 
-    keys: those of schedule.dropout_keys, with dropout. The results stay on the device. Nothing in here waits for it: the
-    next launches are queued while it computes.
+    keys: those of schedule.dropout_keys, with dropout. The results stay on the device. Nothing in here waits for it:
+    the next launches are queued while it computes.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("ratio", 1)
@@ -148,8 +179,8 @@ def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, gu
         last = i == n - 1
         if i:
             optimizer.accumulate(last)
-        # the ranks' gradients are averaged once a step, with the last micro-batch's backward
-        with contextlib.nullcontext() if last or ranks.world == 1 else wrapped.no_sync():
+        # DDP averages the ranks' gradients once a step, with the last micro-batch's backward
+        with contextlib.nullcontext() if last or ranks.world == 1 or is_split(cfg, ranks) else wrapped.no_sync():
             with ranks.autocast():
                 drawn = None if keys is None else keys[i]
                 loss = wrapped(batch[:, :-1], batch[:, 1:], alpha, guided, drawn) / n
@@ -228,8 +259,6 @@ def train(cfg, ranks, state, data):
     plan = make_plan(cfg)
     with ranks.agree():
         model, optimizer, step = start_or_continue(cfg, plan, ranks, state, data)
-    if ranks.compile:
-        model.compile_parts()
     wrapped = wrap_ddp(model, cfg, plan, step, ranks)
     with ranks.agree():
         log = run.Log(cfg, ranks, step, step_flops(cfg, plan), plan.guided)
@@ -241,7 +270,8 @@ def train(cfg, ranks, state, data):
         log.say(f"continuing after step {step} of {plan.steps}")
     alpha = torch.ones((), device=ranks.device)  # a tensor, so that a new value compiles nothing
 
-    with (Watch(ranks, cfg.timeout), lost_process(ranks), run.Saver(ranks.device) as saver, Stop(ranks) as stop):
+    with (Watch(ranks, cfg.timeout), lost_process(ranks), run.Saver(ranks.device, ranks.master) as saver,
+          Stop(ranks) as stop):
         optimizer.register_step_pre_hook(saver.before_update)
         if is_due(cfg.eval_interval, step, plan) and ranks.any(ranks.master and log.validated < step):
             # the validation that a signal had ended
@@ -258,7 +288,8 @@ def train(cfg, ranks, state, data):
             loss, norm = train_step(wrapped, optimizer, batch, cfg, ranks, lr, alpha.fill_(a), guided, keys)
             step += 1
             if step == plan.guided:
-                end_guide(model, optimizer)
+                model, optimizer = end_guide(cfg, plan, ranks, model, optimizer)
+                optimizer.register_step_pre_hook(saver.before_update)
                 saver.forget()
                 wrapped = wrap_ddp(model, cfg, plan, step, ranks)  # DDP's buckets still hold the guides
 
@@ -307,7 +338,7 @@ def validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, step, a
         if loss is None:
             return True
         with ranks.agree():
-            if log.validation(step, loss) and ranks.master:
+            if ranks.any(log.validation(step, loss) and ranks.master) and writes(cfg, ranks):
                 best = run.entries(cfg, full_weights(model, optimizer), step, data.tokenizer, val_loss=loss)
                 saver.save([(os.path.join(cfg.out_dir, "best.pt"), best, 1)])
     return False
@@ -322,9 +353,15 @@ def checkpoint(cfg, model, optimizer, step, data) -> dict:
 def save(cfg, ranks, model, optimizer, data, log, saver, step):
     """ckpt.pt, which the thread writes after the rows of metrics.jsonl until its step."""
     log.saved = step
-    if ranks.master:
+    if writes(cfg, ranks):
         path = os.path.join(cfg.out_dir, "ckpt.pt")
-        saver.save([(path, checkpoint(cfg, model, optimizer, step, data), cfg.keep_checkpoints)], [log.file.name])
+        after = [os.path.join(cfg.out_dir, "metrics.jsonl")]
+        saver.save([(path, checkpoint(cfg, model, optimizer, step, data), cfg.keep_checkpoints)], after)
+
+
+def writes(cfg, ranks):
+    """Whether a rank takes part in saving: of split tensors all give their shares."""
+    return ranks.master or is_split(cfg, ranks)
 
 
 def end_early(ranks, log, saver, step):
@@ -350,10 +387,11 @@ def finish(cfg, plan, ranks, model, optimizer, data, log, saver, stop):
         sys.exit(SAVED)
     with ranks.agree():
         log.validation(plan.steps, val_loss)
-        if ranks.master:
+        if writes(cfg, ranks):
             weights = full_weights(model, optimizer)
             model_pt = run.entries(cfg, weights, plan.steps, data.tokenizer, val_loss=val_loss)
-            saver.save([(os.path.join(cfg.out_dir, "model.pt"), model_pt, 1)], [log.file.name])
+            saver.save([(os.path.join(cfg.out_dir, "model.pt"), model_pt, 1)],
+                       [os.path.join(cfg.out_dir, "metrics.jsonl")])
             saver.wait()
     log.end_card(val_loss, data.n_final * cfg.block_size, train_flops(cfg, plan), saver.report())
     if log.lost:

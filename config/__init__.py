@@ -123,6 +123,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"   # of matmuls; weights stay float32; auto: bfloat16 on CUDA
     compile: bool | Literal["auto"] = "auto"                 # torch.compile; auto: on CUDA
     recompute: Literal["off", "cheap", "wide"] = "cheap"     # compiled; cheap: all but matmuls; wide: those of FFNs too
+    parallel: Literal["ddp", "fsdp"] = "ddp"                 # each process has all of the weights, or a share of them
     timeout: float = 10.0                # minutes that a process waits for the others before the run ends
     kernels: bool = True                 # Triton kernels for structured FFNs where they fit (Hopper, bf16, gelu, relu2)
 

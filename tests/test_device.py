@@ -18,7 +18,7 @@ from config import UserError
 from conftest import LOWRANK, ROOT, TINY, assert_one_sentence, start, train_run
 from device import Ranks, in_memory
 from model import GPT
-from runs import ALONE, CPU, GUIDED, RUNS, copy_data, metrics, set_token, stopped, tiny
+from runs import ALONE, CPU, GUIDED, RUNS, copy_data, metrics, set_token, stopped, tiny, weights
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -35,8 +35,15 @@ def once(*args, **kw):  # one group for all runs
 device.dist.init_process_group = once
 device.dist.destroy_process_group = lambda: None
 good, bad, signalled = json.load(open({runs!r}))
-step = train.train_step
+step, held = train.train_step, {{}}
 for argv in good:
+    def measured(wrapped, optimizer, *args):  # bytes that this process holds of weights and optimizer state
+        result = step(wrapped, optimizer, *args)
+        tensors = [*wrapped.parameters(), *(t for s in optimizer.state.values() for t in s.values())]
+        held[next(os.path.basename(a) for a in argv if a.startswith("--out_dir"))] = sum(
+            device.local(t).numel() * t.element_size() for t in tensors)
+        return result
+    train.train_step = measured
     train.main(*config.load(argv, train.Settings))
 calls, status = [], None
 def hit(*args):  # in its third step rank 1 alone is sent a signal
@@ -57,7 +64,7 @@ for argv in bad:
             train.main(*config.load(argv, train.Settings))
     except config.UserError as e:
         refusals.append(str(e))
-json.dump([refusals, [len(calls), status]], open({runs!r} + rank, "w"))
+json.dump([refusals, [len(calls), status], held], open({runs!r} + rank, "w"))
 end()
 """
 
@@ -73,6 +80,9 @@ def two_processes(data, tmp_path_factory, whole):
         stopped(folder / "dropped", data, 2, patch, *dropped)
     flags = {"plain": [], "guided": GUIDED, "always": RUNS["always"], "moved": [*GUIDED, "--resume=auto"],
              "accumulated": ["--micro_batch_size=1"], "muon": RUNS["muon"]}
+    flags |= {f"{name} fsdp": [*argv, "--parallel=fsdp", "--eval_interval=5"] for name, argv in flags.items()
+              if name != "accumulated"}
+    shutil.copytree(folder / "moved", folder / "moved fsdp")
     runs = [[*TINY, f"--out_dir={folder / name}", f"--data_dir={data}", *argv] for name, argv in flags.items()]
     damaged = [set_token(copy_data(data, folder / name), name, 155, 999)
                for name in ("val.bin", "train.bin")]  # in window 9, rank 1's in validation
@@ -92,9 +102,9 @@ def two_processes(data, tmp_path_factory, whole):
         torchrun.terminate()  # it ends its workers
         out, err = torchrun.communicate()
     assert torchrun.returncode == 0, err[-3000:]
-    refusals, ended = zip(*(json.loads((folder / f"runs.json{rank}").read_text()) for rank in range(2)))
+    refusals, ended, held = zip(*(json.loads((folder / f"runs.json{rank}").read_text()) for rank in range(2)))
     return {name: folder / name for name in (*flags, "dropped")} | {"stdout": out, "refusals": refusals,
-                                                                      "ended": ended}
+                                                                      "ended": ended, "held": held}
 
 
 def test_two_processes_equal_one(two_processes, whole, data, tmp_path):
@@ -102,23 +112,53 @@ def test_two_processes_equal_one(two_processes, whole, data, tmp_path):
     one = {name: whole[name] for name in ("plain", "always", "muon")}
     one["guided"] = train_run(tmp_path / "guided", data, *GUIDED)
     one |= {"moved": one["guided"], "accumulated": one["plain"]}
+    one |= {f"{name} fsdp": folder for name, folder in one.items() if name != "accumulated"}
     for name, out in one.items():
         a, b = (torch.load(folder / "model.pt", weights_only=True) for folder in (out, two_processes[name]))
         assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-5) and a["model"].keys() == b["model"].keys()
         for k in a["model"]:
             torch.testing.assert_close(a["model"][k], b["model"][k], rtol=0, atol=1e-5,
                                        msg=lambda text: f"{name} {k}: {text}")
-        rows = [metrics(folder) for folder in (out, two_processes[name])]
+        rows = [[r for r in metrics(folder) if "loss" in r or r["step"] == a["step"]]
+                for folder in (out, two_processes[name])]
         assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]]
         for x, y in zip(*rows):
             assert all(x[k] == pytest.approx(y[k], rel=1e-4)
                        for k in x.keys() & {"loss", "grad_norm", "lr", "alpha", "tokens"})
 
 
+def test_fsdp_holds_half_of_what_ddp_does(two_processes):
+    """Of weights and optimizer state, at the last step; what a rank has more are uneven shares."""
+    for held in two_processes["held"]:
+        for name in ("plain", "guided", "always", "moved", "muon"):
+            assert 0.45 < held[f"{name} fsdp"] / held[name] < 0.6, (name, held)
+
+
+@pytest.mark.parametrize("name", ["guided", "muon"])
+def test_a_checkpoint_of_fsdp_is_one_like_any_other(name, two_processes, whole, data, tmp_path):
+    """Names, shapes and types are those of one process, and one process goes on from it: it has the last step's."""
+    out = shutil.copytree(two_processes[f"{name} fsdp"], tmp_path / "run")
+    one, other = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in (whole[name], out))
+    assert one.keys() == other.keys() and one["optimizer"].keys() == other["optimizer"].keys()
+    for key, t in one["model"].items():
+        assert (other["model"][key].shape, other["model"][key].dtype) == (t.shape, t.dtype)
+    for key, state in one["optimizer"].items():
+        for k, v in state.items():
+            assert other["optimizer"][key][k].shape == v.shape, (key, k)
+            if name == "muon":  # guided has dropout in the one process
+                torch.testing.assert_close(other["optimizer"][key][k], v, rtol=0, atol=1e-4)
+    model = (out / "model.pt").read_bytes()
+    (out / "model.pt").unlink()
+    train_run(out, data, *(GUIDED if name == "guided" else RUNS[name]), "--resume=auto")
+    saved = torch.load(out / "model.pt", weights_only=True)["model"]
+    (tmp_path / "model.pt").write_bytes(model)
+    assert all(torch.equal(w, saved[n]) for n, w in weights(tmp_path).items())
+
+
 def test_one_of_two_processes_speaks(two_processes):
     out = two_processes["stdout"]
-    assert out.count("2 x cpu") == 7 and out.count("done     validation loss") == 6
-    assert out.count("continuing after step 3 of 12") == out.count("stopped after step 6 and saved") == 1
+    assert out.count("2 x cpu") == 12 and out.count("done     validation loss") == 11
+    assert out.count("continuing after step 3 of 12") == 2 and out.count("stopped after step 6 and saved") == 1
 
 
 def test_what_one_of_two_processes_refuses_both_refuse(two_processes):
