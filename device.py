@@ -196,12 +196,17 @@ def pick_dtype(name, device):
 
 
 class ShapesOnly(torch.overrides.TorchFunctionMode):
-    """torch.nn.init does nothing, arange runs on the CPU: on meta both import torch's compiler, which takes 1.5 s."""
+    """torch.nn.init does nothing, arange runs on the CPU, empty_like is empty.
+
+    On meta all three import parts of torch's compiler, which takes 1.5 s.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
+        if func is torch.empty_like:
+            return torch.empty(args[0].shape, **{"dtype": args[0].dtype, "device": args[0].device, **kwargs})
         return func(*args, **({"device": "cpu", **kwargs} if func is torch.arange else kwargs))
 
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import config
 from config import Config, UserError
-from device import on_meta
+from device import ShapesOnly, on_meta
 from run import read_model
 from structured import Dense, Structured, linear
 
@@ -468,7 +468,8 @@ def build(cfg, device, seed=None):
     """A GPT whose weights are made on `device`. Without a seed they are not initialised: load_state_dict follows."""
     with on_meta():
         model = GPT(cfg)
-    model.to_empty(device=device)
+    with ShapesOnly():
+        model.to_empty(device=device)
     model.tie()  # to_empty gave each its own memory
     cos, sin = rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head, cfg.rope_theta)
     model.cos, model.sin = cos.to(device), sin.to(device)

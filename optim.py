@@ -7,10 +7,12 @@ waits for nothing.
 the fp32 masters live here. A step reads each gradient once, as bf16, and writes new bf16 weights beside the masters.
 `Muon` is MixedAdamW on embeddings, head and vectors; the matrices of the blocks move by the orthogonalised momentum.
 """
+import collections
 import math
 
 import torch
 import torch.distributed as dist
+from torch.optim.adamw import adamw
 
 from device import full, local, share_of
 from model import ops
@@ -25,23 +27,58 @@ def total_norm(grads):
     return torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros(())
 
 
-class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW whose step clips the global gradient norm to max_norm (0: no clipping) and returns it."""
+class Optimizer:
+    """Groups of parameters and the state of each. torch's own class imports its compiler, which takes a second.
+
+    before_update() is called where weights are about to change.
+    """
+
+    def __init__(self, params, **defaults):
+        """params: tensors, or groups {"params": tensors, name: what differs from the defaults}."""
+        params = list(params)
+        groups = params if isinstance(params[0], dict) else [{"params": params}]
+        self.param_groups = [{**defaults, **group, "params": list(group["params"])} for group in groups]
+        self.state = collections.defaultdict(dict)
+        self.before_update = lambda: None
+
+    def zero_grad(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+
+class AdamW(Optimizer):
+    """torch's fused AdamW whose step clips the global gradient norm to max_norm (0: no clipping) and returns it."""
+
+    def __init__(self, params, lr, betas, weight_decay, eps=1e-8):
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
 
     def accumulate(self, last):
         """Nothing to do between micro-batches: fp32 gradients add up in place."""
 
+    @torch.no_grad()
     def step(self, max_norm):
         norm = torch.nn.utils.clip_grad_norm_([p for g in self.param_groups for p in g["params"]], max_norm or math.inf)
-        self.found_inf = (~norm.isfinite()).float()  # where it is 1, torch's fused update leaves all as it is
-        super().step()
+        bad = (~norm.isfinite()).float()  # where it is 1, torch's fused update leaves all as it is
+        self.before_update()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if p not in self.state:
+                    self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                                     "exp_avg_sq": torch.zeros_like(p)}
+            if params:
+                first, second, steps = ([self.state[p][k] for p in params] for k in ("exp_avg", "exp_avg_sq", "step"))
+                adamw(params, [p.grad for p in params], first, second, [], steps, fused=True, found_inf=bad,
+                      amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+                      weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
         return norm
 
     def master(self, p):
         return p
 
 
-class MixedAdamW(torch.optim.Optimizer):
+class MixedAdamW(Optimizer):
     """AdamW on fp32 masters of a model whose matrices it turns into bf16; vectors (norms, biases) stay fp32.
 
     state[p]: step, exp_avg, exp_avg_sq as in torch's AdamW, and for matrices `master`. A parameter without gradient is
@@ -50,7 +87,7 @@ class MixedAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr, betas, weight_decay, eps=1e-8, mixed=True):
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps))
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
         self.sums, self.tables = {}, {}  # tables: of the fused update, of each group's vectors and of its matrices
         for group in self.param_groups:
             for p in group["params"]:
@@ -84,6 +121,7 @@ class MixedAdamW(torch.optim.Optimizer):
         norm = self.norm([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])
         scale = (max_norm / (norm + 1e-6)).clamp(max=1) if max_norm else torch.ones_like(norm)
         scale = torch.where(norm.isfinite(), scale, -1.0)  # negative: nothing changes
+        self.before_update()
         for number, group in enumerate(self.param_groups):
             self.update_group(number, group, scale)
         return norm

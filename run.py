@@ -434,7 +434,7 @@ class Saver:
             yield
             self.copied = self.stream.record_event()
 
-    def before_update(self, *_):
+    def before_update(self):
         """On the device: the weights may change once they are copied."""
         if self.copied:
             torch.cuda.current_stream().wait_event(self.copied)

@@ -73,7 +73,7 @@ def make_optimizer(cfg, model, ranks):
         return muon
     if half or fsdp:
         return MixedAdamW(model.parameters(), mixed=not fsdp, **settings)
-    return AdamW(model.parameters(), fused=True, **settings)
+    return AdamW(model.parameters(), **settings)
 
 
 def full_weights(model, optimizer) -> dict:
@@ -188,7 +188,7 @@ def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, gu
             loss.backward(1 + 0 * loss.detach())
         total = total + loss.detach()
     norm = optimizer.step(cfg.grad_clip)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return total, norm
 
 
@@ -272,7 +272,7 @@ def train(cfg, ranks, state, data):
 
     with (Watch(ranks, cfg.timeout), lost_process(ranks), run.Saver(ranks.device, ranks.master) as saver,
           Stop(ranks) as stop):
-        optimizer.register_step_pre_hook(saver.before_update)
+        optimizer.before_update = saver.before_update
         if is_due(cfg.eval_interval, step, plan) and ranks.any(ranks.master and log.validated < step):
             # the validation that a signal had ended
             if validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, step, alpha):
@@ -289,7 +289,7 @@ def train(cfg, ranks, state, data):
             step += 1
             if step == plan.guided:
                 model, optimizer = end_guide(cfg, plan, ranks, model, optimizer)
-                optimizer.register_step_pre_hook(saver.before_update)
+                optimizer.before_update = saver.before_update
                 saver.forget()
                 wrapped = wrap_ddp(model, cfg, plan, step, ranks)  # DDP's buckets still hold the guides
 
