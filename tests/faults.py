@@ -214,19 +214,21 @@ def check_end(out, statuses):
 
 def lose_power(rng, out, data, world, flags):
     """One attempt that ends in a loss of power -> its kind if it hit."""
-    call, after = rng.randint(1, 24), rng.random() < 0.5
+    call, after, before = rng.randint(1, 24), rng.random() < 0.5, newest(out)
     statuses = attempt(out, data, world, flags, lambda folder: Disk(folder, call, after, rng))
     left = Path(f"{out}.after")
     if not left.exists():
         return check_end(out, statuses)
-    whole = [name for name in os.listdir(out) if name == "ckpt.pt"]
     shutil.rmtree(out)
     left.rename(out)
-    if whole and run.checkpoints(str(out)):
-        before = set(os.listdir(out))
-        run.read_newest(str(out))
-        assert "ckpt.damaged.pt" not in os.listdir(out), f"a checkpoint in {out} is not whole: {before}"
+    assert newest(out) >= before, f"{out} is back at step {newest(out)}, {before} was on the disk"
     return "power"
+
+
+def newest(out):
+    """The step of the newest checkpoint in a folder, which must be whole; 0 without one."""
+    paths = run.checkpoints(str(out))
+    return run.read_checkpoint(paths[0], "ckpt.pt")["step"] if paths else 0
 
 
 def study(name, folder, data, kills, power, seed):
@@ -263,7 +265,7 @@ def main(argv):
         (folder / name).mkdir()
         try:
             counts = study(name, folder / name, data, *share, seed)
-        except AssertionError as e:
+        except (AssertionError, config.UserError) as e:
             print(f"{name}: FAILED: {e}; the folder is {folder / name}", flush=True)
             failed = True
             continue

@@ -286,8 +286,8 @@ def wait_for_step(out, step):
         time.sleep(0.05)
 
 
-def test_a_rank_that_stops_is_named_and_one_that_dies_is_noticed(data, tmp_path, port):
-    """Rank 1 is stopped: after the timeout rank 0 says so and ends. Then it continues, and rank 1 is killed."""
+def test_a_rank_that_stops_is_named(data, tmp_path, port):
+    """Rank 1 is stopped: after the timeout rank 0 says so and ends."""
     processes = two_ranks(data, tmp_path / "run", port, "--timeout=0.05")
     try:
         wait_for_step(tmp_path / "run", 5)
@@ -296,16 +296,6 @@ def test_a_rank_that_stops_is_named_and_one_that_dies_is_noticed(data, tmp_path,
         assert processes[0].returncode == 2 and err.count("error: ") == 1 and "Traceback" not in err
         assert f"rank 1 of 2 (process {processes[1].pid} on " in err and "does not answer" in err
         assert "nothing has moved for 0.05 minutes" in err and len(err) < 400
-    finally:
-        finish_all(processes)
-    processes = two_ranks(data, tmp_path / "run", port, "--resume=auto")
-    try:
-        before = (tmp_path / "run" / "metrics.jsonl").read_text().count("\n")
-        wait_for_step(tmp_path / "run", before + 3)
-        processes[1].kill()
-        _, err = processes[0].communicate(timeout=60)
-        assert processes[0].returncode == 2 and err.count("error: ") == 1 and "Traceback" not in err, err
-        assert "rank 0 of 2 has lost another process during " in err
     finally:
         finish_all(processes)
 
@@ -349,6 +339,7 @@ def test_torchrun_starts_a_run_again_from_its_last_checkpoint(data, tmp_path, wh
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "continuing after step 2 of 8" in done.stdout
+    assert "error: rank 0 of 2 has lost another process during step 4" in done.stderr
     rows = [[r["loss"] for r in metrics(folder) if "loss" in r] for folder in (out, whole_plain)]
     assert rows[0] == pytest.approx(rows[1], abs=1e-5) and len(rows[0]) == 8
 
