@@ -401,8 +401,11 @@ class Saver:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *_):
-        if self.thread and kind is not KeyboardInterrupt:  # after a second Ctrl-C nothing is waited for
+    def __exit__(self, kind, error, _):
+        if self.thread and self.thread.is_alive():
+            if kind is KeyboardInterrupt:  # a second signal: nothing is waited for, and Python would wait for threads
+                print("interrupted while a checkpoint was written; the one before stays.", file=sys.stderr, flush=True)
+                os._exit(128 + (error.args[0] if error.args else 2))
             self.thread.join()
 
     def save(self, files, after=()):
