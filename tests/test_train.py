@@ -160,7 +160,8 @@ def test_mistakes_about_data_are_told_before_the_first_step(cli, data, tmp_path,
     assert_one_sentence(status, out, err)
     assert "vocab_size=256" in err and "257" in err
     monkeypatch.setattr(prepare, "ensure_data", lambda cfg: pytest.fail("data was requested"))
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name, value in (("WORLD_SIZE", "3"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
     for argv, words in ((["--batch_size=8"], "batch_size=8 does not divide among 3 processes x micro_batch_size=4 "),
                         (["--max_tokens=100"], "max_tokens=100 is less than one step of batch_size 8 x block_size 16"),
                         (["--device=cuda:99", "--micro_batch_size=1", "--batch_size=3"], "device=cuda:99")):
