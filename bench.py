@@ -186,6 +186,7 @@ from model import FFN, build, ffn_params, flops_per_token, linear_params, ops
 from report import (DRAW, Table, clocks, conditions, copies, copy_rate, draw_rows, fresh, header, laps, middle, ratio,
                     timed, within_memory)
 from structured import BlockShuffle, LowRank, linear
+from schedule import dropout_keys
 from train import fill_vocabulary, make_optimizer, train_step
 
 PASSES = {"forward": 1, "forward+backward": 3}  # and how many times the forward's FLOPs
@@ -369,8 +370,8 @@ def plain_torch(model, cfg, ranks):
 
     torch.compile takes the whole model at once. -> (a model for train_step, its optimizer); ops.ON must be False.
     """
-    def loss(tokens, targets, alpha=None, guided=()):
-        return F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten())
+    def loss(tokens, targets, alpha=None, guided=(), keys=None):
+        return F.cross_entropy(model(tokens, keys=keys).flatten(0, 1).float(), targets.flatten())
     optimizer = make_optimizer(cfg, model, dataclasses.replace(ranks, dtype=torch.float32))
     return torch.compile(loss) if ranks.compile else loss, optimizer
 
@@ -423,6 +424,7 @@ def marked_step(model, optimizer, batches, cfg, ranks, guided):
     """train.train_step as step(mark), which marks the ends of forward and backward."""
     alpha = torch.full((), 0.5, device=ranks.device)
     layers = tuple(range(cfg.n_dense_layers, cfg.n_layer)) if guided else ()
+    keys = dropout_keys(cfg, 0, ranks).to(ranks.device) if cfg.dropout else None
     update = optimizer.step
 
     def step(mark):
@@ -436,7 +438,7 @@ def marked_step(model, optimizer, batches, cfg, ranks, guided):
             return update(clip)
 
         optimizer.step = marked_update
-        train_step(forward, optimizer, next(batches), cfg, ranks, 1e-4, alpha, layers)
+        train_step(forward, optimizer, next(batches), cfg, ranks, 1e-4, alpha, layers, keys)
     return step
 
 

@@ -1,6 +1,12 @@
-"""Where a program runs: device, precision, ranks and their process group, peak FLOP/s, out-of-memory."""
+"""Where a program runs: device, precision, ranks and their process group, signals, peak FLOP/s, out-of-memory."""
 import contextlib
+import json
+import math
 import os
+import signal
+import socket
+import sys
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -8,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from config import UserError, short
+from config import UserError, place_among_processes, short
 
 
 @dataclass
@@ -19,6 +25,9 @@ class Ranks:
     device: object
     dtype: object
     compile: bool
+    patient: object = None               # the group of waits that have no limit, on the host
+    now: tuple = (0, "the start", 0.0)   # what this process does: a count, words, since when
+    ending: bool = False                 # a Watch is about to end the process
 
     @property
     def master(self):
@@ -27,21 +36,35 @@ class Ranks:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def sum_over_ranks(self, values):
+    def note(self, words, patient=False):
+        """Says what this process does next, for a `Watch`. All ranks note the same; `patient` may take for ever."""
+        self.now = self.now[0] + 1, words, math.inf if patient else time.monotonic()
+
+    def sum_over_ranks(self, values, group=None):
         """Sum over the ranks of a 1-D tensor."""
         if self.world > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=group)
         return values
 
+    def any(self, flag, patient=False) -> bool:
+        """Whether the flag of any rank is set."""
+        flags = torch.tensor([float(bool(flag))], device="cpu" if patient else self.device)
+        return bool(self.sum_over_ranks(flags, self.patient if patient else None).item())
+
     @contextlib.contextmanager
-    def agree(self):
-        """If a rank raises a UserError inside, all ranks raise it at the end of the block."""
+    def agree(self, patient=False):
+        """If a rank raises a UserError inside, all ranks raise it at the end of the block.
+
+        patient: the ranks may wait for one of them for hours, as for rank 0 that prepares the data.
+        """
         refusal = ""
+        if patient:
+            self.note("a wait for rank 0", patient)
         try:
             yield
         except UserError as e:
             refusal = str(e)
-        if self.sum_over_ranks(torch.tensor([float(len(refusal))], device=self.device)).item():
+        if self.any(refusal, patient):
             refusals = [refusal] * self.world
             if self.world > 1:
                 dist.all_gather_object(refusals, refusal)
@@ -56,6 +79,102 @@ class Ranks:
             # gloo's thread needs Python's lock for the last all_reduce: without a pause one exit in ten aborts
             time.sleep(0.1)
             dist.destroy_process_group()
+
+
+class OneStepLate:
+    """A device's value of each step on the host, one step later.
+
+    This step's is ready only when the device has finished the step, and waiting for it would delay the next launches;
+    the one before is ready already.
+    """
+
+    def __init__(self, device):
+        self.on_cuda, self.before = device.type == "cuda", None
+
+    def __call__(self, value):
+        """value: a 0-d tensor -> the float of the call before, None without one."""
+        new = torch.empty((), pin_memory=self.on_cuda).copy_(value, non_blocking=True)
+        event = torch.cuda.current_stream().record_event() if self.on_cuda else None
+        late = self.last()
+        self.before = new, event
+        return late
+
+    def last(self):
+        """The latest value, waited for; None if it has been returned."""
+        before, self.before = self.before, None
+        if before is None:
+            return None
+        if self.on_cuda:
+            before[1].synchronize()
+        return before[0].item()
+
+
+SAVED = 75  # exit status of a run that a signal ended after it was saved: EX_TEMPFAIL, the same command goes on
+
+
+class Stop:
+    """The first signal lets a run finish its step and save; another one, a second or more later, ends it at once.
+
+    Launchers signal a process group and then every process of it: what comes within a second is one request. A limit on
+    CPU time sends SIGXCPU every second, which is one too.
+    """
+    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+               if hasattr(signal, name)]
+
+    def __init__(self, ranks):
+        self.ranks, self.signal, self.first = ranks, 0, 0.0
+        self.late, self.ended = OneStepLate(ranks.device), threading.Event()
+
+    def __enter__(self):
+        self.handlers = {s: signal.getsignal(s) for s in self.SIGNALS}
+        for s in self.SIGNALS:
+            if s == signal.SIGINT or self.handlers[s] is not signal.SIG_IGN:  # nohup makes a process ignore SIGHUP
+                signal.signal(s, self.catch)
+        self.received, self.wake = socket.socketpair()
+        self.wake.setblocking(False)
+        self.wakeup = signal.set_wakeup_fd(self.wake.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self.watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+        signal.set_wakeup_fd(self.wakeup)
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+        self.wake.close()  # ends the thread
+
+    def catch(self, number, frame):
+        now = time.monotonic()
+        if not self.signal:
+            self.signal, self.first = number, now
+        elif now - self.first >= 1 and number != getattr(signal, "SIGXCPU", 0):
+            raise KeyboardInterrupt(number)
+
+    def watch(self):
+        """A thread, since Python runs `catch` only when the main thread is back from C++.
+
+        There it may wait for another rank for minutes: then a second signal ends the process from here.
+        """
+        first = None
+        while received := self.received.recv(1):
+            if received[0] in self.SIGNALS:
+                first = first or time.monotonic()
+                again = time.monotonic() - first >= 1 and received[0] != getattr(signal, "SIGXCPU", 0)
+                if again and not self.ended.wait(1):
+                    print("interrupted while the main thread was waiting.", file=sys.stderr, flush=True)
+                    os._exit(128 + received[0])
+        self.received.close()
+
+    def agreed(self) -> int:
+        """The signal that any rank has received, 0 without one. With several ranks all call it after every step.
+
+        They learn what was known one call before.
+        """
+        if self.ranks.world == 1:
+            return self.signal
+        signals = torch.full((1,), float(self.signal), device=self.ranks.device)
+        dist.all_reduce(signals, op=dist.ReduceOp.MAX)
+        return int(self.late(signals[0]) or 0)
 
 
 def pick_device(name):
@@ -77,12 +196,17 @@ def pick_dtype(name, device):
 
 
 class ShapesOnly(torch.overrides.TorchFunctionMode):
-    """torch.nn.init does nothing, arange runs on the CPU: on meta both import torch's compiler, which takes 1.5 s."""
+    """torch.nn.init does nothing, arange runs on the CPU, empty_like is empty.
+
+    On meta all three import parts of torch's compiler, which takes 1.5 s.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
+        if func is torch.empty_like:
+            return torch.empty(args[0].shape, **{"dtype": args[0].dtype, "device": args[0].device, **kwargs})
         return func(*args, **({"device": "cpu", **kwargs} if func is torch.arange else kwargs))
 
 
@@ -95,7 +219,7 @@ def on_meta():
 
 def set_up(cfg) -> Ranks:
     """Device, precision and, under torchrun, the process group (nccl on CUDA, gloo on CPU)."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = place_among_processes()
     if cfg.batch_size % (cfg.micro_batch_size * world):
         raise UserError(f"batch_size={cfg.batch_size} does not divide among {world} processes x "
                         f"micro_batch_size={cfg.micro_batch_size} = {cfg.micro_batch_size * world} sequences: "
@@ -105,10 +229,153 @@ def set_up(cfg) -> Ranks:
         device = torch.device("cuda", device.index if device.index is not None and world == 1 else local)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    patient = join(rank, world, device, cfg.timeout) if world > 1 else None
     compile = device.type == "cuda" if cfg.compile == "auto" else cfg.compile
-    return Ranks(rank, world, device, pick_dtype(cfg.dtype, device), compile)
+    return Ranks(rank, world, device, pick_dtype(cfg.dtype, device), compile, patient)
+
+
+def join(rank, world, device, minutes):
+    """The process group, and one whose waits have no limit; UserError where the others do not come in time."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # in here Python's handler of Ctrl-C would wait too
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))
+        # torchrun keeps its store when it starts processes again: there the addresses of dead ones must not be read
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        # a Watch ends a run before the group's own limit does: it knows who is missing
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=timedelta(minutes=minutes + 1))
+        return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    except RuntimeError as e:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"rank {rank} of {world} has not met the others at {where} within {minutes:g} minutes "
+                        f"({str(e).splitlines()[0]:.100}): start all of them, or raise --timeout.",
+                        alone=True) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def full(t):
+    """The whole of a tensor that fsdp has split among the ranks, which all call this; another tensor as it is."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def local(t):
+    """This rank's share of such a tensor, in the same memory."""
+    return t.detach().to_local() if hasattr(t, "to_local") else t
+
+
+def share_of(whole, t):
+    """A tensor like t, split or not, of the values `whole` that every rank has."""
+    whole = whole.to(t.device, copy=True)
+    if not hasattr(t, "to_local"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(whole, t.device_mesh, t.placements, src_data_rank=None)
+
+
+def split(model, ranks):
+    """fsdp: every rank keeps a share of each block's parameters, and of the rest (FSDP2, `fully_shard`).
+
+    They are gathered for a block's forward and again for its backward, in bf16 where the matmuls are, and the gradients
+    are averaged in float32, with each micro-batch. Scalars stay whole.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    policy = MixedPrecisionPolicy(None if ranks.dtype is torch.float32 else ranks.dtype, torch.float32,
+                                  cast_forward_inputs=False)
+    mesh, scalars = init_device_mesh(ranks.device.type, (ranks.world,)), {p for p in model.parameters() if not p.dim()}
+    tables = [block.attn.values for block in model.blocks if block.attn.values is not None]  # the model calls them
+    for module in (*tables, *model.blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=scalars, reshard_after_forward=True)
+
+
+@contextlib.contextmanager
+def lost_process(ranks):
+    """Turns a collective that fails, since another process has died, into one sentence."""
+    try:
+        yield
+    except RuntimeError as e:
+        words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "ProcessGroup")
+        if ranks.world == 1 or not (isinstance(e, dist.DistError) or any(word in str(e) for word in words)):
+            raise
+        if ranks.ending:
+            time.sleep(60)  # its sentence says more
+        reason = next(word for word in (*words, type(e).__name__) if word in str(e) or word == type(e).__name__)
+        raise UserError(f"rank {ranks.rank} of {ranks.world} has lost another process during {ranks.now[1]} "
+                        f"({reason}): look for its error; the same command with --resume=auto continues from the last "
+                        "checkpoint.", alone=True) from None
+
+
+class Watch:
+    """A thread of every rank that ends its process when all ranks stand still, and names the one that is waited for.
+
+    Each thread tells the others, through the process group's store, what its main thread does. So a process that has
+    stopped is one that says nothing new, and one that is stuck is the one that has noted the fewest steps.
+    """
+
+    def __init__(self, ranks, minutes):
+        self.ranks, self.limit, self.ended = ranks, 60 * minutes, threading.Event()
+        self.tick, self.beat = min(5.0, self.limit / 10), 0
+
+    def __enter__(self):
+        self.ranks.note("the start")
+        if self.ranks.world > 1:
+            # a connection of its own: a wait holds the other one
+            self.store = dist.distributed_c10d._get_default_store().clone()
+            self.store.set_timeout(timedelta(seconds=self.tick))
+            threading.Thread(target=self.watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+
+    def watch(self):
+        while not self.ended.is_set():
+            self.wait(1)
+            if not self.late():
+                continue
+            self.ranks.ending = True
+            rank, sentence = self.culprit()
+            self.ranks.ending = self.late() and not self.ended.is_set()
+            if self.ranks.ending:
+                if self.ranks.rank == (0 if rank else 1):  # one speaks for all
+                    print(f"error: {sentence}, nothing has moved for {self.limit / 60:g} minutes; the same command "
+                          "with --resume=auto continues from the last checkpoint.", file=sys.stderr, flush=True)
+                self.wait(4)
+                os._exit(2)
+
+    def late(self):
+        return time.monotonic() - self.ranks.now[2] > self.limit
+
+    def wait(self, ticks):
+        """Waits, and goes on telling the others."""
+        for _ in range(2 * ticks):
+            self.ended.wait(self.tick / 2)
+            self.beat += 1
+            mine = [self.beat, os.getpid(), socket.gethostname(), *self.ranks.now[:2]]
+            with contextlib.suppress(dist.DistError):  # where the store does not answer, culprit says so
+                self.store.set(f"watch {self.ranks.rank}", json.dumps(mine))
+
+    def state(self, rank):
+        """[beats, process, machine, count, words] of a rank; None where the store or the rank has said nothing."""
+        try:
+            return json.loads(self.store.get(f"watch {rank}"))
+        except dist.DistError:
+            return None
+
+    def culprit(self):
+        """(rank, words) of the one that is waited for: it has stopped, or has noted the fewest steps."""
+        ranks, mine = range(self.ranks.world), self.ranks.rank
+        before = [self.state(rank) for rank in ranks]
+        self.wait(3)
+        after = [self.state(rank) for rank in ranks]
+        silent = [rank for rank in ranks if rank != mine and before[rank] == after[rank]]
+        if after[mine] is None:
+            return 0, "rank 0, or the torchrun that the processes share, does not answer"
+        rank = silent[0] if silent else min(ranks, key=lambda rank: after[rank][3])
+        where = f"rank {rank} of {len(ranks)} (process {after[rank][1]} on {after[rank][2]})" if after[rank] else (
+            f"rank {rank} of {len(ranks)}")
+        return rank, f"{where} {'does not answer' if silent else f'is stuck in {after[rank][4]}'}"
 
 
 def device_name(device):

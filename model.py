@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import config
 from config import Config, UserError
-from device import on_meta
+from device import ShapesOnly, on_meta
 from run import read_model
 from structured import Dense, Structured, linear
 
@@ -142,14 +142,33 @@ COSTLY = ("mm", "addmm", "bmm", "block_linear", "ffn", "split_rotated", "_scaled
 def what_to_keep(wide, ctx, op, *args, **kwargs):
     """Which results a compiled block keeps for its backward; the rest is computed again.
 
-    Kept are matmuls, attention, random draws, and weights cast to another precision. Of matmuls with `wide` or more
-    columns none is kept, unless `wide` is 0.
+    Kept are matmuls, attention, and weights cast to another precision. Of matmuls with `wide` or more columns none is
+    kept, unless `wide` is 0.
     """
     name = op._schema.name.partition("::")[2]
     costly = name in COSTLY and not (wide and "mm" in name and args[-1].size(-1) >= wide)
-    random = torch.Tag.nondeterministic_seeded in op.tags
     weight = name == "_to_copy" and args[0].dim() == 2
-    return CheckpointPolicy.MUST_SAVE if costly or random or weight else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if costly or weight else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def scramble(x):
+    """A hash of int32 tensors, one to one (Mueller's, the "lowbias32" constants); shifts are made unsigned by masks."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def dropout(x, p, keys):
+    """x (B, T, C) with a share p of its entries zeroed, the others divided by 1 - p.
+
+    Which ones is a hash of the entry's place and its sequence's key, keys (B,) int64. So neither a generator's state
+    nor the rank that holds the sequence matters, and a compiled backward hashes again instead of keeping a mask.
+    """
+    T, C = x.shape[1:]
+    place = torch.arange(T * C, device=x.device, dtype=torch.int32).view(T, C)
+    low, high = ((keys >> bits & 0x7FFFFFFF).to(torch.int32)[:, None, None] for bits in (0, 31))
+    draws = scramble(scramble(place ^ low) ^ high) & 0x7FFFFFFF                  # (B, T, C), uniform below 2^31
+    return torch.where(draws >= int(p * 2**31), x / (1 - p), 0)
 
 
 class Block(nn.Module):
@@ -161,7 +180,7 @@ class Block(nn.Module):
         self.dropout, self.recompute = cfg.dropout, cfg.recompute
         self.wide = cfg.n_hidden if cfg.recompute == "wide" else 0
 
-    def forward(self, x, pending, cos, sin, alpha=None, values=None, x0=None, cache=None):
+    def forward(self, x, pending, cos, sin, alpha=None, values=None, x0=None, cache=None, keys=None):
         """x + pending is the residual stream (B, T, n_embd); returns the next x and pending. In plain form:
 
             x = x + attn(norm1(x))
@@ -171,7 +190,7 @@ class Block(nn.Module):
         residual add fuses with the norm that follows it. pending is None before the first block.
 
         alpha: weight of the guide in this layer's FFN, a 0-d tensor, or None for the factors alone. values: of the
-        value embeddings. x0 (B, T, n_embd): the token embeddings, for embed_skip.
+        value embeddings. x0 (B, T, n_embd): the token embeddings, for embed_skip. keys (2, B): of the dropout, if any.
         """
         if self.a is not None:
             x, pending = self.a * (x if pending is None else x + pending) + self.b * x0, None
@@ -179,14 +198,18 @@ class Block(nn.Module):
         if torch.compiler.is_compiling() and self.recompute != "off" and torch.is_grad_enabled():
             policy = functools.partial(what_to_keep, self.wide)
             contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-            return checkpoint(self.body, x, h, cos, sin, alpha, values, use_reentrant=False, context_fn=contexts)
-        return self.body(x, h, cos, sin, alpha, values, cache)
+            return checkpoint(self.body, x, h, cos, sin, alpha, values, None, keys, use_reentrant=False,
+                              context_fn=contexts)
+        return self.body(x, h, cos, sin, alpha, values, cache, keys)
 
-    def body(self, x, h, cos, sin, alpha=None, values=None, cache=None):
+    def body(self, x, h, cos, sin, alpha=None, values=None, cache=None, keys=None):
         """x and h = norm1(x) -> x + attn(h), and ffn of its norm, which is still to be added."""
-        attended = F.dropout(self.attn(h, cos, sin, values, cache), self.dropout, self.training)
+        attended = self.attn(h, cos, sin, values, cache)
+        if keys is not None:
+            attended = dropout(attended, self.dropout, keys[0])
         x, h = add_norm(x, attended, self.norm2)
-        return x, F.dropout(self.ffn(h, alpha), self.dropout, self.training)
+        h = self.ffn(h, alpha)
+        return x, h if keys is None else dropout(h, self.dropout, keys[1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -435,9 +458,13 @@ class GPT(nn.Module):
             x = self.smear(x, before >= 0)
         return x, [None if block.attn.values is None else block.attn.values(tokens) for block in self.blocks]
 
-    def hidden(self, tokens, alpha=None, guided=()):
-        """tokens (B, T) -> what the LM head reads, (B, T, n_embd). guided: the layers that use their guide."""
+    def hidden(self, tokens, alpha=None, guided=(), keys=None):
+        """tokens (B, T) -> what the LM head reads, (B, T, n_embd). guided: the layers that use their guide.
+
+        keys (1 + 2 n_layer, B) int64: of the draws of each dropout in training: the embeddings', then two of a layer.
+        """
         T = tokens.size(1)
+        assert keys is not None or not (self.training and self.cfg.dropout), "dropout in training needs keys"
         assert T <= self.cfg.block_size, f"{T} tokens exceed block_size {self.cfg.block_size}"
         x, values = self.embed(tokens)
         if self.wpe is not None:
@@ -445,23 +472,25 @@ class GPT(nn.Module):
         kind = x.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))  # the residual stream in the matmuls' precision
-        x = F.dropout(x, self.cfg.dropout, self.training)
+        if keys is not None:
+            x = dropout(x, self.cfg.dropout, keys[0])
         cos, sin = self.cos[:T], self.sin[:T]
         x0, pending = x if self.cfg.embed_skip else None, None
         for layer, block in enumerate(self.blocks):
-            x, pending = block(x, pending, cos, sin, alpha if layer in guided else None, values[layer], x0)
+            drawn = None if keys is None else keys[1 + 2 * layer:3 + 2 * layer]
+            x, pending = block(x, pending, cos, sin, alpha if layer in guided else None, values[layer], x0, keys=drawn)
         return add_norm(x, pending, self.norm)[1]
 
     def logits(self, h):
         """h (..., n_embd) -> logits (..., vocab_size)."""
         return softcap(self.head(h), self.cfg.logit_softcap)
 
-    def forward(self, tokens, targets=None, alpha=None, guided=()):
+    def forward(self, tokens, targets=None, alpha=None, guided=(), keys=None):
         """tokens (B, T) -> logits (B, T, vocab_size), or with targets (B, T) their mean cross-entropy, a 0-d tensor.
 
         Targets below 0 are left out. In training with a teacher the loss is that of token_mixture.
         """
-        h = self.hidden(tokens, alpha, guided)
+        h = self.hidden(tokens, alpha, guided, keys)
         if targets is None:
             return self.logits(h)
         if self.teacher is not None and self.training:
@@ -540,7 +569,8 @@ def build(cfg, device, seed=None, weights=None, path=""):
         model = GPT(cfg)
     if weights is not None:
         check_weights(model, weights, path)
-    model.to_empty(device=device)
+    with ShapesOnly():
+        model.to_empty(device=device)
     model.tie()  # to_empty gave each its own memory
     cos, sin = rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head, cfg.rope_theta)
     model.cos, model.sin = cos.to(device), sin.to(device)

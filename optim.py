@@ -1,14 +1,20 @@
 """AdamW and Muon with gradient clipping and one interface: step(max_norm), accumulate(last), master(p).
 
+Where the gradients' norm is not finite a step changes no weight and no moment. That is decided on the device: the host
+waits for nothing.
+
 `AdamW` is torch's. `MixedAdamW` is for bf16 training: the model's matrices are bf16, cast once per optimiser step, and
 the fp32 masters live here. A step reads each gradient once, as bf16, and writes new bf16 weights beside the masters.
 `Muon` is MixedAdamW on embeddings, head and vectors; the matrices of the blocks move by the orthogonalised momentum.
 """
+import collections
 import math
 
 import torch
 import torch.distributed as dist
+from torch.optim.adamw import adamw
 
+from device import full, local, share_of
 from model import ops
 
 
@@ -21,30 +27,67 @@ def total_norm(grads):
     return torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros(())
 
 
-class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW whose step clips the global gradient norm to max_norm (0: no clipping) and returns it."""
+class Optimizer:
+    """Groups of parameters and the state of each. torch's own class imports its compiler, which takes a second.
+
+    before_update() is called where weights are about to change.
+    """
+
+    def __init__(self, params, **defaults):
+        """params: tensors, or groups {"params": tensors, name: what differs from the defaults}."""
+        params = list(params)
+        groups = params if isinstance(params[0], dict) else [{"params": params}]
+        self.param_groups = [{**defaults, **group, "params": list(group["params"])} for group in groups]
+        self.state = collections.defaultdict(dict)
+        self.before_update = lambda: None
+
+    def zero_grad(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+
+class AdamW(Optimizer):
+    """torch's fused AdamW whose step clips the global gradient norm to max_norm (0: no clipping) and returns it."""
+
+    def __init__(self, params, lr, betas, weight_decay, eps=1e-8):
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
 
     def accumulate(self, last):
         """Nothing to do between micro-batches: fp32 gradients add up in place."""
 
+    @torch.no_grad()
     def step(self, max_norm):
         norm = torch.nn.utils.clip_grad_norm_([p for g in self.param_groups for p in g["params"]], max_norm or math.inf)
-        super().step()
+        bad = (~norm.isfinite()).float()  # where it is 1, torch's fused update leaves all as it is
+        self.before_update()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if p not in self.state:
+                    self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                                     "exp_avg_sq": torch.zeros_like(p)}
+            if params:
+                first, second, steps = ([self.state[p][k] for p in params] for k in ("exp_avg", "exp_avg_sq", "step"))
+                adamw(params, [p.grad for p in params], first, second, [], steps, fused=True, found_inf=bad,
+                      amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+                      weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
         return norm
 
     def master(self, p):
         return p
 
 
-class MixedAdamW(torch.optim.Optimizer):
+class MixedAdamW(Optimizer):
     """AdamW on fp32 masters of a model whose matrices it turns into bf16; vectors (norms, biases) stay fp32.
 
     state[p]: step, exp_avg, exp_avg_sq as in torch's AdamW, and for matrices `master`. A parameter without gradient is
-    left alone. Without `mixed` all parameters keep their precision.
+    left alone; `step`, on the host, counts updates that were skipped too. Without `mixed` all parameters keep their
+    precision.
     """
 
     def __init__(self, params, lr, betas, weight_decay, eps=1e-8, mixed=True):
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps))
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
         self.sums, self.tables = {}, {}  # tables: of the fused update, of each group's vectors and of its matrices
         for group in self.param_groups:
             for p in group["params"]:
@@ -75,11 +118,27 @@ class MixedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, max_norm):
         """One update with gradients clipped to the global norm max_norm (0: no clipping); returns the norm before."""
-        norm = total_norm([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])
+        norm = self.norm([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])
         scale = (max_norm / (norm + 1e-6)).clamp(max=1) if max_norm else torch.ones_like(norm)
+        scale = torch.where(norm.isfinite(), scale, -1.0)  # negative: nothing changes
+        self.before_update()
         for number, group in enumerate(self.param_groups):
             self.update_group(number, group, scale)
         return norm
+
+    def norm(self, grads):
+        """total_norm; under fsdp of all ranks' shares, after the gradients of what is whole are averaged."""
+        shares, whole = ([g for g in grads if hasattr(g, "to_local") is split] for split in (True, False))
+        if not shares:
+            return total_norm(grads)
+        square = total_norm([local(g) for g in shares]).square().reshape(1)
+        dist.all_reduce(square)
+        if whole:
+            values = torch.stack(whole)  # scalars
+            dist.all_reduce(values)
+            torch._foreach_copy_(whole, (values / dist.get_world_size()).unbind())
+            square += total_norm(whole).square()
+        return square.sqrt()[0]
 
     def update_group(self, number, group, scale):
         for p in group["params"]:
@@ -104,21 +163,26 @@ class MixedAdamW(torch.optim.Optimizer):
         if self.tables.get(table, (None,))[0] != key:  # at the start, and after the guides are dropped
             states = [self.state[p] for p in params]
             copies = [p.data for p in params] if table[1] else None
-            first, second = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-            self.tables[table] = key, ops.adamw_tables([self.master(p).data for p in params], copies, first, second)
+            first, second = ([local(s[name]) for s in states] for name in ("exp_avg", "exp_avg_sq"))
+            masters = [local(self.master(p).data) for p in params]
+            self.tables[table] = key, ops.adamw_tables(masters, copies, first, second)
         corrections = [(0.0, 1.0) if p.grad is None else self.corrections(p, group) for p in params]
-        ops.adamw(self.tables[table][1], [p.grad for p in params], corrections, scale,
+        grads = [p.grad if p.grad is None else local(p.grad) for p in params]
+        ops.adamw(self.tables[table][1], grads, corrections, scale,
                   group["lr"] * group["weight_decay"], group["betas"], group["eps"])
 
     def update(self, params, scale, group):
         """The same in plain torch."""
         beta1, beta2 = group["betas"]
         for p in params:
-            state, weight, grad = self.state[p], self.master(p), p.grad.float() * scale
+            weight, grad = local(self.master(p)), local(p.grad).float() * scale
+            first, second = (local(self.state[p][name]) for name in ("exp_avg", "exp_avg_sq"))
             rate, root = self.corrections(p, group)
-            m, v = state["exp_avg"].lerp_(grad, 1 - beta1), state["exp_avg_sq"].lerp_(grad * grad, 1 - beta2)
-            weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(rate * m / (v.sqrt() * root + group["eps"]))
-            if weight is not p:
+            m, v = first.lerp(grad, 1 - beta1), second.lerp(grad * grad, 1 - beta2)
+            moved = weight * (1 - group["lr"] * group["weight_decay"]) - rate * m / (v.sqrt() * root + group["eps"])
+            for tensor, new in ((first, m), (second, v), (weight, moved)):
+                tensor.copy_(torch.where(scale >= 0, new, tensor))
+            if "master" in self.state[p]:
                 p.copy_(weight)
 
 
@@ -146,23 +210,33 @@ def polar(x, polynomials=POLAR_EXPRESS, margin=1.02):
 
 
 def nesterov(grads, momentum, scale, mu, dtype):
-    """momentum <- mu momentum + (1 - mu) grads, in place; returns the step that looks one ahead. All (K, m, n)."""
-    grads = grads.float() * scale
-    momentum.add_((1 - mu) * (grads - momentum))
+    """momentum <- mu momentum + (1 - mu) grads, in place; returns the step that looks one ahead. All (K, m, n).
+
+    With a negative scale the momentum stays, and the step is of gradients 0.
+    """
+    grads = torch.where(scale >= 0, grads.float() * scale, 0)  # not a product alone: NaN times 0 is NaN
+    momentum.add_(torch.where(scale >= 0, (1 - mu) * (grads - momentum), 0))
     return (grads + mu * (momentum - grads)).to(dtype)
 
 
-def descend(weights, step, rate, decay):
+def descend(weights, step, rate, decay, scale):
     """weights -= rate step + decay weights, in place, all (K, m, n); no decay where the step leads away from 0.
+
+    With a negative scale nothing changes.
 
     The m rows of a tall step, or the n columns of a wide one, get one norm, which an orthogonal step has in the mean:
     so every hidden unit moves alike.
     """
+    step = normed(step)
+    weights.sub_(torch.where(scale >= 0, rate * step + decay * weights * (step * weights > 0), 0))
+
+
+def normed(step):
+    """The rows of a tall step, or the columns of a wide one, brought to one norm; (K, m, n) in float32."""
     step = step.float()
     rows = step.size(-2) >= step.size(-1)
     share = min(step.shape[1:]) / max(step.shape[1:])
-    step = step * (share ** 0.5 / step.norm(dim=-1 if rows else -2, keepdim=True).clamp_min(1e-7))
-    weights.sub_(rate * step + decay * weights * (step * weights > 0))
+    return step * (share ** 0.5 / step.norm(dim=-1 if rows else -2, keepdim=True).clamp_min(1e-7))
 
 
 class Muon(MixedAdamW):
@@ -193,6 +267,8 @@ class Muon(MixedAdamW):
     def update_group(self, number, group, scale):
         if not group.get("muon"):
             return super().update_group(number, group, scale)
+        if any(hasattr(p, "to_local") for p in group["params"]):
+            return self.update_split(group, scale)
         shapes = {}
         for p in group["params"]:
             if p.grad is not None:
@@ -205,11 +281,31 @@ class Muon(MixedAdamW):
             grads, momenta, weights, copies = (list(tensors) for tensors in zip(*pieces))
             momentum, weight = torch.stack(momenta), torch.stack(weights)
             step = self.shared_polar(self.nesterov(torch.stack(grads), momentum, scale, mu, self.dtype))
-            self.descend(weight, step, lr * max(1, rows / columns) ** 0.5, decay)
+            self.descend(weight, step, lr * max(1, rows / columns) ** 0.5, decay, scale)
             torch._foreach_copy_(momenta, momentum.unbind())
             torch._foreach_copy_(weights, weight.unbind())
             if self.dtype is torch.bfloat16:
                 torch._foreach_copy_(copies, weight.unbind())
+
+    def update_split(self, group, scale):
+        """The same under fsdp: momenta and weights are this rank's shares, the steps between them are gathered."""
+        shapes, steps = {}, {}
+        for p in group["params"]:
+            if p.grad is not None:
+                mine = torch.empty_like(p, dtype=self.dtype)
+                grad, momentum = local(p.grad)[None], local(self.state[p]["momentum"])[None]
+                local(mine).copy_(nesterov(grad, momentum, scale, self.momentum, self.dtype)[0])
+                steps[p] = full(mine).float()
+                for piece in self.matrices(p, steps[p]):
+                    shapes.setdefault(piece.shape, []).append(piece)
+        for (rows, columns), pieces in shapes.items():
+            rate = group["lr"] * max(1, rows / columns) ** 0.5
+            found = rate * normed(self.shared_polar(torch.stack(pieces).to(self.dtype)))
+            torch._foreach_copy_(pieces, found.unbind())
+        for p, step in steps.items():
+            weight, step = local(p), local(share_of(step, p))
+            decayed = group["lr"] * self.decay * weight * (step * weight > 0)
+            weight.sub_(torch.where(scale >= 0, step + decayed, 0))
 
     def shared_polar(self, x):
         """polar(x) (K, m, n), of which every rank computes K / world matrices."""

@@ -1,15 +1,18 @@
-"""A run is a folder: config.json, metrics.jsonl, ckpt.pt and model.pt. It has one owner at a time.
+"""A run is a folder: config.json, metrics.jsonl, checkpoints and model.pt. It has one owner at a time.
 
 Every file is written beside its place, synced to the disk and renamed, so that it is whole or not there. The chapters:
-files, the folder and its owner, metrics.jsonl, checkpoints, the log.
+files, the folder and its owner, metrics.jsonl, checkpoints, the thread that writes them, the log.
 """
+import collections
 import contextlib
 import dataclasses
 import json
 import math
 import os
+import re
 import secrets
 import sys
+import threading
 import time
 import zipfile
 
@@ -19,7 +22,7 @@ import torch
 
 import config
 from config import Config, UserError, short
-from device import peak_flops
+from device import OneStepLate, full, local, peak_flops
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -54,19 +57,31 @@ def sync(path):
 
 
 @contextlib.contextmanager
-def atomic_write(path):
-    """Yields the name of a temporary file to write. It replaces `path` when the block ends well, else it is removed."""
+def atomic_write(path, keep=1):
+    """Yields the name of a temporary file to write. It replaces `path` when the block ends well, else it is removed.
+
+    The keep - 1 files that had this place before stay, as `older` names them.
+    """
     folder, temp = os.path.dirname(path) or ".", temp_name(path)
     try:
         with writing(path):
             os.makedirs(folder, exist_ok=True)
             yield temp
             sync(temp)  # before the rename: after a power loss the new name must not stand for an empty file
+            for n in range(keep - 1, 0, -1):
+                if os.path.exists(older(path, n - 1)):
+                    os.replace(older(path, n - 1), older(path, n))
             os.replace(temp, path)
             sync(folder)
     finally:
         with contextlib.suppress(OSError):
             os.remove(temp)
+
+
+def older(path, n):
+    """The name of the n-th file before the newest: ckpt.pt, ckpt.1.pt, ckpt.2.pt."""
+    stem, end = os.path.splitext(path)
+    return f"{stem}.{n}{end}" if n else path
 
 
 def read_json(path, most=1 << 20):
@@ -79,12 +94,13 @@ def read_json(path, most=1 << 20):
 # ----------------------------------------------------------------------------------------------------------------------
 # The folder: its owner, and what is in it
 
-FILES = ("config.json", "metrics.jsonl", "ckpt.pt", "model.pt")
+FILES = ("config.json", "metrics.jsonl", "ckpt.pt", "ckpt.1.pt", "best.pt", "model.pt")
 # settings that may change when a run is continued: they do not change the weights, or they only name the data, whose
 # checksum is compared
 MAY_CHANGE = {"micro_batch_size", "eval_interval", "final_eval_tokens", "log_interval", "save_interval", "out_dir",
               "resume", "wandb", "wandb_project", "device", "compile", "recompute", "kernels", "eval_only", "data_dir",
-              "input", "val_input", "dataset", "tokenizer", "teacher_flops"}
+              "input", "val_input", "dataset", "tokenizer", "teacher_flops", "keep_checkpoints", "max_bad_steps", "timeout",
+              "parallel"}
 
 
 @contextlib.contextmanager
@@ -135,7 +151,7 @@ def open_folder(cfg):
     old = config.read_saved(cfg.out_dir)
     cfg.vocab_size = cfg.vocab_size or old.vocab_size
     check_unchanged(cfg, old)
-    return "finished" if "model.pt" in there else "continue" if "ckpt.pt" in there else "new"
+    return "finished" if "model.pt" in there else "continue" if checkpoints(cfg.out_dir) else "new"
 
 
 def check_unchanged(cfg, old):
@@ -198,47 +214,94 @@ def read_metrics(path, last):
     return kept
 
 
-def open_metrics(folder, step, last):
-    """metrics.jsonl for appending, cut back to the checkpoint's `step`, so that no step stands twice.
+def kept_rows(folder, step, last):
+    """The rows of metrics.jsonl up to the checkpoint's `step`: the later ones are repeated, so that none stands twice.
 
-    The validation after the `last` step goes too: it is repeated.
+    The validation after the `last` step is repeated too.
     """
     path = os.path.join(folder, "metrics.jsonl")
     rows = read_metrics(path, last) if step and os.path.exists(path) else []
+    return [row for row in rows if row["step"] <= step and not (row["step"] == last and "val_loss" in row)]
+
+
+def open_metrics(folder, rows):
+    """metrics.jsonl for appending, after these rows."""
+    path = os.path.join(folder, "metrics.jsonl")
     with atomic_write(path) as temp, open(temp, "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows
-                     if row["step"] <= step and not (row["step"] == last and "val_loss" in row))
+        f.writelines(json.dumps(row) + "\n" for row in rows)
     return open(path, "a")
 
 
+def is_spike(losses, loss) -> bool:
+    """Whether a loss stands far above the WINDOW logged before it: 6 standard deviations, and 0.1 nats."""
+    if len(losses) < WINDOW:
+        return False
+    mean = math.fsum(losses) / len(losses)
+    deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in losses) / len(losses))
+    return loss - mean > max(6 * deviation, 0.1)
+
+
+WINDOW = 20
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# ckpt.pt (everything that an exact continuation needs) and model.pt (the result)
+# ckpt.pt (everything that an exact continuation needs), best.pt and model.pt (results)
 
 ENTRIES = {"model.pt": {"config": dict, "model": dict, "tokenizer": dict, "step": int},
            "ckpt.pt": {"config": dict, "model": dict, "step": int, "data": int, "optimizer": dict}}
 
 
-def save_beside(obj, path):
-    """torch.save that appears whole or not at all."""
-    with atomic_write(path) as temp, open(temp, "wb") as f:
+def save_beside(obj, path, keep=1):
+    """torch.save that appears whole or not at all; `keep` is that of atomic_write."""
+    with atomic_write(path, keep) as temp, open(temp, "wb") as f:
         torch.save(obj, f)
 
 
-def entries(cfg, weights, step, tokenizer) -> dict:
-    """What ckpt.pt and model.pt have in common; the tokenizer's bytes too, so that either samples without its data."""
+def entries(cfg, weights, step, tokenizer, **more) -> dict:
+    """What ckpt.pt and model.pt have in common, the tokenizer's bytes too, so that either samples without its data.
+
+    `more` in ckpt.pt: data, the checksum of the training tokens, and optimizer {parameter's name: its state}; in
+    model.pt and best.pt: val_loss.
+    """
     blob = torch.frombuffer(bytearray(tokenizer.blob) or bytearray(1), dtype=torch.uint8)
     return {"config": config.to_dict(cfg), "model": weights, "step": step,
-            "tokenizer": {"identity": tokenizer.identity, "blob": blob}}
+            "tokenizer": {"identity": tokenizer.identity, "blob": blob}, **more}
 
 
-def save_checkpoint(cfg, weights, step, tokenizer, data, moments):
-    """data: the checksum of the training tokens; moments {parameter's name: the optimiser's state of it}."""
-    saved = {**entries(cfg, weights, step, tokenizer), "data": data, "optimizer": moments}
-    save_beside(saved, os.path.join(cfg.out_dir, "ckpt.pt"))
+def checkpoints(folder) -> list:
+    """The paths of ckpt.pt, ckpt.1.pt, ...: those that are there, the newest first."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return [os.path.join(folder, name) for name in
+            sorted((name for name in names if re.fullmatch(r"ckpt(\.[0-9]{1,4})?\.pt", name)),
+                   key=lambda name: int(name[5:-3] or 0))]
 
 
-def save_model(cfg, weights, step, tokenizer, val_loss):
-    save_beside({**entries(cfg, weights, step, tokenizer), "val_loss": val_loss}, os.path.join(cfg.out_dir, "model.pt"))
+def read_newest(folder):
+    """The entries of the newest whole checkpoint, which becomes ckpt.pt; one line says so where it was not.
+
+    A damaged one is moved to ckpt.damaged.pt: a later save would count it among those to keep. UserError where none is
+    whole, and then nothing is moved.
+    """
+    paths, damage = checkpoints(folder), []
+    for path in paths:
+        try:
+            saved = read_checkpoint(path, "ckpt.pt")
+            break
+        except UserError as e:
+            damage.append(str(e))
+    else:
+        raise UserError(damage[0])
+    newest = os.path.join(folder, "ckpt.pt")
+    if path != newest:
+        what = f"{damage[0].rstrip('.')}, it is kept as ckpt.damaged.pt" if damage else f"{newest} is missing"
+        print(f"{what}: continuing with {os.path.basename(path)} of step {saved['step']}, now ckpt.pt.",
+              file=sys.stderr)
+        with writing(newest):
+            if damage:
+                os.replace(paths[0], os.path.join(folder, "ckpt.damaged.pt"))
+            os.replace(path, newest)
+            sync(folder)
+    return saved
 
 
 def check_archive(path):
@@ -349,8 +412,8 @@ def read_model(path):
     """
     if os.path.isdir(path):
         folder, path = path, os.path.join(path, "model.pt")
-        if not os.path.exists(path) and os.path.exists(os.path.join(folder, "ckpt.pt")):
-            path = os.path.join(folder, "ckpt.pt")
+        if not os.path.exists(path):
+            path = next(iter(checkpoints(folder)), path)
     saved = read_checkpoint(path, "model.pt")
     if "optimizer" in saved:
         guides = [name for name in saved["model"] if name.endswith(".W")]
@@ -363,9 +426,154 @@ def read_model(path):
 
 
 def data_checksum(folder):
-    """The checksum of the training data of the run in the folder, None where its ckpt.pt is gone."""
-    path = os.path.join(folder, "ckpt.pt")
-    return read_checkpoint(path, "ckpt.pt")["data"] if os.path.exists(path) else None
+    """The checksum of the training data of the run in the folder, None where its checkpoints are gone."""
+    newest = checkpoints(folder)[:1]
+    return read_checkpoint(newest[0], "ckpt.pt")["data"] if newest else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving beside training
+
+def size_of(tree) -> int:
+    """Bytes of the tensors in nested dicts."""
+    return sum(t.numel() * t.element_size() for t in {local(t).data_ptr(): t for t in tensors_in(tree)}.values())
+
+
+def tensors_in(tree) -> list:
+    if isinstance(tree, dict):
+        return [t for branch in tree.values() for t in tensors_in(branch)]
+    return [tree] if torch.is_tensor(tree) else []
+
+
+def peak_of(tensors):
+    """The largest absolute value of the floating-point tensors with dimensions, those that are split left out.
+
+    0-d, NaN where one is; None without any.
+    """
+    tensors = [t for t in tensors if t.is_floating_point() and t.dim() and local(t) is t]
+    norms = []
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        norms += [n.float() for n in torch._foreach_norm([t for t in tensors if t.dtype is dtype], math.inf)]
+    return torch.stack(norms).amax() if norms else None
+
+
+class Saver:
+    """Writes checkpoints in a thread while training goes on, one at a time, from a copy in host memory.
+
+    On CUDA the copy runs beside the next step's forward and backward, on a stream of its own and into pinned memory.
+    The next update of the weights waits for its end on the device (`before_update`), the host waits for nothing. An
+    error of the thread, as of a full disk, is raised by the next `wait` or `raise_error`.
+    """
+
+    def __init__(self, device, master=True):
+        """master: this rank writes; of tensors that are split the others only give their shares."""
+        self.master, self.on_cuda = master, device.type == "cuda"
+        self.stream = torch.cuda.Stream() if self.on_cuda else None
+        self.thread = self.error = self.copied = None
+        self.buffers = {}                         # of the copies, used again: pinning memory takes longer than a copy
+        self.count, self.bytes, self.blocked, self.written = 0, 0, 0.0, 0.0  # files, bytes, seconds
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        if self.thread and self.thread.is_alive():
+            if kind is KeyboardInterrupt:  # a second signal: nothing is waited for, and Python would wait for threads
+                print("interrupted while a checkpoint was written; the one before stays.", file=sys.stderr, flush=True)
+                os._exit(128 + (error.args[0] if error.args else 2))
+            self.thread.join()
+
+    def save(self, files, after=()):
+        """files [(path, entries, keep)]: the entries' tensors are copied now, the thread writes them later.
+
+        after: paths that the thread syncs first, so that no checkpoint is newer on the disk than they are. The thread
+        writes nothing where a tensor is not finite.
+        """
+        began = time.monotonic()
+        self.wait()
+        with self.beside():
+            copies, peaks = {}, [peak_of([t for _, tree, _ in files for t in tensors_in(tree)])]
+            job = [(path, self.copy(tree, path, copies, peaks), keep) for path, tree, keep in files]
+            peak = self.copy(torch.stack([peak for peak in peaks if peak is not None]).amax(), "peak", copies, peaks)
+        if not self.master:
+            return
+        self.thread = threading.Thread(target=self.write, args=(job, peak, self.copied, after), daemon=True)
+        self.thread.start()
+        self.blocked += time.monotonic() - began
+
+    @contextlib.contextmanager
+    def beside(self):
+        """Work inside runs on the stream of copies, after what was launched before."""
+        if not self.on_cuda:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+            self.copied = self.stream.record_event()
+
+    def before_update(self):
+        """On the device: the weights may change once they are copied."""
+        if self.copied:
+            torch.cuda.current_stream().wait_event(self.copied)
+
+    def copy(self, tree, name, copies, peaks):
+        """Nested dicts with their tensors in host memory; one that stands in several places is copied once."""
+        if isinstance(tree, dict):
+            return {key: self.copy(value, f"{name}/{key}", copies, peaks) for key, value in tree.items()}
+        if not torch.is_tensor(tree):
+            return tree
+        key = local(tree).data_ptr(), tree.shape, tree.dtype
+        if key not in copies:
+            whole, copies[key] = full(tree), self.buffers.get(name)
+            if whole is not tree:
+                peaks.append(peak_of([whole]))
+            if self.master:
+                if copies[key] is None or (copies[key].shape, copies[key].dtype) != key[1:]:
+                    copies[key] = self.buffers[name] = torch.empty(whole.shape, dtype=whole.dtype,
+                                                                   pin_memory=self.on_cuda)
+                copies[key].copy_(whole, non_blocking=True)
+        return copies[key]
+
+    def write(self, job, peak, copied, after):
+        began = time.monotonic()
+        try:
+            if copied:
+                copied.synchronize()
+            if not math.isfinite(peak.item()):
+                raise UserError(f"the weights or the optimizer's state after step {job[0][1]['step']} are not finite, "
+                                f"so {job[0][0]} is not written: start again with a lower lr, in another --out_dir.")
+            for path in after:
+                with writing(path):
+                    sync(path)
+            for path, tree, keep in job:
+                save_beside(tree, path, keep)
+                self.count, self.bytes = self.count + 1, self.bytes + size_of(tree)
+        except BaseException as e:
+            self.error = e
+        self.written += time.monotonic() - began
+
+    def raise_error(self):
+        error, self.error = self.error, None
+        if error:
+            raise error
+
+    def wait(self):
+        """Until what was saved is on the disk."""
+        if self.thread:
+            self.thread.join()
+        self.thread = None
+        self.raise_error()
+
+    def forget(self):
+        """Gives the copies' memory back, where other tensors follow."""
+        self.buffers.clear()
+
+    def report(self) -> str:
+        if not self.count:
+            return ""
+        return (f"saving   {self.count} files, {short(self.bytes)}B; the loop waited {self.blocked:.2f} s for them, "
+                f"the thread wrote for {self.written:.2f} s\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -402,14 +610,17 @@ class Log:
     five minutes, whichever comes first. Rates leave out the time of validation and saving.
     """
 
-    def __init__(self, cfg, ranks, step, flops):
-        """step: finished before; flops (steps,): of every step of the run."""
+    def __init__(self, cfg, ranks, step, flops, guided=0):
+        """step: finished before; flops (steps,): of every step of the run; guided: how many have a guide."""
         self.cfg, self.ranks, self.steps = cfg, ranks, len(flops)
         peak = peak_flops(ranks.device)
         self.peak = peak and peak * ranks.world
         self.flops = np.concatenate(([0.0], np.cumsum(flops)))  # until each step
         self.tokens_per_step = cfg.batch_size * cfg.block_size
         self.tty, self.next_step, self.next_time = sys.stdout.isatty(), 0, 0.0
+        self.norm, self.bad_steps = OneStepLate(ranks.device), 0
+        self.losses, self.saved = collections.deque(maxlen=WINDOW), step
+        self.guided, self.best, self.validated = guided, math.inf, 0  # best: the lowest validation loss without guide
         self.lost = None                                        # why standard output takes no more
         self.began = self.mark = time.monotonic()
         self.first = self.mark_step = step
@@ -419,7 +630,17 @@ class Log:
             # wandb first: it may want a login, and then the folder holds no run and the same command can be given again
             self.wandb = start_wandb(cfg, step == 0) if cfg.wandb else None
             save_config(cfg)
-            self.file = open_metrics(cfg.out_dir, step, self.steps)
+            rows = kept_rows(cfg.out_dir, step, self.steps)
+            self.file = open_metrics(cfg.out_dir, rows)
+            self.recall(rows)
+
+    def recall(self, rows):
+        """What a run that was not interrupted would know."""
+        self.losses.extend(row["loss"] for row in rows if "loss" in row)
+        validations = [row for row in rows if row.get("val_loss") is not None]
+        self.validated = max((row["step"] for row in validations), default=0)
+        if os.path.exists(os.path.join(self.cfg.out_dir, "best.pt")):
+            self.best = min((row["val_loss"] for row in validations if row["step"] >= self.guided), default=math.inf)
 
     def write(self, **values):
         with writing(self.file.name):
@@ -441,8 +662,10 @@ class Log:
 
     def step(self, step, loss, lr, norm, alpha):
         """A log step; loss and norm are tensors and the ranks' losses are averaged, so all ranks call it."""
-        loss = (self.ranks.sum_over_ranks(loss.reshape(1)) / self.ranks.world).item()
-        self.check(step, "loss", loss)
+        self.settle(step)
+        loss, norm = (self.ranks.sum_over_ranks(loss.reshape(1)) / self.ranks.world).item(), norm.item()
+        if not math.isfinite(norm):
+            return  # its row says that it was skipped
         now, tokens = time.monotonic(), (step - self.mark_step) * self.tokens_per_step
         seconds, flops = max(now - self.mark, 1e-9), self.flops[step] - self.flops[self.mark_step]
         if self.mark_step > self.first + self.cfg.log_interval or not self.ranks.compile:  # the first steps compile
@@ -453,8 +676,10 @@ class Log:
         if not self.ranks.master:
             return
         mfu = flops / seconds / self.peak if self.peak else None
-        self.write(step=step, tokens=step * self.tokens_per_step, loss=loss, lr=lr, grad_norm=norm.item(), alpha=alpha,
-                   tokens_per_s=max(round(self.rate, 1), 0.1), mfu=mfu and round(mfu, 4))
+        spike = {"spike": 1} if is_spike(self.losses, loss) else {}
+        self.losses.append(loss)
+        self.write(step=step, tokens=step * self.tokens_per_step, loss=loss, lr=lr, grad_norm=norm, alpha=alpha,
+                   tokens_per_s=max(round(self.rate, 1), 0.1), mfu=mfu and round(mfu, 4), **spike)
         left = (self.steps - step) * self.tokens_per_step / self.rate
         text = (f"step {step}/{self.steps}  loss {loss:.4f}  lr {lr:.2e}  {short(self.rate)} tokens/s"
                 f"{f'  MFU {mfu:.1%}' if mfu else ''}  {clock(left)} left")
@@ -463,6 +688,27 @@ class Log:
         elif step >= self.next_step or now >= self.next_time or step == self.steps:
             self.show(text)
             self.next_step, self.next_time = step + self.steps / 100, now + 300
+
+    def watch(self, step, norm):
+        """After every step: notes a step whose update was skipped. That of `step` itself is known one call later."""
+        self.note_bad(step - 1, self.norm(norm))
+
+    def settle(self, step):
+        """The same for the step just finished, which is waited for."""
+        self.note_bad(step, self.norm.last())
+
+    def note_bad(self, step, norm):
+        if norm is None:
+            return
+        self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
+        if self.bad_steps and self.ranks.master:
+            self.write(step=step, skipped=1)
+            self.say(f"step {step}/{self.steps}  its loss or gradient is not finite, so its update is skipped")
+        if self.bad_steps >= self.cfg.max_bad_steps:
+            last = f"{self.losses[-1]:.4f}" if self.losses else "none"
+            raise UserError(f"{self.bad_steps} steps in a row, the last of them {step}, have a loss or gradient that "
+                            f"is not finite, the last good loss logged is {last}: the checkpoint of step {self.saved} "
+                            "is kept; start again with a lower lr or grad_clip, in another --out_dir.")
 
     def final(self, fraction):
         """Progress of the final validation."""
@@ -478,11 +724,15 @@ class Log:
             raise UserError(f"the {name} is {value} at step {step}: start again with a lower lr or grad_clip, "
                             "in another --out_dir.")
 
-    def validation(self, step, loss):
+    def validation(self, step, loss) -> bool:
+        """Whether the loss is the lowest of a model without guide."""
         self.check(step, "validation loss", loss)
         if self.ranks.master:
             self.write(step=step, val_loss=loss, val_ppl=perplexity(loss))
             self.say(f"step {step}/{self.steps}  validation loss {loss:.4f}  PPL {perplexity(loss):.2f}")
+        best = step >= self.guided and loss < self.best
+        self.best = loss if best else self.best
+        return best
 
     @contextlib.contextmanager
     def pause(self):
@@ -491,8 +741,8 @@ class Log:
         yield
         self.mark += time.monotonic() - began
 
-    def end_card(self, val_loss, val_tokens, phases):
-        """phases {name: training FLOPs}."""
+    def end_card(self, val_loss, val_tokens, phases, saving):
+        """phases {name: training FLOPs}; saving: Saver.report's line."""
         rate = self.steady_tokens / self.steady_seconds if self.steady_seconds else self.rate
         mfu = self.steady_flops / self.steady_seconds / self.peak if self.peak and self.steady_seconds else None
         on_cuda = self.ranks.device.type == "cuda"
@@ -502,4 +752,4 @@ class Log:
                  f"{short(val_tokens)} tokens\n"
                  f"speed    {short(rate) if rate else 'n/a'} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}, "
                  f"peak memory {memory}, {clock(time.monotonic() - self.began)} in all\n"
-                 f"FLOPs    {spent}\nnext     python sample.py {self.cfg.out_dir}")
+                 f"{saving}FLOPs    {spent}\nnext     python sample.py {self.cfg.out_dir}")

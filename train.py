@@ -6,7 +6,8 @@ A run is a folder: config.json, metrics.jsonl, ckpt.pt (all that an exact contin
 Which tokens a step sees, its learning rate and its guide are pure functions of (config, step). So a run can stop
 anywhere and continue elsewhere, on another number of processes too.
 
-The chapters: the plan, data order, one step, the loop, the command. run.py has the folder, the log and the checkpoints.
+The chapters: one step, the loop, the command. schedule.py has the plan and the data order, run.py the folder, the log
+and the checkpoints.
 """
 import os
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ class Settings:
 def read_settings(argv):
     """Command line -> (Config, Settings)."""
     cfg, settings = config.load(argv, Settings, usage=__doc__)
+    config.place_among_processes()  # a wrong one is better told now
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        cfg.resume = "auto"  # torchrun --max-restarts starts the same command again
     continued = os.path.exists(os.path.join(cfg.out_dir, "config.json"))
     for name in () if continued else ("init_from", "distill"):
         if (path := getattr(cfg, name)) and not os.path.exists(path):
@@ -33,239 +37,28 @@ def read_settings(argv):
 if __name__ == "__main__":
     SETTINGS = config.run(read_settings)  # before torch loads; config says why
 
-import collections
 import contextlib
-import itertools
 import json
 import math
-import random
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import prepare
 import run
 from config import short
-from device import device_name, in_memory, on_meta, peak_flops, set_up
-from model import GPT, build, ffn_params, flops_per_token, load, load_weights
+from device import (SAVED, Stop, Watch, device_name, full, in_memory, lost_process, peak_flops, set_up, share_of,
+                    split)
+from model import build, load, load_weights
 from optim import AdamW, MixedAdamW, Muon
 from project import load_init, load_teacher, teacher_flops
 from run import perplexity
+from schedule import (alpha_at, batches, check_ids, count_windows, dropout_keys, guided_layers, lr_at, make_plan,
+                      muon_at, read_windows, step_flops, summary, train_flops)
 from tokenizer import nominal_vocabulary
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The plan: everything about a step that is known before it runs
-
-@dataclass
-class Plan:
-    """Steps of a run: `unique` on new data, the first `guided` with the guide, the last `steps - unique` a replay."""
-    steps: int
-    unique: int
-    guided: int
-    guide_ratio: float
-
-
-def make_plan(cfg) -> Plan:
-    """The paper's self-guided training: fixedstep guides a part of the steps.
-
-    fixedflop adds as many steps without guide, on the data of the guided ones. `replay` is its control: no guide.
-    """
-    unique = cfg.max_tokens // (cfg.batch_size * cfg.block_size)
-    if unique < 1:
-        raise UserError(f"max_tokens={cfg.max_tokens} is less than one step of batch_size {cfg.batch_size} x "
-                        f"block_size {cfg.block_size} = {cfg.batch_size * cfg.block_size} tokens.")
-    if unique > 2e6:
-        raise UserError(f"max_tokens={cfg.max_tokens:.3g} are {unique:.3g} steps, more than 2e+06: "
-                        "lower max_tokens, or raise batch_size.")
-    ratio = cfg.guide_ratio
-    if cfg.guide == "off":
-        ratio = 0.0
-    elif ratio == "auto" and cfg.guide == "fixedstep":
-        ratio = 0.5
-    elif ratio == "auto":  # g F_added + N F_factors = N F_dense; a guided forward is one dense matmul per linear
-        dense, factors = flops_per_token(cfg, "dense"), flops_per_token(cfg)
-        added = factors if cfg.guide == "replay" else (dense + factors) / 2 if cfg.guide_skip else dense
-        ratio = min(1.0, (dense - factors) / added)
-        if ratio < 0:
-            raise UserError("guide_ratio=auto means the training FLOPs of the dense model, but these factors alone "
-                            f"cost {factors / dense:.2f} x as much: lower rank, or give a guide_ratio.")
-    count = round(ratio * unique)
-    return Plan(steps=unique + (count if cfg.guide in ("fixedflop", "replay") else 0), unique=unique,
-                guided=0 if cfg.guide == "replay" else count, guide_ratio=ratio)
-
-
-def fallen(cfg, plan, step) -> float:
-    """How far the learning rate has fallen at step 0, 1, ...: 0 until the last decay_ratio of the steps, then to 1."""
-    start = max(warmup_steps(cfg, plan), plan.steps - round(cfg.decay_ratio * plan.steps))
-    return max(0, step - start) / max(1, plan.steps - start)
-
-
-def warmup_steps(cfg, plan) -> int:
-    return min(cfg.warmup_steps, plan.steps) or round(cfg.warmup_ratio * plan.steps)
-
-
-def lr_at(cfg, plan, step) -> float:
-    """Learning rate of step 0, 1, ...: linear warm-up, constant, then a cosine or a line to min_lr_ratio x lr."""
-    warmup, t = warmup_steps(cfg, plan), fallen(cfg, plan, step)
-    if step < warmup:
-        return cfg.lr * (step + 1) / warmup
-    left = 1 - t if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * t))
-    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left)
-
-
-def muon_at(cfg, plan, step) -> tuple:
-    """(momentum, weight decay) of Muon: the momentum is low while gradients turn quickly and again as the rate falls;
-    the decay goes to 0 as a cosine, since late in a run weights have no time to grow back."""
-    momentum = 0.85 + 0.12 * min(1, step / 400) - 0.07 * fallen(cfg, plan, step)
-    return momentum, cfg.weight_decay * 0.5 * (1 + math.cos(math.pi * step / plan.steps))
-
-
-def alpha_at(cfg, plan, step) -> float:
-    """Weight of the guide: 1 at step 0, 0 from step `guided` on."""
-    if step >= plan.guided:
-        return 0.0
-    t = step / plan.guided
-    return 1 - t if cfg.guide_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * t))
-
-
-def guided_layers(cfg, plan, step) -> tuple:
-    """The layers whose FFN uses its guide in this step; with guide_skip each with probability alpha.
-
-    The draw depends on (seed, step, layer) alone, so all ranks and every continuation make the same one.
-    """
-    if step >= plan.guided:
-        return ()
-    alpha = alpha_at(cfg, plan, step)
-    return tuple(layer for layer in range(cfg.n_dense_layers, cfg.n_layer)
-                 if not cfg.guide_skip or random.Random(f"{cfg.seed} {step} {layer}").random() < alpha)
-
-
-def step_flops(cfg, plan):
-    """Training FLOPs of every step (steps,), a teacher's too; with guide_skip alpha dense + (1 - alpha) factors."""
-    dense, factors = flops_per_token(cfg, "dense"), flops_per_token(cfg)
-    guided = np.array([alpha_at(cfg, plan, s) if cfg.guide_skip else 1.0 for s in range(plan.guided)])
-    per_token = np.full(plan.steps, factors, dtype=float)
-    per_token[:plan.guided] += guided * (dense - factors)
-    return cfg.batch_size * cfg.block_size * (3 * per_token + cfg.teacher_flops)
-
-
-def train_flops(cfg, plan) -> dict:
-    """Training FLOPs by phase, and those of the teacher's forwards."""
-    teacher = cfg.batch_size * cfg.block_size * cfg.teacher_flops
-    flops = step_flops(cfg, plan) - teacher
-    return {"guided": float(flops[:plan.guided].sum()), "plain": float(flops[plan.guided:plan.unique].sum()),
-            "replay": float(flops[plan.unique:].sum()), "teacher": plan.steps * teacher}
-
-
-def summary(cfg) -> dict:
-    """What --dry_run prints: sizes by building the model without memory, the rest by the paper's rules."""
-    plan = make_plan(cfg)
-    flops = train_flops(cfg, plan)
-    with on_meta():
-        model = GPT(cfg)
-    tokens = cfg.batch_size * cfg.block_size
-    guide = sum(m.in_features * m.out_features for _, m in model.structured_linears()) if plan.guided else 0
-    return {"params": sum(p.numel() for p in model.parameters()), "params_ffn": ffn_params(cfg), "params_guide": guide,
-            "steps": plan.steps, "unique_steps": plan.unique, "guided_steps": plan.guided,
-            "guide_ratio": round(plan.guide_ratio, 4), "tokens": plan.steps * tokens,
-            "unique_tokens": plan.unique * tokens, "train_flops": float(f"{sum(flops.values()):.6g}"),
-            "train_flops_by_phase": {k: float(f"{v:.6g}") for k, v in flops.items() if v},
-            "flops_per_token": flops_per_token(cfg), "vocab_size": cfg.vocab_size,
-            "rates": {name: getattr(cfg, name) for name in config.RATES if getattr(cfg, name) != "auto"}}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data order: step -> windows of the token file
-
-def mix(x):
-    """A 64-bit hash of uint64 arrays (the splitmix64 finaliser)."""
-    x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def permute(index, n, key):
-    """A keyed bijection of 0..n-1, so that a shuffled epoch needs no array in memory and no state in a checkpoint.
-
-    Four rounds of a Feistel network permute 0..2^(2 half)-1, which may be more than n. An image that is n or more is
-    permuted again, along its cycle, until it is below n. The cycle began below n and comes back, so this ends; and no
-    two indices meet, for each cycle keeps its order. At least a quarter of the images are below n, so it ends soon.
-    """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
-    x = np.asarray(index, dtype=np.uint64).copy()
-    todo = np.ones(len(x), dtype=bool)
-    while todo.any():
-        left, right = x[todo] >> half, x[todo] & mask
-        for r in range(4):
-            left, right = right, left ^ (mix(right ^ mix(np.uint64(key) + np.uint64(r))) & mask)
-        x[todo] = (left << half) | right
-        todo = x >= n  # these walk on along their cycles
-    return x.astype(np.int64)
-
-
-@np.errstate(over="ignore")
-def windows_of(cfg, data_step, n_windows):
-    """The windows (batch_size,) of a step's sequences: every epoch is a new permutation of all windows."""
-    sequence = data_step * cfg.batch_size + np.arange(cfg.batch_size)
-    windows = np.empty(cfg.batch_size, dtype=np.int64)
-    for epoch in np.unique(sequence // n_windows):
-        mine = sequence // n_windows == epoch
-        key = mix(mix(np.uint64([cfg.seed])) ^ np.uint64(epoch))[0]
-        windows[mine] = permute(sequence[mine] % n_windows, n_windows, key)
-    return windows
-
-
-def dropout_seed(cfg, step, rank) -> int:
-    """Dropout is a function of step and rank, so that a continuation needs no state of a generator."""
-    return int(random.Random(f"dropout {cfg.seed} {step} {rank}").getrandbits(63))
-
-
-def read_windows(token_file, windows, block_size):
-    """windows (n,) -> (n, block_size + 1) int64: inputs and, one further, targets; without overlap."""
-    return token_file.read(windows * block_size, block_size + 1)
-
-
-def count_windows(token_file, block_size) -> int:
-    return max(0, (token_file.count - 1) // block_size)
-
-
-def check_ids(ids, vocab_size, path):
-    """UserError for a damaged token file, before an id indexes beyond the model's embeddings."""
-    if ids.max() >= vocab_size:
-        raise UserError(f"{path} holds the token id {ids.max()}, outside the vocabulary of {vocab_size}: "
-                        f"{prepare.AGAIN}.")
-
-
-def batches(cfg, plan, token_file, n_windows, steps, ranks):
-    """Yields for each step this rank's (n_micro, micro_batch_size, block_size + 1) tokens, prefetched by a thread.
-
-    Micro-batch m of rank r holds the sequences (m world + r) micro_batch_size ... of the step. So the ranks together
-    see the step's sequences once, whatever their number.
-    """
-
-    def make(step):
-        windows = windows_of(cfg, step if step < plan.unique else step - plan.unique, n_windows)
-        whole = read_windows(token_file, windows, cfg.block_size)  # of all ranks, so that all raise the same error
-        check_ids(whole, cfg.vocab_size, os.path.join(config.data_dir(cfg), "train.bin"))
-        mine = whole.reshape(-1, ranks.world, cfg.micro_batch_size, cfg.block_size + 1)[:, ranks.rank]
-        batch = torch.from_numpy(np.ascontiguousarray(mine))
-        return batch.pin_memory() if ranks.device.type == "cuda" else batch
-
-    steps = iter(steps)
-    with ThreadPoolExecutor(1) as pool:
-        ahead = collections.deque(pool.submit(make, step) for step in itertools.islice(steps, 4))
-        while ahead:
-            batch = ahead.popleft().result()
-            ahead.extend(pool.submit(make, step) for step in itertools.islice(steps, 1))
-            yield batch
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -273,13 +66,16 @@ def batches(cfg, plan, token_file, n_windows, steps, ranks):
 
 def make_optimizer(cfg, model, ranks):
     """AdamW or Muon; for bf16 on CUDA the model's matrices become bf16, cast once per step, not in every forward."""
-    mixed = ranks.device.type == "cuda" and ranks.dtype is torch.bfloat16
+    half = ranks.device.type == "cuda" and ranks.dtype is torch.bfloat16
+    fsdp = is_split(cfg, ranks)  # its shares are the masters
     settings = dict(lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
     if cfg.optimizer == "muon":
-        return Muon(model, cfg, mixed, ranks.compile)
-    if mixed:
-        return MixedAdamW(model.parameters(), **settings)
-    return AdamW(model.parameters(), fused=ranks.device.type in ("cpu", "cuda"), **settings)
+        muon = Muon(model, cfg, half and not fsdp, ranks.compile)
+        muon.dtype = torch.bfloat16 if half else torch.float32
+        return muon
+    if half or fsdp:
+        return MixedAdamW(model.parameters(), mixed=not fsdp, **settings)
+    return AdamW(model.parameters(), **settings)
 
 
 def full_weights(model, optimizer) -> dict:
@@ -294,14 +90,28 @@ def moments(model, optimizer) -> dict:
     return {names[p]: {k: v for k, v in state.items() if k != "master"} for p, state in optimizer.state.items()}
 
 
+def sizes_on_disk(model, optimizer):
+    """Bytes of model.pt and of a checkpoint; torch's AdamW has its two moments from the first step on."""
+    weights, states = run.size_of(full_weights(model, optimizer)), moments(model, optimizer)
+    return weights, weights + sum(run.size_of(states[n]) if n in states else 2 * p.numel() * p.element_size()
+                                  for n, p in model.named_parameters())
+
+
 def start_or_continue(cfg, plan, ranks, state, data):
     """A new model, or the checkpoint's in the phase of its step -> (model, optimizer, finished steps)."""
-    saved, path = None, os.path.join(cfg.out_dir, "ckpt.pt")
+    saved = None
     if state == "continue":
-        saved = run.read_checkpoint(path, "ckpt.pt")
+        with ranks.agree():  # rank 0 first: it may move a damaged checkpoint away
+            saved = run.read_newest(cfg.out_dir) if ranks.master else None
+        saved = saved or run.read_checkpoint(os.path.join(cfg.out_dir, "ckpt.pt"), "ckpt.pt")
         check_same_data(cfg, saved["data"], data.train)
-        run.check_continues(cfg, saved, plan.steps, data.tokenizer.identity, path)
-    step = saved["step"] if saved else 0
+        run.check_continues(cfg, saved, plan.steps, data.tokenizer.identity, os.path.join(cfg.out_dir, "ckpt.pt"))
+    return assemble(cfg, plan, ranks, saved, data)
+
+
+def assemble(cfg, plan, ranks, saved=None, data=None, teacher=None):
+    """A new model, or one of the entries `saved` of a checkpoint, on the device -> (model, optimizer, its step)."""
+    step, path = saved["step"] if saved else 0, os.path.join(cfg.out_dir, "ckpt.pt")
     model = build(cfg, ranks.device, None if saved else cfg.seed)
     originals = load_init(cfg, model, data, ranks) if cfg.init_from and not saved else {}
     if step < plan.guided:
@@ -310,41 +120,62 @@ def start_or_continue(cfg, plan, ranks, state, data):
     if saved:
         load_weights(model, saved["model"], path)
     if cfg.distill:
-        model.teacher = load_teacher(cfg, data.tokenizer, ranks)
+        model.teacher = teacher or load_teacher(cfg, data.tokenizer, ranks)
+    if ranks.compile:
+        model.compile_parts()
+    if is_split(cfg, ranks):
+        split(model, ranks)
     optimizer = make_optimizer(cfg, model, ranks)
     if saved:
         run.check_moments(saved, optimizer, model, path)
         for name, p in model.named_parameters():
             state = optimizer.state[p]
             for k, v in saved["optimizer"].get(name, {}).items():
-                # torch's fused AdamW counts steps on the device, ours on the host
-                state[k] = v.to(state[k].device if k in state else ranks.device, copy=True)
+                if v.dim():
+                    state[k] = share_of(v, p)
+                else:  # torch's fused AdamW counts steps on the device, ours on the host
+                    state[k] = v.to(state[k].device if k in state else ranks.device, copy=True)
     return model, optimizer, step
 
 
+def is_split(cfg, ranks):
+    return cfg.parallel == "fsdp" and ranks.world > 1
+
+
 def wrap_ddp(model, cfg, plan, step, ranks):
-    """The model as the step calls it: under DDP where there are several processes."""
-    if ranks.world == 1:
+    """The model as the step calls it: under DDP where there are several processes that each have all of it."""
+    if ranks.world == 1 or is_split(cfg, ranks):
         return model
     unused = cfg.guide_skip and step < plan.guided  # a skipped layer's guide gets no gradient
     return DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
                                    gradient_as_bucket_view=True, find_unused_parameters=unused)
 
 
-def end_guide(model, optimizer):
-    """The switch: W leaves the model and the optimiser."""
+def end_guide(cfg, plan, ranks, model, optimizer):
+    """The switch: W leaves the model and the optimiser -> (model, optimizer).
+
+    Under fsdp, where a parameter cannot leave its group, they are put together anew, as after a resume.
+    """
+    if is_split(cfg, ranks):
+        weights, states = ({name: value for name, value in tree.items() if not name.endswith(".W")}
+                           for tree in (full_weights(model, optimizer), moments(model, optimizer)))
+        saved = {"step": plan.guided, "model": {name: full(t).cpu() for name, t in weights.items()},
+                 "optimizer": {name: {k: full(v).cpu() for k, v in state.items()} for name, state in states.items()}}
+        return assemble(cfg, plan, ranks, saved, teacher=model.teacher)[:2]
     for _, module in model.structured_linears():
         optimizer.state.pop(module.W, None)
         module.end_guide()
     kept = {id(p) for p in model.parameters()}
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) in kept]
+    return model, optimizer
 
 
-def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, guided=()):
+def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, guided=(), keys=None):
     """One optimiser step over (n_micro, micro_batch, T + 1) tokens -> (this rank's mean loss, gradient norm), both 0-d.
 
-    They stay on the device. Nothing in here waits for it: the next launches are queued while it computes.
+    keys: those of schedule.dropout_keys, with dropout. The results stay on the device. Nothing in here waits for it:
+    the next launches are queued while it computes.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("ratio", 1)
@@ -353,37 +184,49 @@ def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, gu
         last = i == n - 1
         if i:
             optimizer.accumulate(last)
-        # the ranks' gradients are averaged once a step, with the last micro-batch's backward
-        with contextlib.nullcontext() if last or ranks.world == 1 else wrapped.no_sync():
+        # DDP averages the ranks' gradients once a step, with the last micro-batch's backward
+        with contextlib.nullcontext() if last or ranks.world == 1 or is_split(cfg, ranks) else wrapped.no_sync():
             with ranks.autocast():
-                loss = wrapped(batch[:, :-1], batch[:, 1:], alpha, guided) / n
-            loss.backward()
+                drawn = None if keys is None else keys[i]
+                loss = wrapped(batch[:, :-1], batch[:, 1:], alpha, guided, drawn) / n
+            # a loss that is not finite makes all gradients so, on all ranks: then no rank updates its weights
+            (loss * (1 + 0 * loss.detach())).backward()
         total = total + loss.detach()
     norm = optimizer.step(cfg.grad_clip)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return total, norm
 
 
 @torch.no_grad()
-def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=(), show=None) -> float:
-    """Mean loss on the first n_windows windows of a token file, shared among the ranks; show(fraction) follows it."""
+def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=(), show=None, stop=None):
+    """Mean loss on the first n_windows windows of a token file, shared among the ranks; show(fraction) follows it.
+
+    None if a signal has ended it: all ranks leave after the same micro-batch.
+    """
     model.eval()
     mine, losses, sizes = np.arange(ranks.rank, n_windows, ranks.world), [], []
+    each = -(-n_windows // ranks.world)  # all ranks take as many micro-batches; the last of some is empty
     with ranks.agree():
-        for i in range(0, len(mine), cfg.micro_batch_size):
+        for i in range(0, each, cfg.micro_batch_size):
+            ranks.note("a validation")
+            if stop and stop.agreed():
+                break
             windows = read_windows(token_file, mine[i:i + cfg.micro_batch_size], cfg.block_size)
-            check_ids(windows, cfg.vocab_size, token_file.path)
             batch = torch.full((cfg.micro_batch_size, cfg.block_size + 1), -1)  # always one shape: one compilation
-            batch[:len(windows)] = torch.from_numpy(windows)
+            if len(windows):
+                check_ids(windows, cfg.vocab_size, token_file.path)
+                batch[:len(windows)] = torch.from_numpy(windows)
             batch = batch.to(ranks.device)
             with ranks.autocast():
                 losses.append(model(batch[:, :-1].clamp(min=0), batch[:, 1:], alpha, guided))
             sizes.append(len(windows))
             if show:
-                show(i / len(mine))
+                show(i / each)
     model.train()
+    if len(losses) < -(-each // cfg.micro_batch_size):
+        return None
     # summed on the host in double precision: not every device has that
-    total = math.fsum(loss * size for loss, size in zip(torch.stack(losses).tolist(), sizes)) if losses else 0.0
+    total = math.fsum(loss * size for loss, size in zip(torch.stack(losses).tolist(), sizes))
     if ranks.world > 1:
         total = ranks.sum_over_ranks(torch.tensor([total], dtype=torch.float64, device=ranks.device)).item()
     return total / n_windows
@@ -392,60 +235,7 @@ def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=(), sh
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
-class Stop:
-    """The first Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 lets the run finish its step and save; a second ends it at once."""
-
-    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-
-    def __init__(self):
-        self.signal, self.before, self.immediate = 0, None, False
-
-    def __enter__(self):
-        self.handlers = {s: signal.getsignal(s) for s in self.SIGNALS}
-        for s in self.SIGNALS:
-            if s == signal.SIGINT or self.handlers[s] is not signal.SIG_IGN:  # nohup makes a process ignore SIGHUP
-                signal.signal(s, self.catch)
-        return self
-
-    def __exit__(self, *_):
-        for s, handler in self.handlers.items():
-            signal.signal(s, handler)
-
-    def catch(self, number, frame):
-        again, self.signal = self.signal, self.signal or number
-        if again or self.immediate:
-            raise KeyboardInterrupt(number)
-
-    @contextlib.contextmanager
-    def at_once(self):
-        """Inside, a signal ends the run at once, since nothing is left to save; an earlier one does so on entry."""
-        self.immediate = True
-        if self.signal:
-            raise KeyboardInterrupt(self.signal)
-        yield
-        self.immediate = False
-
-    def agreed(self, ranks) -> int:
-        """The signal that any rank has received, 0 without one. With several ranks all call it after every step.
-
-        They learn what was known one step before. This step's maximum over the ranks is ready only when the device has
-        finished the step, and waiting for it would delay the next launches; the one before is ready already.
-        """
-        if ranks.world == 1:
-            return self.signal
-        signals = torch.full((1,), float(self.signal), device=ranks.device)
-        dist.all_reduce(signals, op=dist.ReduceOp.MAX)
-        on_cuda = ranks.device.type == "cuda"
-        new = torch.empty(1, pin_memory=on_cuda).copy_(signals, non_blocking=on_cuda)
-        before, self.before = self.before, (new, torch.cuda.current_stream().record_event() if on_cuda else None)
-        if before is None:
-            return 0
-        if on_cuda:
-            before[1].synchronize()
-        return int(before[0].item())
-
-
-def start_card(cfg, plan, ranks, data) -> str:
+def start_card(cfg, plan, ranks, data, sizes) -> str:
     facts, peak, tokens = summary(cfg), peak_flops(ranks.device), cfg.block_size
     ffn = {"dense": "dense", "lowrank": f"lowrank rank {cfg.rank}",
            "blockshuffle": f"blockshuffle {cfg.nblocks} blocks",
@@ -466,7 +256,8 @@ def start_card(cfg, plan, ranks, data) -> str:
               f"{plan.unique * cfg.batch_size / data.n_windows:.2f} epochs{replayed}, {facts['train_flops']:.2e} FLOPs",
               f"device   {ranks.world} x {device_name(ranks.device)}, {str(ranks.dtype)[6:]}, "
               f"peak {short(peak) + 'FLOP/s' if peak else 'n/a'}, {'compiled' if ranks.compile else 'not compiled'}",
-              f"folder   {cfg.out_dir}"]
+              f"folder   {cfg.out_dir}: {cfg.keep_checkpoints} checkpoints of {short(sizes[1])}B"
+              f"{', best.pt' if cfg.eval_interval else ''} and model.pt of {short(sizes[0])}B"]
     return "\n".join(lines)
 
 
@@ -475,12 +266,10 @@ def train(cfg, ranks, state, data):
     plan = make_plan(cfg)
     with ranks.agree():
         model, optimizer, step = start_or_continue(cfg, plan, ranks, state, data)
-    if ranks.compile:
-        model.compile_parts()
     wrapped = wrap_ddp(model, cfg, plan, step, ranks)
     with ranks.agree():
-        log = run.Log(cfg, ranks, step, step_flops(cfg, plan))
-    log.show(start_card(cfg, plan, ranks, data))
+        log = run.Log(cfg, ranks, step, step_flops(cfg, plan), plan.guided)
+    log.show(start_card(cfg, plan, ranks, data, sizes_on_disk(model, optimizer)))
     # Checksums of large files take minutes: a thread checks them during the first steps. Damage found ends the run
     # before the next checkpoint.
     raise_damage = prepare.verify_in_background(*(data.train, data.val) if ranks.master else ())
@@ -488,79 +277,130 @@ def train(cfg, ranks, state, data):
         log.say(f"continuing after step {step} of {plan.steps}")
     alpha = torch.ones((), device=ranks.device)  # a tensor, so that a new value compiles nothing
 
-    with Stop() as stop:
+    with (Watch(ranks, cfg.timeout), lost_process(ranks), run.Saver(ranks.device, ranks.master) as saver,
+          Stop(ranks) as stop):
+        optimizer.before_update = saver.before_update
+        if is_due(cfg.eval_interval, step, plan) and ranks.any(ranks.master and log.validated < step):
+            # the validation that a signal had ended
+            if validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, step, alpha):
+                end_early(ranks, log, saver, step)
         for batch in batches(cfg, plan, data.train, data.n_windows, range(step, plan.steps), ranks):
             # one step
+            ranks.note(f"step {step + 1}")
             lr, a, guided = lr_at(cfg, plan, step), alpha_at(cfg, plan, step), guided_layers(cfg, plan, step)
-            if cfg.dropout:
-                torch.manual_seed(dropout_seed(cfg, step, ranks.rank))
+            keys = dropout_keys(cfg, step, ranks).to(ranks.device) if cfg.dropout else None
             if cfg.optimizer == "muon":
                 optimizer.momentum, optimizer.decay = muon_at(cfg, plan, step)
             batch = batch.to(ranks.device, non_blocking=True)
-            loss, norm = train_step(wrapped, optimizer, batch, cfg, ranks, lr, alpha.fill_(a), guided)
+            loss, norm = train_step(wrapped, optimizer, batch, cfg, ranks, lr, alpha.fill_(a), guided, keys)
             step += 1
             if step == plan.guided:
-                end_guide(model, optimizer)
+                model, optimizer = end_guide(cfg, plan, ranks, model, optimizer)
+                optimizer.before_update = saver.before_update
+                saver.forget()
                 wrapped = wrap_ddp(model, cfg, plan, step, ranks)  # DDP's buckets still hold the guides
 
             # log
+            ranks.note(f"the end of step {step}")
+            log.watch(step, norm)
             if step % cfg.log_interval == 0 or step in (1, plan.steps):
                 with ranks.agree():
+                    saver.raise_error()
                     log.step(step, loss, lr, norm, a)
 
             # validate and save
             if log.lost:
                 stop.signal = stop.signal or signal.SIGTERM
-            stopping = stop.agreed(ranks)
-            saving = stopping or cfg.save_interval and step % cfg.save_interval == 0 or step == plan.steps
-            validating = cfg.eval_interval and step % cfg.eval_interval == 0 and step < plan.steps
-            if saving:
-                log.check(step, "gradient norm", norm.item())
-            if saving or validating:
+            stopping = stop.agreed()
+            if is_due(cfg.eval_interval, step, plan) and not stopping:
+                stopping = validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, step, alpha)
+            if stopping or is_due(cfg.save_interval, step, plan) or step == plan.steps:
+                log.settle(step)
                 with log.pause(), ranks.agree():
-                    if validating:
-                        validate(cfg, plan, ranks, model, data, log, step, alpha)
                     raise_damage()
-                    if saving and ranks.master:
-                        run.save_checkpoint(cfg, full_weights(model, optimizer), step, data.tokenizer,
-                                            data.train.checksum, moments(model, optimizer))
+                    ranks.note(f"saving step {step}")
+                    save(cfg, ranks, model, optimizer, data, log, saver, step)
             if stopping:
-                end_early(log, step, stopping)
-        with ranks.agree():
+                end_early(ranks, log, saver, step)
+            ranks.note(f"reading the tokens of step {step + 1}")
+        with ranks.agree(patient=True):
             raise_damage(wait=True)
-        finish(cfg, plan, ranks, model, optimizer, data, log, stop)
+        finish(cfg, plan, ranks, model, optimizer, data, log, saver, stop)
 
 
-def validate(cfg, plan, ranks, model, data, log, step, alpha):
-    """A validation during the run, of the model as the next step uses it: with the guide while there is one."""
+def is_due(interval, step, plan):
+    """Whether something that happens every `interval` steps (0: never) is due after a step, the last one left out."""
+    return bool(interval and step and step % interval == 0 and step < plan.steps)
+
+
+def validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, step, alpha):
+    """A validation during the run, of the model as the next step uses it: with the guide while there is one.
+
+    The best of those without a guide is kept as best.pt. Returns whether a signal has ended it.
+    """
     guided = tuple(range(cfg.n_dense_layers, cfg.n_layer)) if step < plan.guided else ()
     alpha.fill_(alpha_at(cfg, plan, step))
-    log.validation(step, evaluate(model, data.val, data.n_val, cfg, ranks, alpha, guided))
+    with log.pause():
+        loss = evaluate(model, data.val, data.n_val, cfg, ranks, alpha, guided, stop=stop)
+        if loss is None:
+            return True
+        with ranks.agree():
+            if ranks.any(log.validation(step, loss) and ranks.master) and writes(cfg, ranks):
+                best = run.entries(cfg, full_weights(model, optimizer), step, data.tokenizer, val_loss=loss)
+                saver.save([(os.path.join(cfg.out_dir, "best.pt"), best, 1)])
+    return False
 
 
-def end_early(log, step, number):
-    """After a signal and its checkpoint."""
+def checkpoint(cfg, model, optimizer, step, data) -> dict:
+    """What ckpt.pt holds."""
+    return run.entries(cfg, full_weights(model, optimizer), step, data.tokenizer, data=data.train.checksum,
+                       optimizer=moments(model, optimizer))
+
+
+def save(cfg, ranks, model, optimizer, data, log, saver, step):
+    """ckpt.pt, which the thread writes after the rows of metrics.jsonl until its step."""
+    log.saved = step
+    if writes(cfg, ranks):
+        path = os.path.join(cfg.out_dir, "ckpt.pt")
+        after = [os.path.join(cfg.out_dir, "metrics.jsonl")]
+        saver.save([(path, checkpoint(cfg, model, optimizer, step, data), cfg.keep_checkpoints)], after)
+
+
+def writes(cfg, ranks):
+    """Whether a rank takes part in saving: of split tensors all give their shares."""
+    return ranks.master or is_split(cfg, ranks)
+
+
+def end_early(ranks, log, saver, step):
+    """After a signal and its checkpoint: status SAVED, on which a scheduler may give the same command again."""
+    with ranks.agree():
+        saver.wait()
     again = "the same command with --resume=auto continues it"
     if log.lost:
         raise UserError(f"the output cannot be written ({log.lost}): the run is saved after step {step}, {again}.")
     log.say(f"stopped after step {step} and saved; {again}")
-    sys.exit(128 + number)
+    sys.exit(SAVED)
 
 
-def finish(cfg, plan, ranks, model, optimizer, data, log, stop):
-    """The final validation and model.pt. The last step is saved already, so a signal may end the validation at once."""
-    try:
-        with stop.at_once():
-            val_loss = evaluate(model, data.val, data.n_final, cfg, ranks, show=log.final)
-    except KeyboardInterrupt:
+def finish(cfg, plan, ranks, model, optimizer, data, log, saver, stop):
+    """The final validation and model.pt. The last step is saved already: a signal ends the validation."""
+    val_loss = evaluate(model, data.val, data.n_final, cfg, ranks, show=log.final, stop=stop)
+    ranks.note("the last checkpoint")
+    with ranks.agree():
+        saver.wait()
+    if val_loss is None:
         log.say(f"stopped in the final validation; all {plan.steps} steps are saved, "
                 "the same command with --resume=auto repeats it")
-        raise
+        sys.exit(SAVED)
     with ranks.agree():
         log.validation(plan.steps, val_loss)
-        if ranks.master:
-            run.save_model(cfg, full_weights(model, optimizer), plan.steps, data.tokenizer, val_loss)
-    log.end_card(val_loss, data.n_final * cfg.block_size, train_flops(cfg, plan))
+        if writes(cfg, ranks):
+            weights = full_weights(model, optimizer)
+            model_pt = run.entries(cfg, weights, plan.steps, data.tokenizer, val_loss=val_loss)
+            saver.save([(os.path.join(cfg.out_dir, "model.pt"), model_pt, 1)],
+                       [os.path.join(cfg.out_dir, "metrics.jsonl")])
+            saver.wait()
+    log.end_card(val_loss, data.n_final * cfg.block_size, train_flops(cfg, plan), saver.report())
     if log.lost:
         raise UserError(f"the output cannot be written ({log.lost}), but the run is finished: "
                         f"its model is in {cfg.out_dir}.")
@@ -682,7 +522,7 @@ def main(cfg, settings):
             if ranks.master:
                 print(f"{cfg.out_dir} holds a finished run; sample from it with: python sample.py {cfg.out_dir}")
             return
-        with ranks.agree():
+        with ranks.agree(patient=True):
             if ranks.master:
                 prepare.ensure_data(cfg)
         with ranks.agree():

@@ -117,6 +117,8 @@ class Config:
     eval_only: bool = False              # score out_dir's finished model on data_dir, then stop
     log_interval: int = 10               # steps between log lines
     save_interval: int = 1000            # steps between checkpoints; 0: only at the end
+    keep_checkpoints: int = 2            # checkpoints that stay: the newest, and those before it for when it is damaged
+    max_bad_steps: int = 10              # end after so many steps in a row whose loss or gradient is not finite
     out_dir: str = ""                    # the run's folder; empty: out/<preset name>
     resume: Literal["off", "auto"] = "off"                   # auto: continue the run in out_dir if there is one
     init_from: str = ""                  # first weights, a run folder or model.pt; FFNs of a dense one are made to fit
@@ -130,6 +132,8 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"   # of matmuls; weights stay float32; auto: bfloat16 on CUDA
     compile: bool | Literal["auto"] = "auto"                 # torch.compile; auto: on CUDA
     recompute: Literal["off", "cheap", "wide"] = "cheap"     # compiled; cheap: all but matmuls; wide: those of FFNs too
+    parallel: Literal["ddp", "fsdp"] = "ddp"                 # each process has all of the weights, or a share of them
+    timeout: float = 10.0                # minutes that a process waits for the others before the run ends
     kernels: bool = True                 # Triton kernels for structured FFNs where they fit (Hopper, bf16, gelu, relu2)
 
     @property
@@ -434,7 +438,7 @@ MOST = {"n_layer": 1000, **dict.fromkeys(("n_embd", "n_head", "n_kv_head", "attn
 def check(cfg):
     """Fills in the sizes left 0 and refuses impossible combinations in one sentence. Needs neither data nor torch."""
     for name in ("n_layer", "n_embd", "n_head", "block_size", "max_tokens", "batch_size", "micro_batch_size",
-                 "log_interval", "eval_tokens", "final_eval_tokens"):
+                 "log_interval", "eval_tokens", "final_eval_tokens", "keep_checkpoints", "max_bad_steps"):
         _require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)} must be at least 1.")
     for name, most in MOST.items():
         _require(getattr(cfg, name) <= most, f"{name}={getattr(cfg, name)} must be at most {most}.")
@@ -446,7 +450,7 @@ def check(cfg):
         v = getattr(cfg, name)
         _require(0 <= v <= 1 and (top == "1" or v < 1), f"{name}={v} must lie between 0 and {top}.")
     _require(cfg.seed < 2**64, f"seed={cfg.seed} must be below 2^64.")
-    for name in ("rope_theta", "norm_eps"):
+    for name in ("rope_theta", "norm_eps", "timeout"):
         _require(getattr(cfg, name) > 0, f"{name}={getattr(cfg, name)} must be positive.")
     _check_optimizer(cfg)
     _require(all(0 <= b < 1 for b in cfg.betas), f"betas={cfg.betas} must lie in [0, 1).")
@@ -539,6 +543,24 @@ def _check_ffn(cfg):
 def _require(ok, sentence):
     if not ok:
         raise UserError(sentence)
+
+
+def place_among_processes() -> tuple:
+    """(rank, world size, rank on this machine) as torchrun gives them, (0, 1, 0) without it."""
+    values = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | {k: v for k, v in os.environ.items() if v}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if not re.fullmatch("[0-9]{1,6}", values[name]):
+            raise UserError(f"{name}={values[name]:.40} in the environment is not a whole number: "
+                            "start with torchrun, or leave it out.", alone=True)
+    rank, world, local = (int(values[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if rank >= max(1, world):
+        raise UserError(f"RANK={rank} in the environment is not below WORLD_SIZE={world}: "
+                        "ranks count from 0; start with torchrun.", alone=True)
+    lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if world > 1 and name not in values]
+    if lacking:
+        raise UserError(f"WORLD_SIZE={world} needs {' and '.join(lacking)} in the environment, where rank 0 is found: "
+                        "start with torchrun.", alone=True)
+    return rank, world, local
 
 
 PATIENCE = 10.0  # seconds

@@ -358,10 +358,12 @@ def _adamw(chunks, pointers, grads, corrections, scale, decay, beta1, beta2, eps
         weight, copy, grad = tl.multiple_of(weight, 16), tl.multiple_of(copy, 16), tl.multiple_of(grad, 16)
         first, second = tl.multiple_of(first, 16), tl.multiple_of(second, 16)
     at = start.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    size = tl.where(address == 0, 0, tl.load(pointers + 4 * n + tensor))  # without a gradient nothing is done
+    factor = tl.load(scale)
+    # without a gradient, or with a negative scale, nothing is done
+    size = tl.where((address == 0) | (factor < 0), 0, tl.load(pointers + 4 * n + tensor))
     ok = at < (tl.multiple_of(size, 16) if ALIGNED else size)  # a mask that cuts no 16 bytes leaves loads wide
     rate, root = tl.load(corrections + 2 * tensor), tl.load(corrections + 2 * tensor + 1)
-    g = tl.load(grad + at, mask=ok).to(tl.float32) * tl.load(scale)
+    g = tl.load(grad + at, mask=ok).to(tl.float32) * factor
     m, v, w = tl.load(first + at, mask=ok), tl.load(second + at, mask=ok), tl.load(weight + at, mask=ok)
     m += (1 - beta1) * (g - m)
     v += (1 - beta2) * (g * g - v)
@@ -391,7 +393,8 @@ def adamw(tables, grads, corrections, scale, decay, betas, eps):
     """One step of AdamW.
 
     grads: n tensors like the weights, None for those to leave alone. corrections: n pairs (lr / (1 - beta1^t),
-    1 / sqrt(1 - beta2^t)). scale: a 0-d tensor that multiplies the gradients. decay: lr x weight decay.
+    1 / sqrt(1 - beta2^t)). scale: a 0-d tensor that multiplies the gradients; where it is negative, nothing changes.
+    decay: lr x weight decay.
     """
     chunks, pointers, mixed, aligned, n = tables
     grads = [g if g is None else g.contiguous() for g in grads]

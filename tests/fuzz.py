@@ -601,7 +601,7 @@ def fuzz(files, seed=0, words=(), first=0):
 
 
 def main(words, files=2000, seed=0, first=0, verbose=False):
-    counts, faults, began = Counter(), Counter(), time.monotonic()
+    counts, began = Counter(), time.monotonic()
     for reader, number, damage, result, wrong in fuzz(files, seed, words, first):
         counts[reader.name, "fault" if wrong else result.status] += 1
         if wrong or verbose:

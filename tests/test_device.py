@@ -1,9 +1,13 @@
 """device: two processes against one, mistakes of one of several, out-of-memory."""
 import dataclasses
 import json
+import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -11,10 +15,10 @@ import torch
 import device
 import train
 from config import UserError
-from conftest import LOWRANK, ROOT, TINY, train_run
+from conftest import LOWRANK, ROOT, TINY, assert_one_sentence, start, train_run
 from device import Ranks, in_memory
 from model import GPT
-from runs import ALONE, CPU, GUIDED, RUNS, copy_data, metrics, set_token, stopped, tiny
+from runs import ALONE, CPU, GUIDED, RUNS, copy_data, metrics, set_token, stopped, tiny, weights
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -23,17 +27,23 @@ from runs import ALONE, CPU, GUIDED, RUNS, copy_data, metrics, set_token, stoppe
 WORKER = """
 import contextlib, io, json, os, signal, sys
 sys.path.insert(0, {root!r})
-import config, torch, train
+import config, device, torch, train
 rank = os.environ["RANK"]
-real, end = train.dist.init_process_group, train.dist.destroy_process_group
+real, end = device.dist.init_process_group, device.dist.destroy_process_group
 def once(*args, **kw):  # one group for all runs
-    return train.dist.is_initialized() or real(*args, **kw)
-train.dist.init_process_group = once
-train.dist.destroy_process_group = lambda: None
+    return device.dist.is_initialized() or real(*args, **kw)
+device.dist.init_process_group = once
+device.dist.destroy_process_group = lambda: None
 good, bad, signalled = json.load(open({runs!r}))
-seeds, step = [], train.train_step
+step, held = train.train_step, {{}}
 for argv in good:
-    train.train_step = lambda *args: seeds.append(torch.initial_seed()) or step(*args)
+    def measured(wrapped, optimizer, *args):  # bytes that this process holds of weights and optimizer state
+        result = step(wrapped, optimizer, *args)
+        tensors = [*wrapped.parameters(), *(t for s in optimizer.state.values() for t in s.values())]
+        held[next(os.path.basename(a) for a in argv if a.startswith("--out_dir"))] = sum(
+            device.local(t).numel() * t.element_size() for t in tensors)
+        return result
+    train.train_step = measured
     train.main(*config.load(argv, train.Settings))
 calls, status = [], None
 def hit(*args):  # in its third step rank 1 alone is sent a signal
@@ -54,7 +64,7 @@ for argv in bad:
             train.main(*config.load(argv, train.Settings))
     except config.UserError as e:
         refusals.append(str(e))
-json.dump([refusals, seeds, [len(calls), status]], open({runs!r} + rank, "w"))
+json.dump([refusals, [len(calls), status], held], open({runs!r} + rank, "w"))
 end()
 """
 
@@ -70,16 +80,22 @@ def two_processes(data, tmp_path_factory, whole):
     folder = tmp_path_factory.mktemp("ddp")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         stopped(folder / "moved", data, 3, patch, *GUIDED)
+    dropped = [*GUIDED, "--dropout=0.2"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        stopped(folder / "dropped", data, 2, patch, *dropped)
     flags = {"plain": [], "guided": GUIDED, "always": RUNS["always"], "moved": [*GUIDED, "--resume=auto"],
-             "accumulated": ["--micro_batch_size=1"], "muon": RUNS["muon"],
-             "taught": taught_by(whole["plain"]), "dropout": ["--dropout=0.1"]}
+             "accumulated": ["--micro_batch_size=1"], "muon": RUNS["muon"], "taught": taught_by(whole["plain"])}
+    flags |= {f"{name} fsdp": [*argv, "--parallel=fsdp", "--eval_interval=5"] for name, argv in flags.items()
+              if name not in ("accumulated", "taught")}
+    shutil.copytree(folder / "moved", folder / "moved fsdp")
     runs = [[*TINY, f"--out_dir={folder / name}", f"--data_dir={data}", *argv] for name, argv in flags.items()]
     damaged = [set_token(copy_data(data, folder / name), name, 155, 999)
                for name in ("val.bin", "train.bin")]  # in window 9, rank 1's in validation
     bad = [[*TINY, f"--out_dir={folder / 'runs.json' / 'run'}", f"--data_dir={data}"]]  # below a file
     bad += [[*TINY, f"--out_dir={folder / path.name}-run", f"--data_dir={path}", "--max_tokens=4096"]
             for path in damaged]
-    signalled = [*TINY, f"--out_dir={folder / 'signalled'}", f"--data_dir={data}"]
+    signalled = [*TINY, f"--out_dir={folder / 'dropped'}", f"--data_dir={data}", *dropped, "--resume=auto",
+                 "--micro_batch_size=2"]
     (folder / "runs.json").write_text(json.dumps([runs, bad, signalled]))
     (folder / "worker.py").write_text(WORKER.format(root=str(ROOT), runs=str(folder / "runs.json")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -91,9 +107,9 @@ def two_processes(data, tmp_path_factory, whole):
         torchrun.terminate()  # it ends its workers
         out, err = torchrun.communicate()
     assert torchrun.returncode == 0, err[-3000:]
-    refusals, seeds, ended = zip(*(json.loads((folder / f"runs.json{rank}").read_text()) for rank in range(2)))
-    return {name: folder / name for name in (*flags, "signalled")} | {"stdout": out, "refusals": refusals,
-                                                                      "seeds": seeds, "ended": ended}
+    refusals, ended, held = zip(*(json.loads((folder / f"runs.json{rank}").read_text()) for rank in range(2)))
+    return {name: folder / name for name in (*flags, "dropped")} | {"stdout": out, "refusals": refusals,
+                                                                      "ended": ended, "held": held}
 
 
 def test_two_processes_equal_one(two_processes, whole, data, tmp_path):
@@ -102,23 +118,53 @@ def test_two_processes_equal_one(two_processes, whole, data, tmp_path):
     one["guided"] = train_run(tmp_path / "guided", data, *GUIDED)
     one["taught"] = train_run(tmp_path / "taught", data, *taught_by(whole["plain"]))
     one |= {"moved": one["guided"], "accumulated": one["plain"]}
+    one |= {f"{name} fsdp": folder for name, folder in one.items() if name not in ("accumulated", "taught")}
     for name, out in one.items():
         a, b = (torch.load(folder / "model.pt", weights_only=True) for folder in (out, two_processes[name]))
         assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-5) and a["model"].keys() == b["model"].keys()
         for k in a["model"]:
             torch.testing.assert_close(a["model"][k], b["model"][k], rtol=0, atol=1e-5,
                                        msg=lambda text: f"{name} {k}: {text}")
-        rows = [metrics(folder) for folder in (out, two_processes[name])]
+        rows = [[r for r in metrics(folder) if "loss" in r or r["step"] == a["step"]]
+                for folder in (out, two_processes[name])]
         assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]]
         for x, y in zip(*rows):
             assert all(x[k] == pytest.approx(y[k], rel=1e-4)
                        for k in x.keys() & {"loss", "grad_norm", "lr", "alpha", "tokens"})
 
 
+def test_fsdp_holds_half_of_what_ddp_does(two_processes):
+    """Of weights and optimizer state, at the last step; what a rank has more are uneven shares."""
+    for held in two_processes["held"]:
+        for name in ("plain", "guided", "always", "moved", "muon"):
+            assert 0.45 < held[f"{name} fsdp"] / held[name] < 0.6, (name, held)
+
+
+@pytest.mark.parametrize("name", ["guided", "muon"])
+def test_a_checkpoint_of_fsdp_is_one_like_any_other(name, two_processes, whole, data, tmp_path):
+    """Names, shapes and types are those of one process, and one process goes on from it: it has the last step's."""
+    out = shutil.copytree(two_processes[f"{name} fsdp"], tmp_path / "run")
+    one, other = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in (whole[name], out))
+    assert one.keys() == other.keys() and one["optimizer"].keys() == other["optimizer"].keys()
+    for key, t in one["model"].items():
+        assert (other["model"][key].shape, other["model"][key].dtype) == (t.shape, t.dtype)
+    for key, state in one["optimizer"].items():
+        for k, v in state.items():
+            assert other["optimizer"][key][k].shape == v.shape, (key, k)
+            if name == "muon":  # guided has dropout in the one process
+                torch.testing.assert_close(other["optimizer"][key][k], v, rtol=0, atol=1e-4)
+    model = (out / "model.pt").read_bytes()
+    (out / "model.pt").unlink()
+    train_run(out, data, *(GUIDED if name == "guided" else RUNS[name]), "--resume=auto")
+    saved = torch.load(out / "model.pt", weights_only=True)["model"]
+    (tmp_path / "model.pt").write_bytes(model)
+    assert all(torch.equal(w, saved[n]) for n, w in weights(tmp_path).items())
+
+
 def test_one_of_two_processes_speaks(two_processes):
     out = two_processes["stdout"]
-    assert out.count("2 x cpu") == 9 and out.count("done     validation loss") == 8
-    assert out.count("continuing after step 3 of 12") == out.count("stopped after step 4 and saved") == 1
+    assert out.count("2 x cpu") == 13 and out.count("done     validation loss") == 12
+    assert out.count("continuing after step 3 of 12") == 2 and out.count("stopped after step 6 and saved") == 1
 
 
 def test_what_one_of_two_processes_refuses_both_refuse(two_processes):
@@ -130,22 +176,23 @@ def test_what_one_of_two_processes_refuses_both_refuse(two_processes):
 
 
 def test_a_signal_to_one_rank_ends_both_after_the_same_step(two_processes):
-    """Rank 1 got it in step 3; all learn of it one step later, and the checkpoint is of that step."""
-    assert two_processes["ended"] == ([4, 128 + signal.SIGUSR1],) * 2
-    saved = torch.load(two_processes["signalled"] / "ckpt.pt", weights_only=True)
-    assert saved["step"] == 4 and not (two_processes["signalled"] / "model.pt").exists()
+    """One process made 2 steps; in the third of two processes, step 5, rank 1 got it. All learn of it one step later,
+    and the checkpoint is of that step."""
+    assert two_processes["ended"] == ([4, device.SAVED],) * 2
+    saved = torch.load(two_processes["dropped"] / "ckpt.pt", weights_only=True)
+    assert saved["step"] == 6 and not (two_processes["dropped"] / "model.pt").exists()
 
 
-def test_dropout_is_drawn_anew_for_every_step_and_rank(two_processes):
-    seeds = [seed for rank in two_processes["seeds"] for seed in rank[-8:]]  # of the run with dropout, 8 steps
-    assert len(set(seeds)) == 16
-
-
-def test_dropouts_seed_is_one_for_every_seed_step_and_rank():
-    cfg = tiny("--dropout=0.1")
-    other = dataclasses.replace(cfg, seed=1)
-    assert len({train.dropout_seed(c, step, rank) for c in (cfg, other) for step in range(50)
-                for rank in range(4)}) == 400
+def test_one_two_and_one_processes_draw_the_same_dropout(two_processes, data, tmp_path, monkeypatch):
+    """2 steps, 4 on two processes with other micro-batches, 6 on one again: the losses are those of one process."""
+    flags = [*GUIDED, "--dropout=0.2"]
+    one = train_run(tmp_path / "one", data, *flags)
+    moved = shutil.copytree(two_processes["dropped"], tmp_path / "moved")
+    train_run(moved, data, *flags, "--resume=auto")
+    rows = [{r["step"]: r["loss"] for r in metrics(folder) if "loss" in r} for folder in (one, moved)]
+    assert len(rows[0]) == 12 and rows[0] == pytest.approx(rows[1], abs=1e-6)
+    without = {r["step"]: r["loss"] for r in metrics(train_run(tmp_path / "without", data, *GUIDED)) if "loss" in r}
+    assert max(abs(rows[0][step] - without[step]) for step in without) > 1e-3  # dropout does something
 
 
 def test_unused_parameters_are_searched_for_only_with_guide_skip(monkeypatch):
@@ -177,6 +224,130 @@ def test_a_mistake_reaches_the_user_when_rank_0_is_late(data, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode != 0 and done.stderr.count("error: ") == 1, done.stderr
     assert "did you mean n_layer?" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes that do not come, stop, die or are started again
+
+@pytest.mark.parametrize("place, words", [
+    ({"RANK": "x"}, "RANK=x in the environment is not a whole number"), ({"RANK": "-1"}, "RANK=-1"),
+    ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK=3 in the environment is not below WORLD_SIZE=2"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 needs MASTER_ADDR and MASTER_PORT")], ids=str)
+def test_a_place_that_cannot_be_is_one_sentence_before_torch_loads(place, words, without_torch, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    began = time.monotonic()
+    status, out, err = without_torch("train.py", *TINY)
+    assert_one_sentence(status, out, err)
+    assert words in err and time.monotonic() - began < 5
+
+
+def place(rank, port):
+    return {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def test_a_process_whose_others_never_come_ends_or_is_interrupted(data, tmp_path, port):
+    """Ctrl-C works while it waits for them; after the timeout one sentence says who waited where."""
+    argv = [*TINY, f"--out_dir={tmp_path / 'run'}", f"--data_dir={data}"]
+    waiting = start("train.py", *argv, env=place(0, port))
+    try:
+        end = time.monotonic() + 60
+        while subprocess.run(["ss", "-ltn"], capture_output=True, text=True).stdout.count(f":{port} ") == 0:
+            assert time.monotonic() < end and waiting.poll() is None
+            time.sleep(0.1)
+        waiting.send_signal(signal.SIGINT)
+        assert waiting.wait(10) == -signal.SIGINT
+    finally:
+        waiting.kill()
+    waiting = start("train.py", *argv, "--timeout=0.02", env=place(1, port))
+    _, err = waiting.communicate(timeout=100)
+    assert waiting.returncode == 2 and err.count("error: ") == 1 and "Traceback" not in err
+    assert f"rank 1 of 2 has not met the others at localhost:{port} within 0.02 minutes" in err
+
+
+def two_ranks(data, out, port, *argv):
+    return [start("train.py", *TINY, f"--out_dir={out}", f"--data_dir={data}", "--max_tokens=1_280_000",
+                  "--save_interval=20", "--keep_checkpoints=1", *argv, env=place(rank, port)) for rank in range(2)]
+
+
+def finish_all(processes):
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_step(out, step):
+    end = time.monotonic() + 90
+    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < step:
+        assert time.monotonic() < end, "it did not train"
+        time.sleep(0.05)
+
+
+def test_a_rank_that_stops_is_named(data, tmp_path, port):
+    """Rank 1 is stopped: after the timeout rank 0 says so and ends."""
+    processes = two_ranks(data, tmp_path / "run", port, "--timeout=0.05")
+    try:
+        wait_for_step(tmp_path / "run", 5)
+        processes[1].send_signal(signal.SIGSTOP)
+        _, err = processes[0].communicate(timeout=60)
+        assert processes[0].returncode == 2 and err.count("error: ") == 1 and "Traceback" not in err
+        assert f"rank 1 of 2 (process {processes[1].pid} on " in err and "does not answer" in err
+        assert "nothing has moved for 0.05 minutes" in err and len(err) < 400
+    finally:
+        finish_all(processes)
+
+
+def test_a_stuck_rank_says_where(data, tmp_path, port):
+    """Rank 1 waits in its data for ever, and answers all the same: it has noted less than rank 0."""
+    stuck = ("import runpy, sys, time, schedule; real = schedule.batches\n"
+             "def batches(*args):\n"
+             "    for n, batch in enumerate(real(*args)):\n"
+             "        if n == 4: time.sleep(1000)\n"
+             "        yield batch\n"
+             "schedule.batches = batches\n"
+             "sys.argv[:] = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')")
+    argv = ["train.py", *TINY, f"--out_dir={tmp_path / 'run'}", f"--data_dir={data}", "--timeout=0.05"]
+    processes = [start("train.py", *argv[1:], env=place(0, port)),
+                 subprocess.Popen([sys.executable, "-c", stuck, *argv], cwd=ROOT, env=place(1, port), text=True,
+                                  stderr=subprocess.PIPE, stdout=subprocess.PIPE)]
+    try:
+        _, err = processes[0].communicate(timeout=60)
+        assert processes[0].returncode == 2 and "Traceback" not in err
+        assert f"rank 1 of 2 (process {processes[1].pid} on " in err
+        assert "is stuck in reading the tokens of step 5" in err
+    finally:
+        finish_all(processes)
+
+
+def test_torchrun_starts_a_run_again_from_its_last_checkpoint(data, tmp_path, whole_plain):
+    """Without --resume=auto. Rank 1 is killed in the fourth step of the first start, the second one finishes."""
+    code = ("import os, runpy, signal, sys; sys.path.insert(0, os.getcwd()); import schedule; real = schedule.batches\n"
+            "def batches(*args):\n"
+            "    for n, batch in enumerate(real(*args)):\n"
+            "        if n == 3 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+            "            os.kill(os.getpid(), signal.SIGKILL)\n"
+            "        yield batch\n"
+            "schedule.batches = batches\n"
+            "runpy.run_path('train.py', run_name='__main__')\n")
+    (tmp_path / "dies.py").write_text(code)
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3",
+               str(tmp_path / "dies.py"), *TINY, f"--out_dir={out}", f"--data_dir={data}", "--save_interval=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "continuing after step 2 of 8" in done.stdout
+    assert "error: rank 0 of 2 has lost another process during step 4" in done.stderr
+    rows = [[r["loss"] for r in metrics(folder) if "loss" in r] for folder in (out, whole_plain)]
+    assert rows[0] == pytest.approx(rows[1], abs=1e-5) and len(rows[0]) == 8
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -255,7 +255,9 @@ def test_decoding_step_by_step_equals_the_forward(name):
 
 def test_dropout_works_in_training_only():
     gpt, tokens = build(tiny("--dropout=0.5"), CPU, seed=0), torch.randint(61, (2, 9))
-    assert not torch.equal(gpt(tokens), gpt(tokens))
+    keys = torch.randint(2**62, (2, 1 + 2 * gpt.cfg.n_layer, 2))
+    assert torch.equal(gpt(tokens, keys=keys[0]), gpt(tokens, keys=keys[0]))
+    assert not torch.equal(gpt(tokens, keys=keys[0]), gpt(tokens, keys=keys[1]))
     gpt.eval()
     assert torch.equal(gpt(tokens), gpt(tokens))
     same = build(tiny(), CPU, seed=0)

@@ -1,4 +1,4 @@
-"""train: the plan, data order, one step against AdamW by hand, fp32 masters, validation, compilation, real text."""
+"""train: one step against AdamW by hand, fp32 masters, validation, compilation, real text."""
 import collections
 import contextlib
 import dataclasses
@@ -15,225 +15,19 @@ import torch
 import torch.nn.functional as F
 
 import config
+import model as model_file
 import optim
 import prepare
+import run
+import schedule
 import train
 from config import UserError
-from conftest import LOWRANK, ROOT, STRUCTURES, TINY, assert_one_sentence, train_run, write_data
+from conftest import LOWRANK, TINY, assert_one_sentence, train_run, write_data
 from device import Ranks
 from model import load
 from optim import MixedAdamW
-from runs import ALONE, CPU, GUIDED, assert_same_run, configure, copy_data, metrics, set_token, stopped, tiny, weights
+from runs import ALONE, CPU, GUIDED, RUNS, assert_same_run, configure, copy_data, metrics, set_token, stopped, tiny, weights
 from test_model import random_model, reference_logits
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The plan
-
-def test_learning_rate_warms_up_and_follows_a_cosine():
-    cfg = tiny("--max_tokens=12800", "--lr=1e-3", "--warmup_ratio=0.1", "--min_lr_ratio=0.1")  # 100 steps
-    plan = train.make_plan(cfg)
-    lr = [train.lr_at(cfg, plan, step) for step in range(100)]
-    assert plan.steps == 100 and lr[:10] == pytest.approx([1e-4 * k for k in range(1, 11)])
-    assert lr[10] == pytest.approx(1e-3) and lr[55] == pytest.approx(0.55e-3)
-    assert lr[99] == pytest.approx(1e-4, rel=0.01)
-    assert lr[10:] == sorted(lr[10:], reverse=True) and min(lr[10:]) > 1e-4
-    flat = dataclasses.replace(cfg, warmup_ratio=0.0, min_lr_ratio=1.0)
-    assert [train.lr_at(flat, plan, step) for step in (0, 50, 99)] == [1e-3] * 3
-    assert train.lr_at(dataclasses.replace(cfg, warmup_ratio=1.0), plan, 99) == 1e-3
-
-
-def test_a_line_to_zero_over_the_last_part_of_the_steps():
-    cfg = tiny("--max_tokens=12800", "--lr=1e-3", "--warmup_steps=4", "--schedule=linear", "--decay_ratio=0.5",
-               "--min_lr_ratio=0")  # 100 steps
-    plan = train.make_plan(cfg)
-    lr = [train.lr_at(cfg, plan, step) for step in range(100)]
-    assert lr[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3]) and lr[4:51] == [1e-3] * 47
-    assert lr[75] == pytest.approx(5e-4) and lr[99] == pytest.approx(2e-5)
-    short = dataclasses.replace(cfg, decay_ratio=0.2)
-    assert train.lr_at(short, plan, 80) == 1e-3 and train.lr_at(short, plan, 90) == pytest.approx(5e-4)
-    late = dataclasses.replace(cfg, warmup_steps=60, min_lr_ratio=0.1)  # the warm-up ends after the fall would begin
-    assert train.lr_at(late, plan, 60) == 1e-3 and train.lr_at(late, plan, 80) == pytest.approx(0.55e-3)
-
-
-def test_muons_momentum_rises_and_falls_and_its_decay_ends():
-    cfg = tiny("--max_tokens=128000", "--optimizer=muon", "--lr=0.01", "--weight_decay=0.8", "--decay_ratio=0.4",
-               "--warmup_ratio=0")  # 1000 steps
-    plan = train.make_plan(cfg)
-    momentum, decay = zip(*(train.muon_at(cfg, plan, step) for step in (0, 200, 400, 600, 800, 999)))
-    assert momentum == pytest.approx([0.85, 0.91, 0.97, 0.97, 0.935, 0.90], abs=2e-4)
-    assert decay[0] == 0.8 and decay[1] == pytest.approx(0.8 * 0.9045, rel=1e-3) and decay[5] < 1e-5
-
-
-def test_alpha_falls_from_one_to_zero():
-    root = math.sqrt(0.5)
-    for schedule, values in (("cosine", (1, 0.5 + 0.5 * root, 0.5, 0.5 - 0.5 * root)),
-                             ("linear", (1, 0.75, 0.5, 0.25))):
-        cfg = tiny(*LOWRANK, "--guide=fixedstep", f"--guide_schedule={schedule}", "--max_tokens=2048")  # 8 of 16 steps
-        plan = train.make_plan(cfg)
-        assert (plan.steps, plan.unique, plan.guided) == (16, 16, 8)
-        assert [train.alpha_at(cfg, plan, step) for step in (0, 2, 4, 6)] == pytest.approx(values)
-        assert all(train.alpha_at(cfg, plan, step) == 0 for step in (8, 9, 15)) and train.alpha_at(cfg, plan, 7) > 0
-
-
-def test_steps_of_the_guides():
-    def plan(*argv):
-        p = train.make_plan(tiny("--max_tokens=12800", *argv))
-        return p.steps, p.unique, p.guided
-    assert plan() == (100, 100, 0)
-    assert plan(*LOWRANK, "--guide=fixedstep", "--guide_ratio=0.3") == (100, 100, 30)
-    assert plan(*LOWRANK, "--guide=fixedflop", "--guide_ratio=0.3") == (130, 100, 30)
-    assert plan(*LOWRANK, "--guide=fixedflop", "--guide_ratio=1") == (200, 100, 100)
-    assert plan(*LOWRANK, "--guide=replay", "--guide_ratio=0.3") == (130, 100, 0)
-    with pytest.raises(UserError, match="max_tokens=127 .* 8 x block_size 16 = 128"):
-        plan("--max_tokens=127")
-
-
-@pytest.mark.parametrize("skip, ratios", [(False, (0.278, 0.345, 0.371, 0.386)), (True, (0.323, 0.416, 0.456, 0.479))])
-def test_auto_ratio_is_the_papers(skip, ratios):
-    for name, rank, ratio in zip(("s", "m", "l", "xl"), (192, 256, 384, 512), ratios):
-        cfg = configure(ROOT / f"config/{name}.py", "--ffn=lowrank", f"--rank={rank}", "--guide=fixedflop",
-                        f"--guide_skip={skip}")
-        plan = train.make_plan(cfg)
-        assert abs(plan.guide_ratio - ratio) < 0.003 and plan.guided == round(plan.guide_ratio * plan.unique)
-
-
-def test_a_dry_run_reports_the_datas_vocabulary_where_there_is_data(cli, data, tmp_path):
-    """Else what the tokenizer's name promises; a number on the command line stays."""
-    for argv, size in (([f"--data_dir={data}"], 257), ([f"--data_dir={tmp_path}", "--tokenizer=gpt2"], 50257),
-                       ([ROOT / "config/s.py", f"--data_dir={data}", "--vocab_size=0"], 257),
-                       ([ROOT / "config/s.py", f"--data_dir={data}"], 32000)):
-        status, out, err = cli("train.py", *argv, "--dry_run=True")
-        assert (status, err) == (0, "") and json.loads(out)["vocab_size"] == size
-
-
-@pytest.mark.parametrize("flags", [*STRUCTURES.values()], ids=[*STRUCTURES])
-@pytest.mark.parametrize("guide", ["fixedflop", "fixedflop --guide_skip=True", "replay"])
-def test_fixedflop_and_its_control_cost_what_the_dense_model_costs(flags, guide):
-    shape = ["--max_tokens=128000", "--ffn_dim=256", "--n_embd=64"]
-    dense = train.summary(tiny(*shape))["train_flops"]
-    facts = train.summary(tiny(*shape, *flags, *f"--guide={guide}".split()))
-    assert abs(facts["train_flops"] / dense - 1) < 0.002 and 1100 < facts["steps"] < 1999
-    assert facts["guided_steps"] == (0 if guide == "replay" else facts["steps"] - 1000)
-    assert sum(facts["train_flops_by_phase"].values()) == pytest.approx(facts["train_flops"], rel=1e-4)
-
-
-def test_flops_of_a_guided_run_by_phase():
-    """By hand: 8 steps of 128 tokens, 3 guided at the dense price, the rest at the factors', all times 3."""
-    cfg = tiny(*LOWRANK, "--guide=fixedflop", "--guide_ratio=0.375")
-    attention = 3 * (32 * 4 * 32 + 2 * 16 * 32)  # qkv and proj; scores and values
-    ffn_dense, ffn_lowrank = 3 * 2 * 32 * 128, 2 * 32 * 128 + 2 * 2 * 8 * (32 + 128)
-    dense, factors = (6 * 128 * (attention + ffn + 257 * 32) for ffn in (ffn_dense, ffn_lowrank))
-    expected = {"guided": 3 * dense, "plain": 5 * factors, "replay": 3 * factors}
-    assert train.summary(cfg)["train_flops_by_phase"] == pytest.approx(expected, rel=1e-5)
-
-
-def test_skip_draws_are_pure_and_have_alpha_as_their_mean():
-    ten_thousand_steps = ["--guide_ratio=1", "--max_tokens=1_280_000"]
-    cfg = tiny(*LOWRANK, "--guide=fixedstep", "--guide_skip=True", "--n_layer=5", *ten_thousand_steps)
-    plan = train.make_plan(cfg)
-    draws = [train.guided_layers(cfg, plan, step) for step in range(plan.steps)]
-    assert draws[::-7] == [train.guided_layers(cfg, plan, step) for step in range(plan.steps)][::-7]
-    assert draws[0] == (1, 2, 3, 4) and all(0 not in d for d in draws)
-    for begin in range(0, 10_000, 1000):
-        alpha = np.mean([train.alpha_at(cfg, plan, step) for step in range(begin, begin + 1000)])
-        assert abs(np.mean([len(d) / 4 for d in draws[begin:begin + 1000]]) - alpha) < 0.03
-    together = np.mean([(1 in d) == (2 in d) for d in draws[4500:5500]])
-    assert abs(together - 0.5) < 0.06  # layers are drawn apart
-    other = dataclasses.replace(cfg, seed=1)
-    assert draws[4000:4100] != [train.guided_layers(other, plan, step) for step in range(4000, 4100)]
-    always = dataclasses.replace(cfg, guide_skip=False)
-    assert train.guided_layers(always, plan, 9999) == (1, 2, 3, 4)
-    half = train.make_plan(dataclasses.replace(cfg, guide_ratio=0.5))
-    assert train.guided_layers(always, half, 4999) == (1, 2, 3, 4) and train.guided_layers(always, half, 5000) == ()
-
-
-def test_auto_ratio_of_factors_dearer_than_dense_is_refused():
-    with pytest.raises(UserError, match="1.13 x as much"):
-        train.make_plan(tiny("--ffn=lowrank", "--rank=32", "--guide=fixedflop", "--n_dense_layers=0"))
-
-
-def test_more_steps_than_can_be_counted_are_refused(cli):
-    for argv in (["--dry_run=True", "--max_tokens=1e16"], ["--max_tokens=1e299"]):
-        status, out, err = cli("train.py", *TINY, *argv)
-        assert_one_sentence(status, out, err)
-        assert "steps, more than 2e+06" in err
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data order
-
-@pytest.mark.parametrize("n", [*range(1, 20), *(2**k + d for k in (5, 6, 7, 8, 10) for d in (-1, 0, 1)), 1000, 4097,
-                               65537])
-def test_permute_is_a_bijection(n):
-    orders = set()
-    for key in (0, 1, 1005, 2**64 - 1):
-        with np.errstate(over="ignore"):
-            order = train.permute(np.arange(n), n, key)
-            assert order[n // 2] == train.permute(np.array([n // 2]), n, key)[0]  # of the index alone
-        assert np.array_equal(np.sort(order), np.arange(n))
-        orders.add(order.tobytes())
-    assert n < 20 or len(orders) == 4
-
-
-def test_a_permutation_looks_random():
-    """No correlation with the index, and neighbours are torn apart: few of the 9999 differences are small."""
-    with np.errstate(over="ignore"):
-        order = train.permute(np.arange(10_000), 10_000, 1005)
-    assert abs(np.corrcoef(np.arange(10_000), order)[0, 1]) < 0.05
-    assert np.mean(np.abs(np.diff(order)) < 100) < 0.04  # 2 % by chance
-
-
-@pytest.mark.parametrize("n_windows, batch", [(40, 8), (37, 8), (8, 8), (8, 16), (3, 8), (1, 4), (250, 7)])
-def test_every_window_stands_once_in_every_epoch(n_windows, batch):
-    cfg = tiny(f"--batch_size={batch}", "--micro_batch_size=1")
-    steps = -(-3 * n_windows // batch)
-    sequence = np.concatenate([train.windows_of(cfg, step, n_windows) for step in range(steps)])
-    epochs = sequence[:3 * n_windows].reshape(3, n_windows)
-    assert all(np.array_equal(np.sort(epoch), np.arange(n_windows)) for epoch in epochs)
-    if n_windows > 30:
-        other = np.concatenate([train.windows_of(dataclasses.replace(cfg, seed=1), step, n_windows)
-                                for step in range(steps)])
-        assert len({e.tobytes() for e in (*epochs, other[:n_windows], np.arange(n_windows))}) == 5
-
-
-def test_windows_do_not_overlap_and_targets_are_one_further(tmp_path):
-    write_data(tmp_path, np.arange(1000, 1101), [1], vocab_size=2000)
-    got = train.read_windows(prepare.TokenFile(str(tmp_path / "train.bin")), np.array([0, 4]), 20)
-    assert got.tolist() == [list(range(1000, 1021)), list(range(1080, 1101))]
-    counts = [train.count_windows(types.SimpleNamespace(count=c), 20) for c in (0, 1, 20, 21, 40, 41, 101)]
-    assert counts == [0, 0, 0, 1, 1, 2, 5]
-
-
-def all_batches(cfg, tokens, n_windows, steps, world):
-    """{step: the sequences of all ranks in the order of the windows}, read rank by rank."""
-    plan, ranks, micro = train.make_plan(cfg), [], cfg.micro_batch_size
-    file = types.SimpleNamespace(read=lambda starts, size: np.stack([tokens[at:at + size] for at in starts]))
-    for rank in range(world):
-        ranks.append(list(train.batches(cfg, plan, file, n_windows, steps,
-                                        Ranks(rank, world, CPU, torch.float32, False))))
-        assert len(ranks[-1]) == len(steps) and ranks[-1][0].shape == (cfg.batch_size // world // micro, micro, 17)
-    return {step: torch.stack([r[i] for r in ranks], 1).flatten(0, 2).numpy() for i, step in enumerate(steps)}
-
-
-def test_batches_are_the_same_for_any_number_of_processes_and_any_start():
-    tokens, cfg = np.random.default_rng(0).integers(0, 257, 16 * 50 + 1), tiny("--batch_size=16", "--max_tokens=2048")
-    one, two, four = (all_batches(cfg, tokens, 50, range(8), world) for world in (1, 2, 4))
-    late = all_batches(cfg, tokens, 50, range(5, 8), 2)
-    for step in range(8):
-        expected = np.stack([tokens[w * 16:w * 16 + 17] for w in train.windows_of(cfg, step, 50)])
-        assert np.array_equal(one[step], expected)
-        assert np.array_equal(one[step], two[step]) and np.array_equal(one[step], four[step])
-        assert step < 5 or np.array_equal(one[step], late[step])
-
-
-def test_fixedflop_replays_the_guided_steps_data():
-    tokens, cfg = np.random.default_rng(0).integers(0, 257, 16 * 100 + 1), tiny(*GUIDED)
-    batch = all_batches(cfg, tokens, 100, range(12), 1)
-    assert all(np.array_equal(batch[8 + k], batch[k]) for k in range(4))
-    assert len({b.tobytes() for b in batch.values()}) == 8
-    control = all_batches(tiny(*LOWRANK, "--guide=replay", "--guide_ratio=0.5"), tokens, 100, range(12), 1)
-    assert all(np.array_equal(control[k], batch[k]) for k in range(12))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -337,7 +131,7 @@ def test_loss_alpha_and_guided_validation_of_a_guided_run(data, tmp_path, monkey
     """The logged loss is that of the step, before its update, with its alpha; a validation blends as the next step."""
     seen = []
 
-    def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=(), show=None):
+    def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=(), show=None, stop=None):
         seen.append((n_windows, None if alpha is None else alpha.item(), guided))
         return real(model, token_file, n_windows, cfg, ranks, alpha, guided)
 
@@ -366,7 +160,8 @@ def test_mistakes_about_data_are_told_before_the_first_step(cli, data, tmp_path,
     assert_one_sentence(status, out, err)
     assert "vocab_size=256" in err and "257" in err
     monkeypatch.setattr(prepare, "ensure_data", lambda cfg: pytest.fail("data was requested"))
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name, value in (("WORLD_SIZE", "3"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
     for argv, words in ((["--batch_size=8"], "batch_size=8 does not divide among 3 processes x micro_batch_size=4 "),
                         (["--max_tokens=100"], "max_tokens=100 is less than one step of batch_size 8 x block_size 16"),
                         (["--device=cuda:99", "--micro_batch_size=1", "--batch_size=3"], "device=cuda:99")):
@@ -376,11 +171,90 @@ def test_mistakes_about_data_are_told_before_the_first_step(cli, data, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(cli, data, tmp_path):
+def test_a_run_that_has_diverged_ends_in_one_sentence(cli, data, tmp_path):
     status, _, err = cli("train.py", *TINY, "--lr=1e30", "--grad_clip=0", f"--data_dir={data}",
-                         f"--out_dir={tmp_path / 'run'}")
-    assert status == 2 and err.count("\n") == 1 and "the loss is nan at step" in err and "lower lr" in err
+                         f"--out_dir={tmp_path / 'run'}", "--max_bad_steps=5")
+    assert status == 2 and err.count("\n") == 1 and len(err) < 400 and "lower lr" in err
+    assert "5 steps in a row, the last of them 6, have a loss or gradient that is not finite" in err
+    assert f"the last good loss logged is {metrics(tmp_path / 'run')[0]['loss']:.4f}" in err
     assert "another --out_dir" in err  # going on with other settings is refused
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_updates_nothing_though_its_gradient_is(bad):
+    cfg = tiny("--vocab_size=61")
+    gpt = random_model(cfg).float()
+    before = {n: p.detach().clone() for n, p in gpt.named_parameters()}
+    optimizer = train.make_optimizer(cfg, gpt, ALONE)
+    batch = torch.randint(61, (2, 4, 17), generator=torch.Generator().manual_seed(0))
+    _, norm = train.train_step(lambda *args: gpt(*args) + bad, optimizer, batch, cfg, ALONE, 1e-3)
+    assert not norm.isfinite() and all(torch.equal(p, before[n]) for n, p in gpt.named_parameters())
+    _, norm = train.train_step(gpt, optimizer, batch, cfg, ALONE, 1e-3)
+    assert norm.isfinite() and not torch.equal(gpt.wte.weight, before["wte.weight"])
+
+
+@pytest.fixture
+def bad_steps(monkeypatch):
+    """bad_steps(2, 5): the gradients of these steps of a run are not finite."""
+    calls, real = [], train.train_step
+
+    def choose(*steps, first=1):
+        calls[:] = range(first - 1)
+
+        def step(wrapped, optimizer, batch, cfg, ranks, *args):
+            calls.append(1)
+            factor = math.nan if len(calls) in steps else 1
+            return real(lambda *inputs: wrapped(*inputs) * factor, optimizer, batch, cfg, ranks, *args)
+        monkeypatch.setattr(train, "train_step", step)
+    return choose
+
+
+@pytest.mark.parametrize("name", ["plain", "muon"])
+def test_bad_steps_are_skipped_counted_and_resumed(name, bad_steps, data, tmp_path, monkeypatch):
+    """Steps 3, 4 and 7 of a run; log lines every 2 steps. Interrupted after 3 it is the same run."""
+    flags = [*RUNS[name], "--log_interval=2", "--grad_clip=0"]
+    bad_steps(3, 4, 7)
+    whole = train_run(tmp_path / "whole", data, *flags)
+    rows = metrics(whole)
+    assert [r["step"] for r in rows if "skipped" in r] == [3, 4, 7]
+    assert [r["step"] for r in rows if "loss" in r] == [s for s in range(1, rows[-1]["step"] + 1)
+                                                       if s in (1, rows[-1]["step"]) or s % 2 == 0 and s != 4]
+    assert all(math.isfinite(v) for r in rows for v in r.values() if v is not None)
+    bad_steps(3, 4, 7)
+    with pytest.raises(SystemExit):
+        stopped(tmp_path / "run", data, 3, monkeypatch, *flags)
+    assert metrics(tmp_path / "run")[-1] == {"step": 3, "skipped": 1}
+    bad_steps(3, 4, 7, first=4)
+    train_run(tmp_path / "run", data, *flags, "--resume=auto")
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_with_its_checkpoint(bad_steps, data, tmp_path):
+    bad_steps(2, 3, 5, 6, 7)
+    words = r"3 steps in a row, the last of them 7, .* last good loss logged is 5\.\d+: the checkpoint of step 6 is kept"
+    with pytest.raises(UserError, match=words) as e:
+        train_run(tmp_path / "run", data, "--max_bad_steps=3", "--save_interval=2")
+    assert len(str(e.value)) < 400
+    saved = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+    assert saved["step"] == 6 and all(t.isfinite().all() for t in saved["model"].values())
+
+
+def test_a_spike_of_the_loss_is_recorded_also_after_a_resume(data, tmp_path, monkeypatch):
+    """The losses are 3 but for that of step 30, which is 9 and the only spike, interrupted before it or not."""
+    real = run.is_spike
+    monkeypatch.setattr(run, "is_spike", lambda losses, loss: real([3.0] * len(losses), 9.0 if spiking[0] else 3.0))
+    spiking, step = [False], run.Log.step
+
+    def log_step(self, number, *args):
+        spiking[0] = number == 30
+        step(self, number, *args)
+    monkeypatch.setattr(run.Log, "step", log_step)
+    flags = ["--max_tokens=5120"]  # 40 steps
+    whole = train_run(tmp_path / "whole", data, *flags)
+    assert [r["step"] for r in metrics(whole) if "spike" in r] == [30]
+    with pytest.raises(SystemExit):
+        stopped(tmp_path / "run", data, 25, monkeypatch, *flags)
+    assert_same_run(train_run(tmp_path / "run", data, *flags, "--resume=auto"), whole)
 
 
 def test_a_final_loss_that_is_not_finite_is_no_result(cli, finished, data, tmp_path, monkeypatch):
@@ -473,21 +347,52 @@ def test_each_dropout_acts_in_training_alone(monkeypatch):
     """On the embeddings and on both branches of each of 3 blocks: what any of these 7 draws changes the output."""
     cfg = tiny("--dropout=0.3", "--vocab_size=61")
     gpt, tokens, calls, zeroed = random_model(cfg).float(), torch.randint(61, (2, 16)), [], None
+    keys = schedule.dropout_keys(dataclasses.replace(cfg, micro_batch_size=2, batch_size=2), 3, ALONE)[0]
 
-    def dropout(x, p, training, inplace=False):
-        calls.append((tuple(x.shape), p, training))
+    def dropout(x, p, drawn):
+        calls.append((tuple(x.shape), p, drawn.tolist()))
         return x * 0 if len(calls) - 1 == zeroed else x
-    monkeypatch.setattr(F, "dropout", dropout)
+    monkeypatch.setattr(model_file, "dropout", dropout)
     with torch.no_grad():
-        whole = gpt.train()(tokens)
-        assert calls == [((2, 16, 32), 0.3, True)] * 7
+        whole = gpt.train()(tokens, keys=keys)
+        assert calls == [((2, 16, 32), 0.3, key.tolist()) for key in keys] and len(calls) == 7
         for zeroed in range(7):
             calls.clear()
-            assert not torch.allclose(gpt(tokens), whole, atol=1e-3), zeroed
-        zeroed = None
+            assert not torch.allclose(gpt(tokens, keys=keys), whole, atol=1e-3), zeroed
+        with pytest.raises(AssertionError, match="needs keys"):
+            gpt(tokens)
         calls.clear()
         gpt.eval()(tokens)
-        assert [training for _, _, training in calls] == [False] * 7
+        assert not calls
+
+
+def test_dropout_keeps_a_share_of_the_entries_by_place_and_key():
+    """Each key's mask against the others and itself shifted: as independent as coins; the kept are divided by 1 - p."""
+    keys = schedule.dropout_keys(tiny("--dropout=0.3", "--n_layer=2"), 5, ALONE).flatten()        # 2 x 5 x 4
+    x = torch.ones(len(keys), 64, 48)
+    y = model_file.dropout(x, 0.3, keys)
+    kept = y != 0
+    assert torch.equal(y[kept], torch.full((int(kept.sum()),), 1 / 0.7)) and len(keys) == 40
+    share = kept.float().mean((1, 2))                                                             # of 3072 entries
+    assert (share - 0.7).abs().max() < 4 * (0.21 / 3072) ** 0.5 and abs(share.mean() - 0.7) < 0.005
+    masks = kept.flatten(1).double() - 0.7
+    shifted = torch.stack([masks[0].roll(n) for n in (1, 2, 47, 48, 49, 64, 1024)])
+    correlation = torch.cat((masks, shifted)) @ torch.cat((masks, shifted)).T / (0.21 * 3072)
+    assert (correlation - torch.eye(47)).abs().max() < 5 / 3072 ** 0.5
+    alone = torch.cat([model_file.dropout(x[i:i + 1], 0.3, keys[i:i + 1]) for i in range(40)])
+    assert torch.equal(alone, y)                                                                  # whatever the batch
+
+
+def test_the_hash_of_dropout_is_one_to_one_and_that_of_its_paper():
+    """Against the same in Python's integers."""
+    def by_hand(x):
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+            x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+        return x
+    values = [0, 1, 2, 12345, 2**31 - 1, 2**31, 2**32 - 1, 0xDEADBEEF]
+    got = model_file.scramble(torch.tensor([v - 2**32 if v >= 2**31 else v for v in values], dtype=torch.int32))
+    assert [int(v) % 2**32 for v in got] == [by_hand(v) for v in values]
+    assert len(model_file.scramble(torch.arange(100_000, dtype=torch.int32)).unique()) == 100_000
 
 
 def test_the_seed_is_that_of_the_first_weights(data, tmp_path):
@@ -616,7 +521,7 @@ def test_one_compilation_per_phase_and_variant(data, tmp_path, monkeypatch):
 
     def train_step(*args):
         result = real(*args)
-        after.append((len(graphs), args[-1]))
+        after.append((len(graphs), args[7]))
         return result
 
     torch._dynamo.reset()
@@ -640,7 +545,7 @@ def test_one_compilation_per_phase_and_variant(data, tmp_path, monkeypatch):
 
 
 def test_a_compiled_block_uses_one_dropout_mask_in_forward_and_recomputed_backward(monkeypatch):
-    """Central differences under one seed, in float64: they see the forward's mask alone."""
+    """Central differences with one set of keys, in float64: they see the forward's mask alone."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
     gpt = random_model(tiny(*LOWRANK, "--vocab_size=61", "--dropout=0.4")).double().train()
@@ -648,9 +553,10 @@ def test_a_compiled_block_uses_one_dropout_mask_in_forward_and_recomputed_backwa
     tokens = torch.randint(61, (4, 16), generator=torch.Generator().manual_seed(0))
     weight = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
+    keys = schedule.dropout_keys(tiny("--dropout=0.4"), 0, ALONE)[0]
+
     def value():
-        torch.manual_seed(5)
-        return (gpt.hidden(tokens) * weight).sum()
+        return (gpt.hidden(tokens, keys=keys) * weight).sum()
 
     value().backward()
     for name, p in gpt.named_parameters():
