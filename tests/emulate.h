@@ -1,5 +1,6 @@
 // What ops/megakernel.cu needs of a GPU, for a CPU. Every thread of every thread block is a fiber, all in one thread of
 // the host. A fiber runs until it has to wait; the next warp is drawn at random. Asynchronous copies end at random.
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -18,6 +19,7 @@
 
 struct uint3_ { unsigned x; };
 struct uint4 { unsigned x, y, z, w; };
+struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 
 struct Meeting {  // of n fibers
@@ -29,6 +31,7 @@ struct Block {
     Meeting all, consumers;
     std::vector<Meeting> warps;
     std::vector<float> shuffled;  // [generation of the warp % 2][thread]
+    std::vector<std::array<unsigned, 6>> fragments;  // of mma, as shuffled
 };
 struct Copy { void* to; const void* from; int bytes; unsigned long long* barrier; };
 struct Fiber {
@@ -40,6 +43,8 @@ struct Fiber {
 
 static std::vector<Fiber> fibers;
 static std::vector<Block> blocks;
+static std::vector<Meeting> clusters;
+static unsigned cluster_size = 1;  // thread blocks
 static std::vector<Copy> copies;
 static Fiber* current;
 static ucontext_t scheduler;
@@ -67,6 +72,33 @@ inline float shuffle(float value, int mask) {
     meet(my_warp());
     return values[threadIdx.x ^ mask];
 }
+
+inline float of_bf16(unsigned bits) {
+    float a;
+    return bits <<= 16, memcpy(&a, &bits, 4), a;
+}
+inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    auto* all = my_block().fragments.data() + my_warp().generation % 2 * blockDim.x;
+    all[threadIdx.x] = {a0, a1, a2, a3, b0, b1};
+    meet(my_warp());
+    all += threadIdx.x / 32 * 32;
+    unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    for (unsigned i = 0; i < 4; i++)
+        for (unsigned k = 0; k < 16; k++) {  // c[i]: row g or g + 8, column 2 t or 2 t + 1
+            unsigned a = all[g * 4 + k % 8 / 2][i / 2 + k / 8 * 2], b = all[(2 * t + i % 2) * 4 + k % 8 / 2][4 + k / 8];
+            c[i] += of_bf16(a >> k % 2 * 16 & 0xffff) * of_bf16(b >> k % 2 * 16 & 0xffff);
+        }
+}
+inline int cluster_rank() { return blockIdx.x % cluster_size; }
+inline void cluster_sync() { meet(clusters[blockIdx.x / cluster_size]); }
+inline float of_cluster(const float* p, int rank) {
+    char* there = blocks[blockIdx.x / cluster_size * cluster_size + rank].memory.data();
+    char* here = my_block().memory.data();
+    auto start = [](char* memory) { return (char*)(((uintptr_t)memory + 127) / 128 * 128); };
+    return *(float*)(start(there) + ((char*)p - start(here)));
+}
+inline void start_next() {}
+inline void wait_for_input() {}
 
 // a barrier in shared memory: arrivals expected, arrivals missing, bytes missing, phase
 struct Barrier { int16_t arrivals, missing; int32_t bytes : 31; uint32_t phase : 1; };
@@ -121,13 +153,15 @@ extern "C" void launch(int grid, int threads, int shared, int consumers, unsigne
     random_numbers.seed(seed);
     blockDim.x = threads;
     blocks = std::vector<Block>(grid);
+    clusters = std::vector<Meeting>(grid / cluster_size);
+    for (auto& c : clusters) c.n = cluster_size * threads;
     fibers = std::vector<Fiber>(grid * threads);
     for (auto& b : blocks) {
         b.memory = std::vector<char>(shared + 128, (char)0xff);  // NaN until something is written
         b.all.n = threads, b.consumers.n = consumers;
         b.warps.resize(threads / 32);
         for (auto& w : b.warps) w.n = 32;
-        b.shuffled.resize(2 * threads);
+        b.shuffled.resize(2 * threads), b.fragments.resize(2 * threads);
     }
     for (int i = 0; i < grid * threads; i++) {
         Fiber& f = fibers[i];
@@ -149,7 +183,10 @@ extern "C" void launch(int grid, int threads, int shared, int consumers, unsigne
         Block& block = blocks[fibers[first].block.x];
         unsigned met, turns = 1 + random_numbers() % 32;
         Meeting& warp = block.warps[first % threads / 32];
-        auto meetings = [&] { return block.all.generation + block.consumers.generation + warp.generation; };
+        auto meetings = [&] { 
+            return block.all.generation + block.consumers.generation + warp.generation
+                + clusters[fibers[first].block.x / cluster_size].generation;
+        };
         do {
             met = meetings();
             for (size_t i = first; i < first + 32; i++) {
