@@ -4,12 +4,14 @@
 // requests its weights, and attention the keys and values of earlier steps, before it waits for its input. So memory
 // does not idle between kernels.
 //
-// `linear` is y = act(norm(x) W^T + bias) + residual for TOKENS tokens, a multiple of 8. The weights of a thread block
-// (CTA) fit into its shared memory at once, so there is no ring: one copy a row, one barrier for 16 rows. A cluster of
-// SPLIT CTAs shares the columns of 16 TILES rows, and in each CTA KW warps do. mma's 16 rows are weights, its 8 columns
+// `linear` is y = act(norm(x) W^T + bias) + residual for TOKENS tokens, a multiple of 8. A cluster of SPLIT thread blocks
+// (CTAs) shares the columns of 16 TILES rows, and in each CTA WARPS warps do. mma's 16 rows are weights, its 8 columns
 // tokens. The columns of its operands may come in any order as long as both agree, so a thread loads 16 bytes of each
-// row and these are what it needs for two mmas. A warp keeps its columns of x in registers. Partial sums replace the
-// weights that they were made of. All sums have one order: a step repeats itself bit for bit.
+// row and these are what it needs for two mmas: it copies its own weights into shared memory, all at once, and waits
+// for no other thread before the sums of the warps are added. All sums have one order: a step repeats itself bit for bit.
+//
+// The norm comes after the product: W norm(x) = (W (gain x) - mean W gain) / deviation + W shift. Whoever writes x also
+// writes gain x and, for each 16 entries, their moments; W gain and W shift + bias are known before.
 //
 // The host defines one kernel, LINEAR, ATTENTION or EMBED, and its constants.
 
@@ -40,11 +42,14 @@ DEVICE void barrier_wait(u64* barrier, int phase) {
     asm volatile("{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                  "@done bra DONE;\nbra AGAIN;\nDONE:\n}" :: "r"(shared_address(barrier)), "r"(phase) : "memory");
 }
-DEVICE void copy_async(void* to, const void* from, int bytes, u64* barrier) {  // evict_first: L2 is for activations
+DEVICE void copy_16(void* to, const void* from) {  // evict_first: L2 is for activations
     asm volatile("{\n.reg .b64 once;\ncreatepolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
-                 "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                 "[%0], [%1], %2, [%3], once;\n}"
-                 :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+                 "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, once;\n}"
+                 :: "r"(shared_address(to)), "l"(from) : "memory");
+}
+DEVICE void end_of_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int n> DEVICE void wait_for_all_but() {  // the thread's last n groups of copies
+    asm volatile("cp.async.wait_group %0;" :: "n"(n) : "memory");
 }
 DEVICE void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -59,6 +64,15 @@ DEVICE int cluster_rank() {
 }
 DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+DEVICE void send(float4* to, const float4& value, u64* barrier, int rank) {  // to the same place in another CTA
+    asm volatile("{\n.reg .b32 there, signal;\nmapa.shared::cluster.u32 there, %0, %6;\n"
+                 "mapa.shared::cluster.u32 signal, %1, %6;\n"
+                 "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%2, %3, %4, %5}, [signal];"
+                 "\n}" :: "r"(shared_address(to)), "r"(shared_address(barrier)), "f"(value.x), "f"(value.y),
+                 "f"(value.z), "f"(value.w), "r"(rank) : "memory");
 }
 DEVICE float of_cluster(const float* p, int rank) {  // *p in the shared memory of another CTA of the cluster
     float value;
@@ -117,12 +131,12 @@ DEVICE Moments moments_of(float value) {  // of 16 neighbouring threads
 
 #ifdef EMBED
 // ---------------------------------------------------------------------------------------------------------------------
-// A CTA a token: x = wte[token] + wpe[position], and its moments. BATCH, WIDTH, THREADS, WPE.
+// A CTA a token: x = wte[token] + wpe[position], gain x, moments of x. BATCH, WIDTH, THREADS, WPE.
 
 struct Arguments {
     const long long *token, *position;
-    const bf16 *wte, *wpe;
-    bf16* x;
+    const bf16 *wte, *wpe, *gain;
+    bf16 *x, *scaled;
     Moments* moments;
 };
 
@@ -137,7 +151,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) embed(Arguments a) {
         float value = i < WIDTH && t < BATCH ? wide(word[i].bits) + (WPE ? wide(place[i].bits) : 0) : 0;
         value = rounded(value);
         Moments m = moments_of(value);
-        if (i < WIDTH) a.x[t * WIDTH + i].bits = narrow(value);
+        if (i < WIDTH) {
+            a.x[t * WIDTH + i].bits = narrow(value);
+            a.scaled[t * WIDTH + i].bits = narrow(value * wide(a.gain[i].bits));
+        }
         if (i < WIDTH && i % 16 == 0) a.moments[(t * WIDTH + i) / 16] = m;
     }
 }
@@ -146,78 +163,77 @@ extern "C" __global__ void __launch_bounds__(THREADS) embed(Arguments a) {
 
 #ifdef LINEAR
 // ---------------------------------------------------------------------------------------------------------------------
-// A linear. TOKENS, ROWS and K of each of BLOCKS blocks, SPREAD, TILES, SPLIT, KW, RW, NORM, ACT, BIAS, RESIDUAL,
-// MOMENTS (whether it writes them). Block b maps columns b K to (b + 1) K of x. Row j's output goes to place
-// j % SPREAD * (all rows / SPREAD) + j / SPREAD.
+// A linear. TOKENS, ROWS and K of each of BLOCKS blocks, SPREAD, TILES, SPLIT, WARPS, NORM (of x), ACT, BIAS, RESIDUAL
+// (also: whether it writes moments and gain y, for the next norm). Block b maps columns b K to (b + 1) K of x. Row j's
+// output goes to place j % SPREAD * (all rows / SPREAD) + j / SPREAD.
 
-constexpr int WARPS = KW * RW, THREADS = 32 * WARPS, NT = TOKENS / 8;
+constexpr int THREADS = 32 * WARPS, NT = TOKENS / 8, PAIRS = TILES * NT;  // of a tile and 8 tokens
 constexpr int ALL = ROWS * BLOCKS, IN = K * BLOCKS, OUT = ACT == SWIGLU ? ALL / 2 : ALL;
-constexpr int COLUMNS = K / SPLIT, SLICE = COLUMNS / KW, CHUNKS = SLICE / 32;  // of a CTA; of a warp; 32 columns
-constexpr int PITCH = 2 * COLUMNS + (COLUMNS % 64 ? 0 : 64);  // bytes: 8 rows' pieces lie in different banks
-constexpr int CLUSTERS = ROWS / (16 * TILES);                 // of a block
-constexpr int COUNT = TILES * TOKENS / SPLIT;                 // pairs of tile and token that a CTA finishes
-constexpr int EACH = (COUNT + THREADS / 16 - 1) / (THREADS / 16);
-constexpr int PARTS = IN / 16;                                // whose moments the norm joins
-static_assert(K % (32 * SPLIT * KW) == 0 && ROWS % (16 * TILES) == 0 && TILES * TOKENS % SPLIT == 0, "tiles divide");
-static_assert(SLICE >= 2 * TOKENS, "partial sums replace weights");
+constexpr int COLUMNS = K / SPLIT, CHUNKS = (COLUMNS / 32 + WARPS - 1) / WARPS;  // of a CTA; of a warp, 32 columns each
+constexpr int BESIDE = COLUMNS % (64 * WARPS) ? 1 : 2;    // chunks of a warp that lie side by side: whole lines of L2
+constexpr int AHEAD = CHUNKS < 16 / NT ? CHUNKS : 16 / NT;  // chunks of x that a warp loads ahead
+constexpr int CTAS = (ROWS / 16 + TILES - 1) / TILES;     // clusters of a block
+constexpr int AREA = CHUNKS * TILES * 2 > PAIRS ? CHUNKS * TILES * 2 : PAIRS;  // of a warp, 512 bytes each
+constexpr int OWN = (PAIRS + SPLIT - 1) / SPLIT;          // pairs that a CTA of the cluster finishes
+constexpr int EACH = (OWN + WARPS - 1) / WARPS;           // and a warp
+constexpr int PARTS = IN / 16;                            // whose moments the norm joins
+static_assert(COLUMNS % 32 == 0 && ROWS % 16 == 0 && TILES <= 2 * WARPS, "tiles divide");
 
 struct Arguments {
-    const bf16 *x, *w, *bias, *gain, *shift, *residual;
+    const bf16 *x, *w, *bias, *gain, *residual;
+    const float* of_norm;  // W gain, then W shift + bias, by place
     const Moments* moments;
-    bf16* y;
+    bf16 *y, *scaled;
     Moments* new_moments;
     float eps;
 };
 
 struct Shared {
-    u64 full[TILES];
-    float bias[16 * TILES];
+    u64 full;
+    float bias[16 * TILES], gain[16 * TILES];  // gain: W gain, or the gain of the next norm
     float mean[TOKENS], scale[TOKENS];
-    alignas(16) bf16 gain[NORM ? COLUMNS : 8], shift[NORM ? COLUMNS : 8];
-    alignas(128) char weights[16 * TILES * PITCH];
+    float4 received[SPLIT > 1 ? SPLIT * OWN : 1][32];
+    alignas(128) uint4 area[WARPS][AREA][32];
 };
 extern "C" __device__ const int needed_bytes = sizeof(Shared);
 
 struct Work {  // of a CTA
-    int rank, block, first;
+    int rank, block, first, tiles;
     DEVICE Work() {
         rank = SPLIT > 1 ? cluster_rank() : 0;
         int cluster = blockIdx.x / SPLIT;
-        block = cluster / CLUSTERS, first = cluster % CLUSTERS * TILES;
+        block = cluster / CTAS, first = cluster % CTAS * TILES;
+        tiles = ROWS / 16 % TILES && ROWS / 16 - first < TILES ? ROWS / 16 - first : TILES;
     }
     DEVICE int row(int tile, int i) const {  // of all; swiglu: 8 rows of gates, the 8 values that they belong to
-        tile += first;
+        tile += tile < tiles ? first : 0;
         return block * ROWS + (ACT == SWIGLU ? tile * 8 + i % 8 + i / 8 * (ROWS / 2) : tile * 16 + i);
     }
     DEVICE int place(int row) const { return row % SPREAD * (ALL / SPREAD) + row / SPREAD; }
 };
 
-DEVICE void request_weights(Shared& shared, const Work& work, const bf16* w) {  // one warp
-    if (threadIdx.x == 0)
-        for (int tile = 0; tile < TILES; tile++) {
-            barrier_init(shared.full + tile, 1);
-            barrier_expect(shared.full + tile, 16 * 2 * COLUMNS);
-        }
-    __syncwarp();
-    for (int i = threadIdx.x; i < 16 * TILES; i += 32)
-        copy_async(shared.weights + i * PITCH, w + (long long)work.row(i / 16, i % 16) * K + work.rank * COLUMNS,
-                   2 * COLUMNS, shared.full + i / 16);
+DEVICE int column_of(int chunk) {
+    return ((chunk / BESIDE * WARPS + threadIdx.x / 32) * BESIDE + chunk % BESIDE) * 32 + threadIdx.x % 4 * 8;
 }
 
-DEVICE void load_vectors(Shared& shared, const Work& work, const Arguments& a) {
-    for (int i = threadIdx.x; i < 16 * TILES; i += THREADS)
-        shared.bias[i] = BIAS ? wide(a.bias[work.place(work.row(i / 16, i % 16))].bits) : 0;
-    if (NORM)
-        for (int i = 8 * threadIdx.x; i < COLUMNS; i += 8 * THREADS) {
-            int column = work.block * K + work.rank * COLUMNS + i;
-            *(uint4*)(shared.gain + i) = piece(a.gain + column);
-            *(uint4*)(shared.shift + i) = a.shift ? piece(a.shift + column) : uint4{0, 0, 0, 0};
-        }
+DEVICE bool there(int chunk) { return COLUMNS % (32 * WARPS) == 0 || column_of(chunk) < COLUMNS; }
+
+DEVICE void request_weights(uint4 (&area)[AREA][32], const Work& work, const bf16* w) {
+    int lane = threadIdx.x % 32;
+    UNROLL for (int c = 0; c < CHUNKS; c++) {
+        UNROLL for (int tile = 0; tile < TILES; tile++)
+            UNROLL for (int half = 0; half < 2; half++)
+                if (tile < work.tiles && there(c))
+                    copy_16(&area[(c * TILES + tile) * 2 + half][lane],
+                            w + (long long)work.row(tile, lane / 4 + 8 * half) * K + work.rank * COLUMNS + column_of(c));
+        end_of_group();
+    }
 }
 
 DEVICE void join_moments(Shared& shared, const Arguments& a) {  // a warp a token
     int lane = threadIdx.x % 32;
-    for (int t = threadIdx.x / 32; t < TOKENS; t += WARPS) {
+    _Pragma("unroll 4") for (int i = 0; i < (TOKENS + WARPS - 1) / WARPS; i++) {
+        int t = i * WARPS + threadIdx.x / 32 < TOKENS ? i * WARPS + threadIdx.x / 32 : TOKENS - 1;
         float mean = 0, squares = 0;
         Moments m[(PARTS + 31) / 32];
         UNROLL for (int i = 0; i < (PARTS + 31) / 32; i++) {
@@ -234,42 +250,26 @@ DEVICE void join_moments(Shared& shared, const Arguments& a) {  // a warp a toke
     }
 }
 
-DEVICE void normalise(uint4 (&x)[CHUNKS][NT], const Shared& shared, int column, int token) {
-    UNROLL for (int c = 0; c < CHUNKS; c++) {
-        float gain[8], shift[8], v[8];
-        unpack(piece(shared.gain + column + c * 32), gain);
-        unpack(piece(shared.shift + column + c * 32), shift);
-        UNROLL for (int n = 0; n < NT; n++) {
-            float mean = shared.mean[n * 8 + token], scale = shared.scale[n * 8 + token];
-            unpack(x[c][n], v);
-            UNROLL for (int i = 0; i < 8; i++) v[i] = (v[i] - mean) * scale * gain[i] + shift[i];
-            x[c][n] = pack(v);
-        }
-    }
+DEVICE void load_x(uint4 (&x)[NT], const bf16* from, int chunk) {
+    UNROLL for (int n = 0; n < NT; n++)
+        x[n] = there(chunk) ? fresh(from + n * 8 * IN + column_of(chunk)) : uint4{0, 0, 0, 0};
 }
 
-// Where the partial sum of a row of a tile and a token stands, for a warp's slice; turned by the row, so that threads
-// that read neighbouring rows use different banks.
-DEVICE float* partial(Shared& shared, int tile, int i, int slice, int token) {
-    return (float*)(shared.weights + (tile * 16 + i) * PITCH + slice * 2 * SLICE) + (token + i / 2 * 2) % TOKENS;
-}
-
-DEVICE void multiply(Shared& shared, const uint4 (&x)[CHUNKS][NT], int tile, int slice) {
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const char* rows = shared.weights + (tile * 16 + g) * PITCH + slice * 2 * SLICE + t * 16;
-    float sums[NT][4] = {};
-    UNROLL for (int c = 0; c < CHUNKS; c++) {
-        uint4 upper = *(const uint4*)(rows + c * 64), lower = *(const uint4*)(rows + 8 * PITCH + c * 64);
-        UNROLL for (int n = 0; n < NT; n++) {
-            mma(sums[n], upper.x, lower.x, upper.y, lower.y, x[c][n].x, x[c][n].y);
-            mma(sums[n], upper.z, lower.z, upper.w, lower.w, x[c][n].z, x[c][n].w);
+template <int c>
+DEVICE void multiply(float (&sums)[TILES][NT][4], uint4 (&x)[AHEAD][NT], const uint4 (&area)[AREA][32], const bf16* from) {
+    int lane = threadIdx.x % 32;
+    wait_for_all_but<CHUNKS - 1 - c>();
+    if (there(c))
+        UNROLL for (int tile = 0; tile < TILES; tile++) {
+            uint4 upper = area[(c * TILES + tile) * 2][lane], lower = area[(c * TILES + tile) * 2 + 1][lane];
+            UNROLL for (int n = 0; n < NT; n++) {
+                const uint4& b = x[c % AHEAD][n];
+                mma(sums[tile][n], upper.x, lower.x, upper.y, lower.y, b.x, b.y);
+                mma(sums[tile][n], upper.z, lower.z, upper.w, lower.w, b.z, b.w);
+            }
         }
-    }
-    __syncwarp();
-    UNROLL for (int n = 0; n < NT; n++) {
-        *(float2*)partial(shared, tile, g, slice, n * 8 + 2 * t) = float2{sums[n][0], sums[n][1]};
-        *(float2*)partial(shared, tile, g + 8, slice, n * 8 + 2 * t) = float2{sums[n][2], sums[n][3]};
-    }
+    if constexpr (c + AHEAD < CHUNKS) load_x(x[c % AHEAD], from, c + AHEAD);
+    if constexpr (c + 1 < CHUNKS) multiply<c + 1>(sums, x, area, from);
 }
 
 DEVICE float activate(float a) {
@@ -278,66 +278,100 @@ DEVICE float activate(float a) {
     return a;
 }
 
-DEVICE float sum_of_slices(Shared& shared, int tile, int i, int token) {
-    float sum = 0;
-    UNROLL for (int s = 0; s < KW; s++) sum += *partial(shared, tile, i, s, token);
+DEVICE float4 plus(const float4& a, const float4& b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
+
+DEVICE float4 sum_of_warps(Shared& shared, int pair) {
+    float4 sum = {0, 0, 0, 0};
+    UNROLL for (int w = 0; w < WARPS; w++) sum = plus(sum, *(const float4*)&shared.area[w][pair][threadIdx.x % 32]);
     return sum;
+}
+
+// Of the cluster: pair p belongs to CTA p % SPLIT, and there to warp p / SPLIT % WARPS.
+DEVICE float4 sum_of_cluster(Shared& shared, int own) {
+    float4 sum = {0, 0, 0, 0};
+    UNROLL for (int r = 0; r < SPLIT; r++) sum = plus(sum, shared.received[r * OWN + own][threadIdx.x % 32]);
+    return sum;
+}
+
+// A thread's share of a pair: rows g and g + 8 of a tile, for two tokens each
+DEVICE void finish(const Shared& shared, const Work& work, const Arguments& a, int pair, const float4& sum,
+                   const float (&residual)[4]) {
+    int g = threadIdx.x % 32 / 4, tile = pair / NT, t = pair % NT * 8 + threadIdx.x % 4 * 2;
+    float value[4] = {sum.x, sum.y, sum.z, sum.w};
+    UNROLL for (int i = 0; i < 4; i++) {
+        int row = tile * 16 + g + i / 2 * 8, token = t + i % 2;
+        if (NORM) value[i] = (value[i] - shared.mean[token] * shared.gain[row]) * shared.scale[token];
+        value[i] = activate(value[i] + shared.bias[row]) + residual[i];
+    }
+    UNROLL for (int i = 0; i < (ACT == SWIGLU ? 2 : 4); i++) {
+        if (ACT == SWIGLU) value[i] = value[i] / (1 + __expf(-value[i])) * value[i + 2];
+        int place = (t + i % 2) * OUT + work.place(work.row(tile, g + i / 2 * 8));
+        a.y[place].bits = narrow(value[i]);
+        if (RESIDUAL) a.scaled[place].bits = narrow(rounded(value[i]) * shared.gain[tile * 16 + g + i / 2 * 8]);
+    }
+    if (RESIDUAL)
+        UNROLL for (int i = 0; i < 2; i++) {
+            float upper = rounded(value[i]), lower = rounded(value[i + 2]), sum = upper + lower;
+            UNROLL for (int o = 4; o < 32; o *= 2) sum += shuffle(sum, o);
+            float mean = sum / 16, squares = (upper - mean) * (upper - mean) + (lower - mean) * (lower - mean);
+            UNROLL for (int o = 4; o < 32; o *= 2) squares += shuffle(squares, o);
+            if (g == 0) a.new_moments[(t + i) * (ALL / 16) + (work.block * ROWS) / 16 + work.first + tile] = {mean, squares};
+        }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) linear(Arguments a) {
     Shared& shared = *(Shared*)shared_memory();
     Work work;
-    int warp = threadIdx.x / 32, slice = warp % KW, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     start_next();
-    if (warp == 0) request_weights(shared, work, a.w);
-    load_vectors(shared, work, a);
+    request_weights(shared.area[warp], work, a.w);
+    if (SPLIT > 1) {
+        int own = (PAIRS - work.rank + SPLIT - 1) / SPLIT;
+        if (threadIdx.x == 0) barrier_init(&shared.full, 1), barrier_expect(&shared.full, own * SPLIT * 512);
+        __syncwarp();
+        cluster_arrive();
+    }
+    float bias = 0, gain = 0;  // of row threadIdx.x
+    if (threadIdx.x < 16 * TILES) {
+        int place = work.place(work.row(threadIdx.x / 16, threadIdx.x % 16));
+        gain = NORM ? a.of_norm[place] : RESIDUAL ? wide(a.gain[place].bits) : 0;
+        bias = NORM ? a.of_norm[ALL + place] : BIAS ? wide(a.bias[place].bits) : 0;
+    }
     wait_for_input();
 
-    int column = slice * SLICE + t * 8, half = threadIdx.x / 16, i = threadIdx.x % 16;
-    uint4 x[CHUNKS][NT];
-    UNROLL for (int c = 0; c < CHUNKS; c++)
-        UNROLL for (int n = 0; n < NT; n++)
-            x[c][n] = fresh(a.x + (n * 8 + g) * IN + work.block * K + work.rank * COLUMNS + column + c * 32);
-    float residual[EACH];
-    UNROLL for (int e = 0; e < EACH; e++) {
-        int item = (half + e * (THREADS / 16)) * SPLIT + work.rank;
-        if (RESIDUAL && item < TILES * TOKENS)
-            residual[e] = fresh_value(a.residual + item % TOKENS * OUT + work.place(work.row(item / TOKENS, i)));
-    }
+    const bf16* from = a.x + g * IN + work.block * K + work.rank * COLUMNS;
+    uint4 x[AHEAD][NT];
+    UNROLL for (int c = 0; c < AHEAD; c++) load_x(x[c], from, c);
+    float residual[EACH][4] = {};
+    if (RESIDUAL)
+        UNROLL for (int e = 0; e < EACH; e++)
+            UNROLL for (int i = 0; i < 4; i++) {
+                int pair = (e * WARPS + warp) * SPLIT + work.rank, tile = pair / NT;
+                int token = pair % NT * 8 + t * 2 + i % 2;
+                if (pair < PAIRS && tile < work.tiles)
+                    residual[e][i] = fresh_value(a.residual + token * OUT + work.place(work.row(tile, g + i / 2 * 8)));
+            }
     if (NORM) join_moments(shared, a);
-    __syncthreads();  // also: the barriers are there
-    if (NORM) normalise(x, shared, column, g);
-
-    UNROLL for (int tile = warp / KW; tile < TILES; tile += RW) {
-        barrier_wait(shared.full + tile, 0);
-        multiply(shared, x, tile, slice);
-    }
+    if (threadIdx.x < 16 * TILES) shared.bias[threadIdx.x] = bias, shared.gain[threadIdx.x] = gain;
+    float sums[TILES][NT][4] = {};
+    multiply<0>(sums, x, shared.area[warp], from);
+    UNROLL for (int tile = 0; tile < TILES; tile++)
+        UNROLL for (int n = 0; n < NT; n++)
+            *(float4*)&shared.area[warp][tile * NT + n][lane] =
+                float4{sums[tile][n][0], sums[tile][n][1], sums[tile][n][2], sums[tile][n][3]};
     __syncthreads();
-    if (SPLIT > 1) {  // the sums of a CTA's columns, where other CTAs find them
-        for (int item = half; item < TILES * TOKENS; item += THREADS / 16) {
-            int tile = item / TOKENS, token = item % TOKENS;
-            *partial(shared, tile, i, 0, token) = sum_of_slices(shared, tile, i, token);
-        }
-        cluster_sync();
+    if (SPLIT > 1) {
+        cluster_wait();  // the others' barriers are there
+        for (int pair = warp; pair < PAIRS; pair += WARPS)
+            send(&shared.received[work.rank * OWN + pair / SPLIT][lane], sum_of_warps(shared, pair), &shared.full,
+                 pair % SPLIT);
+        barrier_wait(&shared.full, 0);
     }
-    UNROLL for (int e = 0; e < EACH; e++) {  // threads without a pair follow, since shuffles need all
-        int number = half + e * (THREADS / 16), item = (number < COUNT ? number : COUNT - 1) * SPLIT + work.rank;
-        int tile = item / TOKENS, token = item % TOKENS, row = work.row(tile, i), place = work.place(row);
-        float sum = 0;
-        if (SPLIT > 1)
-            UNROLL for (int r = 0; r < SPLIT; r++) sum += of_cluster(partial(shared, tile, i, 0, token), r);
-        else
-            sum = sum_of_slices(shared, tile, i, token);
-        float value = activate(sum + shared.bias[tile * 16 + i]);
-        if (ACT == SWIGLU) value = value / (1 + __expf(-value)) * shuffle(value, 8);
-        if (RESIDUAL) value += residual[e];
-        if (number < COUNT && (ACT != SWIGLU || i < 8)) a.y[token * OUT + place].bits = narrow(value);
-        if (MOMENTS) {
-            Moments m = moments_of(rounded(value));
-            if (number < COUNT && i == 0) a.new_moments[token * (OUT / 16) + row / 16] = m;
-        }
+    UNROLL for (int e = 0; e < EACH; e++) {
+        int own = e * WARPS + warp, pair = own * SPLIT + work.rank;
+        if (PAIRS % (SPLIT * WARPS) && pair >= PAIRS || pair / NT >= work.tiles) continue;
+        finish(shared, work, a, pair, SPLIT > 1 ? sum_of_cluster(shared, own) : sum_of_warps(shared, pair), residual[e]);
     }
-    if (SPLIT > 1) cluster_sync();  // no CTA ends while others read its sums
 }
 #endif
 
@@ -349,6 +383,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) linear(Arguments a) {
 // places at once.
 
 constexpr int THREADS = 32 * WARPS, GROUP = HEADS / KV, MEMBERS = D / 8, TEAMS = THREADS / MEMBERS;
+constexpr int EACH = (GROUP * D + SPLIT * THREADS - 1) / (SPLIT * THREADS);  // results of a thread
 constexpr float LEAST = -1e30f;  // a score of nothing
 
 struct Arguments {
@@ -461,11 +496,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(Arguments a) {
         load_places(k, keys, first, place);
         load_places(v, values, first, place);
     }
-    if (team == 0) {
-        *(uint4*)(keys + place * D) = pack(new_k);
-        *(uint4*)(values + place * D) = pack(new_v);
-    }
-
     UNROLL for (int g = 0; g < GROUP; g++) {
         UNROLL for (int o = MEMBERS; o < 32; o *= 2) {  // the teams of a warp
             float other[8];
@@ -479,8 +509,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(Arguments a) {
         }
     }
     SPLIT > 1 ? cluster_sync() : __syncthreads();
-    for (int n = rank * THREADS + threadIdx.x; n < GROUP * D; n += SPLIT * THREADS) {
-        int g = n / D, d = n % D;
+    float result[EACH];
+    UNROLL for (int e = 0; e < EACH; e++) {
+        int n = (e * SPLIT + rank) * THREADS + threadIdx.x, g = n / D % GROUP, d = n % D;
         float top = LEAST, total = 0, out = 0;
         UNROLL for (int r = 0; r < SPLIT; r++)
             UNROLL for (int w = 0; w < WARPS; w++) {
@@ -490,8 +521,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(Arguments a) {
                 total = total * mine + there(&shared.total[w][g]) * theirs;
                 out = out * mine + there(&shared.out[w][g][d]) * theirs, top = most;
             }
-        a.y[row * HEADS * D + head * GROUP * D + n].bits = narrow(out / total);
+        result[e] = out / total;
     }
-    if (SPLIT > 1) cluster_sync();  // no CTA ends while others read its part
+    if (SPLIT > 1) cluster_sync();  // no CTA ends while others read its part; before the stores, which it would wait for
+    UNROLL for (int e = 0; e < EACH; e++) {
+        int n = (e * SPLIT + rank) * THREADS + threadIdx.x;
+        if (n < GROUP * D) a.y[row * HEADS * D + head * GROUP * D + n].bits = narrow(result[e]);
+    }
+    if (team == 0) {
+        *(uint4*)(keys + place * D) = pack(new_k);
+        *(uint4*)(values + place * D) = pack(new_v);
+    }
 }
 #endif

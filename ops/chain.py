@@ -13,8 +13,6 @@ from structured import BlockShuffle, Structured
 
 BATCHES = range(5, 65)
 SHARED = 227 * 1024     # bytes of shared memory that a thread block may have
-REGISTERS = 128         # of a thread, for its columns of x
-WARPS = 8               # of a linear, about
 
 
 class Stage(NamedTuple):
@@ -40,45 +38,36 @@ def stages(linear):
 
 
 class Tiles(NamedTuple):
-    """A cluster of `split` thread blocks computes 16 `tiles` rows; of each kw x rw warps, kw share columns."""
+    """A cluster of `split` thread blocks of `warps` warps computes 16 `tiles` rows."""
     tiles: int
     split: int
-    kw: int
-    rw: int
+    warps: int
 
 
-def candidates(stage, tokens):
-    """All `Tiles` that chain.cu can compute a stage with, with what each costs a thread block: (Tiles, bytes of
-    weights, bytes of x, registers for x)."""
-    for split in (1, 2, 4, 8):
-        columns = stage.K // split
-        if stage.K % (32 * split):
-            continue
-        for kw in range(1, 17):
-            slice = columns // kw
-            registers = slice // 32 * tokens // 2
-            if columns % (32 * kw) or slice < 2 * tokens or registers > REGISTERS:
-                continue
-            rw = max(1, WARPS // kw)
-            for tiles in range(1, 65):
-                weights = 16 * tiles * (2 * columns + 64)
-                if stage.rows % (16 * tiles) == 0 and weights + 4 * columns < SHARED - 2048:
-                    yield Tiles(tiles, split, kw, min(rw, tiles)), weights, 2 * tokens * columns, registers
+def shared_bytes(stage, tiles, tokens):
+    """As sizeof(Shared) in chain.cu, about."""
+    pairs = tiles.tiles * tokens // 8
+    area = max(-(-stage.K // (32 * tiles.split * tiles.warps)) * tiles.tiles * 2, pairs)
+    return 512 * (tiles.warps * area + (pairs + 8 if tiles.split > 1 else 0)) + 128 * tiles.tiles + 8 * tokens + 16
+
+
+def possible(stage, tiles, tokens):
+    """Whether chain.cu can compute a stage so: whole tiles, and sums that fit into the registers."""
+    return (stage.rows % 16 == 0 and stage.K % (32 * tiles.split) == 0 and tiles.tiles <= stage.rows // 16
+            and tiles.tiles * tokens <= 256 and tiles.tiles <= 2 * tiles.warps
+            and shared_bytes(stage, tiles, tokens) <= SHARED)
 
 
 def plan(stage, tokens, multiprocessors):
-    """The `Tiles` of a stage, or None: one wave of thread blocks, or many small ones."""
-    def cost(candidate):  # about the bytes that pass in the time
-        tiles, weights, x, registers = candidate
-        blocks = stage.blocks * stage.rows // (16 * tiles.tiles) * tiles.split
-        threads = 32 * tiles.kw * tiles.rw
-        resident = max(1, min(SHARED // (weights + 4096), 2**16 // (threads * (registers + 64)), 4))
-        waves = -(-blocks // multiprocessors)
-        if waves > 1:
-            waves = max(blocks / multiprocessors * (1.0 if resident > 2 else 1.15 if resident > 1 else 1.5), resident)
-        cluster = 20_000 + 3000 * tiles.split if tiles.split > 1 else 0
-        return waves * (weights + x * tiles.rw) + cluster + 100 * max(0, registers - 64), abs(threads - 32 * WARPS)
-    return min(candidates(stage, tokens), key=cost, default=(None,))[0]
+    """The `Tiles` of a stage, or None: about a thread block for each multiprocessor."""
+    rows = stage.blocks * stage.rows // 16
+    for split in (1, 2, 4, 8):
+        tiles = max(1, -(-rows * split // multiprocessors))
+        warps = min(8, max(1, stage.K // (32 * split)))
+        if (tiles > 1 or rows * split >= multiprocessors // 3) and possible(stage, Tiles(tiles, split, warps), tokens):
+            return Tiles(tiles, split, warps)
+    small = (Tiles(1, split, min(8, max(1, stage.K // (32 * split)))) for split in (1, 2, 4, 8))
+    return next((t for t in small if possible(stage, t, tokens) and shared_bytes(stage, t, tokens) <= SHARED // 3), None)
 
 
 class Kernel(NamedTuple):
@@ -93,12 +82,12 @@ def define(**values):
     return "".join(f"#define {name} {value}\n" for name, value in values.items())
 
 
-def linear_kernel(stage, tiles, tokens, norm="NO_NORM", act="NONE", bias=False, residual=False, moments=False):
+def linear_kernel(stage, tiles, tokens, norm="NO_NORM", act="NONE", bias=False, residual=False):
     values = dict(LINEAR=1, TOKENS=tokens, ROWS=stage.rows, K=stage.K, BLOCKS=stage.blocks, SPREAD=stage.spread,
-                  TILES=tiles.tiles, SPLIT=tiles.split, KW=tiles.kw, RW=tiles.rw, NORM=norm, ACT=act, BIAS=int(bias),
-                  RESIDUAL=int(residual), MOMENTS=int(moments))
-    grid = stage.blocks * stage.rows // (16 * tiles.tiles) * tiles.split
-    return Kernel(define(**values), "linear", grid, tiles.split, 32 * tiles.kw * tiles.rw)
+                  TILES=tiles.tiles, SPLIT=tiles.split, WARPS=tiles.warps, NORM=norm, ACT=act, BIAS=int(bias),
+                  RESIDUAL=int(residual))
+    grid = stage.blocks * -(-stage.rows // (16 * tiles.tiles)) * tiles.split
+    return Kernel(define(**values), "linear", grid, tiles.split, 32 * tiles.warps)
 
 
 def attention_kernel(cfg, batch, length, split, warps=8, passes=8):
@@ -115,7 +104,7 @@ def embed_kernel(cfg, batch, tokens):
 
 class Linear(ctypes.Structure):
     """As Arguments of `linear` in chain.cu."""
-    _fields_ = [(name, ctypes.c_void_p) for name in "x w bias gain shift residual moments y new_moments".split()]
+    _fields_ = [(name, ctypes.c_void_p) for name in "x w bias gain residual of_norm moments y scaled new_moments".split()]
     _fields_ += [("eps", ctypes.c_float)]
 
 
@@ -124,7 +113,7 @@ class Attention(ctypes.Structure):
 
 
 class Embed(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in "token position wte wpe x moments".split()]
+    _fields_ = [(name, ctypes.c_void_p) for name in "token position wte wpe gain x scaled moments".split()]
 
 
 def pointers(kind, *tensors, **others):
@@ -178,6 +167,19 @@ def launch(kernel, arguments, device):
     checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(address), 0))
 
 
+def of_norm(stage, norm, bias):
+    """(2, all rows) in float32, by place: W gain, and W shift + bias."""
+    shift = getattr(norm, "bias", None)
+    vectors = torch.stack([norm.weight, torch.zeros_like(norm.weight) if shift is None else shift]).double()
+    vectors = vectors.view(2, stage.blocks, stage.K).permute(1, 2, 0)                              # (blocks, K, 2)
+    rows = stage.weights.view(stage.blocks, stage.rows, stage.K).split(1024, dim=1)                # in parts: less memory
+    products = torch.cat([w.double() @ vectors for w in rows], dim=1)                              # (blocks, rows, 2)
+    both = products.view(-1, stage.spread, 2).transpose(0, 1).reshape(-1, 2).T.contiguous()
+    if bias is not None:
+        both[1] += bias
+    return both.float()
+
+
 class Step:
     """model.step for one token of each of 5 to 64 sequences: step(tokens (B, 1), cache) -> logits (B, vocab_size)."""
 
@@ -187,7 +189,7 @@ class Step:
         self.batch = len(cache.position)
         self.tokens = tokens = -(-self.batch // 8) * 8
         self.sms = multiprocessors or torch.cuda.get_device_properties(self.device).multi_processor_count
-        self.plans, self.kernels = plans, []
+        self.plans, self.kernels, self.vectors = plans, [], []
         self.norm = "LAYER_NORM" if cfg.norm == "layernorm" else "RMS_NORM"
         layers = linears(model, self.batch)
 
@@ -195,7 +197,7 @@ class Step:
             return torch.zeros(tokens, width, device=self.device, dtype=dtype)
 
         rank = max([16] + [s.blocks * s.rows for layer in layers for m in layer for s in stages(m)[:-1]])
-        self.x, self.qkv = buffer(cfg.n_embd), buffer(model.blocks[0].attn.qkv.out_features)
+        self.x, self.scaled, self.qkv = *(buffer(cfg.n_embd) for _ in range(2)), buffer(layers[0][0].out_features)
         self.attended, self.hidden, self.rank = buffer(cfg.attn_dim), buffer(cfg.ffn_dim), buffer(rank)
         self.moments, self.logits = buffer(cfg.n_embd // 8, torch.float32), buffer(cfg.vocab_size)
         self.first = embed_kernel(cfg, self.batch, tokens)
@@ -203,36 +205,40 @@ class Step:
         split = max(s for s in (1, 2, 4, 8) if s == 1 or s * pairs <= self.sms)
         group = cfg.n_head // cfg.n_kv_head
         attention = attention_kernel(cfg, self.batch, cache.length, split, passes=8 if group <= 2 else 4)
-        for block, (k, v), (qkv, proj, fc1, fc2) in zip(model.blocks, cache.layers, layers):
-            self.add(qkv, self.x, self.qkv, norm=block.norm1)
+        norms = [n for block in model.blocks for n in (block.norm1, block.norm2)] + [model.norm]
+        for i, (block, (k, v), (qkv, proj, fc1, fc2)) in enumerate(zip(model.blocks, cache.layers, layers)):
+            self.add(qkv, self.scaled, self.qkv, block.norm1)
             self.kernels.append((attention, pointers(Attention, self.qkv, model.cos, model.sin, cache.position, k, v,
                                                      self.attended)))
-            self.add(proj, self.attended, self.x, residual=True)
-            self.add(fc1, self.x, self.hidden, norm=block.norm2, act=cfg.act)
-            self.add(fc2, self.hidden, self.x, residual=True)
+            self.add(proj, self.attended, self.x, following=block.norm2)
+            self.add(fc1, self.scaled, self.hidden, block.norm2, act=cfg.act)
+            self.add(fc2, self.hidden, self.x, following=norms[2 * i + 2])
         if own_head:
-            self.add(model.head, self.x, self.logits, norm=model.norm)
+            self.add(model.head, self.scaled, self.logits, norm=model.norm)
         self.own_head = own_head
 
-    def add(self, linear, x, y, norm=None, act="", residual=False):
+    def add(self, linear, x, y, norm=None, act="", following=None):
+        """The kernels of y = act(linear(norm(x))), or with the norm that follows y += linear(x)."""
         parts = stages(linear)
         for i, stage in enumerate(parts):
             last, kind = i == len(parts) - 1, self.norm if norm is not None and i == 0 else "NO_NORM"
-            bias, add = linear.bias if last else None, residual and last
+            bias, add = linear.bias if last else None, following is not None and last
             kernel = linear_kernel(stage, self.plans(stage, self.tokens, self.sms), self.tokens, kind,
-                                   act.upper() or "NONE" if last else "NONE", bias is not None, add, add)
-            gain, shift = (norm.weight, getattr(norm, "bias", None)) if kind != "NO_NORM" else (None, None)
+                                   act.upper() or "NONE" if last else "NONE", bias is not None, add)
+            vectors = of_norm(stage, norm, bias) if kind != "NO_NORM" else None
+            self.vectors.append(vectors)
             to = y if last else self.rank
-            self.kernels.append((kernel, pointers(Linear, x, stage.weights, bias, gain, shift, y if add else None,
-                                                  self.moments, to, self.moments, eps=self.model.norm.eps)))
+            self.kernels.append((kernel, pointers(
+                Linear, x, stage.weights, bias, following.weight if add else None, y if add else None, vectors,
+                self.moments, to, self.scaled, self.moments, eps=self.model.norm.eps)))
             x = to
 
     def __call__(self, tokens, cache):
         assert cache is self.cache and tokens.is_contiguous()
         model = self.model
         wpe = None if model.wpe is None else model.wpe.weight
-        self.launch(self.first, pointers(Embed, tokens, cache.position, model.wte.weight, wpe, self.x, self.moments),
-                    self.device)
+        self.launch(self.first, pointers(Embed, tokens, cache.position, model.wte.weight, wpe,
+                                         model.blocks[0].norm1.weight, self.x, self.scaled, self.moments), self.device)
         for kernel, arguments in self.kernels:
             self.launch(kernel, arguments, self.device)
         cache.advance(1)

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <random>
 #include <vector>
@@ -39,6 +40,7 @@ struct Fiber {
     std::unique_ptr<char[]> stack;
     uint3_ thread, block;
     bool done = false;
+    std::deque<std::vector<std::pair<void*, const void*>>> copies{1};  // groups that are not over
 };
 
 static std::vector<Fiber> fibers;
@@ -91,12 +93,15 @@ inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
 }
 inline int cluster_rank() { return blockIdx.x % cluster_size; }
 inline void cluster_sync() { meet(clusters[blockIdx.x / cluster_size]); }
-inline float of_cluster(const float* p, int rank) {
+inline char* in_cluster(const void* p, int rank) {
     char* there = blocks[blockIdx.x / cluster_size * cluster_size + rank].memory.data();
     char* here = my_block().memory.data();
     auto start = [](char* memory) { return (char*)(((uintptr_t)memory + 127) / 128 * 128); };
-    return *(float*)(start(there) + ((char*)p - start(here)));
+    return start(there) + ((char*)p - start(here));
 }
+inline float of_cluster(const float* p, int rank) { return *(float*)in_cluster(p, rank); }
+inline void cluster_arrive() {}
+inline void cluster_wait() { cluster_sync(); }
 inline void start_next() {}
 inline void wait_for_input() {}
 
@@ -120,6 +125,17 @@ inline void copy_async(void* to, const void* from, int bytes, unsigned long long
     if (bytes % 16 || (uintptr_t)to % 16 || (uintptr_t)from % 16)
         fprintf(stderr, "a bulk copy needs 16-byte alignment\n"), abort();
     copies.push_back({to, from, bytes, barrier});
+}
+inline void copy_16(void* to, const void* from) { current->copies.back().push_back({to, from}); }
+inline void end_of_group() { current->copies.emplace_back(); }
+template <int n> inline void wait_for_all_but() {
+    for (; (int)current->copies.size() > n + 1; current->copies.pop_front())
+        for (auto& c : current->copies.front()) memcpy(c.first, c.second, 16);
+}
+inline void send(float4* to, const float4& value, unsigned long long* barrier, int rank) {
+    memcpy(in_cluster(to, rank), &value, 16);
+    auto& b = *(Barrier*)in_cluster(barrier, rank);
+    b.bytes -= 16, settle(b);
 }
 inline void pause() { yield(); }
 inline void more_registers() {}

@@ -40,12 +40,13 @@ def emulated(kernel):
     return ctypes.CDLL(f"{folder}/kernel.so")
 
 
-def make_step(model, cache, multiprocessors=8, seed=1, **kw):
-    def launch(kernel, arguments, device):
-        emulated(kernel).start(kernel.grid, kernel.threads, kernel.cluster, seed, ctypes.byref(arguments))
-
+def launch(kernel, arguments, device):
     if ON_GPU:
-        return chain.Step(model, cache, **kw)
+        return chain.launch(kernel, arguments, device)
+    emulated(kernel).start(kernel.grid, kernel.threads, kernel.cluster, 1, ctypes.byref(arguments))
+
+
+def make_step(model, cache, multiprocessors=8, **kw):
     return chain.Step(model, cache, multiprocessors, launch=launch, **kw)
 
 
@@ -58,6 +59,60 @@ def pair(batch, **shape):
     low.cos, low.sin = model.cos, model.sin
     length = model.cfg.block_size
     return model, low, *(Cache(model.cfg, batch, length, DEVICE, m.head.weight.dtype) for m in (model, low))
+
+
+LINEARS = [  # rows, K, blocks, spread, tiles, split, warps, tokens, norm, act, adds
+    (96, 128, 1, 96, 3, 1, 2, 16, "LAYER_NORM", "NONE", False), (96, 128, 1, 96, 4, 2, 2, 8, "RMS_NORM", "GELU", False),
+    (64, 256, 2, 2, 2, 4, 2, 24, "LAYER_NORM", "RELU2", False), (64, 96, 2, 64, 3, 1, 2, 8, "NO_NORM", "NONE", True),
+    (48, 256, 2, 96, 1, 8, 1, 40, "NO_NORM", "NONE", True), (64, 128, 1, 64, 1, 2, 2, 8, "LAYER_NORM", "SWIGLU", False),
+    (32, 512, 1, 32, 2, 4, 4, 64, "NO_NORM", "NONE", True)]
+
+
+@pytest.mark.parametrize("rows, K, blocks, spread, tiles, split, warps, tokens, norm, act, adds", LINEARS)
+@torch.no_grad()
+def test_linear(rows, K, blocks, spread, tiles, split, warps, tokens, norm, act, adds):
+    torch.manual_seed(1)
+    x, w = (torch.randn(*n, device=DEVICE).bfloat16() for n in ((tokens, blocks * K), (blocks, rows, K)))
+    bias, gain, shift, after = (1 + 0.3 * torch.randn(4, max(blocks * K, blocks * rows), device=DEVICE)).bfloat16()
+    stage = chain.Stage(w, rows, K, blocks, spread)
+    gain, shift = gain[:blocks * K], shift[:blocks * K]
+    bias, after = bias[:blocks * rows].contiguous(), after[:blocks * rows].contiguous()
+    x += 0.5
+    parts = x.float().view(tokens, -1, 16)
+    moments = torch.stack([parts.mean(-1), parts.var(-1, correction=0) * 16], dim=-1).contiguous()
+    read, h = x, x.float()
+    vectors = None
+    if norm != "NO_NORM":
+        layer = torch.nn.Module()
+        layer.weight, layer.bias = gain, shift if norm == "LAYER_NORM" else None
+        vectors = chain.of_norm(stage, layer, bias)
+        read = (x.float() * gain).bfloat16()
+        h = h - h.mean(-1, keepdim=True) if norm == "LAYER_NORM" else h
+        h = h * (h.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * gain + (shift if norm == "LAYER_NORM" else 0)
+    y = torch.einsum("tbk,brk->tbr", h.double().view(tokens, blocks, K), w.double()).flatten(1)
+    y = y.view(tokens, -1, spread).transpose(1, 2).flatten(1) + bias
+    if act == "SWIGLU":
+        gate, value = y.chunk(2, dim=-1)
+        y = torch.nn.functional.silu(gate) * value
+    y = {"GELU": lambda a: torch.nn.functional.gelu(a, approximate="tanh"),
+         "RELU2": lambda a: a.relu() ** 2}.get(act, lambda a: a)(y)
+    out = torch.randn(y.shape, device=DEVICE).bfloat16()
+    expected = y + out if adds else y
+    scaled, new = torch.zeros_like(out), torch.zeros(tokens, y.size(1) // 16, 2, device=DEVICE)
+    kernel = chain.linear_kernel(stage, chain.Tiles(tiles, split, warps), tokens, norm, act, True, adds)
+    arguments = chain.pointers(chain.Linear, read, w, bias, after if adds else None, out if adds else None, vectors,
+                               moments, out, scaled, new, eps=1e-5)
+    launch(kernel, arguments, torch.device(DEVICE))
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(out.double(), expected, atol=0.01 * scale, rtol=0.01)
+    if adds:
+        torch.testing.assert_close(scaled.float(), out.float() * after, rtol=0.01, atol=0)
+        ours = out.float().view(tokens, blocks * rows)
+        mean, squares = new.unbind(-1)
+        full = mean.mean(-1)
+        torch.testing.assert_close(full, ours.mean(-1), atol=1e-5, rtol=1e-4)
+        var = (squares + 16 * (mean - full[:, None]) ** 2).sum(-1) / ours.size(1)
+        torch.testing.assert_close(var, ours.var(-1, correction=0), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("name, batch", [("dense", 5), ("absolute, grouped", 8), ("lowrank swiglu", 6), ("blockdense", 17)])
