@@ -200,7 +200,7 @@ class Decoder:
         The warm-up takes a real step. Its token and counters are restored; the keys it stores are written again before
         they are read.
         """
-        state = self.token, self.count, self.cache.position
+        state = self.token, self.count, self.cache.position, self.cache.newest
         saved = [t.clone() for t in state]
         with self.model.speeds.launched("graph"):
             graph = record_graph(self.step, self.pool)

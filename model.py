@@ -195,6 +195,7 @@ class Cache:
     """Keys and values of B sequences of up to `length` tokens, in buffers that never move: a CUDA graph holds them.
 
     layers: of each layer k and v (B, n_kv_head, length, head_size). position (B,): the tokens that each row holds.
+    newest (B,): the last of them, for smear.
     seen: a step reads the first `seen` places only. The host sets it, knowing that no row holds more.
     """
 
@@ -202,14 +203,14 @@ class Cache:
         shape = batch, cfg.n_kv_head, length, cfg.attn_dim // cfg.n_head
         self.layers = [tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
                        for _ in range(cfg.n_layer)]
-        self.position = torch.zeros(batch, device=device, dtype=torch.long)
+        self.position, self.newest = torch.zeros(2, batch, device=device, dtype=torch.long)
         self.length = self.seen = length
 
     def rows(self, start, stop):
         """The same buffers, some of the rows."""
         view = copy.copy(self)
         view.layers = [(k[start:stop], v[start:stop]) for k, v in self.layers]
-        view.position = self.position[start:stop]
+        view.position, view.newest = self.position[start:stop], self.newest[start:stop]
         return view
 
     def mask(self):
@@ -218,9 +219,14 @@ class Cache:
         dtype = self.layers[0][0].dtype
         return torch.zeros((), device=hidden.device, dtype=dtype).masked_fill(hidden, -torch.inf)[:, None, None]
 
-    def advance(self, tokens):
-        """A full row stays full; what is written to its last place is ignored."""
+    def before(self):
+        """(B,): the token before each row's next one, -1 in an empty row."""
+        return torch.where(self.position > 0, self.newest, -1)
+
+    def advance(self, tokens, newest):
+        """A full row stays full; what is written to its last place is ignored. newest (B,): each row's last token."""
         self.position.add_(tokens).clamp_(max=self.length - 1)
+        self.newest.copy_(newest)
 
 
 class LayerCache(NamedTuple):
@@ -246,23 +252,31 @@ class LayerCache(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------------------
 # LM head and cross-entropy, a chunk of tokens at a time
 
-def token_loss(logits, targets, scale):
-    """Cross-entropy (C,) of logits (C, V) in float32, and scale x its gradient in the logits' dtype.
+def softcap(logits, cap):
+    """cap tanh(logits / cap), in at least float32; cap 0: the logits as they are."""
+    return cap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap) if cap else logits
+
+
+def token_loss(logits, targets, scale, cap=0.0):
+    """Cross-entropy (C,) of softcap(logits, cap) (C, V) in float32, and scale x its gradient in the logits' dtype.
 
     Targets below 0 count nothing.
     """
-    logits32 = logits.float()
+    logits32 = softcap(logits, cap).float()
     kept = targets >= 0
     index = targets.clamp(min=0)[:, None]                                        # (C, 1)
     logz = logits32.logsumexp(dim=1, keepdim=True)
     loss = (logz - logits32.gather(1, index))[:, 0] * kept
     one_hot = torch.arange(logits.size(1), device=logits.device) == index        # (C, V)
     grad = ((logits32 - logz).exp() - one_hot.float()) * (kept * scale)[:, None]
+    if cap:
+        grad = grad * (1 - (logits32 / cap).square())  # the slope of tanh
     return loss, grad.to(logits.dtype)
 
 
 class LMLoss(torch.autograd.Function):
-    """Mean cross-entropy of h (T, d) with head weight (V, d) and targets (T,), negative targets left out.
+    """Mean cross-entropy of h (T, d) with head weight (V, d) and targets (T,), negative targets left out; cap: of
+    softcap.
 
     The logits of a chunk of tokens live only while its share of both gradients is formed. So there is no (T, V) tensor,
     and nothing is computed twice.
@@ -270,7 +284,7 @@ class LMLoss(torch.autograd.Function):
     CHUNK = 8192  # tokens; twice as many where the gradient overwrites the logits. Smaller chunks slow the matmuls down
 
     @staticmethod
-    def forward(ctx, h, weight, targets, token_loss):
+    def forward(ctx, h, weight, targets, token_loss, cap):
         w = weight.to(h.dtype)
         training = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         scale = 1.0 / (targets >= 0).sum().clamp(min=1)
@@ -283,9 +297,9 @@ class LMLoss(torch.autograd.Function):
             rows = slice(i, i + chunk)
             logits = h[rows] @ w.T                                               # (C, V)
             if in_place:
-                losses, grad = ops.token_loss(logits, targets[rows], scale, training)  # (C,), (C, V)
+                losses, grad = ops.token_loss(logits, targets[rows], scale, training, cap)  # (C,), (C, V)
             else:
-                losses, grad = token_loss(logits, targets[rows], scale)
+                losses, grad = token_loss(logits, targets[rows], scale, cap)
             loss += losses.sum()
             if training:
                 torch.mm(grad, w, out=grad_h[rows])
@@ -297,17 +311,32 @@ class LMLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad_loss.to(grad_h.dtype), (grad_w * grad_loss).to(ctx.weight_dtype), None, None
+        return grad_h * grad_loss.to(grad_h.dtype), (grad_w * grad_loss).to(ctx.weight_dtype), None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
+
+class Smear(nn.Module):
+    """x_t + scale sigmoid(gate(x_t)) x_(t-1): with the token before it beside it, attention need not fetch it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.scale = nn.Linear(GATED, 1, bias=False), nn.Parameter(torch.empty(()))
+
+    def forward(self, x, first):
+        """x (B, T + 1, n_embd), the first of which counts where `first` (B,) is true -> (B, T, n_embd)."""
+        before = torch.cat((x[:, :1] * first[:, None, None], x[:, 1:-1]), 1)     # (B, T, n_embd)
+        gate = self.scale * torch.sigmoid(self.gate(x[:, 1:, :GATED]))           # (B, T, 1)
+        return x[:, 1:] + (gate * before).to(x.dtype)
+
 
 class GPT(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg = cfg
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.smear = Smear() if cfg.smear else None
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.pos == "absolute" else None
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
         self.norm = make_norm(cfg)
@@ -339,6 +368,8 @@ class GPT(nn.Module):
                 nn.init.zeros_(module.bias)
             if isinstance(module, Structured):
                 module.reset_parameters(0.4 * std if zero else std)
+        if self.smear is not None:
+            nn.init.zeros_(self.smear.scale)
         for layer, block in enumerate(self.blocks if self.cfg.embed_skip else ()):
             depth = layer / max(1, self.cfg.n_layer - 1)
             block.a.fill_(1.15 - 0.1 * depth)  # early layers weigh more, and see more of the embeddings
@@ -362,18 +393,23 @@ class GPT(nn.Module):
             nn.init.normal_(self.wte.weight)
             nn.init.normal_(self.head.weight, std=0.001)
 
-    def embed(self, tokens):
-        """tokens (B, T) -> their embeddings, (B, T, n_embd), and of each layer its value embeddings or None."""
-        x = self.wte(tokens)
+    def embed(self, tokens, before):
+        """tokens (B, T) -> their embeddings, (B, T, n_embd), and of each layer its value embeddings or None.
+
+        before (B,): the token before each row's first, -1 where there is none; used with smear only.
+        """
+        x = self.wte(torch.cat((before.clamp(min=0)[:, None], tokens), 1) if self.cfg.smear else tokens)
         if self.cfg.embed_norm:
             x = rms_norm(x)
+        if self.cfg.smear:
+            x = self.smear(x, before >= 0)
         return x, [None if block.attn.values is None else block.attn.values(tokens) for block in self.blocks]
 
     def hidden(self, tokens, alpha=None, guided=()):
         """tokens (B, T) -> what the LM head reads, (B, T, n_embd). guided: the layers that use their guide."""
         T = tokens.size(1)
         assert T <= self.cfg.block_size, f"{T} tokens exceed block_size {self.cfg.block_size}"
-        x, values = self.embed(tokens)
+        x, values = self.embed(tokens, tokens.new_full((len(tokens),), -1))
         if self.wpe is not None:
             x = x + self.wpe.weight[:T]
         kind = x.device.type
@@ -386,6 +422,10 @@ class GPT(nn.Module):
             x, pending = block(x, pending, cos, sin, alpha if layer in guided else None, values[layer], x0)
         return add_norm(x, pending, self.norm)[1]
 
+    def logits(self, h):
+        """h (..., n_embd) -> logits (..., vocab_size)."""
+        return softcap(self.head(h), self.cfg.logit_softcap)
+
     def forward(self, tokens, targets=None, alpha=None, guided=()):
         """tokens (B, T) -> logits (B, T, vocab_size), or with targets (B, T) their mean cross-entropy, a 0-d tensor.
 
@@ -393,10 +433,10 @@ class GPT(nn.Module):
         """
         h = self.hidden(tokens, alpha, guided)
         if targets is None:
-            return self.head(h)
+            return self.logits(h)
         # LMLoss forms gradients for what requires them: in a validation nothing does
         weight = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()
-        return LMLoss.apply(h.flatten(0, 1), weight, targets.flatten(), self.token_loss)
+        return LMLoss.apply(h.flatten(0, 1), weight, targets.flatten(), self.token_loss, self.cfg.logit_softcap)
 
     def step(self, tokens, cache, lengths=None):
         """A prefill or a decode step: each row's next tokens (B, T) -> logits (B, vocab_size) of what follows them.
@@ -407,7 +447,7 @@ class GPT(nn.Module):
         """
         B, T = tokens.shape
         place = cache.position[:, None] + torch.arange(T, device=tokens.device)  # (B, T)
-        x, values = self.embed(tokens)
+        x, values = self.embed(tokens, cache.before())
         if self.wpe is not None:
             x = x + self.wpe(place)
         cos, sin = self.cos[place], self.sin[place]                              # (B, T, 1, head_size)
@@ -417,8 +457,8 @@ class GPT(nn.Module):
             x, pending = block(x, pending, cos, sin, values=value, x0=x0, cache=kept)
         last = torch.full_like(cache.position, T - 1) if lengths is None else lengths - 1
         row = torch.arange(B, device=x.device)
-        cache.advance(1 if lengths is None else lengths)
-        return self.head(add_norm(x[row, last], pending[row, last], self.norm)[1])
+        cache.advance(1 if lengths is None else lengths, tokens[row, last])
+        return self.logits(add_norm(x[row, last], pending[row, last], self.norm)[1])
 
     def compile_parts(self):
         """torch.compile, block by block: equal blocks share one compilation, and parameters keep their names."""
@@ -469,7 +509,7 @@ def load(path, device):
 
 
 # Settings that change what a model computes and no shape that it has
-UNSEEN = ("n_head", "norm", "act", "pos", "rope_theta", "norm_eps", "qk_norm", "embed_norm")
+UNSEEN = ("n_head", "norm", "act", "pos", "rope_theta", "norm_eps", "qk_norm", "embed_norm", "logit_softcap")
 
 
 def load_init(cfg, model, tokenizer):

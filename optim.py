@@ -231,7 +231,7 @@ def kind_of(name, p) -> str:
         return "head"
     if ".values." in name:
         return "values"
-    if name.endswith(".b"):  # of embed_skip
+    if name.endswith(".b") or name.startswith("smear."):  # b of embed_skip
         return "skip"
     return "matrix" if p.dim() > 1 and ".gate." not in name else "vector"
 

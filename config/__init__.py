@@ -64,8 +64,10 @@ class Config:
     tie_embeddings: bool = True          # LM head = token embedding
     qk_norm: float = 0.0                 # RMS norm of every head's queries and keys, times this; 0: none
     embed_norm: bool = False             # RMS norm of the token embeddings
+    smear: bool = False                  # a token's embedding adds a gated share of the one before it
     embed_skip: bool = False             # before every block x <- a x + b (token embeddings), a and b learned
     value_embeddings: bool = False       # every other layer adds a gated embedding of the token to its values
+    logit_softcap: float = 0.0           # logits <- c tanh(logits / c), so that none exceeds c; 0: none
     rope_theta: float = 10_000.0         # base of the rotary positions
     norm_eps: float = 1e-5               # added to the variance or mean square in every norm
     init: Literal["paper", "zero"] = "paper"                 # paper: N(0, 0.02^2); zero: branches 0, rest by width
@@ -95,7 +97,7 @@ class Config:
     embed_lr: float | Literal["auto"] = "auto"               # muon: of embeddings
     head_lr: float | Literal["auto"] = "auto"                # muon: of the LM head
     vector_lr: float | Literal["auto"] = "auto"              # muon: of norms, biases, gates and the a of embed_skip
-    skip_lr: float | Literal["auto"] = "auto"                # muon: of the b of embed_skip
+    skip_lr: float | Literal["auto"] = "auto"                # muon: of smear and the b of embed_skip
     schedule: Literal["cosine", "linear"] = "cosine"         # how the learning rate falls
     decay_ratio: float = 1.0             # share of the steps, the last, over which it falls; 1: all after the warm-up
     min_lr_ratio: float = 0.1            # final / peak learning rate
@@ -126,7 +128,8 @@ class Config:
     @property
     def extras(self) -> list:
         """Names of the parts that the paper's model lacks: the decoding kernels know none of them."""
-        return [name for name in ("qk_norm", "embed_norm", "embed_skip", "value_embeddings") if getattr(self, name)]
+        return [name for name in ("qk_norm", "embed_norm", "smear", "embed_skip", "value_embeddings", "logit_softcap")
+                if getattr(self, name)]
 
     @property
     def n_hidden(self) -> int:
@@ -405,7 +408,7 @@ def check(cfg):
                  "log_interval", "eval_tokens", "final_eval_tokens"):
         _require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)} must be at least 1.")
     for name in ("n_kv_head", "attn_dim", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval", "save_interval",
-                 "grad_clip", "seed", "warmup_steps", "qk_norm"):
+                 "grad_clip", "seed", "warmup_steps", "qk_norm", "logit_softcap"):
         _require(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)} must not be negative.")
     for name, top in (("dropout", "below 1"), ("min_lr_ratio", "1"), ("warmup_ratio", "1"), ("decay_ratio", "1")):
         v = getattr(cfg, name)
@@ -464,7 +467,7 @@ def _check_optimizer(cfg):
 def muon_rates(cfg) -> dict:
     """The scaling rule: Muon's rates from the width, the tokens of a step and the number of steps.
 
-        b = (tokens of a step / 2^19)^(1/3)       gradients averaged over more tokens allow larger steps
+        b = (tokens of a step / 2^19)^(1/5)       gradients averaged over more tokens allow larger steps
         lr         0.02 b                         an update's spectral norm is lr sqrt(max(1, rows / columns))
         embed_lr   0.3 b sqrt(768 / n_embd)       AdamW moves every entry alike, so a wide row by more
         head_lr    0.008 b sqrt(768 / n_embd)
@@ -472,11 +475,11 @@ def muon_rates(cfg) -> dict:
         weight_decay  14 / (lr steps)             a weight decays by 1/e over a 14th of the run
 
     Initialisation follows the width too (init=zero in model.py). At 2^19 tokens a step the constants are nanochat's,
-    tuned there at 12 to 26 layers; at 2^15, 8 layers x 768 and 60M tokens, 1.5 times more than the square root of the
-    batch were ahead (docs/experiments.md), which the cube root gives. Everything else is extrapolation.
+    tuned there at 12 to 26 layers. At 2^15, 8 layers x 768 and 60M tokens, the best of four multiples of them lie at
+    0.53 and 0.70 (docs/experiments.md), and b is 0.57. Everything else is extrapolation.
     """
     tokens = cfg.batch_size * cfg.block_size
-    b, width, steps = (tokens / 2**19) ** (1 / 3), (768 / cfg.n_embd) ** 0.5, max(1, cfg.max_tokens // tokens)
+    b, width, steps = (tokens / 2**19) ** (1 / 5), (768 / cfg.n_embd) ** 0.5, max(1, cfg.max_tokens // tokens)
     lr = 0.02 * b if cfg.lr == "auto" else cfg.lr
     rates = {"lr": lr, "embed_lr": 0.3 * b * width, "head_lr": 0.008 * b * width, "vector_lr": 0.005 * b,
              "skip_lr": 0.5 * b, "weight_decay": 14 / (max(lr, 1e-300) * steps)}

@@ -338,5 +338,5 @@ def step(model, tokens, cache):
             y = attention(block.attn.qkv(h), model, k, v, cache.position)
             x, h = add_norm(x, block.attn.proj(y), block.norm2)
             pending = block.ffn(h)
-    cache.advance(1)
+    cache.advance(1, tokens[:, 0])
     return layer(model.head, x, model.norm) if few else model.head(add_norm(x, pending, model.norm)[1])

@@ -287,17 +287,24 @@ def add_norm(x, y, norm):
 # Cross-entropy and its gradient
 
 @triton.jit
-def _token_loss(logits, targets, scale, losses, V, BLOCK: tl.constexpr, GRADIENT: tl.constexpr):
+def _softcap(a, cap, CAPPED: tl.constexpr):
+    return cap * (2 / (1 + tl.exp(-2 * a / cap)) - 1) if CAPPED else a  # cap tanh(a / cap)
+
+
+@triton.jit
+def _token_loss(logits, targets, scale, losses, V, cap, BLOCK: tl.constexpr, GRADIENT: tl.constexpr,
+                CAPPED: tl.constexpr):
     """One row: its loss; with GRADIENT, scale x the gradient replaces the logits. The second reading of a row is from
     L2."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * V
     target = tl.load(targets + row)
-    picked = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
+    picked = _softcap(tl.load(logits + tl.maximum(target, 0)).to(tl.float32), cap, CAPPED)
     top, total = -float("inf"), 0.0
     for start in range(0, V, BLOCK):
         n = start + tl.arange(0, BLOCK)
-        a = tl.load(logits + n, mask=n < V, other=-float("inf")).to(tl.float32)
+        a = tl.load(logits + n, mask=n < V, other=0.0).to(tl.float32)
+        a = tl.where(n < V, _softcap(a, cap, CAPPED), -float("inf"))
         new = tl.maximum(top, tl.max(a, 0))
         total = total * tl.exp(top - new) + tl.sum(tl.exp(a - new), 0)
         top = new
@@ -308,17 +315,19 @@ def _token_loss(logits, targets, scale, losses, V, BLOCK: tl.constexpr, GRADIENT
         tl.debug_barrier()  # all have read what the loop overwrites
         for start in range(0, V, BLOCK):
             n = start + tl.arange(0, BLOCK)
-            a = tl.load(logits + n, mask=n < V, other=0.0).to(tl.float32)
+            a = _softcap(tl.load(logits + n, mask=n < V, other=0.0).to(tl.float32), cap, CAPPED)
             grad = (tl.exp(a - logz) - tl.where(n == target, 1.0, 0.0)) * factor
+            if CAPPED:
+                grad *= 1 - (a / cap) * (a / cap)
             tl.store(logits + n, grad.to(logits.dtype.element_ty), mask=n < V)
 
 
-def token_loss(logits, targets, scale, gradient=True):
+def token_loss(logits, targets, scale, gradient=True, cap=0.0):
     """model.token_loss of contiguous logits (C, V), which the gradient overwrites; without `gradient` there is none."""
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     block = 1024 if INTERPRET else 8192
-    _token_loss[(len(logits),)](logits, targets.contiguous(), scale, losses, logits.size(1), block, gradient,
-                                num_warps=8)
+    _token_loss[(len(logits),)](logits, targets.contiguous(), scale, losses, logits.size(1), cap, block, gradient,
+                                cap > 0, num_warps=8)
     return losses, logits if gradient else None
 
 

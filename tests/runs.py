@@ -21,7 +21,8 @@ GUIDED = ["--ffn=blockshuffle", "--nblocks=4", "--guide=fixedflop", "--guide_rat
 RUNS = {"plain": [], "always": [*LOWRANK, "--guide=fixedflop", "--guide_ratio=0.5"],
         "guided": [*GUIDED, "--dropout=0.1", "--eval_interval=3"],
         "muon": [*GUIDED, "--optimizer=muon", "--lr=0.01", "--weight_decay=auto", "--schedule=linear",
-                 "--warmup_steps=2", "--qk_norm=1.2", "--embed_skip=True", "--value_embeddings=True"]}
+                 "--warmup_steps=2", "--qk_norm=1.2", "--smear=True", "--embed_skip=True",
+                 "--value_embeddings=True", "--logit_softcap=15"]}
 
 
 def configure(*argv):

@@ -85,8 +85,8 @@ def add_norm():
 
 def token_loss():
     logits, targets = torch.empty(4, 32_000, dtype=BF16), torch.zeros(4, dtype=torch.long)
-    for gradient in (False, True):
-        pointwise.token_loss(logits, targets, torch.tensor(1.0), gradient)
+    for gradient, cap in ((False, 0.0), (True, 0.0), (False, 15.0), (True, 15.0)):
+        pointwise.token_loss(logits, targets, torch.tensor(1.0), gradient, cap)
 
 
 def adamw():

@@ -97,6 +97,9 @@ def reference_logits(cfg, params, tokens, dense=None):
     x = params["wte.weight"][tokens]
     if cfg.embed_norm:
         x = rms(x)
+    if cfg.smear:
+        share = params["smear.scale"] / (1 + torch.exp(-x[..., :16] @ params["smear.gate.weight"].T))
+        x = torch.cat((x[:, :1], x[:, 1:] + share[:, 1:] * x[:, :-1]), 1)
     if cfg.pos == "absolute":
         x = x + params["wpe.weight"][:tokens.size(1)]
     x0 = x
@@ -105,7 +108,8 @@ def reference_logits(cfg, params, tokens, dense=None):
             x = params[f"blocks.{i}.a"] * x + params[f"blocks.{i}.b"] * x0
         x = x + attention(norm(x, f"blocks.{i}.norm1."), f"blocks.{i}.attn.")
         x = x + ffn(norm(x, f"blocks.{i}.norm2."), f"blocks.{i}.ffn.")
-    return norm(x, "norm.") @ params["wte.weight" if cfg.tie_embeddings else "head.weight"].T
+    logits = norm(x, "norm.") @ params["wte.weight" if cfg.tie_embeddings else "head.weight"].T
+    return cfg.logit_softcap * torch.tanh(logits / cfg.logit_softcap) if cfg.logit_softcap else logits
 
 
 def random_model(cfg, scale=0.15):
@@ -119,7 +123,8 @@ def random_model(cfg, scale=0.15):
 
 
 RECIPE = ["--norm=rmsnorm", "--act=relu2", "--bias=False", "--tie_embeddings=False", "--qk_norm=1.2",
-          "--embed_norm=True", "--embed_skip=True", "--value_embeddings=True", "--rope_theta=100000", "--init=zero"]
+          "--embed_norm=True", "--smear=True", "--embed_skip=True", "--value_embeddings=True", "--logit_softcap=3",
+          "--rope_theta=100000", "--init=zero"]
 SWITCHES = {
     "gpt": [],
     "llama": ["--norm=rmsnorm", "--act=swiglu", "--bias=False", "--n_kv_head=2", "--tie_embeddings=False", "--ffn_dim=40"],
@@ -271,14 +276,16 @@ def test_bf16_autocast_is_near():
 
 @pytest.mark.parametrize("chunk", [4, 13, 100])
 @pytest.mark.parametrize("ignored", [(), (0, 5, 6), range(4, 8)], ids=["none", "some", "a chunk"])
-def test_the_chunked_loss_equals_cross_entropy(monkeypatch, chunk, ignored):
+@pytest.mark.parametrize("cap", [0.0, 1.5])
+def test_the_chunked_loss_equals_cross_entropy(monkeypatch, chunk, ignored, cap):
     monkeypatch.setattr(LMLoss, "CHUNK", chunk)
     torch.manual_seed(0)
     h, w = torch.randn(13, 8, requires_grad=True), torch.randn(29, 8, requires_grad=True)
     targets = torch.randint(29, (13,))
     targets[list(ignored)] = -1
-    loss = LMLoss.apply(h, w, targets, model_file.token_loss)
-    expected = F.cross_entropy(h @ w.T, targets, ignore_index=-1)
+    loss = LMLoss.apply(h, w, targets, model_file.token_loss, cap)
+    logits = h @ w.T
+    expected = F.cross_entropy(cap * (logits / cap).tanh() if cap else logits, targets, ignore_index=-1)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     for scale in (1.0, 0.37):
         grads, wanted = (torch.autograd.grad(y * scale, (h, w), retain_graph=True) for y in (loss, expected))
@@ -288,7 +295,7 @@ def test_the_chunked_loss_equals_cross_entropy(monkeypatch, chunk, ignored):
 
 def test_the_loss_without_any_target_is_zero():
     h, w = torch.randn(5, 8, requires_grad=True), torch.randn(29, 8, requires_grad=True)
-    loss = LMLoss.apply(h, w, torch.full((5,), -1), model_file.token_loss)
+    loss = LMLoss.apply(h, w, torch.full((5,), -1), model_file.token_loss, 0.0)
     loss.backward()
     assert loss == 0 and not h.grad.any() and not w.grad.any()
 
@@ -298,7 +305,7 @@ def test_the_loss_in_bf16_is_near():
     h, w = torch.randn(300, 32).requires_grad_(), (torch.randn(500, 32) * 0.2).requires_grad_()
     targets = torch.randint(500, (300,))
     low = h.detach().bfloat16().requires_grad_()
-    loss, expected = LMLoss.apply(low, w, targets, model_file.token_loss), F.cross_entropy(h @ w.T, targets)
+    loss, expected = LMLoss.apply(low, w, targets, model_file.token_loss, 0.0), F.cross_entropy(h @ w.T, targets)
     assert loss.dtype == torch.float32 and abs(loss - expected) < 3e-3 * expected
     for a, b in zip(torch.autograd.grad(loss, (low, w)), torch.autograd.grad(expected, (h, w))):
         assert (a - b).norm() < 2e-2 * b.norm()

@@ -196,19 +196,20 @@ def test_add_norm_is_an_addition_and_a_norm(width, rms, bias, add):
     assert error(gradient, expected) < 2e-2
 
 
-@pytest.mark.parametrize("vocab", [61, 1024, 2500])
-def test_token_loss_is_cross_entropy(vocab):
+@pytest.mark.parametrize("vocab, cap", [(61, 0.0), (1024, 0.0), (2500, 0.0), (2500, 4.0)])
+def test_token_loss_is_cross_entropy(vocab, cap):
     torch.manual_seed(0)
     logits = (torch.randn(13, vocab, device=DEVICE) * 5).to(DTYPE)
     targets = torch.randint(vocab, (13,), device=DEVICE)
     targets[[0, 7]] = -1
     exact, scale = logits.double().requires_grad_(), torch.tensor(0.3, device=DEVICE)
-    expected = torch.nn.functional.cross_entropy(exact, targets, ignore_index=-1, reduction="none")
+    capped = cap * torch.tanh(exact / cap) if cap else exact
+    expected = torch.nn.functional.cross_entropy(capped, targets, ignore_index=-1, reduction="none")
     (wanted,) = torch.autograd.grad(expected.sum() * 0.3, exact)
     kept = logits.clone()
-    losses, nothing = pointwise.token_loss(kept, targets, scale, gradient=False)
+    losses, nothing = pointwise.token_loss(kept, targets, scale, gradient=False, cap=cap)
     assert nothing is None and torch.equal(kept, logits)
-    again, grad = pointwise.token_loss(logits, targets, scale)
+    again, grad = pointwise.token_loss(logits, targets, scale, cap=cap)
     for loss in (losses, again):
         torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     assert error(grad, wanted) < 4e-3 and not grad[[0, 7]].any()

@@ -100,7 +100,7 @@ def test_the_loss_keeps_float32_sums_for_a_bf16_head(monkeypatch):
     reference = w.double().requires_grad_()
     torch.nn.functional.cross_entropy(h.double() @ reference.T, targets).backward()
     weight = w.clone().requires_grad_()
-    model_file.LMLoss.apply(h.to(torch.bfloat16), weight, targets, model_file.token_loss).backward()
+    model_file.LMLoss.apply(h.to(torch.bfloat16), weight, targets, model_file.token_loss, 0.0).backward()
     assert weight.grad.dtype is torch.bfloat16
     assert ((weight.grad.double() - reference.grad).norm() / reference.grad.norm()).item() < 1e-2
 

@@ -48,7 +48,7 @@ def script(monkeypatch, *ids):
     logits = {}
 
     def step(self, tokens, cache, lengths=None):
-        cache.advance(1 if lengths is None else lengths)
+        cache.advance(1 if lengths is None else lengths, tokens[:, -1])
         if cache.position.device not in logits:
             one_hot = torch.nn.functional.one_hot(torch.tensor(ids), 257).float() * 100
             logits[cache.position.device] = one_hot.to(cache.position.device)
