@@ -4,11 +4,12 @@
 // requests its weights, and attention the keys and values of earlier steps, before it waits for its input. So memory
 // does not idle between kernels.
 //
-// `linear` is y = act(norm(x) W^T + bias) + residual for TOKENS tokens, a multiple of 8. A cluster of SPLIT thread blocks
-// (CTAs) shares the columns of 16 TILES rows, and in each CTA WARPS warps do. mma's 16 rows are weights, its 8 columns
-// tokens. The columns of its operands may come in any order as long as both agree, so a thread loads 16 bytes of each
-// row and these are what it needs for two mmas: it copies its own weights into shared memory, all at once, and waits
-// for no other thread before the sums of the warps are added. All sums have one order: a step repeats itself bit for bit.
+// `linear` is y = act(norm(x) W^T + bias) + residual for TOKENS tokens, a multiple of 8. A cluster of SPLIT thread
+// blocks (CTAs) shares the columns of 16 TILES rows, and in each CTA WARPS warps do. mma's 16 rows are weights, its 8
+// columns tokens. The columns of its operands may come in any order as long as both agree, so a thread loads 16 bytes
+// of each row and these are what it needs for two mmas: it copies its own weights into shared memory, all at once, and
+// waits for no other thread before the sums of the warps are added. All sums have one order: a step repeats itself bit
+// for bit.
 //
 // The norm comes after the product: W norm(x) = (W (gain x) - mean W gain) / deviation + W shift. Whoever writes x also
 // writes gain x and, for each 16 entries, their moments; W gain and W shift + bias are known before.
@@ -70,8 +71,8 @@ DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;
 DEVICE void send(float4* to, const float4& value, u64* barrier, int rank) {  // to the same place in another CTA
     asm volatile("{\n.reg .b32 there, signal;\nmapa.shared::cluster.u32 there, %0, %6;\n"
                  "mapa.shared::cluster.u32 signal, %1, %6;\n"
-                 "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%2, %3, %4, %5}, [signal];"
-                 "\n}" :: "r"(shared_address(to)), "r"(shared_address(barrier)), "f"(value.x), "f"(value.y),
+                 "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%2, %3, %4, %5}, "
+                 "[signal];\n}" :: "r"(shared_address(to)), "r"(shared_address(barrier)), "f"(value.x), "f"(value.y),
                  "f"(value.z), "f"(value.w), "r"(rank) : "memory");
 }
 DEVICE float of_cluster(const float* p, int rank) {  // *p in the shared memory of another CTA of the cluster
@@ -220,12 +221,13 @@ DEVICE bool there(int chunk) { return COLUMNS % (32 * WARPS) == 0 || column_of(c
 
 DEVICE void request_weights(uint4 (&area)[AREA][32], const Work& work, const bf16* w) {
     int lane = threadIdx.x % 32;
+    w += work.rank * COLUMNS;
     UNROLL for (int c = 0; c < CHUNKS; c++) {
         UNROLL for (int tile = 0; tile < TILES; tile++)
             UNROLL for (int half = 0; half < 2; half++)
                 if (tile < work.tiles && there(c))
                     copy_16(&area[(c * TILES + tile) * 2 + half][lane],
-                            w + (long long)work.row(tile, lane / 4 + 8 * half) * K + work.rank * COLUMNS + column_of(c));
+                            w + (long long)work.row(tile, lane / 4 + 8 * half) * K + column_of(c));
         end_of_group();
     }
 }
@@ -256,7 +258,8 @@ DEVICE void load_x(uint4 (&x)[NT], const bf16* from, int chunk) {
 }
 
 template <int c>
-DEVICE void multiply(float (&sums)[TILES][NT][4], uint4 (&x)[AHEAD][NT], const uint4 (&area)[AREA][32], const bf16* from) {
+DEVICE void multiply(float (&sums)[TILES][NT][4], uint4 (&x)[AHEAD][NT], const uint4 (&area)[AREA][32],
+                     const bf16* from) {
     int lane = threadIdx.x % 32;
     wait_for_all_but<CHUNKS - 1 - c>();
     if (there(c))
@@ -315,7 +318,8 @@ DEVICE void finish(const Shared& shared, const Work& work, const Arguments& a, i
             UNROLL for (int o = 4; o < 32; o *= 2) sum += shuffle(sum, o);
             float mean = sum / 16, squares = (upper - mean) * (upper - mean) + (lower - mean) * (lower - mean);
             UNROLL for (int o = 4; o < 32; o *= 2) squares += shuffle(squares, o);
-            if (g == 0) a.new_moments[(t + i) * (ALL / 16) + (work.block * ROWS) / 16 + work.first + tile] = {mean, squares};
+            int part = (t + i) * (ALL / 16) + work.block * ROWS / 16 + work.first + tile;
+            if (g == 0) a.new_moments[part] = {mean, squares};
         }
 }
 
@@ -370,7 +374,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) linear(Arguments a) {
     UNROLL for (int e = 0; e < EACH; e++) {
         int own = e * WARPS + warp, pair = own * SPLIT + work.rank;
         if (PAIRS % (SPLIT * WARPS) && pair >= PAIRS || pair / NT >= work.tiles) continue;
-        finish(shared, work, a, pair, SPLIT > 1 ? sum_of_cluster(shared, own) : sum_of_warps(shared, pair), residual[e]);
+        float4 sum = SPLIT > 1 ? sum_of_cluster(shared, own) : sum_of_warps(shared, pair);
+        finish(shared, work, a, pair, sum, residual[e]);
     }
 }
 #endif
@@ -378,9 +383,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) linear(Arguments a) {
 
 #ifdef ATTENTION
 // ---------------------------------------------------------------------------------------------------------------------
-// Attention of one new token a row. A cluster of SPLIT CTAs for each row and key head, with its GROUP query heads. BATCH,
-// HEADS, KV, D, LENGTH (of the cache), WARPS, PASS, SPLIT, ROPE. D / 8 threads, a team, share a place; a team loads PASS
-// places at once.
+// Attention of one new token a row. A cluster of SPLIT CTAs for each row and key head, with its GROUP query heads.
+// HEADS, KV, D, WARPS, PASS, SPLIT, ROPE, SCALE. D / 8 threads, a team, share a place; it loads PASS places at once.
 
 constexpr int THREADS = 32 * WARPS, GROUP = HEADS / KV, MEMBERS = D / 8, TEAMS = THREADS / MEMBERS;
 constexpr int EACH = (GROUP * D + SPLIT * THREADS - 1) / (SPLIT * THREADS);  // results of a thread
@@ -391,6 +395,7 @@ struct Arguments {
     const float *cos, *sin;
     const long long* position;
     bf16 *k, *v, *y;
+    long long length;  // of the cache
 };
 
 struct Shared {
@@ -466,7 +471,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(Arguments a) {
     start_next();
     // Before the wait: places that earlier steps wrote, and the position, which the step before this one set
     long long place = a.position[row], first = team;
-    bf16 *keys = a.k + (long long)(row * KV + head) * LENGTH * D + m * 8, *values = a.v + (keys - a.k);
+    bf16 *keys = a.k + (row * KV + head) * a.length * D + m * 8, *values = a.v + (keys - a.k);
     uint4 k[PASS], v[PASS];
     load_places(k, keys, first, place);
     load_places(v, values, first, place);
@@ -523,7 +528,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(Arguments a) {
             }
         result[e] = out / total;
     }
-    if (SPLIT > 1) cluster_sync();  // no CTA ends while others read its part; before the stores, which it would wait for
+    if (SPLIT > 1) cluster_sync();  // no CTA ends while others read its part. Before the stores: it would wait for them
     UNROLL for (int e = 0; e < EACH; e++) {
         int n = (e * SPLIT + rank) * THREADS + threadIdx.x;
         if (n < GROUP * D) a.y[row * HEADS * D + head * GROUP * D + n].bits = narrow(result[e]);

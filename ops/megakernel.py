@@ -156,7 +156,7 @@ def constants(model, batch, grid, warps, slot):
 
 
 def source(defines, file="megakernel.cu") -> str:
-    return defines + Path(__file__).with_name(file).read_text()
+    return f'{defines}#line 1 "{file}"\n' + Path(__file__).with_name(file).read_text()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -190,7 +190,8 @@ def compile_source(text, architecture) -> bytes:
 
 @functools.cache
 def binary(defines, capability, file="megakernel.cu") -> bytes:
-    """The kernel of a file for cards of a capability such as (9, 0). Compiling takes seconds, so the user's cache keeps it."""
+    """A kernel of a file for cards of a capability such as (9, 0). Compiling takes seconds, so the user's cache keeps
+    it."""
     text, architecture = source(defines, file), "sm_{}{}".format(*capability)
     if capability == (9, 0):
         architecture += "a"  # for setmaxnreg
