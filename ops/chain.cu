@@ -145,8 +145,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) embed(Arguments a) {
     wait_for_input();
     start_next();  // after the wait: so all that ran before this step is over when the next kernels start
     int t = blockIdx.x;
-    const bf16* word = a.wte + (t < BATCH ? a.token[t] : 0) * WIDTH;
-    const bf16* place = WPE ? a.wpe + (t < BATCH ? a.position[t] : 0) * WIDTH : word;
+    const bf16* word = a.wte + (t < BATCH ? __ldcg(a.token + t) : 0) * WIDTH;
+    const bf16* place = WPE ? a.wpe + (t < BATCH ? __ldcg(a.position + t) : 0) * WIDTH : word;
     for (int start = 0; start < WIDTH; start += THREADS) {
         int i = start + threadIdx.x;
         float value = i < WIDTH && t < BATCH ? wide(word[i].bits) + (WPE ? wide(place[i].bits) : 0) : 0;
@@ -470,7 +470,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(Arguments a) {
     int warp = threadIdx.x / 32, m = threadIdx.x % MEMBERS, team = rank * TEAMS + threadIdx.x / MEMBERS;
     start_next();
     // Before the wait: places that earlier steps wrote, and the position, which the step before this one set
-    long long place = a.position[row], first = team;
+    long long place = __ldcg(a.position + row), first = team;
     bf16 *keys = a.k + (row * KV + head) * a.length * D + m * 8, *values = a.v + (keys - a.k);
     uint4 k[PASS], v[PASS];
     load_places(k, keys, first, place);

@@ -122,7 +122,7 @@ def step_for(model, cache):
         torch.cuda.synchronize(step.device)
         cache.position.zero_()
 
-    return step if works("decoding step of 5 to 64 sequences", trial, kernels) else None
+    return step if works("decoding step of 5 to 64 sequences", trial, kernels, step.device) else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
