@@ -91,8 +91,7 @@ def padded(batch) -> int:
 
 def fits(model, batch, multiprocessors) -> bool:
     """Whether the chain can compute this model's steps and is the faster way."""
-    cfg, layers = model.cfg, linears(model, batch)
-    every = [linear for layer in layers for linear in layer]
+    cfg, every = model.cfg, [linear for layer in linears(model, batch) for linear in layer]
     most = max(BATCHES) if any(isinstance(linear, Structured) for linear in every) else DENSE
     return (min(BATCHES) <= batch <= most and not cfg.extras and model.head.weight.dtype == torch.bfloat16
             and cfg.attn_dim // cfg.n_head in (32, 64, 128, 256) and cfg.n_head // cfg.n_kv_head <= 8
