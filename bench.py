@@ -7,6 +7,7 @@
     train      whole optimizer steps, dense and structured, plain and guided: tokens/s, MFU, memory, where the time goes
     prefill    forward of whole prompts
     decode     generation, token by token, over batch sizes; --max_batch=True: the highest tokens/s
+               --refill=256: prompts and texts of mixed length in a batch that stays full
     crossover  factors against dense equivalents over the number of tokens: the table behind decode=auto
     curves     training runs side by side: final losses, their difference to dense, fits of loss against FLOPs
     plot       the picture of rows that --json wrote; --kinds, --launches, --widths and --tokens select among them
@@ -42,6 +43,7 @@ class Settings:
     kinds: str = ",".join(KINDS)         # decode: forms of the FFN
     launches: str = "eager,graph"        # decode: how a step is launched; graph needs CUDA
     prompt_tokens: int = 1               # decode: length of the prompts; 1 is no prompt
+    refill: int = 0                      # decode: this many prompts of mixed length; where a text ends, the next begins
     new_tokens: int = 256                # decode: tokens to generate
     plain: bool = False                  # train: beside each case the same model in plain torch
     max_batch: bool = False              # decode: double the batch while tokens/s rise and memory suffices
@@ -123,9 +125,9 @@ def read_settings(argv):
         check_subject(command, subject, settings)
     names(settings, "kinds", KINDS)
     names(settings, "launches", ("eager", "graph"))
-    for name in ("repeats", "warmup"):
+    for name in ("repeats", "warmup", "refill"):
         if getattr(settings, name) < 0:
-            raise UserError(f"{name}={getattr(settings, name)} must not be negative: 0 chooses a number.")
+            raise UserError(f"{name}={getattr(settings, name)} must not be negative: leave it out.")
     check_output(settings)
     return command, subject, settings
 
@@ -168,14 +170,12 @@ if __name__ == "__main__":
 
 import contextlib
 import itertools
-import json
 import math
 import time
 from functools import partial
 from types import SimpleNamespace
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 import curves
@@ -183,7 +183,8 @@ import decode
 import merge
 from device import out_of_memory, peak_flops, pick_device, pick_dtype, record_graph, set_up
 from model import FFN, build, ffn_params, flops_per_token, linear_params, ops
-from report import DRAW, Table, clocks, conditions, copy_rate, fresh, header, laps, middle, ratio, timed, within_memory
+from report import (DRAW, Table, clocks, conditions, copies, copy_rate, draw_rows, fresh, header, laps, middle, ratio,
+                    timed, within_memory)
 from structured import BlockShuffle, LowRank, linear
 from train import fill_vocabulary, make_optimizer, train_step
 
@@ -208,26 +209,6 @@ def sweep(settings, device) -> list:
         varies = "tokens" if len(tokens) > 1 else "width"
         return [(varies, w, t) for w in widths or token_widths for t in tokens or [long]]
     return [("width", w, long) for w in all_widths] + [("tokens", w, t) for w in token_widths for t in token_counts]
-
-
-def copies(make, tokens, n_in, n_out, ranks) -> list:
-    """[(module, x, dy)] to run in turn, with weights in the matmuls' precision.
-
-    Together they exceed twice the L2 cache, so that none finds its data there.
-    """
-    def one():
-        with torch.device("meta"):
-            module = make()
-        module.to_empty(device=ranks.device).to(ranks.dtype)
-        for p in module.parameters():
-            nn.init.normal_(p, std=p.shape[-1] ** -0.5)
-        x, dy = (torch.randn(tokens, n, device=ranks.device, dtype=ranks.dtype) for n in (n_in, n_out))
-        return module, x.requires_grad_(), dy
-
-    first = one()
-    size = sum(t.numel() * t.element_size() for t in (*first[0].parameters(), first[1]))
-    cache = torch.cuda.get_device_properties(ranks.device).L2_cache_size if ranks.device.type == "cuda" else 0
-    return [first] + [one() for _ in range(max(2, math.ceil(2 * cache / size)) - 1)]
 
 
 def time_passes(call, turns, ranks, settings):
@@ -520,10 +501,9 @@ def random_model(cfg, device):
     return model
 
 
-def generation(decoder, cfg, batch, settings):
-    """One run of the loop -> (seconds to the first tokens, seconds per further token)."""
-    draws = torch.Generator().manual_seed(cfg.seed)
-    prompts = torch.randint(cfg.vocab_size, (batch, settings.prompt_tokens), generator=draws).tolist()
+def generation(decoder, prompts, settings):
+    """One run of the loop, from ids on the host to ids on the host -> seconds to the first tokens and per further one.
+    """
     if decoder.key.is_cuda:
         torch.cuda.synchronize()
     marks = [time.perf_counter()]
@@ -538,8 +518,10 @@ def decode_row(model, cfg, kind, launch, batch, ceiling, table, settings):
     length = settings.prompt_tokens + settings.new_tokens
     greedy = SimpleNamespace(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, max_new_tokens=settings.new_tokens)
     decoder = decode.Decoder(model, greedy, batch, length, graphs=launch == "graph")
-    generation(decoder, cfg, batch, settings)
-    runs = [generation(decoder, cfg, batch, settings) for _ in range(settings.repeats or 3)]
+    prompts = torch.randint(cfg.vocab_size, (batch, settings.prompt_tokens)).tolist()
+    for _ in range(min(2, settings.prompt_tokens)):  # the second prompt of a length records its graph
+        generation(decoder, prompts, settings)
+    runs = [generation(decoder, prompts, settings) for _ in range(settings.repeats or 3)]
     first, each = (statistics.median(column) for column in zip(*runs))
     weights = merge.step_weights(model, batch, launch)
     kv = batch * decode.token_bytes(cfg, model.head.weight.dtype) * (settings.prompt_tokens + settings.new_tokens / 2)
@@ -549,6 +531,44 @@ def decode_row(model, cfg, kind, launch, batch, ceiling, table, settings):
               tokens_per_s=round(rate), first_ms=first * 1e3, ms=each * 1e3, gb_s=gbs, share=gbs / ceiling,
               weights_mb=weights / 1e6, kv_mb=kv / 1e6, benchmark="decode", prompt_tokens=settings.prompt_tokens,
               new_tokens=settings.new_tokens, config=config.to_dict(cfg))
+    return rate
+
+
+def all_texts(decoder, cfg, prompts, at_once):
+    """(tokens/s, new tokens) of all prompts, of which `at_once` are given to the loop at a time."""
+    rows = [decode.Row(prompt, decode.row_key(cfg.seed, prompt)) for prompt in prompts]
+    began = time.perf_counter()
+    for i in range(0, len(rows), at_once):
+        for _ in decoder.run(rows[i:i + at_once]):
+            pass
+    tokens = sum(len(row.new) for row in rows)
+    return tokens / (time.perf_counter() - began), tokens
+
+
+def serve_row(model, cfg, kind, launch, batch, table, settings):
+    """Times prompts of 16 to 512 tokens, refilled and in static batches; returns the tokens/s of the former.
+
+    Each new token is drawn evenly from 256, of which one ends the text. steady: tokens/s of a full batch that no text
+    leaves, after its prompts. So of_steady counts prompts, empty places and steps past an end as losses.
+    """
+    fresh(model.head.weight.device)
+    torch.manual_seed(cfg.seed)  # the same prompts for all rows
+    longest = min(512, cfg.block_size - settings.new_tokens)
+    lengths = torch.randint(min(16, longest), longest + 1, (settings.refill,)).tolist()
+    prompts = [torch.randint(cfg.vocab_size, (length,)).tolist() for length in lengths]
+    even = SimpleNamespace(temperature=1e6, top_k=0, top_p=1.0, min_p=0.0, max_new_tokens=settings.new_tokens)
+    decoder = decode.Decoder(model, even, batch, longest + settings.new_tokens, 0, min(256, cfg.vocab_size),
+                             launch == "graph")
+    rates = []
+    for at_once in (batch, len(prompts)):
+        runs = [all_texts(decoder, cfg, prompts, at_once) for _ in range(1 + (settings.repeats or 3))]
+        rates.append(statistics.median(rate for rate, _ in runs[1:]))
+    (static, rate), decoder.eos = rates, -1
+    full = (prompts * batch)[:batch]
+    steady = batch / statistics.median(generation(decoder, full, settings)[1] for _ in runs[1:])
+    table.row(ffn=ffn_name(model.cfg), kind=kind, launch=launch, batch=batch, prompts=len(prompts),
+              prompt_tokens=sum(lengths), new_tokens=runs[0][1], tokens_per_s=round(rate), static=round(static),
+              steady=round(steady), of_steady=rate / steady, benchmark="serve", config=config.to_dict(cfg))
     return rate
 
 
@@ -562,7 +582,7 @@ def launches_on(device, settings) -> list:
 
 
 def bench_decode(cfg, settings):
-    """Prints per case: ms per token after the first, GB/s, and their share of the copy rate.
+    """Prints per case: ms to the first token and per token after it, GB/s, and their share of the copy rate.
 
     GB/s counts the bytes that a step has to read: the weights and, on average, half of the final cache.
     """
@@ -572,6 +592,11 @@ def bench_decode(cfg, settings):
     length = decode.padded(settings.prompt_tokens + settings.new_tokens, cfg.block_size)
     columns = {"ffn": 18, "kind": 10, "launch": 6, "batch": 6, "per_user": 8, "tokens_per_s": 12, "first_ms": 8,
                "ms": 8, "gb_s": 7, "share": 7, "weights_mb": 10, "kv_mb": 8}
+    time_row = partial(decode_row, ceiling=ceiling)
+    if settings.refill:
+        columns = {"ffn": 18, "kind": 10, "launch": 6, "batch": 6, "prompt_tokens": 13, "new_tokens": 10,
+                   "tokens_per_s": 12, "static": 8, "steady": 8, "of_steady": 9}
+        time_row, length = serve_row, decode.padded(512 + settings.new_tokens, cfg.block_size)
     facts = {**header(device), "copy": f"{ceiling:.0f} GB/s", "dtype": str(dtype).removeprefix("torch.")}
     table = Table(columns, facts, settings)
 
@@ -583,7 +608,7 @@ def bench_decode(cfg, settings):
         model = random_model(dataclasses.replace(cfg, ffn="dense") if kind == "dense" else cfg, device)
         merge.prepare_model(model, "structured" if kind == "dense" else kind, dtype)
         for launch in launches[-1:] if settings.max_batch else launches:
-            row = partial(decode_row, model, cfg, kind, launch, ceiling=ceiling, table=table, settings=settings)
+            row = partial(time_row, model, cfg, kind, launch, table=table, settings=settings)
             if settings.max_batch:
                 highest_rate(row, largest, device)
             else:
@@ -647,30 +672,10 @@ def bench_crossover(cfg, settings):
     return table
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# plot: rows of earlier benchmarks
-
-def read_rows(path) -> list:
-    """The rows that --json wrote to a file."""
-    try:
-        return [json.loads(line) for line in config.read_text(path).splitlines() if line.strip()]
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} does not hold rows as --json writes them: one JSON object per line.") from None
-
-
 def plot_rows(paths, settings):
-    """Draws rows that --json wrote, those of one benchmark."""
-    rows = [row for path in paths for row in read_rows(path) if isinstance(row, dict) and "note" not in row]
-    kinds, launches = names(settings, "kinds", KINDS), names(settings, "launches", ("eager", "graph"))
-    widths, tokens = numbers(settings, "widths"), numbers(settings, "tokens")
-    rows = [r for r in rows if r.get("kind", kinds[0]) in ("dense", *kinds) and r.get("launch", launches[0]) in launches
-            and (not widths or r.get("width", r.get("config", {}).get("n_embd")) in widths)
-            and (not tokens or r.get("tokens") in tokens)]
-    found = sorted({str(r.get("benchmark")) for r in rows} - {"scaling"})
-    if len(found) != 1 or found[0] not in DRAW:
-        raise UserError(f"{', '.join(paths)} has rows of {' and '.join(found) or 'no benchmark'} with these settings: "
-                        f"give rows of one of {', '.join(DRAW)}.")
-    DRAW[found[0]](settings.plot, [r for r in rows if r["benchmark"] == found[0]])
+    lists = (names(settings, "kinds", KINDS), names(settings, "launches", ("eager", "graph")),
+             numbers(settings, "widths"), numbers(settings, "tokens"))
+    draw_rows(settings.plot, paths, *lists)
 
 
 BENCHMARKS = {"kernel": bench_kernel, "ffn": bench_ffn, "train": bench_train, "prefill": bench_prefill,

@@ -161,8 +161,8 @@ def text_documents(path, column, meter, skip=False):
                 position = raw.tell()
                 meter["done"], before = meter["done"] + max(0, position - before), max(before, position)
                 yield document
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as e:
-        why = getattr(e, "strerror", None) or e
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, MemoryError) as e:  # a few bytes may ask for any memory
+        why = getattr(e, "strerror", None) or str(e) or "it needs more memory than there is"
         raise UserError(f"cannot read {path} ({why}): it is damaged, or not what its suffix says.") from None
 
 

@@ -5,6 +5,7 @@ Decoder replays it as one CUDA graph together with sampling, so that the host on
 """
 import hashlib
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 import torch
@@ -111,18 +112,27 @@ def padded(length, block_size) -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
+BUCKETS = 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048  # lengths of prompts that have a CUDA graph
+FEW = 4    # prompts at a time that go one by one, as graphs; more fill the device while their kernels are launched
+CHUNK = 8  # steps between two looks at the new tokens
+SOON = 2   # the same while prompts wait, since a row that has ended keeps its place until then
+
+
 @dataclass
 class Row:
-    """One sequence: its prompt (token ids), the key of its draws, and its result."""
+    """One sequence: its prompt (token ids), the key of its draws, its result, and where it stands."""
     prompt: list
     key: int = 0
     new: list = field(default_factory=list)
     finish: str = ""                     # eos | length (max_new_tokens) | context (block_size)
-    seconds: float = 0.0                 # from the start of its batch to its end
+    seconds: float = 0.0                 # from the start of its prefill to its end
+    began: float = 0.0
+    limit: int = 0                       # new tokens at most
+    steps: int = 0                       # steps launched so far; the host reads their tokens later
 
 
 class Decoder:
-    """Continues up to `batch` prompts at a time in static buffers of `length` tokens a row.
+    """Continues prompts, up to `batch` at a time, in static buffers of `length` tokens a row.
 
     s: temperature, top_k, top_p, min_p, max_new_tokens. eos: the token that ends a row (-1: none does). n_tokens: the
     first n_tokens ids may be sampled, the rest is padding of the vocabulary. graphs: replay each step as a CUDA graph.
@@ -141,13 +151,18 @@ class Decoder:
         self.cache = Cache(cfg, batch, length, device, weight.dtype)
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)                 # the newest of every row
         self.key = torch.zeros(batch, dtype=torch.long, device=device)
-        self.new = torch.zeros(batch, length + 1, dtype=torch.long, device=device)          # all new ones of every row
+        self.new = torch.zeros(batch, length + 1, dtype=torch.long, device=device)          # those of the latest chunk
         self.count = torch.zeros(batch, 1, dtype=torch.long, device=device)                 # how many of `new` are set
-        self.recorded, self.pool = {}, None                                                 # {cache.seen: CUDA graph}
+        self.widths = sorted({min(bucket, length) for bucket in BUCKETS})
+        self.prompt = torch.zeros(1 + self.widths[-1], dtype=torch.long, device=device)     # a row's index, its tokens
+        self.recorded, self.prefills = {}, {}                    # graphs: {cache.seen: of a step}, {width: of a prompt}
+        self.pool = None
         with model.speeds.launched("graph"):
             self.forward = self.graphs and ops.ON and ops.fused_step(model, self.cache) or model.step
         self.exact_length = self.forward != model.step  # fused attention reads the stored keys only, without cache.seen
         self.fused_sample = ops.sample if self.graphs and ops.ON and ops.can_sample(self.token, s) else None
+
+    # A step
 
     def step(self):
         """One token for every row."""
@@ -163,23 +178,6 @@ class Decoder:
         self.new.scatter_(1, self.count, self.token)
         self.count += 1
 
-    def prefill(self, rows):
-        """Stores the prompts and samples every row's first new token; a batch that is not full repeats its last row."""
-        rows = rows + rows[-1:] * (len(self.key) - len(rows))
-        device, width = self.key.device, max(len(row.prompt) for row in rows)
-        prompts = torch.tensor([row.prompt + [0] * (width - len(row.prompt)) for row in rows]).to(device)
-        lengths = torch.tensor([len(row.prompt) for row in rows]).to(device)
-        self.key.copy_(torch.tensor([row.key for row in rows]))
-        self.cache.position.zero_()
-        self.count.zero_()
-        if width == 1:
-            self.token.copy_(prompts)
-            return self.advance(1)
-        n = max(1, PREFILL // width)
-        parts = [slice(i, i + n) for i in range(0, len(rows), n)]
-        logits = [self.model.step(prompts[p], self.cache.rows(p.start, p.stop), lengths[p]) for p in parts]
-        self.sample(torch.cat(logits))
-
     def set_seen(self, tokens):
         """Attention reads at least the first `tokens` places of the cache. Few sizes, since each has its own graph."""
         unit = self.cache.length if self.exact_length else max(64, -(-self.cache.length // 512) * 64)
@@ -191,10 +189,10 @@ class Decoder:
         if not self.graphs:
             return self.step()
         if self.cache.seen not in self.recorded:
-            self.recorded[self.cache.seen] = self.record()
+            self.recorded[self.cache.seen] = self.record_step()
         self.recorded[self.cache.seen].replay()
 
-    def record(self):
+    def record_step(self):
         """The step as a CUDA graph.
 
         The warm-up takes a real step. Its token and counters are restored; the keys it stores are written again before
@@ -202,41 +200,129 @@ class Decoder:
         """
         state = self.token, self.count, self.cache.position, self.cache.newest
         saved = [t.clone() for t in state]
-        with self.model.speeds.launched("graph"):
-            graph = record_graph(self.step, self.pool)
+        graph = self.record(self.step)
         for t, value in zip(state, saved):
             t.copy_(value)
+        return graph
+
+    def record(self, run):
+        with self.model.speeds.launched("graph"):
+            graph = record_graph(run, self.pool)
         self.pool = self.pool or graph.pool()
         return graph
 
-    @torch.no_grad()
-    def run(self, rows, chunk=32):
-        """Continues up to `batch` rows. Yields [(row, its latest tokens)] after the first and then every `chunk` steps.
+    # Prompts
 
-        The host waits for the device once per chunk. Rows that have ended run along until the last one ends.
+    def upload(self, values):
+        """Lists of whole numbers as a tensor; from pinned memory, so that the host does not wait for the device."""
+        on_cuda = self.key.is_cuda
+        return torch.tensor(values, pin_memory=on_cuda).to(self.key.device, non_blocking=on_cuda)
+
+    def prefill(self, changes):
+        """changes {place in the batch: the Row that begins there, or None}.
+
+        All tokens of a prompt but the last are stored; the next step reads the last one with those of the other rows.
+        An empty place takes part in the steps as a row of one token, so that its attention costs nothing.
         """
-        began, done, longest = time.perf_counter(), 0, max(len(row.prompt) for row in rows)
-        limits = [min(self.s.max_new_tokens, self.model.cfg.block_size - len(row.prompt)) for row in rows]
-        self.prefill(rows)
-        while True:
-            wanted = min(1 if done == 0 else done + chunk, max(limits))
-            for i in range(max(done, 1), wanted):
-                self.advance(longest + i)
-            tokens = self.new[:len(rows), done:wanted].tolist()
-            fresh = [(row, self.append(row, new, limit, time.perf_counter() - began))
-                     for row, new, limit in zip(rows, tokens, limits) if not row.finish]
-            done = wanted
-            yield fresh
-            if all(row.finish for row in rows):
-                return
+        state = [(i, row.prompt[-1], len(row.prompt) - 1, row.prompt[-2:][0], row.key) if row else (i, 0, 0, 0, 0)
+                 for i, row in changes.items()]
+        index, *values = self.upload(list(zip(*state)))
+        for tensor, value in zip((self.token[:, 0], self.cache.position, self.cache.newest, self.key), values):
+            tensor.index_copy_(0, index, value)
+        prompts = [(row.prompt[:-1], i) for i, row in changes.items() if row and len(row.prompt) > 1]
+        prompts.sort(key=lambda prompt: -len(prompt[0]))
+        if self.graphs and len(prompts) <= FEW:
+            while prompts and len(prompts[-1][0]) <= self.widths[-1]:
+                self.prefill_one(*prompts.pop())
+        while prompts:
+            width = max(2, len(prompts[0][0]))  # a single token would be a decode step
+            n = max(1, PREFILL // width)
+            tokens, rows = zip(*[(prompt + [0] * (width - len(prompt)), i) for prompt, i in prompts[:n]])
+            self.model.store(self.upload(tokens), self.cache.rows(self.upload(rows)))
+            prompts = prompts[n:]
 
-    def append(self, row, tokens, limit, seconds):
+    def prefill_one(self, prompt, place):
+        """Stores a prompt, padded to one of the widths, in row `place`. All rows share the graph of a width.
+
+        The first prompt of a width runs without a graph: a single one is not worth a recording.
+        """
+        width = min(width for width in self.widths if width >= len(prompt))
+        self.prompt[:1 + width] = self.upload([place, *prompt] + [0] * (width - len(prompt)))
+
+        def store():
+            self.model.store(self.prompt[None, 1:1 + width], self.cache.rows(self.prompt[:1]))
+
+        if width not in self.prefills:
+            self.prefills[width] = None
+            return store()
+        self.prefills[width] = self.prefills[width] or self.record(store)
+        self.prefills[width].replay()
+
+    # The loop
+
+    @torch.no_grad()
+    def run(self, rows, chunk=CHUNK):
+        """Continues rows, `batch` at a time; where one ends, the next begins. Yields [(row, its latest tokens)] after
+        the first step and then every `chunk` steps, or sooner.
+
+        With CUDA graphs a chunk is launched before the tokens of the one before are read: the device does not wait for
+        the host. So an EOS is seen one chunk late. Ends by length are known beforehand.
+        """
+        waiting, places, launched, steps, ahead = deque(rows), [None] * len(self.key), deque(), 1, 0
+        soon = min(chunk, max(SOON, len(places) // 32))  # a large batch collects prompts for one forward
+        while True:
+            self.refill(places, waiting)
+            left = max((row.limit - row.steps for row in places if row), default=0)
+            if not left and not launched:
+                return
+            if left:
+                launched.append(self.launch(places, min(steps, left)))
+            if not left or len(launched) > ahead:
+                yield self.read(*launched.popleft())
+            steps, ahead = soon if waiting else chunk, int(self.graphs)
+
+    def refill(self, places, waiting):
+        """Rows that have ended leave their places [Row or None] to those that wait."""
+        changes, now = {}, time.perf_counter()
+        for i, row in enumerate(places):
+            if row and (row.finish or row.steps == row.limit):
+                changes[i] = None
+            if waiting and (row is None or i in changes):
+                changes[i] = new = waiting.popleft()
+                new.limit = min(self.s.max_new_tokens, self.model.cfg.block_size - len(new.prompt))
+                new.began = now
+        for i, row in changes.items():
+            places[i] = row
+        if changes:
+            self.prefill(changes)
+
+    def launch(self, places, steps):
+        """Steps for every row -> [(place, row)], their new tokens (B, steps) on the way to the host, the arrival."""
+        running = [(i, row) for i, row in enumerate(places) if row]
+        longest = max(len(row.prompt) + row.steps for _, row in running)
+        self.count.zero_()
+        for i in range(steps):
+            self.advance(longest + i)
+        for _, row in running:
+            row.steps = min(row.steps + steps, row.limit)
+        on_cuda = self.key.is_cuda
+        tokens = self.new[:, :steps].to("cpu", non_blocking=on_cuda, copy=True)
+        return running, tokens, torch.cuda.current_stream(self.key.device).record_event() if on_cuda else None
+
+    def read(self, running, tokens, arrival):
+        """Waits for the tokens of `launch` and appends them to their rows -> [(row, its tokens)]."""
+        if arrival:
+            arrival.synchronize()
+        tokens, now = tokens.tolist(), time.perf_counter()
+        return [(row, self.append(row, tokens[i], now - row.began)) for i, row in running if not row.finish]
+
+    def append(self, row, tokens, seconds):
         """Appends the tokens to a row, up to its end; returns those."""
-        tokens = tokens[:limit - len(row.new)]
+        tokens = tokens[:row.limit - len(row.new)]
         if self.eos in tokens:
             tokens, row.finish = tokens[:tokens.index(self.eos)], "eos"
         row.new += tokens
         row.seconds = seconds
-        if not row.finish and len(row.new) == limit:
-            row.finish = "length" if limit == self.s.max_new_tokens else "context"
+        if not row.finish and len(row.new) == row.limit:
+            row.finish = "length" if row.limit == self.s.max_new_tokens else "context"
         return tokens

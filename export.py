@@ -5,7 +5,7 @@ The source is a run folder, a model.pt, or a Hugging Face folder (config.json, s
 --to=FOLDER writes it for Hugging Face's transformers and what reads their format: every structured linear merged, as
 the stock architecture that computes the same. --out_dir=FOLDER writes a model.pt, which sample.py, train.py and this
 script read. --ffn=lowrank --rank=256 projects the FFNs of a dense source onto factors on the way: the nearest in the
-weights or, with --calibrate=FILE, in the outputs on that text's activations.
+weights or, with --calibrate=FILE, in the outputs on that text's activations. --ffn_dim=1024 leaves out hidden units.
 """
 import os
 from dataclasses import dataclass
@@ -27,10 +27,11 @@ class Settings:
     rank: int = 0                        # R of lowrank and blockdense
     nblocks: int = 0                     # B of blockshuffle and blockdense
     n_dense_layers: int = 1              # the first layers whose FFN stays dense
-    calibrate: str = ""                  # a text file: weigh the projection by its activations, print its loss
+    ffn_dim: int = 0                     # hidden units to leave in every FFN, those that add most; 0: all
+    calibrate: str = ""                  # a text file: weigh projection or pruning by its activations, print its loss
     calibrate_tokens: int = 16384        # tokens of the text that the activations come from
     weighted: bool = True                # False: the plain projection, the text for its losses only
-    device: str = "auto"                 # of the projection: auto | cpu | cuda | cuda:N | mps
+    device: str = "auto"                 # of the projection, which is in float64: auto | cpu | cuda | cuda:N
 
 
 def read_settings(argv):
@@ -44,16 +45,20 @@ def read_settings(argv):
     if bool(s.to) == bool(s.out_dir):
         raise UserError("give a destination: --to=FOLDER for Hugging Face's transformers, or --out_dir=FOLDER "
                         "for a model.pt.")
+    projection = s.ffn != "dense" or s.ffn_dim
     checks = ((("target", "dtype", "factors"), s.to, "--to=FOLDER"),
               (("block_size",), is_hf(words[0]), "a Hugging Face folder as source"),
-              (("rank", "nblocks", "n_dense_layers", "calibrate"), s.ffn != "dense", "a projection, as --ffn=lowrank"),
+              (("rank", "nblocks", "n_dense_layers"), s.ffn != "dense", "a projection, as --ffn=lowrank"),
+              (("calibrate",), projection, "a projection, as --ffn=lowrank or --ffn_dim=1024"),
               (("calibrate_tokens", "weighted"), s.calibrate, "--calibrate=FILE"))
     for names, there, needed in checks:
         if unused := [name for name in names if name in values and not there]:
             raise UserError(f"{unused[0]}={values[unused[0]]} needs {needed}: give that too, or leave {unused[0]} out.")
     if s.factors and s.target != "transformers":
         raise UserError(f"factors=True is read by transformers only, not by {s.target}: leave one of them out.")
-    for name, least in (("block_size", 0), ("calibrate_tokens", 1)):
+    if s.device == "mps":
+        raise UserError("device=mps has no float64, which a projection needs: use --device=cpu or leave it out.")
+    for name, least in (("block_size", 0), ("ffn_dim", 0), ("calibrate_tokens", 1)):
         if getattr(s, name) < least:
             raise UserError(f"{name}={getattr(s, name)} must be at least {least}.")
     if os.path.exists(target := s.to or os.path.join(s.out_dir, "model.pt")):
@@ -86,10 +91,11 @@ import torch
 from config import Config, short
 from device import pick_device
 from merge import exact_matmuls, replace_structured
-from model import build, load, load_weights, rms_norm
+from model import build, load, rms_norm
 from project import project_ffns
 from run import perplexity, read_json, save_beside, writing
-from tokenizer import byte_characters, load_tokenizer, name_of, package, saved_tokenizer
+from tokenizer import load_tokenizer, package, saved_tokenizer
+from tokenizer_json import kind_of, tokenizer_files
 from train import summary
 
 
@@ -334,10 +340,13 @@ def from_hf(tensors, cfg, name) -> dict:
     out = {}
     for ours, theirs, rows in modules(cfg, name):
         weights, biases = ([tensors.pop(f"{module}.{kind}", None) for module in theirs] for kind in ("weight", "bias"))
-        if any(part is None for part in weights):
+        if any(part is None or not part.dim() for part in weights):
             raise UserError(f"the weights lack {theirs[0]}.weight: the folder is incomplete, or not what its "
                             "config.json says.")
         weights = [part.float().T if is_turned(ours, name) else part.float() for part in weights]
+        if len({part.shape[1:] for part in weights}) > 1 or any(b is not None and b.dim() != 1 for b in biases):
+            raise UserError(f"the shapes of {theirs[0]} and what belongs to it do not fit each other: "
+                            "the weights are damaged.")
         out[f"{ours}.weight"] = torch.cat(weights)[:cfg.block_size if ours == "wpe" else None].contiguous()
         if our_bias(ours, cfg):
             biases = [torch.zeros(len(part)) if bias is None else bias.float() for part, bias in zip(weights, biases)]
@@ -349,118 +358,6 @@ def from_hf(tensors, cfg, name) -> dict:
         raise UserError(f"{next(iter(tensors))}, one of {len(tensors)} tensors, has no place in a {name} model as "
                         "config.json describes it: a model of another kind cannot be read.")
     return out
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizers
-
-EOS = "<|endoftext|>"
-
-
-def kind_of(identity) -> str:
-    """byte | gpt2 | spm | model | hf"""
-    name = name_of(identity)
-    return name if name in ("byte", "gpt2") else name.partition(":")[0] if name.startswith(("spm:", "hf:")) else "model"
-
-
-def last_merge(token, ranks):
-    """The two parts that byte-pair merges of lower rank make of a token (bytes); None where they leave more."""
-    parts = [token[i:i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        rank, i = min((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
-        if rank >= ranks[token]:
-            return None
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-def bytes_json(table, regex) -> dict:
-    """tokenizer.json of a vocabulary over bytes; table: the bytes of every id, the last one ends documents."""
-    characters, ranks = byte_characters(), {token: i for i, token in enumerate(table[:-1])}
-
-    def spelled(token):
-        return "".join(characters[byte] for byte in token)
-
-    merges = [parts for token in ranks if len(token) > 1 and (parts := last_merge(token, ranks))]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex}
-    model = {"vocab": {spelled(token): i for token, i in ranks.items()} | {EOS: len(table) - 1},
-             "merges": [[spelled(a), spelled(b)] for a, b in merges]}
-    return {"pre_tokenizer": level, "decoder": level, "model": model}
-
-
-def pieces_json(blob, spaces) -> dict:
-    """tokenizer.json of a sentencepiece BPE. spaces: its ▁ are spaces and none is put before a text, as in spm:VOCAB.
-
-    A merge makes a piece of two others; the piece's score is its rank.
-    """
-    sp = package("sentencepiece", "the tokenizer").SentencePieceProcessor()
-    sp.LoadFromSerializedProto(blob)
-    names = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
-    tests = (sp.is_control, sp.is_unknown, sp.is_byte, sp.is_unused)
-    ids = {piece: i for i, piece in enumerate(names) if not any(test(i) for test in tests)}
-    pairs = [(piece[:n], piece[n:]) for piece in ids for n in range(1, len(piece))]
-    pairs = [pair for pair in pairs if pair[0] in ids and pair[1] in ids]
-    pairs.sort(key=lambda pair: (-sp.get_score(ids[pair[0] + pair[1]]), ids[pair[0]], ids[pair[1]]))
-
-    def spelled(piece):
-        return piece.replace("▁", " ") if spaces else piece
-
-    model = {"vocab": {spelled(piece): i for i, piece in enumerate(names)}, "unk_token": names[sp.unk_id()],
-             "merges": [list(map(spelled, pair)) for pair in pairs], "fuse_unk": True, "byte_fallback": True}
-    bytes_back = [{"type": "ByteFallback"}, {"type": "Fuse"}]
-    if spaces:
-        words = {"type": "Split", "pattern": {"Regex": " *[^ ]+| +"}, "behavior": "Isolated", "invert": False}
-        return {"pre_tokenizer": words, "decoder": {"type": "Sequence", "decoders": bytes_back}, "model": model}
-    to_line, to_space = ({"type": "Replace", "pattern": {"String": a}, "content": b} for a, b in (" ▁", "▁ "))
-    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-    return {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, to_line]},
-            "decoder": {"type": "Sequence", "decoders": [to_space, *bytes_back, strip]}, "model": model}
-
-
-def whole_json(data, eos) -> dict:
-    """A complete tokenizer.json: eos (an id) and the unknown token are special, what `data` leaves out is off."""
-    vocabulary, unknown = data["model"]["vocab"], data["model"].get("unk_token")
-    special = sorted({token for token, i in vocabulary.items() if i == eos or token == unknown}, key=vocabulary.get)
-    added = [{"id": vocabulary[token], "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-              "normalized": False, "special": True} for token in special]
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-             **data["model"]}
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-            "pre_tokenizer": None, "post_processor": None, "decoder": None, **data, "model": model}
-
-
-PROBES = ("", " ", "a", "def f(x):\n\treturn  x ** 2 ", "  two  spaces\r\n\n", "naïve Œuvre ﬁ ① Ａ 中文 🙂 e\u0301",
-          "I'll 123456 we're", "\x00\x7f\u200b\u3000 ", "<s></s><unk>" + EOS)
-
-
-def tokenizer_files(tokenizer, block_size, target) -> dict:
-    """{file name: bytes} of a Tokenizer; UserError if Hugging Face's gives PROBES other ids."""
-    kind = kind_of(tokenizer.identity)
-    if kind == "hf":
-        data = json.loads(tokenizer.blob)
-        eos = data.pop("eos_token")
-    else:
-        data = (bytes_json(tokenizer.table, kind == "gpt2") if kind in ("byte", "gpt2") else
-                pieces_json(tokenizer.blob, kind == "spm"))
-        data = whole_json(data, tokenizer.eos)
-        eos = next(token for token, i in data["model"]["vocab"].items() if i == tokenizer.eos)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast",  # version 5 builds any other class anew, with other ids
-                "split_special_tokens": kind != "hf",          # text of ours never ends a document
-                "model_input_names": ["input_ids", "attention_mask"], "model_max_length": block_size,
-                "clean_up_tokenization_spaces": False, "add_bos_token": False, "add_eos_token": False,
-                "add_prefix_space": False, "bos_token": eos, "eos_token": eos}
-    if data["model"].get("unk_token"):
-        settings["unk_token"] = data["model"]["unk_token"]
-    files = {"tokenizer.json": json.dumps(data, ensure_ascii=False).encode(),
-             "tokenizer_config.json": json.dumps(settings, indent=2).encode()}
-    theirs = package("tokenizers", "export.py").Tokenizer.from_str(files["tokenizer.json"].decode())
-    theirs.encode_special_tokens = True
-    for text in PROBES:
-        if theirs.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
-            raise UserError(f"the tokenizer {tokenizer.identity} cannot be written for Hugging Face: it normalises "
-                            f"text or is not a BPE with byte fallback, so that {text!r:.40} would become other ids.")
-    return files | ({"tokenizer.model": tokenizer.blob} if target == "gguf" and kind in ("spm", "model") else {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -538,7 +435,7 @@ def model_card(title, cfg, saved, name, params, factors) -> str:
         guide = f"{cfg.guide}, {plan['guided_steps']} of {plan['steps']} steps"
         facts |= {"self-guided training": "none" if cfg.guide == "off" else guide,
                   "data": f"{cfg.data_dir or cfg.dataset}, {short(plan['unique_tokens'])} tokens",
-                  "first weights": cfg.init_from or "random",
+                  "first weights": cfg.init_from or "random", "teacher": cfg.distill or "none",
                   "recipe": f"{cfg.optimizer}, {saved['step']} of {plan['steps']} steps of {cfg.batch_size} x "
                             f"{cfg.block_size} tokens, lr {cfg.lr:g}, weight decay {cfg.weight_decay:g}, "
                             f"seed {cfg.seed}"}
@@ -563,7 +460,7 @@ def for_factors(values, cfg) -> dict:
 @torch.no_grad()
 def write_hf(folder, model, cfg, saved, s):
     """Merges the model and writes it; the folder appears whole or not at all."""
-    tokenizer = saved_tokenizer(saved["tokenizer"])
+    tokenizer = saved_tokenizer(saved["tokenizer"], cfg.vocab_size)
     name = choose_home(cfg, s.target, kind_of(tokenizer.identity))
     files = tokenizer_files(tokenizer, cfg.block_size, s.target)
     factors = s.factors and cfg.ffn != "dense"
@@ -612,6 +509,14 @@ GPT_KEYS = ("n_layer", "n_embd", "n_head", "n_positions", "n_inner", "activation
 
 def check_hf_config(path, data, name, rope):
     """Refuses what our model does not compute."""
+    sizes = (*ROPE_KEYS[:-1], *GPT_KEYS[:-1], "vocab_size", "head_dim", "num_key_value_heads", "sliding_window")
+    kinds = dict.fromkeys(sizes, int) | {"hidden_act": str, "activation_function": str}
+    for key, kind in kinds.items():
+        value = data.get(key)
+        if value is not None and (type(value) is not kind or kind is int and value < 1):
+            raise UserError(f"{path} has {key}={config.shown(value)}: expected a {'size' if kind is int else 'name'}.")
+    if not isinstance(rope, dict):
+        raise UserError(f"{path} has rotary settings {config.shown(rope)}: expected names with values.")
     for key, value in ONLY.items():
         found = data.get(key, rope.get(key, 0.25 if (name, key) == ("stablelm", "partial_rotary_factor") else value))
         if found != value:
@@ -621,7 +526,7 @@ def check_hf_config(path, data, name, rope):
         raise UserError(f"{path} scales its rotary positions ({scaling}): only unscaled ones can be computed here.")
     optional = () if HOMES[name].pos == "rope" else GPT_KEYS[4:]
     for key in ("vocab_size", *(ROPE_KEYS if HOMES[name].pos == "rope" else GPT_KEYS)):
-        if key not in data and key not in optional:
+        if data.get(key) is None and key not in optional:
             raise UserError(f"{path} has no {key}: it is not the config.json of a {name} model.")
 
 
@@ -629,8 +534,8 @@ def read_hf_config(path, block_size=0):
     """config.json -> (architecture, Config; whether it has biases, the weights say)."""
     data = read_json(path)
     name = data.get("model_type") if isinstance(data, dict) else None
-    if name not in HOMES:
-        raise UserError(f"{path} has model_type={name}: {', '.join(HOMES)} are read.")
+    if not isinstance(name, str) or name not in HOMES:
+        raise UserError(f"{path} has model_type={config.shown(name)}: {', '.join(HOMES)} are read.")
     home, rope = HOMES[name], data.get("rope_parameters") or data.get("rope_scaling") or {}
     check_hf_config(path, data, name, rope)
     keys = ROPE_KEYS if home.pos == "rope" else GPT_KEYS
@@ -659,8 +564,14 @@ def read_weights(folder, root) -> dict:
     safetensors, tensors = package("safetensors", "export.py"), {}
     from safetensors.torch import load_file
     index = os.path.join(folder, "model.safetensors.index.json")
-    files = set(read_json(index)["weight_map"].values()) if os.path.exists(index) else {"model.safetensors"}
-    for file in sorted(files):
+    files = ["model.safetensors"]
+    if os.path.exists(index):
+        data = read_json(index, 1 << 22)
+        names = data.get("weight_map") if isinstance(data, dict) else None
+        files = list(names.values()) if isinstance(names, dict) else []
+        if not files or not all(isinstance(file, str) and file == os.path.basename(file) for file in files):
+            raise UserError(f"{index} is damaged: it does not name files of its folder.")
+    for file in sorted(set(files)):
         path = os.path.join(folder, file)
         if not os.path.exists(path):
             raise UserError(f"{path} is missing: weights are read from safetensors, as transformers' save_pretrained "
@@ -678,7 +589,7 @@ def read_weights(folder, root) -> dict:
 def qk_gain(folder, tensors) -> float:
     """The one weight of all norms of queries and keys, which are taken out of tensors."""
     keys = [key for key in tensors if key.endswith((".q_norm.weight", ".k_norm.weight"))]
-    gains = torch.cat([tensors.pop(key).float() for key in keys]).unique().tolist()
+    gains = torch.cat([torch.empty(0), *(tensors.pop(key).float().flatten() for key in keys)]).unique().tolist()
     if len(gains) != 1 or gains[0] <= 0:
         raise UserError(f"the norms of queries and keys in {folder} have {len(gains)} different weights: "
                         "only one for all can be computed here.")
@@ -702,8 +613,7 @@ def read_hf(folder, block_size=0):
             raise UserError(f"{folder} has {HOMES[name].eps}={cfg.norm_eps}: "
                             "here queries and keys are normed with 1e-05.")
         cfg.qk_norm = qk_gain(folder, tensors)
-    model = build(cfg, torch.device("cpu"))
-    load_weights(model, from_hf(tensors, cfg, name), folder)
+    model = build(cfg, torch.device("cpu"), weights=from_hf(tensors, cfg, name), path=folder)
     blob = torch.frombuffer(bytearray(tokenizer.blob), dtype=torch.uint8)
     return model.eval(), cfg, {"step": 0, "val_loss": None, "tokenizer": {"identity": tokenizer.identity, "blob": blob}}
 
@@ -711,9 +621,10 @@ def read_hf(folder, block_size=0):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def main(path, s):
-    device = pick_device(s.device if s.ffn != "dense" else "cpu")
+    smaller = s.ffn != "dense" or s.ffn_dim
+    device = pick_device(s.device if smaller else "cpu")
     model, cfg, saved = read_hf(path, s.block_size) if is_hf(path) else load(path, torch.device("cpu"))
-    if s.ffn != "dense":
+    if smaller:
         project_ffns(path, model.to(device), cfg, saved, s)
         model.cpu()
         saved |= {"step": 0, "val_loss": None}  # no longer the model that was trained

@@ -19,7 +19,7 @@ import torch.nn as nn
 from config import UserError
 from device import record_graph
 from model import Cache, ops
-from run import atomic_write
+from run import atomic_write, read_json
 from structured import Dense, FactorsOrMerged, Structured
 
 
@@ -171,22 +171,21 @@ def is_row(row) -> bool:
 
 
 def read_table(path, key, modes) -> tuple:
-    """(all tables of the file at path, the shapes that its table for `key` holds in all modes)."""
+    """(all tables of the file at path, the shapes that its table for `key` holds in all modes).
+
+    The table for `key` is left with these modes alone.
+    """
     try:
-        with open(path) as f:
-            tables = json.load(f)
+        tables = read_json(path, 1 << 22)
         if key not in tables.keys():
             return tables, set()
-        rows = [tables[key].get(mode, {}) for mode in modes]
-        if not all(is_row(row) for shapes in rows for row in shapes.values()):
+        tables[key] = {mode: tables[key].get(mode, {}) for mode in modes}
+        if not all(is_row(row) for shapes in tables[key].values() for row in shapes.values()):
             raise ValueError
-        return tables, set.intersection(*map(set, rows))
-    except OSError as e:
-        raise UserError(f"cannot read {path} ({e.strerror}): delete it, and the speeds in it are measured "
-                        "again.") from None
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path} is damaged: delete it, and the speeds of factors and dense equivalents are measured "
-                        "again.") from None
+        return tables, set.intersection(*map(set, tables[key].values()))
+    except (UserError, ValueError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged or cannot be read: delete it, and the speeds of factors and dense "
+                        "equivalents are measured again.") from None
 
 
 def load_or_measure(model, pairs, path=None) -> dict:

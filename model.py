@@ -7,6 +7,7 @@ import copy
 import functools
 import importlib.util
 import logging
+import math
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -54,8 +55,8 @@ def rotary_table(block_size, head_size, theta=10_000.0):
     """
     frequency = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
     angle = torch.arange(block_size, dtype=torch.float64)[:, None] * frequency
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((cos, cos), 1).float()[:, None], torch.cat((-sin, sin), 1).float()[:, None]
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return torch.cat((cos, cos), 1)[:, None], torch.cat((-sin, sin), 1)[:, None]
 
 
 def rotate(x, cos, sin):
@@ -204,13 +205,13 @@ class Cache:
         self.layers = [tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
                        for _ in range(cfg.n_layer)]
         self.position, self.newest = torch.zeros(2, batch, device=device, dtype=torch.long)
+        self.index = torch.arange(batch, device=device)
         self.length = self.seen = length
 
-    def rows(self, start, stop):
-        """The same buffers, some of the rows."""
+    def rows(self, index):
+        """The same buffers, for prompts that go to the rows index (n,). A CUDA graph reads index anew each time."""
         view = copy.copy(self)
-        view.layers = [(k[start:stop], v[start:stop]) for k, v in self.layers]
-        view.position, view.newest = self.position[start:stop], self.newest[start:stop]
+        view.index, view.position, view.newest = index, torch.zeros_like(index), torch.zeros_like(index)
         return view
 
     def mask(self):
@@ -232,6 +233,7 @@ class Cache:
 class LayerCache(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
+    index: torch.Tensor
     position: torch.Tensor
     mask: torch.Tensor
 
@@ -240,10 +242,11 @@ class LayerCache(NamedTuple):
         B, T, n_head, size = q.shape
         if T > 1:  # prompts: nothing was stored before
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))                     # (B, heads, T, head_size)
-            self.k[:, :, :T], self.v[:, :, :T] = k, v
+            self.k[:, :, :T].index_copy_(0, self.index, k)
+            self.v[:, :, :T].index_copy_(0, self.index, v)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < n_head)
             return y.transpose(1, 2)                                             # (B, T, n_head, head_size)
-        row, seen = torch.arange(B, device=q.device), self.mask.size(-1)
+        row, seen = self.index, self.mask.size(-1)
         self.k[row, :, self.position], self.v[row, :, self.position] = k[:, 0], v[:, 0]
         q = q.view(B, k.size(2), -1, size)  # query heads that share a key head become its queries: k is not repeated
         return F.scaled_dot_product_attention(q, self.k[:, :, :seen], self.v[:, :, :seen], attn_mask=self.mask)
@@ -274,32 +277,55 @@ def token_loss(logits, targets, scale, cap=0.0):
     return loss, grad.to(logits.dtype)
 
 
+def token_mixture(logits, targets, scale, cap, theirs, share):
+    """token_loss with share p + (1 - share) one_hot as the wanted distribution, p of a teacher's logits (C, V).
+
+    The loss is share KL(p || q) + (1 - share) cross-entropy, q the softmax of softcap(logits, cap).
+    """
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    capped = softcap(logits.to(exact), cap)
+    logq, logp = capped.log_softmax(1), theirs.to(exact).log_softmax(1)
+    p, kept, index = logp.exp(), targets >= 0, targets.clamp(min=0)[:, None]
+    loss = (share * (p * (logp - logq)).sum(1) - (1 - share) * logq.gather(1, index)[:, 0]) * kept
+    one_hot = (torch.arange(logits.size(1), device=logits.device) == index).to(exact)
+    grad = (logq.exp() - share * p - (1 - share) * one_hot) * (kept * scale)[:, None]
+    if cap:
+        grad = grad * (1 - (capped / cap).square())
+    return loss, grad.to(logits.dtype)
+
+
 class LMLoss(torch.autograd.Function):
     """Mean cross-entropy of h (T, d) with head weight (V, d) and targets (T,), negative targets left out; cap: of
     softcap.
 
     The logits of a chunk of tokens live only while its share of both gradients is formed. So there is no (T, V) tensor,
-    and nothing is computed twice.
+    and nothing is computed twice. With a teacher = (its h (T, d'), its head weight (V, d'), its cap, share) token_loss
+    is token_mixture; the teacher has no gradients.
     """
     CHUNK = 8192  # tokens; twice as many where the gradient overwrites the logits. Smaller chunks slow the matmuls down
 
     @staticmethod
-    def forward(ctx, h, weight, targets, token_loss, cap):
+    def forward(ctx, h, weight, targets, token_loss, cap, teacher=None):
         w = weight.to(h.dtype)
         training = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         scale = 1.0 / (targets >= 0).sum().clamp(min=1)
-        loss = torch.zeros((), device=h.device, dtype=torch.float32)
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        loss = torch.zeros((), device=h.device, dtype=exact)
         grad_h = torch.empty_like(h) if training else None
-        grad_w = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if training else None
-        in_place = ops.ON and ops.can_token_loss(h)
+        grad_w = torch.zeros_like(weight, dtype=exact) if training else None
+        in_place = teacher is None and ops.ON and ops.can_token_loss(h)
         chunk = LMLoss.CHUNK * (2 if in_place else 1)
         for i in range(0, len(h), chunk):
             rows = slice(i, i + chunk)
             logits = h[rows] @ w.T                                               # (C, V)
             if in_place:
                 losses, grad = ops.token_loss(logits, targets[rows], scale, training, cap)  # (C,), (C, V)
-            else:
+            elif teacher is None:
                 losses, grad = token_loss(logits, targets[rows], scale, cap)
+            else:
+                their_h, their_weight, their_cap, share = teacher
+                theirs = softcap(their_h[rows] @ their_weight.T.to(their_h.dtype), their_cap)  # (C, V)
+                losses, grad = token_loss(logits, targets[rows], scale, cap, theirs, share)
             loss += losses.sum()
             if training:
                 torch.mm(grad, w, out=grad_h[rows])
@@ -311,7 +337,7 @@ class LMLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad_loss.to(grad_h.dtype), (grad_w * grad_loss).to(ctx.weight_dtype), None, None, None
+        return grad_h * grad_loss.to(grad_h.dtype), (grad_w * grad_loss).to(ctx.weight_dtype), None, None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -345,7 +371,7 @@ class GPT(nn.Module):
         tables = rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head, cfg.rope_theta)
         for name, table in zip(("cos", "sin"), tables):
             self.register_buffer(name, table, persistent=False)
-        self.token_loss = token_loss
+        self.token_loss, self.token_mixture, self.teacher = token_loss, token_mixture, None
 
     def tie(self):
         if self.cfg.tie_embeddings:
@@ -393,12 +419,16 @@ class GPT(nn.Module):
             nn.init.normal_(self.wte.weight)
             nn.init.normal_(self.head.weight, std=0.001)
 
-    def embed(self, tokens, before):
+    def embed(self, tokens, before=None):
         """tokens (B, T) -> their embeddings, (B, T, n_embd), and of each layer its value embeddings or None.
 
-        before (B,): the token before each row's first, -1 where there is none; used with smear only.
+        before (B,), for smear: the token before each row's first, -1 where there is none. None: nowhere is one.
         """
-        x = self.wte(torch.cat((before.clamp(min=0)[:, None], tokens), 1) if self.cfg.smear else tokens)
+        if self.cfg.smear:
+            before = tokens.new_full((len(tokens),), -1) if before is None else before
+            x = self.wte(torch.cat((before.clamp(min=0)[:, None], tokens), 1))   # (B, T + 1, n_embd)
+        else:
+            x = self.wte(tokens)
         if self.cfg.embed_norm:
             x = rms_norm(x)
         if self.cfg.smear:
@@ -409,7 +439,7 @@ class GPT(nn.Module):
         """tokens (B, T) -> what the LM head reads, (B, T, n_embd). guided: the layers that use their guide."""
         T = tokens.size(1)
         assert T <= self.cfg.block_size, f"{T} tokens exceed block_size {self.cfg.block_size}"
-        x, values = self.embed(tokens, tokens.new_full((len(tokens),), -1))
+        x, values = self.embed(tokens)
         if self.wpe is not None:
             x = x + self.wpe.weight[:T]
         kind = x.device.type
@@ -429,11 +459,14 @@ class GPT(nn.Module):
     def forward(self, tokens, targets=None, alpha=None, guided=()):
         """tokens (B, T) -> logits (B, T, vocab_size), or with targets (B, T) their mean cross-entropy, a 0-d tensor.
 
-        Targets below 0 are left out.
+        Targets below 0 are left out. In training with a teacher the loss is that of token_mixture.
         """
         h = self.hidden(tokens, alpha, guided)
         if targets is None:
             return self.logits(h)
+        if self.teacher is not None and self.training:
+            return LMLoss.apply(h.flatten(0, 1), self.head.weight, targets.flatten(), self.token_mixture,
+                                self.cfg.logit_softcap, self.teacher(tokens))
         # LMLoss forms gradients for what requires them: in a validation nothing does
         weight = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()
         return LMLoss.apply(h.flatten(0, 1), weight, targets.flatten(), self.token_loss, self.cfg.logit_softcap)
@@ -442,23 +475,33 @@ class GPT(nn.Module):
         """A prefill or a decode step: each row's next tokens (B, T) -> logits (B, vocab_size) of what follows them.
 
         A decode step has one token a row. A prefill fills a cache whose rows are empty with prompts, padded on the
-        right to T tokens, of which `lengths` (B,) are real. The causal mask hides the padding from every real token,
-        and later steps overwrite its keys. The steps in ops/ compute the same; this is their reference.
+        right to T tokens, of which `lengths` (B,) are real. The steps in ops/ compute the same as this.
         """
         B, T = tokens.shape
+        x, pending = self.store(tokens, cache)
+        last = torch.full_like(cache.position, T - 1) if lengths is None else lengths - 1
+        row = torch.arange(B, device=x.device)
+        cache.advance(1 if lengths is None else lengths, tokens[row, last])
+        return self.logits(add_norm(x[row, last], pending[row, last], self.norm)[1])
+
+    def store(self, tokens, cache):
+        """A step without the head: stores keys and values of tokens (B, T) -> x and pending of the last block.
+
+        Prompts are padded on the right. The causal mask hides the padding from every real token, and later steps
+        overwrite its keys.
+        """
+        T = tokens.size(1)
         place = cache.position[:, None] + torch.arange(T, device=tokens.device)  # (B, T)
         x, values = self.embed(tokens, cache.before())
         if self.wpe is not None:
             x = x + self.wpe(place)
         cos, sin = self.cos[place], self.sin[place]                              # (B, T, 1, head_size)
-        mask, x0, pending = cache.mask(), x if self.cfg.embed_skip else None, None
+        mask = cache.mask() if T == 1 else None                                  # prompts need none but the causal one
+        x0, pending = x if self.cfg.embed_skip else None, None
         for block, layer, value in zip(self.blocks, cache.layers, values):
-            kept = LayerCache(*layer, cache.position, mask)
+            kept = LayerCache(*layer, cache.index, cache.position, mask)
             x, pending = block(x, pending, cos, sin, values=value, x0=x0, cache=kept)
-        last = torch.full_like(cache.position, T - 1) if lengths is None else lengths - 1
-        row = torch.arange(B, device=x.device)
-        cache.advance(1 if lengths is None else lengths, tokens[row, last])
-        return self.logits(add_norm(x[row, last], pending[row, last], self.norm)[1])
+        return x, pending
 
     def compile_parts(self):
         """torch.compile, block by block: equal blocks share one compilation, and parameters keep their names."""
@@ -468,17 +511,35 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.compile()
         self.embed = torch.compile(self.embed)  # the gradient of a table is one pass of sums, not a sort of the tokens
-        self.token_loss = torch.compile(token_loss)
+        self.token_loss, self.token_mixture = torch.compile(token_loss), torch.compile(token_mixture)
+        if self.teacher is not None:
+            self.teacher.model.compile_parts()
 
     def structured_linears(self):
         """[(layer, linear)] of all structured linears."""
         return [(i, m) for i, block in enumerate(self.blocks) for m in block.modules() if isinstance(m, Structured)]
 
 
-def build(cfg, device, seed=None):
-    """A GPT whose weights are made on `device`. Without a seed they are not initialised: load_state_dict follows."""
+class Teacher:
+    """A trained model that another one learns from, and no part of it: neither its parameters nor its state dict."""
+
+    def __init__(self, model, share):
+        self.model, self.share = model.eval(), share
+
+    @torch.no_grad()
+    def __call__(self, tokens):
+        """tokens (B, T) -> what LMLoss reads of it."""
+        return (self.model.hidden(tokens).flatten(0, 1), self.model.head.weight, self.model.cfg.logit_softcap,
+                self.share)
+
+
+def build(cfg, device, seed=None, weights=None, path=""):
+    """A GPT whose weights are made on `device`: of the seed, or those of the file at path, which are checked before
+    memory is taken. Without either they are not initialised."""
     with on_meta():
         model = GPT(cfg)
+    if weights is not None:
+        check_weights(model, weights, path)
     model.to_empty(device=device)
     model.tie()  # to_empty gave each its own memory
     cos, sin = rotary_table(cfg.block_size, cfg.attn_dim // cfg.n_head, cfg.rope_theta)
@@ -486,51 +547,43 @@ def build(cfg, device, seed=None):
     if seed is not None:
         torch.manual_seed(seed)
         model.init_weights()
+    if weights is not None:
+        load_weights(model, weights, path)
     return model
 
 
+PRECISIONS = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+def check_weights(model, weights, path):
+    """UserError unless the weights of the file at path are those of a model, which may be on the meta device."""
+    mine = model.state_dict()
+    for name in sorted(mine.keys() | weights.keys()):
+        there, here = (tuple(tensors[name].shape) if name in tensors else "none" for tensors in (weights, mine))
+        if there != here or weights[name].dtype not in PRECISIONS:
+            what = f"the shape of {name} is {there}, expected {here}" if there != here else \
+                f"{name} is {weights[name].dtype}"
+            raise UserError(f"the weights in {path} do not match its config: {what}.")
+    positions = model.cos.numel()  # no weights, and yet memory
+    if positions > (1 << 23) + sum(t.numel() for t in mine.values()):
+        raise UserError(f"the config in {path} has block_size={model.cfg.block_size}, whose rotary positions take more "
+                        "memory than the model: give a model of a shorter context.")
+
+
 def load_weights(model, weights, path):
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, AttributeError) as e:  # AttributeError: a name that is no text
-        reason = str(e).splitlines()[:2][-1].strip()
-        raise UserError(f"the weights in {path} do not match its config: {reason}") from None
+    check_weights(model, weights, path)
+    model.load_state_dict(dict(weights))
+    for name, t in model.state_dict().items():
+        if t.numel() and not all(map(math.isfinite, t.aminmax())):
+            raise UserError(f"the weights in {path} are not finite, {name} for one: its training has diverged, or the "
+                            "file is damaged.")
 
 
 def load(path, device):
     """model.pt, or a run folder, finished or not -> (model ready to use, config, the file's other entries)."""
     path, saved = read_model(path)
-    if not isinstance(saved["tokenizer"].get("identity"), str) or not torch.is_tensor(saved["tokenizer"].get("blob")):
-        raise UserError(f"{path} is not the model.pt of a run: its tokenizer lacks identity or blob.")
     cfg = config.from_dict(saved["config"], path)
-    model = build(cfg, device)
-    load_weights(model, saved.pop("model"), path)
-    return model.eval(), cfg, saved
-
-
-# Settings that change what a model computes and no shape that it has
-UNSEEN = ("n_head", "norm", "act", "pos", "rope_theta", "norm_eps", "qk_norm", "embed_norm", "logit_softcap")
-
-
-def load_init(cfg, model, tokenizer):
-    """cfg.init_from: the weights of another model of the same shapes, settings and tokenizer."""
-    path, saved = read_model(cfg.init_from)
-    identity, weights = saved["tokenizer"].get("identity"), saved["model"]
-    theirs = config.from_dict(saved["config"], path)
-    if identity != tokenizer.identity:
-        raise UserError(f"the weights in {path} are of the tokenizer {identity}, {config.data_dir(cfg)} holds tokens "
-                        f"of {tokenizer.identity}: prepare the text with the weights' tokenizer.")
-    shapes, mine = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (weights, model.state_dict()))
-    for name in sorted(shapes.keys() | mine.keys()):
-        if shapes.get(name) != mine.get(name):
-            there, here = shapes.get(name, "none"), mine.get(name, "none")
-            raise UserError(f"init_from={cfg.init_from} does not fit this model: the shape of {name} is {there} there, "
-                            f"{here} here; give the settings of that model.")
-    for name in (*UNSEEN, *["tie_embeddings"] * cfg.tie_embeddings):  # one table cannot hold two
-        if getattr(theirs, name) != getattr(cfg, name):
-            raise UserError(f"init_from={cfg.init_from} has {name}={getattr(theirs, name)}, this model "
-                            f"{name}={getattr(cfg, name)}: give --{name}={getattr(theirs, name)}.")
-    load_weights(model, weights, path)
+    return build(cfg, device, weights=saved.pop("model"), path=path).eval(), cfg, saved
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -557,5 +610,5 @@ def flops_per_token(cfg, ffn=None):
     head_size = cfg.attn_dim // cfg.n_head
     attention = cfg.n_embd * (2 * cfg.attn_dim + 2 * cfg.n_kv_head * head_size)  # qkv and proj
     products = 2 * cfg.block_size * cfg.attn_dim                                 # scores and values
-    gates = sum(has_values(cfg, layer) for layer in range(cfg.n_layer)) * GATED * cfg.n_kv_head
+    gates = GATED * (sum(has_values(cfg, layer) for layer in range(cfg.n_layer)) * cfg.n_kv_head + cfg.smear)
     return 2 * (cfg.n_layer * (attention + products) + gates + ffn_params(cfg, ffn) + cfg.vocab_size * cfg.n_embd)

@@ -117,13 +117,13 @@ class TokenFile:
     Attributes: tokens (read-only memmap, (count,)), vocab_size, tokenizer (identity), source, count, checksum, path.
     Raises UserError with one sentence that says what is wrong with the file.
     """
+    FIELDS = {"dtype": str, "vocab_size": int, "tokenizer": str, "source": str, "count": int, "checksum": int}
 
     def __init__(self, path):
         self.path = path
         try:
-            size = os.path.getsize(path)
-            with open(path, "rb") as f:
-                head = f.read(HEADER)
+            self.file = open(path, "rb", buffering=0)
+            size, head = os.fstat(self.file.fileno()).st_size, self.file.read(HEADER)
         except OSError as e:
             raise UserError(f"cannot open the token file {path} ({e.strerror}): prepare the data first.") from None
         magic, version, crc, body = (*head.split(b" ", 3), b"", b"", b"")[:4]
@@ -136,9 +136,13 @@ class TokenFile:
             raise UserError(f"{path} is truncated: its header takes {HEADER} bytes, the file has {size}; {AGAIN}.")
         if crc != b"%08x" % zlib.crc32(body):
             raise UserError(f"{path} has a damaged header: {AGAIN}.")
-        fields = json.loads(body)
-        dtype = np.dtype(fields.pop("dtype")).newbyteorder("<")
-        self.vocab_size, self.tokenizer, self.source, self.count, self.checksum = fields.values()
+        with contextlib.suppress(ValueError, RecursionError):  # not JSON
+            body = json.loads(body)
+        if not isinstance(body, dict) or {name: type(value) for name, value in body.items()} != self.FIELDS \
+                or body["dtype"] not in ("uint16", "uint32") or not 0 < body["vocab_size"] <= config.MOST["vocab_size"]:
+            raise UserError(f"{path} has a header whose fields are not those that prepare.py writes: {AGAIN}.")
+        dtype = np.dtype(body.pop("dtype")).newbyteorder("<")
+        vars(self).update(body)
         self._check_size(size, HEADER + self.count * dtype.itemsize)
         self.tokens = np.memmap(path, dtype, "r", HEADER, (self.count,)) if self.count else np.empty(0, dtype)
 
@@ -148,10 +152,24 @@ class TokenFile:
             raise UserError(f"{self.path} is {wrong}: its {self.count} tokens take {expected} bytes, the file has "
                             f"{size}; {AGAIN}.")
 
+    def read(self, starts, size):
+        """The `size` tokens from each of starts (n,) -> (n, size) int64. Of one thread at a time.
+
+        Reads the file, which is as fast as its mapping: beyond the end of a file that was truncated since, or where the
+        disk fails, a mapping kills the process without a word.
+        """
+        out = np.empty((len(starts), size), self.tokens.dtype)
+        try:
+            for row, start in zip(out, starts.tolist()):
+                self.file.seek(HEADER + start * out.itemsize)
+                if self.file.readinto(row) < row.nbytes:
+                    self._check_size(os.fstat(self.file.fileno()).st_size, HEADER + self.tokens.nbytes)
+        except OSError as e:
+            raise UserError(f"cannot read the token file {self.path} ({e.strerror}): {AGAIN}.") from None
+        return out.astype(np.int64)
+
     def verify(self):
         """Reads everything: UserError unless size and checksum fit and every id lies in the vocabulary.
-
-        Reads the file, not its mapping: beyond the end of a file that was truncated since, a mapping kills the process.
         """
         crc = top = size = 0
         width = self.tokens.itemsize
@@ -503,9 +521,13 @@ def _open_folder(folder):
                         f"{AGAIN}.")
     try:
         with open(os.path.join(folder, "tokenizer.bin"), "rb") as f:
-            return train, val, tokenizer_from_blob(train.tokenizer, f.read())
+            tokenizer = tokenizer_from_blob(train.tokenizer, f.read())
     except OSError as e:
         raise UserError(f"cannot read {folder}/tokenizer.bin ({e.strerror}): {AGAIN}.") from None
+    if not tokenizer.vocab_size == train.vocab_size == val.vocab_size:
+        raise UserError(f"{folder} is mixed, its tokenizer has {tokenizer.vocab_size} tokens, train.bin is for "
+                        f"{train.vocab_size} and val.bin for {val.vocab_size}: {AGAIN}.")
+    return train, val, tokenizer
 
 
 def open_data(cfg):

@@ -2,6 +2,7 @@
 import contextlib
 import gc
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -10,10 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn as nn
 
-from config import short
+from config import UserError, read_text, short
 from device import device_name, out_of_memory
 from run import writing
+from tokenizer import reason
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -52,6 +55,26 @@ def middle(times):
 def timed(run, device, settings):
     """Milliseconds of run(): (median, interquartile range) after warm-up."""
     return middle(laps(lambda mark: run(), device, settings))
+
+
+def copies(make, tokens, n_in, n_out, ranks) -> list:
+    """[(module, x, dy)] to run in turn, with weights in the matmuls' precision.
+
+    Together they exceed twice the L2 cache, so that none finds its data there.
+    """
+    def one():
+        with torch.device("meta"):
+            module = make()
+        module.to_empty(device=ranks.device).to(ranks.dtype)
+        for p in module.parameters():
+            nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+        x, dy = (torch.randn(tokens, n, device=ranks.device, dtype=ranks.dtype) for n in (n_in, n_out))
+        return module, x.requires_grad_(), dy
+
+    first = one()
+    size = sum(t.numel() * t.element_size() for t in (*first[0].parameters(), first[1]))
+    cache = torch.cuda.get_device_properties(ranks.device).L2_cache_size if ranks.device.type == "cuda" else 0
+    return [first] + [one() for _ in range(max(2, math.ceil(2 * cache / size)) - 1)]
 
 
 def fresh(device):
@@ -411,3 +434,28 @@ def draw_curves(path, rows, below=()):
 
 DRAW = {"kernel": draw_kernel, "ffn": draw_ffn, "train": draw_train, "prefill": draw_prefill, "decode": draw_decode,
         "crossover": draw_crossover, "curves": draw_curves}
+
+
+def read_rows(path) -> list:
+    """The rows that --json wrote to a file."""
+    try:
+        return [json.loads(line) for line in read_text(path, 1 << 24).splitlines() if line.strip()]
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} does not hold rows as --json writes them: one JSON object per line.") from None
+
+
+def draw_rows(picture, paths, kinds, launches, widths, tokens):
+    """Draws the rows of one benchmark that --json wrote. The lists select among them; empty widths and tokens: all."""
+    rows = [row for path in paths for row in read_rows(path) if isinstance(row, dict) and "note" not in row]
+    rows = [r for r in rows if r.get("kind", kinds[0]) in ("dense", *kinds) and r.get("launch", launches[0]) in launches
+            and (not widths or r.get("width", r.get("config", {}).get("n_embd")) in widths)
+            and (not tokens or r.get("tokens") in tokens)]
+    found = sorted({str(r.get("benchmark")) for r in rows} - {"scaling"})
+    if len(found) != 1 or found[0] not in DRAW:
+        raise UserError(f"{', '.join(paths)} has rows of {' and '.join(found) or 'no benchmark'} with these settings: "
+                        f"give rows of one of {', '.join(DRAW)}.")
+    try:
+        DRAW[found[0]](picture, [r for r in rows if r["benchmark"] == found[0]])
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{', '.join(paths)} has rows of {found[0]} that cannot be drawn ({reason(e)}): "
+                        "give rows as --json writes them.") from e

@@ -69,16 +69,11 @@ def atomic_write(path):
             os.remove(temp)
 
 
-def read_json(path):
-    """The value in a JSON file."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except OSError as e:
-        reason = "is missing" if isinstance(e, FileNotFoundError) else f"cannot be read ({e.strerror})"
-        raise UserError(f"{path} {reason}: give the folder of a run.") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is damaged: it is not JSON.") from None
+def read_json(path, most=1 << 20):
+    """The value in a JSON file of at most `most` bytes."""
+    if not os.path.exists(path):
+        raise UserError(f"{path} is missing: give the folder of a run.")
+    return config.read_json(path, most)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -89,7 +84,7 @@ FILES = ("config.json", "metrics.jsonl", "ckpt.pt", "model.pt")
 # checksum is compared
 MAY_CHANGE = {"micro_batch_size", "eval_interval", "final_eval_tokens", "log_interval", "save_interval", "out_dir",
               "resume", "wandb", "wandb_project", "device", "compile", "recompute", "kernels", "eval_only", "data_dir",
-              "input", "val_input", "dataset", "tokenizer"}
+              "input", "val_input", "dataset", "tokenizer", "teacher_flops"}
 
 
 @contextlib.contextmanager
@@ -196,7 +191,7 @@ def read_metrics(path, last):
     rows = []
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
-            rows.append(json.loads(line))
+            rows.append(json.loads(line[:1 << 16]))
     kept = [row for row in rows if is_row(row, last)]
     if len(kept) < len(lines):
         print(f"{path}: {len(lines) - len(kept)} of {len(lines)} rows are damaged and are left out.", file=sys.stderr)
@@ -219,8 +214,8 @@ def open_metrics(folder, step, last):
 # ----------------------------------------------------------------------------------------------------------------------
 # ckpt.pt (everything that an exact continuation needs) and model.pt (the result)
 
-ENTRIES = {"model.pt": {"config": dict, "model": dict, "tokenizer": dict},
-           "ckpt.pt": {"model": dict, "step": int, "data": int, "optimizer": dict}}
+ENTRIES = {"model.pt": {"config": dict, "model": dict, "tokenizer": dict, "step": int},
+           "ckpt.pt": {"config": dict, "model": dict, "step": int, "data": int, "optimizer": dict}}
 
 
 def save_beside(obj, path):
@@ -246,26 +241,105 @@ def save_model(cfg, weights, step, tokenizer, val_loss):
     save_beside({**entries(cfg, weights, step, tokenizer), "val_loss": val_loss}, os.path.join(cfg.out_dir, "model.pt"))
 
 
+def check_archive(path):
+    """Bytes of tensors in the archive. ValueError unless it is one of torch.save: parts as they are, and undamaged.
+
+    torch looks at no checksum, takes the bytes of a compressed part for weights, and unpacks a data.pkl of any size.
+    A byte of that may become 64 in memory.
+    """
+    size = os.path.getsize(path)
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            raise ValueError("its parts are compressed, which torch.save does not do")
+        if sum(part.file_size for part in parts) > size:
+            raise ValueError("its parts are larger than the file")
+        if any(part.file_size > (1 << 20) + size // 32 for part in parts if part.filename.endswith(".pkl")):
+            raise ValueError("its table of contents is too large for what it holds")
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of its part {damaged} does not fit")
+        return sum(part.file_size for part in parts if "/data/" in part.filename)
+
+
+def check_tensors(saved, size):
+    """ValueError unless names are text and tensors plain ones of `size` bytes in all.
+
+    torch maps what a tensor claims, beyond the end of its part too. With a stride of 0, or with the memory of another
+    one, a tensor claims more than its memory: twice as much is left, for a head that is the embedding.
+    """
+    states, tokenizer = saved.get("optimizer", {}).values(), saved.get("tokenizer")
+    if not all(isinstance(state, dict) and len(state) <= 3 for state in states):
+        raise ValueError("its optimizer does not hold a few tensors for each parameter")
+    named = [*saved["model"].items(), *(item for state in states for item in state.items())]
+    if tokenizer is not None:
+        named.append(("blob", blob := tokenizer.get("blob")))
+        if not isinstance(tokenizer.get("identity"), str) or getattr(blob, "dtype", None) is not torch.uint8:
+            raise ValueError("its tokenizer lacks identity or blob")
+    for name, t in named:
+        if not isinstance(name, str) or type(t) is not torch.Tensor or t.layout is not torch.strided \
+                or t.device.type != "cpu" or t.requires_grad or t.is_neg():
+            raise ValueError(f"{config.shown(name)} is not the name of a plain tensor")
+    parts = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for _, t in named)}
+    if sum(parts.values()) > size or sum(t.nbytes for _, t in named) > 2 * size:
+        raise ValueError("its tensors are larger than the file")
+    if not isinstance(saved.get("val_loss"), float | None) or saved["step"] < 0:
+        raise ValueError("its step or val_loss is not a number that a run writes")
+
+
 def read_checkpoint(path, name):
     """The dict in a model.pt or ckpt.pt, as `name` says, on the CPU, mapped rather than read.
 
-    UserError if it is missing, damaged or another thing.
+    UserError if it is missing, damaged or another thing. Whether weights fit their config, load_weights checks.
     """
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist: give a run folder such as out/quickstart or a model.pt.")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch does not look at the checksums
-        saved = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e:
-        raise UserError(f"{path} is not a checkpoint of this project or is damaged ({type(e).__name__}).") from e
-    if damaged:
-        raise UserError(f"{path} is damaged: the checksum of its part {damaged} does not fit.")
-    lacking = [entry for entry, kind in ENTRIES[name].items()
-               if not isinstance(saved, dict) or not isinstance(saved.get(entry), kind)]
-    if lacking:
-        raise UserError(f"{path} is not the {name} of a run: it lacks {', '.join(lacking)}.")
+        size = check_archive(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        lacking = [entry for entry, kind in ENTRIES[name].items()
+                   if not isinstance(saved, dict) or not isinstance(saved.get(entry), kind)
+                   or isinstance(saved[entry], bool)]
+        if lacking:
+            raise ValueError(f"it lacks {', '.join(lacking)}")
+        check_tensors(saved, size)
+    except Exception as e:  # whatever the libraries raise on a damaged file
+        reason = e if type(e) is ValueError else type(e).__name__
+        raise UserError(f"{path} is damaged or not the {name} of a run ({reason}): give another one.") from e
     return saved
+
+
+def check_moments(saved, optimizer, model, path):
+    """UserError unless the optimiser's state fits the parameters: a wrong shape would corrupt memory in a fused step.
+
+    A guide that no step has drawn yet has no state.
+    """
+    for name, p in model.named_parameters():
+        state = saved["optimizer"].get(name)
+        if state is None and name.endswith(".W"):
+            continue
+        expected = set(optimizer.state.get(p, ("step", "exp_avg", "exp_avg_sq"))) - {"master"}
+        if not isinstance(state, dict) or set(state) != expected:
+            raise UserError(f"{path} is damaged: the optimiser's state of {name} is not {', '.join(sorted(expected))}.")
+        for k, t in state.items():
+            fits = t.shape == (() if k == "step" else p.shape) and t.dtype is torch.float32
+            low, high = (x.item() for x in t.aminmax()) if fits else (math.nan, math.nan)
+            least, most = 0 if k in ("step", "exp_avg_sq") else -math.inf, saved["step"] if k == "step" else math.inf
+            if not least <= low <= high <= most or math.inf in (-low, high):
+                raise UserError(f"{path} is damaged: {k} of {name} is not what the optimiser keeps after step "
+                                f"{saved['step']}.")
+
+
+def check_continues(cfg, saved, steps, identity, path):
+    """UserError unless a checkpoint is one of the run with the settings cfg, its steps and tokenizer."""
+    theirs = config.from_dict(saved["config"], path)
+    for name in (f.name for f in dataclasses.fields(Config) if f.name not in MAY_CHANGE):
+        if getattr(theirs, name) != getattr(cfg, name):
+            raise UserError(f"{path} is of another run: it has {name}={getattr(theirs, name)}, config.json "
+                            f"{name}={getattr(cfg, name)}; restore the one that belongs there.")
+    there = saved["tokenizer"]["identity"] if "tokenizer" in saved else identity  # older versions kept none
+    if saved["step"] > steps or there != identity:
+        raise UserError(f"{path} is of another run: step {saved['step']} of {steps}, tokenizer {there}, here "
+                        f"{identity}; restore the one that belongs there.")
 
 
 def read_model(path):
@@ -279,8 +353,8 @@ def read_model(path):
             path = os.path.join(folder, "ckpt.pt")
     saved = read_checkpoint(path, "model.pt")
     if "optimizer" in saved:
-        guides = [name for name in saved["model"] if str(name).endswith(".W")]
-        print(f"{path}: the run is not finished, these are its weights after step {saved.get('step')}"
+        guides = [name for name in saved["model"] if name.endswith(".W")]
+        print(f"{path}: the run is not finished, these are its weights after step {saved['step']}"
               f"{', without the guides' if guides else ''}.", file=sys.stderr)
         for name in guides:
             del saved["model"][name]

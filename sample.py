@@ -3,8 +3,9 @@
 The model is a run folder or a bare model.pt. One prompt comes from --prompt, from a file (--prompt_file=PATH), or from
 standard input (--prompt_file=-). Without a prompt the text begins where a document begins.
 
-Many prompts come from --prompts=FILE: one a line, or .jsonl with a field "prompt" in each line. They are decoded in
-batches and answered as JSON lines in the order of the file. The other fields of a prompt's line come back as "fields".
+Many prompts come from --prompts=FILE: one a line, or .jsonl with a field "prompt" in each line. Up to --batch_size are
+decoded at a time; where one ends, the next begins. The answers are JSON lines in the order of the file. The other
+fields of a prompt's line come back as "fields".
 
 --merge=True writes the model with every structured linear merged to one dense matrix, and stops.
 """
@@ -211,22 +212,20 @@ def line_writer(path):
             raise
 
 
-def write_json(decoder, prompts, rows, tokenizer, s, batch_size):
-    """Decodes all rows, batch_size at a time, and writes one JSON object each."""
-    began = time.perf_counter()
+def write_json(decoder, prompts, rows, tokenizer, s):
+    """Decodes all rows and writes one JSON object each, in their order: a row waits for those before it."""
+    began, written = time.perf_counter(), 0
     with line_writer(s.out) as write:
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start:start + batch_size]
-            for _ in decoder.run(batch):
-                pass
-            for n, row in enumerate(batch, start):
-                prompt = prompts[n // s.n_samples]
-                values = {"prompt": prompt.text, "text": tokenizer.decode(row.new), "sample": n % s.n_samples,
+        for _ in decoder.run(rows):
+            while written < len(rows) and rows[written].finish:
+                row, prompt = rows[written], prompts[written // s.n_samples]
+                values = {"prompt": prompt.text, "text": tokenizer.decode(row.new), "sample": written % s.n_samples,
                           "prompt_tokens": len(row.prompt), "new_tokens": len(row.new), "finish": row.finish,
                           "tokens_per_s": round(max(len(row.new), 1) / row.seconds, 1)}
                 if prompt.fields is not None:
                     values["fields"] = prompt.fields
                 write(json.dumps(values, ensure_ascii=False))
+                written += 1
     seconds, tokens = time.perf_counter() - began, sum(len(row.new) for row in rows)
     print(f"{len(rows)} samples, {short(tokens)} new tokens in {seconds:.1f} s: {short(tokens / seconds)} tokens/s",
           file=sys.stderr)
@@ -274,7 +273,7 @@ def main(path, s, prompts):
     if s.graphs is True and device.type != "cuda":
         raise UserError(f"graphs=True needs a CUDA device, this is {device}: leave --graphs out.")
     model, cfg, saved = load(path, device)
-    tokenizer = saved_tokenizer(saved["tokenizer"])
+    tokenizer = saved_tokenizer(saved["tokenizer"], cfg.vocab_size)
     encoded = [encode(prompt, tokenizer, cfg) for prompt in prompts]
     if s.merge:
         return write_merged(path, model, cfg, saved, encoded[0])
@@ -289,7 +288,7 @@ def main(path, s, prompts):
     try:
         decoder = Decoder(model, s, batch_size, length, tokenizer.eos, tokenizer.vocab_size, graphs)
         if in_json:
-            write_json(decoder, prompts, rows, tokenizer, s, batch_size)
+            write_json(decoder, prompts, rows, tokenizer, s)
         else:
             stream(decoder, prompts[0].text, rows, tokenizer)
     except RuntimeError as e:

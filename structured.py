@@ -107,11 +107,12 @@ class Structured(nn.Module):
         return self.factors(x)
 
     @torch.no_grad()
-    def start_guide(self):
-        """Adds the guide W (M, N) with W_0 = D, the dense equivalent: at first it changes no output."""
-        with torch.autocast(self.V.device.type, enabled=False):
-            exact = type(self).dense_weight(_Factors(self.V.double(), self.U.double()))  # float64: never TF32
-        self.W = nn.Parameter(exact.to(self.V.dtype))
+    def start_guide(self, W=None):
+        """Adds the guide, W (M, N); without one W = D, the dense equivalent: then it changes no output at first."""
+        if W is None:
+            with torch.autocast(self.V.device.type, enabled=False):
+                W = type(self).dense_weight(_Factors(self.V.double(), self.U.double()))  # float64: never TF32
+        self.W = nn.Parameter(W.to(self.V.dtype))
 
     def end_guide(self):
         """Drops W from the module's parameters and state dict."""

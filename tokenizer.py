@@ -95,14 +95,23 @@ def tokenizer_from_blob(identity, blob) -> Tokenizer:
                         "prepare the data again.")
     if name == "byte":
         return Tokenizer("byte", b"", lambda text: list(text.encode()), [bytes([i]) for i in range(256)] + [b""], 256)
-    if name.startswith("hf:"):
-        return _huggingface(identity, blob)
-    return _gpt2(blob) if name == "gpt2" else _sentencepiece(identity, blob)
+    try:
+        if name.startswith("hf:"):
+            return _huggingface(identity, blob)
+        return _gpt2(blob) if name == "gpt2" else _sentencepiece(identity, blob)
+    except UserError:
+        raise
+    except Exception as e:  # the parts may be anything, and the libraries raise what they like
+        raise UserError(f"the vocabulary of {name} is damaged ({reason(e)}): give another tokenizer.") from e
 
 
-def saved_tokenizer(entry) -> Tokenizer:
-    """The tokenizer in a model.pt: entry {identity, blob}, the blob a uint8 tensor."""
-    return tokenizer_from_blob(entry["identity"], entry["blob"].numpy().tobytes())
+def saved_tokenizer(entry, vocab_size) -> Tokenizer:
+    """The tokenizer in a model.pt: entry {identity, blob}, the blob a uint8 tensor; vocab_size: the model's."""
+    tokenizer = tokenizer_from_blob(entry["identity"], entry["blob"].numpy().tobytes())
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(f"the model's tokenizer {tokenizer.identity} has {tokenizer.vocab_size} tokens, the model has "
+                        f"embeddings for {vocab_size}: its file is damaged or put together wrongly.")
+    return tokenizer
 
 
 def short_hash(data):
@@ -117,6 +126,8 @@ def _gpt2(blob):
     tiktoken = package("tiktoken", "tokenizer=gpt2")
     table = [bytes.fromhex(line) for line in blob.decode().split()]
     ranks = {t: i for i, t in enumerate(table)}
+    if len(ranks) < len(table) or not {bytes([byte]) for byte in range(256)} <= ranks.keys():
+        raise ValueError("it lacks a byte, or has a token twice")
     encoding = tiktoken.Encoding("gpt2", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens={})
     return Tokenizer("gpt2", blob, encoding.encode_ordinary, table + [b""], len(table))
 
@@ -167,12 +178,12 @@ def with_eos(blob, path):
                     named.append(json.load(f).get(key))
         special = {t["id"]: t["content"] for t in data["added_tokens"]}
         tokens = {i: t for t, i in data["model"]["vocab"].items()} | special
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        for name in named:
+            name = name[0] if isinstance(name, list) else name["content"] if isinstance(name, dict) else name
+            if name in tokens.values() or name in tokens:
+                return json.dumps({**data, "eos_token": tokens.get(name, name)}, ensure_ascii=False).encode()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path} and the files beside it are not Hugging Face's tokenizer ({reason(e)}).") from None
-    for name in named:
-        name = name[0] if isinstance(name, list) else name["content"] if isinstance(name, dict) else name
-        if name in tokens.values() or name in tokens:
-            return json.dumps({**data, "eos_token": tokens.get(name, name)}, ensure_ascii=False).encode()
     raise UserError(f"no file beside {path} names its end-of-sequence token: give tokenizer_config.json an eos_token.")
 
 
@@ -193,6 +204,7 @@ def _huggingface(identity, blob):
                         "bytes or with byte fallback.")
     inner = library.Tokenizer.from_str(json.dumps(data))
     inner.encode_special_tokens = True  # they are ordinary text
+    inner.no_truncation(), inner.no_padding()
     special = {t["content"] for t in data["added_tokens"] if t["special"]} | {eos}
     added, unknown = {t["content"] for t in data["added_tokens"]}, data["model"].get("unk_token")
     of_character = {c: bytes([byte]) for byte, c in enumerate(byte_characters())}
@@ -208,6 +220,8 @@ def _huggingface(identity, blob):
         return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
 
     vocabulary = inner.get_vocab()
+    if max(vocabulary.values()) > 2 * len(vocabulary) + 1000:
+        raise ValueError("its ids are far larger than their number")
     table = [b""] * (max(vocabulary.values()) + 1)
     for token, i in vocabulary.items():
         table[i] = bytes_of(token)

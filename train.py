@@ -24,8 +24,9 @@ def read_settings(argv):
     """Command line -> (Config, Settings)."""
     cfg, settings = config.load(argv, Settings, usage=__doc__)
     continued = os.path.exists(os.path.join(cfg.out_dir, "config.json"))
-    if cfg.init_from and not continued and not os.path.exists(cfg.init_from):
-        raise UserError(f"init_from={cfg.init_from} does not exist: give a run folder or a model.pt.")
+    for name in () if continued else ("init_from", "distill"):
+        if (path := getattr(cfg, name)) and not os.path.exists(path):
+            raise UserError(f"{name}={path} does not exist: give a run folder or a model.pt.")
     return cfg, settings
 
 
@@ -51,8 +52,9 @@ import prepare
 import run
 from config import short
 from device import device_name, in_memory, on_meta, peak_flops, set_up
-from model import GPT, build, ffn_params, flops_per_token, load, load_init, load_weights
+from model import GPT, build, ffn_params, flops_per_token, load, load_weights
 from optim import AdamW, MixedAdamW, Muon
+from project import load_init, load_teacher, teacher_flops
 from run import perplexity
 from tokenizer import nominal_vocabulary
 
@@ -78,8 +80,8 @@ def make_plan(cfg) -> Plan:
     if unique < 1:
         raise UserError(f"max_tokens={cfg.max_tokens} is less than one step of batch_size {cfg.batch_size} x "
                         f"block_size {cfg.block_size} = {cfg.batch_size * cfg.block_size} tokens.")
-    if unique > 1e8:
-        raise UserError(f"max_tokens={cfg.max_tokens:.3g} are {unique:.3g} steps, more than 1e+08: "
+    if unique > 2e6:
+        raise UserError(f"max_tokens={cfg.max_tokens:.3g} are {unique:.3g} steps, more than 2e+06: "
                         "lower max_tokens, or raise batch_size.")
     ratio = cfg.guide_ratio
     if cfg.guide == "off":
@@ -145,19 +147,20 @@ def guided_layers(cfg, plan, step) -> tuple:
 
 
 def step_flops(cfg, plan):
-    """Training FLOPs of every step (steps,); with guide_skip the expected alpha dense + (1 - alpha) factors."""
+    """Training FLOPs of every step (steps,), a teacher's too; with guide_skip alpha dense + (1 - alpha) factors."""
     dense, factors = flops_per_token(cfg, "dense"), flops_per_token(cfg)
     guided = np.array([alpha_at(cfg, plan, s) if cfg.guide_skip else 1.0 for s in range(plan.guided)])
     per_token = np.full(plan.steps, factors, dtype=float)
     per_token[:plan.guided] += guided * (dense - factors)
-    return 3 * cfg.batch_size * cfg.block_size * per_token
+    return cfg.batch_size * cfg.block_size * (3 * per_token + cfg.teacher_flops)
 
 
 def train_flops(cfg, plan) -> dict:
-    """Training FLOPs by phase."""
-    flops = step_flops(cfg, plan)
+    """Training FLOPs by phase, and those of the teacher's forwards."""
+    teacher = cfg.batch_size * cfg.block_size * cfg.teacher_flops
+    flops = step_flops(cfg, plan) - teacher
     return {"guided": float(flops[:plan.guided].sum()), "plain": float(flops[plan.guided:plan.unique].sum()),
-            "replay": float(flops[plan.unique:].sum())}
+            "replay": float(flops[plan.unique:].sum()), "teacher": plan.steps * teacher}
 
 
 def summary(cfg) -> dict:
@@ -225,10 +228,9 @@ def dropout_seed(cfg, step, rank) -> int:
     return int(random.Random(f"dropout {cfg.seed} {step} {rank}").getrandbits(63))
 
 
-def read_windows(tokens, windows, block_size):
-    """tokens (count,), windows (n,) -> (n, block_size + 1) int64: inputs and, one further, targets; without overlap."""
-    at = windows[:, None] * block_size + np.arange(block_size + 1)
-    return tokens[at].astype(np.int64)
+def read_windows(token_file, windows, block_size):
+    """windows (n,) -> (n, block_size + 1) int64: inputs and, one further, targets; without overlap."""
+    return token_file.read(windows * block_size, block_size + 1)
 
 
 def count_windows(token_file, block_size) -> int:
@@ -242,7 +244,7 @@ def check_ids(ids, vocab_size, path):
                         f"{prepare.AGAIN}.")
 
 
-def batches(cfg, plan, tokens, n_windows, steps, ranks):
+def batches(cfg, plan, token_file, n_windows, steps, ranks):
     """Yields for each step this rank's (n_micro, micro_batch_size, block_size + 1) tokens, prefetched by a thread.
 
     Micro-batch m of rank r holds the sequences (m world + r) micro_batch_size ... of the step. So the ranks together
@@ -251,7 +253,7 @@ def batches(cfg, plan, tokens, n_windows, steps, ranks):
 
     def make(step):
         windows = windows_of(cfg, step if step < plan.unique else step - plan.unique, n_windows)
-        whole = read_windows(tokens, windows, cfg.block_size)   # of all ranks, so that every rank raises the same error
+        whole = read_windows(token_file, windows, cfg.block_size)  # of all ranks, so that all raise the same error
         check_ids(whole, cfg.vocab_size, os.path.join(config.data_dir(cfg), "train.bin"))
         mine = whole.reshape(-1, ranks.world, cfg.micro_batch_size, cfg.block_size + 1)[:, ranks.rank]
         batch = torch.from_numpy(np.ascontiguousarray(mine))
@@ -298,17 +300,20 @@ def start_or_continue(cfg, plan, ranks, state, data):
     if state == "continue":
         saved = run.read_checkpoint(path, "ckpt.pt")
         check_same_data(cfg, saved["data"], data.train)
+        run.check_continues(cfg, saved, plan.steps, data.tokenizer.identity, path)
     step = saved["step"] if saved else 0
     model = build(cfg, ranks.device, None if saved else cfg.seed)
-    if cfg.init_from and not saved:
-        load_init(cfg, model, data.tokenizer)
+    originals = load_init(cfg, model, data, ranks) if cfg.init_from and not saved else {}
     if step < plan.guided:
         for _, module in model.structured_linears():
-            module.start_guide()
+            module.start_guide(originals.get(module))
     if saved:
         load_weights(model, saved["model"], path)
+    if cfg.distill:
+        model.teacher = load_teacher(cfg, data.tokenizer, ranks)
     optimizer = make_optimizer(cfg, model, ranks)
     if saved:
+        run.check_moments(saved, optimizer, model, path)
         for name, p in model.named_parameters():
             state = optimizer.state[p]
             for k, v in saved["optimizer"].get(name, {}).items():
@@ -366,7 +371,7 @@ def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=(), sh
     mine, losses, sizes = np.arange(ranks.rank, n_windows, ranks.world), [], []
     with ranks.agree():
         for i in range(0, len(mine), cfg.micro_batch_size):
-            windows = read_windows(token_file.tokens, mine[i:i + cfg.micro_batch_size], cfg.block_size)
+            windows = read_windows(token_file, mine[i:i + cfg.micro_batch_size], cfg.block_size)
             check_ids(windows, cfg.vocab_size, token_file.path)
             batch = torch.full((cfg.micro_batch_size, cfg.block_size + 1), -1)  # always one shape: one compilation
             batch[:len(windows)] = torch.from_numpy(windows)
@@ -453,6 +458,8 @@ def start_card(cfg, plan, ranks, data) -> str:
                   f"{', skip' if cfg.guide_skip else ''}; +{short(facts['params_guide'])} parameters until then"]
     if cfg.init_from:
         lines += [f"weights  {cfg.init_from}"]
+    if cfg.distill:
+        lines += [f"teacher  {cfg.distill}; loss = {cfg.distill_share:g} KL + {1 - cfg.distill_share:g} cross-entropy"]
     lines += [f"data     {config.data_dir(cfg)}: {short(data.train.count)} tokens, vocabulary {data.train.vocab_size}; "
               f"validation on {short(data.n_val * tokens)}, at the end {short(data.n_final * tokens)}",
               f"training {plan.steps} steps x {cfg.batch_size} x {cfg.block_size} = {short(facts['tokens'])} tokens, "
@@ -482,7 +489,7 @@ def train(cfg, ranks, state, data):
     alpha = torch.ones((), device=ranks.device)  # a tensor, so that a new value compiles nothing
 
     with Stop() as stop:
-        for batch in batches(cfg, plan, data.train.tokens, data.n_windows, range(step, plan.steps), ranks):
+        for batch in batches(cfg, plan, data.train, data.n_windows, range(step, plan.steps), ranks):
             # one step
             lr, a, guided = lr_at(cfg, plan, step), alpha_at(cfg, plan, step), guided_layers(cfg, plan, step)
             if cfg.dropout:
@@ -652,6 +659,8 @@ def check_finished(cfg):
 
 
 def main(cfg, settings):
+    if cfg.distill and not cfg.eval_only:
+        cfg.teacher_flops = teacher_flops(cfg)
     if settings.dry_run:
         fill_vocabulary(cfg)
         print(json.dumps(summary(cfg)))

@@ -24,6 +24,7 @@ import json
 import operator
 import os
 import re
+import reprlib
 import signal
 import sys
 import time
@@ -37,12 +38,14 @@ class UserError(Exception):
     """A user's mistake, or a failure of the machine, in one sentence; scripts print it and exit with status 2.
 
     Under torchrun rank 0 prints for all. With `alone` the rank that raised it prints too, since the others may not
-    raise it. In a sentence of more than 400 characters, words of more than 80 are cut.
+    raise it. Names in files may be long, or hold what a terminal obeys: a sentence has at most 400 characters, all
+    printable. Words of more than 80 are cut first, then the middle, since the end says what to do.
     """
 
     def __init__(self, sentence, alone=False):
-        cut = re.sub(r"\S{80,}", lambda word: f"{word[0][:60]}...", sentence) if len(sentence) > 400 else sentence
-        super().__init__(cut)
+        text = "".join(c if c.isprintable() else "?" for c in sentence)
+        text = re.sub(r"\S{80,}", lambda word: f"{word[0][:60]}...", text) if len(text) > 400 else text
+        super().__init__(text if len(text) <= 400 else f"{text[:280]} ... {text[-110:]}")
         self.alone = alone
 
 
@@ -116,7 +119,11 @@ class Config:
     save_interval: int = 1000            # steps between checkpoints; 0: only at the end
     out_dir: str = ""                    # the run's folder; empty: out/<preset name>
     resume: Literal["off", "auto"] = "off"                   # auto: continue the run in out_dir if there is one
-    init_from: str = ""                  # start from the weights of this run folder or model.pt; empty: random ones
+    init_from: str = ""                  # first weights, a run folder or model.pt; FFNs of a dense one are made to fit
+    calibrate_tokens: int = 65536        # init_from: training tokens that weigh how its FFNs are made to fit; 0: none
+    distill: str = ""                    # learn the predictions of this run folder or model.pt on the same batches
+    distill_share: float = 1.0           # of them in the loss, the rest is cross-entropy with the text
+    teacher_flops: float = 0.0           # per token, of the forward of distill's model; filled in from it
     wandb: bool = False                  # log to Weights & Biases too
     wandb_project: str = "structured-ffn"                    # its project
     device: str = "auto"                 # auto | cpu | cuda | cuda:N | mps
@@ -176,7 +183,7 @@ def _fits(kind, value):
     return float(value)
 
 
-PATHS = {"init_from", "data_dir", "out_dir", "dataset", "input", "val_input", "tokenizer",  # of Config
+PATHS = {"init_from", "distill", "data_dir", "out_dir", "dataset", "input", "val_input", "tokenizer",  # of Config
          "prompt_file", "prompts", "out", "json", "plot"}                                     # of the scripts
 
 
@@ -186,15 +193,23 @@ def _typed(field, value, text=None):
     if result is None and text is not None:
         result = _fits(field.type, text)  # a name that happens to read as a number: --tokenizer=123
     if result is None:
-        shown = text if text is not None else repr(value)
-        raise UserError(f"{field.name}={shown} does not fit: expected {_describe(field.type)}.")
+        raise UserError(f"{field.name}={shown(value) if text is None else text} does not fit: "
+                        f"expected {_describe(field.type)}.")
     if field.name in PATHS:
         result = ",".join(map(os.path.expanduser, result.split(",")))
     return result
 
 
+def shown(value) -> str:
+    """Some characters of a value that a file holds; all of it may be endless, as of lists that hold one list twice."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python prints no number of more than 4300 digits
+        return "a number of thousands of digits"
+
+
 def _unknown(name, known, where):
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name[:80], known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "--help lists all settings."
     raise UserError(f"{where} has no setting named {name}: {hint}")
 
@@ -218,15 +233,27 @@ def as_text(data: bytes, where) -> str:
         raise UserError(f"{where} is not UTF-8 text (byte {e.start}): convert it, as with iconv -t utf-8.") from None
 
 
-def read_text(path) -> str:
-    """The UTF-8 text in the file at path, or of standard input for "-", as `as_text` reads it."""
+def read_text(path, most=None) -> str:
+    """The UTF-8 text in the file at path, or of standard input for "-", as `as_text` reads it.
+
+    UserError above `most` bytes, where that is given.
+    """
     try:
-        if path == "-":
-            return as_text(sys.stdin.buffer.read(), "standard input")
-        with open(path, "rb") as f:
-            return as_text(f.read(), path)
+        with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
+            data = f.read(most and most + 1)
     except OSError as e:
         raise UserError(f"cannot read {path} ({e.strerror}): give the path of a UTF-8 text file.") from None
+    if most and len(data) > most:
+        raise UserError(f"{path} is longer than {most} bytes, so it is not a file of its kind: give another one.")
+    return as_text(data, "standard input" if path == "-" else path)
+
+
+def read_json(path, most=1 << 20):
+    """The value in a JSON file of at most `most` bytes: in Python's memory it may take thirty times as many."""
+    try:
+        return json.loads(read_text(path, most))
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged: it is not JSON.") from None
 
 
 def text_lines(file, where, longest=1 << 20, skip=None):
@@ -277,7 +304,7 @@ def parse(argv, *classes, usage=""):
             raise UserError(f"{arg} has no value: write --{name}=VALUE ({_describe(fields[name].type)}).")
         try:
             value = text if fields[name].type is str else ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             value = {"true": True, "false": False}.get(text, text)
         values[name] = _typed(fields[name], value, text)
     return words, values
@@ -317,9 +344,9 @@ def read_preset(path) -> dict:
         hint = f": did you mean {os.path.relpath(os.path.join(here, near[0]))}?" if near else ": it is not a file."
         raise UserError(f"cannot read the preset {path}{hint}")
     try:
-        body = ast.parse(read_text(path)).body
-    except (SyntaxError, ValueError) as e:
-        raise UserError(f"{path} is not a preset: {getattr(e, 'msg', e)}; "
+        body = ast.parse(read_text(path, 1 << 16)).body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
+        raise UserError(f"{path} is not a preset: {getattr(e, 'msg', str(e)) or 'it is nested too deeply'}; "
                         "write plain assignments such as n_layer = 12.") from None
     values = {}
     for node in body:
@@ -333,7 +360,7 @@ def read_preset(path) -> dict:
             _unknown(name, fields, f"{path} line {node.lineno}:")
         try:
             value = _literal(node.value)
-        except (ValueError, TypeError, ArithmeticError):
+        except (ValueError, TypeError, ArithmeticError, MemoryError, RecursionError):
             raise UserError(f"{path} line {node.lineno}: the value of {name} is not a literal; "
                             f"expected {_describe(fields[name].type)}.") from None
         values[name] = _typed(fields[name], value)
@@ -366,10 +393,7 @@ def load(argv, *settings, usage=""):
 def read_saved(folder) -> Config:
     """The settings of the run in a folder, from its config.json."""
     path = os.path.join(folder, "config.json")
-    try:
-        return from_dict(json.loads(read_text(path)), path)
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is damaged: it is not JSON.") from None
+    return from_dict(read_json(path), path)
 
 
 def data_dir(cfg) -> str:
@@ -383,7 +407,7 @@ def from_dict(values, path="") -> Config:
     fields = {f.name: f for f in dataclasses.fields(Config)}
     try:
         _require(isinstance(values, dict) and all(isinstance(name, str) for name in values),
-                 f"the config is not names with values but {values!r:.40}.")
+                 f"the config is not names with values but {shown(values)}.")
         for name in values:
             if name not in fields:
                 _unknown(name, fields, "this version")
@@ -402,15 +426,23 @@ def to_dict(cfg) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 # Combinations
 
+# A config may come from a file. What is far beyond any model is refused before it is built, which takes time and memory
+MOST = {"n_layer": 1000, **dict.fromkeys(("n_embd", "n_head", "n_kv_head", "attn_dim", "ffn_dim", "block_size",
+                                          "vocab_size", "rank", "nblocks", "batch_size", "micro_batch_size"), 1 << 24)}
+
+
 def check(cfg):
     """Fills in the sizes left 0 and refuses impossible combinations in one sentence. Needs neither data nor torch."""
     for name in ("n_layer", "n_embd", "n_head", "block_size", "max_tokens", "batch_size", "micro_batch_size",
                  "log_interval", "eval_tokens", "final_eval_tokens"):
         _require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)} must be at least 1.")
+    for name, most in MOST.items():
+        _require(getattr(cfg, name) <= most, f"{name}={getattr(cfg, name)} must be at most {most}.")
     for name in ("n_kv_head", "attn_dim", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval", "save_interval",
-                 "grad_clip", "seed", "warmup_steps", "qk_norm", "logit_softcap"):
+                 "grad_clip", "seed", "warmup_steps", "qk_norm", "logit_softcap", "calibrate_tokens", "teacher_flops"):
         _require(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)} must not be negative.")
-    for name, top in (("dropout", "below 1"), ("min_lr_ratio", "1"), ("warmup_ratio", "1"), ("decay_ratio", "1")):
+    for name, top in (("dropout", "below 1"), ("min_lr_ratio", "1"), ("warmup_ratio", "1"), ("decay_ratio", "1"),
+                      ("distill_share", "1")):
         v = getattr(cfg, name)
         _require(0 <= v <= 1 and (top == "1" or v < 1), f"{name}={v} must lie between 0 and {top}.")
     _require(cfg.seed < 2**64, f"seed={cfg.seed} must be below 2^64.")

@@ -105,7 +105,7 @@ def test_a_later_preset_has_the_last_word(tmp_path):
 
 
 def test_rates_of_muon_follow_the_rule_or_the_user():
-    base = ["--optimizer=muon", "--n_embd=3072", "--batch_size=64", "--max_tokens=65536000"]  # 1000 x 2^16 tokens
+    base = ["--optimizer=muon", "--n_embd=3072", "--batch_size=16", "--max_tokens=16384000"]  # 1000 x 2^14 tokens
     cfg, = config.load([*base, "--lr=auto", "--weight_decay=auto", "--head_lr=0.5"])
     assert cfg.lr == pytest.approx(0.01) and cfg.weight_decay == pytest.approx(1.4)
     assert cfg.embed_lr == pytest.approx(0.3 / 4) and cfg.head_lr == 0.5 and cfg.skip_lr == pytest.approx(0.25)

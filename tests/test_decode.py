@@ -31,6 +31,11 @@ MODELS = {
     "wide attention": dict(ffn="lowrank", rank=24, attn_dim=256, n_kv_head=2),
 }
 
+# The kernels of decoding have none of these parts
+WITH_EXTRAS = {**MODELS, "recipe": dict(
+    norm="rmsnorm", act="relu2", bias=False, tie_embeddings=False, qk_norm=1.2, rope_theta=100_000.0, embed_norm=True,
+    smear=True, embed_skip=True, value_embeddings=True, logit_softcap=5.0, ffn="lowrank", rank=16, n_kv_head=2)}
+
 
 def make(device="cpu", block_size=64, **kw):
     cfg = Config(**{**dict(n_layer=3, n_embd=128, n_head=4, block_size=block_size, vocab_size=257), **kw})
@@ -60,6 +65,32 @@ def texts(model, prompts, s, batch, length=64, **kw):
     return [row.new for row in rows]
 
 
+def serve(model, prompts, s, batch, length=64, chunk=3, **kw):
+    """(the decoder, the rows): where one ends, the next begins."""
+    decoder = Decoder(model, s, batch, length, **kw)
+    rows = [Row(p, row_key(s.seed, p)) for p in prompts]
+    for _ in decoder.run(rows, chunk):
+        assert decoder.count.max() <= chunk  # what a graph writes beyond it lands in the next row
+    return decoder, rows
+
+
+@pytest.fixture
+def fake_graphs(monkeypatch):
+    """CUDA graphs on any device: recording runs the function, as its warm-up does, and a replay runs it once more.
+
+    -> [(the recorded function, the pool that it got)]
+    """
+    recorded = []
+
+    def record(run, pool=None):
+        run()
+        recorded.append((run, pool))
+        return SimpleNamespace(replay=run, pool=lambda: "pool")
+
+    monkeypatch.setattr(decode, "record_graph", record)
+    return recorded
+
+
 @torch.no_grad()
 def plain_greedy(model, prompt, n):
     """The oracle: a full forward per token."""
@@ -73,10 +104,10 @@ def plain_greedy(model, prompt, n):
 # The cache
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WITH_EXTRAS)
 @torch.no_grad()
 def test_cached_logits_are_those_of_the_full_forward(name, device):
-    model = make(device, **MODELS[name])
+    model = make(device, **WITH_EXTRAS[name])
     lengths = torch.tensor([5, 1, 9, 20], device=device)
     tokens = torch.randint(257, (4, 60), device=device)
     cache = Cache(model.cfg, 4, 64, device, torch.float32)
@@ -89,13 +120,17 @@ def test_cached_logits_are_those_of_the_full_forward(name, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", MODELS)
-def test_factors_merged_auto_and_graphs_give_the_same_greedy_text(name, device):
+@pytest.mark.parametrize("name", WITH_EXTRAS)
+def test_factors_merged_auto_and_graphs_give_the_same_greedy_text(name, device, request):
+    if device == "cpu":
+        request.getfixturevalue("fake_graphs")
     prompts = prompts_of([7, 1, 30])
-    expected = [plain_greedy(make(device, **MODELS[name]), p, 20) for p in prompts]
+    expected = [plain_greedy(make(device, **WITH_EXTRAS[name]), p, 20) for p in prompts]
     for kind in ("structured", "merged", "auto"):
-        model = prepare_model(make(device, **MODELS[name]), kind, torch.float32)
-        for graphs in {False, device == "cuda"}:
+        model = prepare_model(make(device, **WITH_EXTRAS[name]), kind, torch.float32)
+        if device == "cpu":
+            model.speeds.times["graph"] = model.speeds.times.get("eager")  # auto has measured no graphs there
+        for graphs in (False, True):
             assert texts(model, prompts, settings(), 3, graphs=graphs) == expected, (kind, graphs)
 
 
@@ -255,6 +290,108 @@ def test_the_decoder_asks_whether_the_fused_sampler_knows_its_filters(monkeypatc
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+@pytest.mark.parametrize("name", ["dense", "absolute, grouped", "recipe"])
+def test_a_graph_of_a_padded_length_serves_every_row(name, fake_graphs):
+    """Lengths at both sides of a width's end; the first prompt of a width runs without a graph."""
+    model = prepare_model(make(block_size=140, **WITH_EXTRAS[name]), "structured", torch.float32)
+    prompts = prompts_of([33, 34, 2, 30, 97, 65, 66, 64, 1, 98, 129, 31, 8])
+    decoder, rows = serve(model, prompts, settings(max_new_tokens=4), 3, 140, graphs=True)
+    assert [row.new for row in rows] == [plain_greedy(model, p, 4) for p in prompts]
+    assert {width: bool(graph) for width, graph in decoder.prefills.items()} == {
+        32: True, 64: True, 96: True, 128: True}
+    assert len(fake_graphs) == 4 + len(decoder.recorded)  # each once, in whatever row it was needed first
+    assert [pool for _, pool in fake_graphs] == [None] + ["pool"] * (len(fake_graphs) - 1)
+
+
+def test_prompts_beyond_the_widths_and_many_at_a_time_need_no_graph(fake_graphs, monkeypatch):
+    monkeypatch.setattr(decode, "BUCKETS", (8, 16))
+    model = prepare_model(make(ffn="lowrank", rank=16), "structured", torch.float32)
+    shapes, store = [], model.store
+    monkeypatch.setattr(model, "store", lambda tokens, cache: (shapes.append((*tokens.shape,)), store(tokens, cache)))
+    monkeypatch.setattr(model, "step", None)
+    for batch, lengths, expected in ((2, [18, 17], [(1, 16), (1, 17)]), (6, [3, 2, 9, 1, 4, 6], [(5, 8)]),
+                                     (1, [2], [(1, 8)])):
+        shapes.clear()
+        decoder = Decoder(model, settings(), batch, 64, graphs=True)
+        decoder.prefill({i: Row(p) for i, p in enumerate(prompts_of(lengths))})
+        assert shapes == expected and not fake_graphs
+        assert decoder.cache.position.tolist() == [n - 1 for n in lengths]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches that stay full
+
+MIXED = [5, 1, 40, 17, 2, 60, 33, 3, 25, 9, 62, 11, 30]
+# settings and eos with which some texts end by themselves and some do not
+ENDS = {"greedy": ({}, dict(eos=173)), "sampled": (dict(temperature=1.5, min_p=1e-3), dict(eos=3, n_tokens=12))}
+
+
+@pytest.mark.parametrize("batch, chunk", [(1, 5), (2, 1), (3, 4), (8, 3), (20, 16)])
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("how", ENDS)
+def test_rows_that_end_are_replaced_and_no_text_changes(how, graphs, batch, chunk, fake_graphs):
+    model, (given, ends) = prepare_model(make(ffn="lowrank", rank=16), "structured", torch.float32), ENDS[how]
+    s, prompts = settings(max_new_tokens=25, **given), prompts_of(MIXED)
+    alone = [serve(model, [p], s, 1, graphs=False, **ends)[1][0] for p in prompts]
+    assert {row.finish for row in alone} == {"eos", "length", "context"}
+    decoder, rows = serve(model, prompts, s, batch, chunk=chunk, graphs=graphs, **ends)
+    assert [(row.new, row.finish) for row in rows] == [(row.new, row.finish) for row in alone]
+    assert all(0 < row.seconds < 60 for row in rows)
+    if graphs:
+        assert len(fake_graphs) == len(decoder.recorded) + sum(map(bool, decoder.prefills.values()))
+
+
+def test_ends_by_length_are_known_before_the_tokens_are_read(fake_graphs):
+    """7 rows of 10 tokens, three at a time: 30 steps, though the host reads a chunk later than it launches the next."""
+    model, calls = prepare_model(make(n_layer=1), "structured", torch.float32), []
+    decoder = Decoder(model, settings(max_new_tokens=10), 3, 64, graphs=True)
+    for name in ("launch", "read", "step"):
+        def call(*given, name=name, wrapped=getattr(decoder, name)):
+            calls.append(name)
+            return wrapped(*given)
+        setattr(decoder, name, call)
+    rows = [Row(p) for p in prompts_of([4, 7, 2, 9, 3, 1, 5])]
+    yields = list(decoder.run(rows, chunk=5))
+    assert all(len(row.new) == 10 and row.finish == "length" for row in rows)
+    assert calls.count("step") == 30 + 1  # one for the recording
+    looks = [name for name in calls if name != "step"]
+    assert looks[:6] == ["launch", "read", "launch", "launch", "read", "launch"] and looks[-2:] == ["read", "read"]
+    assert [len(tokens) for _, tokens in yields[0]] == [1, 1, 1]  # the first tokens are not held back by a whole chunk
+    assert len(yields[1][0][1]) == 2 and len(yields[-2][0][1]) == 5  # while prompts wait, and after that
+    without = list(Decoder(model, settings(max_new_tokens=10), 3, 64, graphs=False).run([Row([1])], chunk=5))
+    assert [len(tokens) for (_, tokens), in without] == [1, 5, 4]
+
+
+def test_an_empty_place_costs_no_attention():
+    """The place of a row that ends, with no other to follow, runs along from position 0."""
+    model = prepare_model(make(), "structured", torch.float32)
+    decoder, rows = serve(model, prompts_of([62, 3]), settings(max_new_tokens=20), 3)
+    assert [len(row.new) for row in rows] == [2, 20]
+    assert decoder.cache.position.tolist() == [20 - 1 - 3, 0, 20]  # the long one left after chunks of 1 and 3 steps
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("batch, fused", [(1, True), (2, True), (4, True), (7, True), (7, False)])
+@pytest.mark.parametrize("how", ENDS)
+def test_on_a_card_graphs_of_prompts_and_steps_serve_every_row(how, batch, fused, monkeypatch):
+    monkeypatch.setattr(decode, "FEW", 8)
+    shape = dict(ffn="lowrank", rank=16) if fused else WITH_EXTRAS["recipe"]
+    model = prepare_model(make("cuda", block_size=200, **shape), "structured", torch.float32)
+    given, ends = ENDS[how]
+    s, prompts = settings(max_new_tokens=30, **given), prompts_of([*MIXED, 150, 90, 120, 100, 128, 65, 40])
+    alone = [serve(model, [p], s, 1, 200, graphs=False, **ends)[1][0] for p in prompts]
+    decoder, rows = serve(model, prompts, s, batch, 200, graphs=True, **ends)
+    assert [(row.new, row.finish) for row in rows] == [(row.new, row.finish) for row in alone]
+    assert len({row.finish for row in rows}) > 1 or how == "greedy"
+    kinds = [graph for graph in (*decoder.prefills.values(), *decoder.recorded.values()) if graph]
+    assert kinds and all(isinstance(graph, torch.cuda.CUDAGraph) for graph in kinds)
+    assert {width for width, graph in decoder.prefills.items() if graph} >= {32, 64, 128}
+    assert decoder.exact_length is fused and (type(decoder.forward).__name__ == "Step") == (batch <= 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Ends
 
 def test_finish_reasons():
@@ -397,12 +534,25 @@ def test_bench_decode_counts_and_agrees_with_itself(cli, tmp_path):
     assert cli("bench.py", "decode", *SMALL, "--kinds=fast")[0] == 2
 
 
+def test_bench_decode_with_rows_refilled(cli, tmp_path):
+    """A token ends a text with probability 1 / 64, at the latest after 20: 17.1 tokens in the mean of 40 texts."""
+    out = tmp_path / "rows.jsonl"
+    given = ["--refill=40", "--batches=1,8", "--new_tokens=20", "--kinds=structured,merged", f"--json={out}"]
+    assert cli("bench.py", "decode", *SMALL, *given)[0] == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["benchmark"], r["kind"], r["batch"], r["prompts"]) for r in rows] == [
+        ("serve", kind, batch, 40) for kind in ("structured", "merged") for batch in (1, 8)]
+    (tokens, prompts), = {(r["new_tokens"], r["prompt_tokens"]) for r in rows}  # whatever the batch
+    assert 40 * 15 < tokens < 40 * 19 and 40 * 22 < prompts < 40 * 38
+    assert all(r["of_steady"] == pytest.approx(r["tokens_per_s"] / r["steady"], rel=0.1) for r in rows)
+    assert cli("bench.py", "decode", *SMALL, "--refill=-1")[0] == 2
+
+
 def test_the_time_of_a_further_token_is_that_after_the_first(monkeypatch):
     clock = iter([1.0, 3.0, 6.0, 12.0])
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
     decoder = SimpleNamespace(key=torch.zeros(1), run=lambda rows: iter(range(3)))
-    given = bench.Settings(prompt_tokens=2, new_tokens=10)
-    assert bench.generation(decoder, Config(vocab_size=8), 4, given) == (2.0, 1.0)
+    assert bench.generation(decoder, [[1], [2]], bench.Settings(new_tokens=10)) == (2.0, 1.0)
 
 
 def test_bench_crossover_shows_what_auto_chose(cli, tmp_path):

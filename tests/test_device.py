@@ -59,6 +59,11 @@ end()
 """
 
 
+def taught_by(run):
+    """Guided from a dense run's weights and by its predictions."""
+    return [*LOWRANK, "--guide=fixedstep", f"--init_from={run}", f"--distill={run}", "--distill_share=0.7"]
+
+
 @pytest.fixture(scope="module")
 def two_processes(data, tmp_path_factory, whole):
     """{name: folder} of runs under torchrun with two gloo processes."""
@@ -66,7 +71,8 @@ def two_processes(data, tmp_path_factory, whole):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         stopped(folder / "moved", data, 3, patch, *GUIDED)
     flags = {"plain": [], "guided": GUIDED, "always": RUNS["always"], "moved": [*GUIDED, "--resume=auto"],
-             "accumulated": ["--micro_batch_size=1"], "muon": RUNS["muon"], "dropout": ["--dropout=0.1"]}
+             "accumulated": ["--micro_batch_size=1"], "muon": RUNS["muon"],
+             "taught": taught_by(whole["plain"]), "dropout": ["--dropout=0.1"]}
     runs = [[*TINY, f"--out_dir={folder / name}", f"--data_dir={data}", *argv] for name, argv in flags.items()]
     damaged = [set_token(copy_data(data, folder / name), name, 155, 999)
                for name in ("val.bin", "train.bin")]  # in window 9, rank 1's in validation
@@ -94,6 +100,7 @@ def test_two_processes_equal_one(two_processes, whole, data, tmp_path):
     """plain, the same with four micro-batches a rank, guided with and without guide_skip, and begun by one process."""
     one = {name: whole[name] for name in ("plain", "always", "muon")}
     one["guided"] = train_run(tmp_path / "guided", data, *GUIDED)
+    one["taught"] = train_run(tmp_path / "taught", data, *taught_by(whole["plain"]))
     one |= {"moved": one["guided"], "accumulated": one["plain"]}
     for name, out in one.items():
         a, b = (torch.load(folder / "model.pt", weights_only=True) for folder in (out, two_processes[name]))
@@ -110,7 +117,7 @@ def test_two_processes_equal_one(two_processes, whole, data, tmp_path):
 
 def test_one_of_two_processes_speaks(two_processes):
     out = two_processes["stdout"]
-    assert out.count("2 x cpu") == 8 and out.count("done     validation loss") == 7
+    assert out.count("2 x cpu") == 9 and out.count("done     validation loss") == 8
     assert out.count("continuing after step 3 of 12") == out.count("stopped after step 4 and saved") == 1
 
 

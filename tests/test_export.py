@@ -1,9 +1,7 @@
-"""export: tokenizers, architectures and weights out and in, against transformers."""
+"""export: architectures and weights out and in, against transformers."""
 import dataclasses
 import importlib.util
-import io
 import json
-import random
 import re
 import subprocess
 import sys
@@ -16,190 +14,14 @@ import config
 import export
 from config import Config, UserError
 from conftest import LOWRANK, ROOT, STRUCTURES, assert_one_sentence, train_run
+from corpora import LINES, byte_level
 from merge import replace_structured
 from model import build, load
 from prepare import TokenFile
 from run import save_beside
 from runs import stopped
-from tokenizer import byte_characters, load_tokenizer, pinned, tokenizer_from_blob, train_sentencepiece
 
 CPU = torch.device("cpu")
-TEXTS = ["def main():\n    return 1", "naïve Œuvre 中文 🙂 ﷺ", "  two  spaces\t\ttabs\r\n\n\n", "</s><|endoftext|><unk>",
-         "a▁b ▁ ▁▁c", "", " ", "\x00\x7f\u200b", "I'll 123456 we're 'tis",
-         "x" * 300]
-CORPUS = [f"{a} {b} the quick brown fox's {i * 37 % 991} jumps, naïve — over\n\tthe lazy dog()" for i, (a, b) in
-          enumerate(zip("alpha beta gamma delta".split() * 25, "one two three four five".split() * 20))]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizers that come in
-
-def byte_level(folder, eos="<|endoftext|>", size=400):
-    """A folder with the tokenizer.json of a BPE over bytes, as GPT-2's, SmolLM's or LLaMA 3's."""
-    tokenizers = pytest.importorskip("tokenizers")
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, special_tokens=[eos],
-                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-                                             show_progress=False)
-    bpe.train_from_iterator(CORPUS, trainer)
-    return keep(bpe, folder, eos)
-
-
-def byte_fallback(folder, eos="</s>", size=500):
-    """The same with sentencepiece's spaces and bytes for what has no piece, as LLaMA 2's."""
-    tokenizers = pytest.importorskip("tokenizers")
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    bpe.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend("▁"),
-                                                      tokenizers.normalizers.Replace(" ", "▁")])
-    D = tokenizers.decoders
-    bpe.decoder = D.Sequence([D.Replace("▁", " "), D.ByteFallback(), D.Fuse(), D.Strip(" ", 1, 0)])
-    special = ["<unk>", "<s>", eos]
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size,
-                                             special_tokens=[*special, *(f"<0x{i:02X}>" for i in range(256))],
-                                             show_progress=False)
-    bpe.train_from_iterator(CORPUS, trainer)
-    data = json.loads(bpe.to_str())
-    data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] in special]  # bytes are ordinary pieces
-    return keep(tokenizers.Tokenizer.from_str(json.dumps(data)), folder, eos)
-
-
-def keep(bpe, folder, eos):
-    folder.mkdir()
-    bpe.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": eos, "lstrip": False}}))
-    return bpe
-
-
-@pytest.mark.parametrize("make", [byte_level, byte_fallback])
-def test_a_tokenizer_json_gives_its_ids_and_every_byte_back(make, tmp_path):
-    bpe = make(tmp_path / "small")
-    tokenizer = load_tokenizer(str(tmp_path / "small" / "tokenizer.json"))
-    assert tokenizer.identity.startswith("hf:small@") and tokenizer.vocab_size == bpe.get_vocab_size()
-    again = tokenizer_from_blob(tokenizer.identity, tokenizer.blob)
-    bpe.encode_special_tokens = True
-    start = " " if make is byte_fallback else ""  # LLaMA's puts a space before a text
-    for text in (*TEXTS, *CORPUS):
-        ids = tokenizer.encode(text)
-        assert ids == bpe.encode(text, add_special_tokens=False).ids == again.encode(text) and tokenizer.eos not in ids
-        if "▁" not in text or make is byte_level:  # sentencepiece's spaces are underlines
-            assert tokenizer.decode_bytes(ids) == (start + text if text else "").encode()
-    assert tokenizer.decode_bytes([tokenizer.eos]) == b""
-    assert tokenizer.eos == bpe.token_to_id({byte_level: "<|endoftext|>", byte_fallback: "</s>"}[make])
-
-
-def test_the_end_of_a_document_is_named_by_one_of_the_folders_files(tmp_path):
-    byte_level(tmp_path / "small")
-    path = tmp_path / "small" / "tokenizer.json"
-    expected = load_tokenizer(str(path))
-    (path.parent / "tokenizer_config.json").unlink()
-    with pytest.raises(UserError, match="names its end-of-sequence token"):
-        load_tokenizer(str(path))
-    (path.parent / "config.json").write_text(json.dumps({"eos_token_id": [expected.eos, 3]}))
-    assert load_tokenizer(str(path)).identity == expected.identity
-    (path.parent / "config.json").write_text(json.dumps({"eos_token_id": 0}))  # StarCoder's is the first token
-    assert load_tokenizer(str(path)).eos == 0
-    path.write_text("{}")
-    with pytest.raises(UserError, match="are not Hugging Face's tokenizer"):
-        load_tokenizer(str(path))
-
-
-def test_a_text_is_prepared_trained_on_and_sampled_with_a_tokenizer_json(cli, tmp_path):
-    byte_level(tmp_path / "small")
-    (tmp_path / "text.txt").write_text("\n".join(CORPUS))
-    argv = ["--dataset=text", f"--input={tmp_path}/text.txt", f"--tokenizer={tmp_path}/small/tokenizer.json",
-            f"--data_dir={tmp_path}/data"]
-    for _ in range(2):  # the second time it is there already
-        assert cli("prepare.py", *argv, "--workers=1")[0] == 0
-    out = train_run(tmp_path / "run", tmp_path / "data", "--max_tokens=128")
-    identity = load(str(out), CPU)[2]["tokenizer"]["identity"]
-    assert identity.startswith("hf:small@")
-    status, text, _ = cli("sample.py", out, "--prompt=naïve 中 </s>", "--max_new_tokens=4")
-    assert status == 0 and text.startswith("naïve 中 </s>")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizers that go out
-
-def foreign_model():
-    """A sentencepiece model of LLaMA's kind."""
-    import sentencepiece
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=out, model_type="bpe", vocab_size=420, byte_fallback=True,
-        minloglevel=3, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True)
-    return out.getvalue()
-
-
-def gpt2_blob(folder):
-    """Ranks of a small byte-level BPE, in GPT-2's form."""
-    byte_level(folder)
-    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-    of_character = {c: i for i, c in enumerate(byte_characters())}
-    ranked = sorted((i, token) for token, i in vocabulary.items() if token != "<|endoftext|>")
-    return "\n".join(bytes(of_character[c] for c in token).hex() for _, token in ranked).encode()
-
-
-def tokenizer_of(kind, folder):
-    if kind == "hf":
-        byte_fallback(folder)
-        return load_tokenizer(str(folder / "tokenizer.json"))
-    blob = {"byte": lambda: b"", "gpt2": lambda: gpt2_blob(folder), "spm": lambda: train_sentencepiece(420, CORPUS),
-            "model": foreign_model}[kind]()
-    name = {"spm": "spm:420", "model": "llama.model"}.get(kind)
-    return tokenizer_from_blob(pinned(name, blob) if name else kind, blob)
-
-
-def odd_texts(n=300):
-    rng = random.Random(0)
-    kinds = ((32, 127), (0, 0x250), (0x250, 0xD800), (0xE000, 0x1FFFF))
-    return ["".join(chr(rng.randrange(*rng.choice(kinds))) for _ in range(rng.randrange(1, 30))) for _ in range(n)]
-
-
-def write_files(folder, files):
-    folder.mkdir(exist_ok=True)
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    return folder
-
-
-@pytest.mark.parametrize("kind", ["byte", "gpt2", "spm", "model", "hf"])
-def test_transformers_reads_every_tokenizer_with_the_same_ids_and_bytes(kind, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    tokenizer = tokenizer_of(kind, tmp_path / "small")
-    folder = write_files(tmp_path / "out", export.tokenizer_files(tokenizer, 64, "transformers"))
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    assert theirs.eos_token_id == tokenizer.eos and len(theirs) == tokenizer.vocab_size
-    for text in (*TEXTS, *CORPUS, *odd_texts()):
-        if kind == "hf" and "</s>" in text:  # their special tokens stay theirs
-            continue
-        ids = tokenizer.encode(text)
-        assert theirs(text)["input_ids"] == ids, text
-        assert theirs.decode(ids) == tokenizer.decode(ids).removeprefix(" " if kind in ("model", "hf") else "")
-
-
-def test_gpt2s_merges_are_those_it_was_trained_with(tmp_path):
-    blob = gpt2_blob(tmp_path / "small")
-    merges = json.loads((tmp_path / "small" / "tokenizer.json").read_text())["model"]["merges"]
-    written = export.bytes_json(tokenizer_from_blob("gpt2", blob).table, True)
-    assert len(merges) > 100 and written["model"]["merges"] == merges
-    ranks = {token: i for i, token in enumerate((b"a", b"b", b"c", b"bc", b"abc", b"cab"))}
-    assert export.last_merge(b"abc", ranks) == [b"a", b"bc"]
-    assert export.last_merge(b"cab", ranks) is None  # neither ca nor ab is a token
-
-
-def test_a_tokenizer_that_normalises_is_refused():
-    import sentencepiece
-    for settings in (dict(model_type="bpe"), dict(model_type="unigram", normalization_rule_name="identity")):
-        out = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=out, vocab_size=370,
-                                                 byte_fallback=True, minloglevel=3, **settings)
-        tokenizer = tokenizer_from_blob(pinned("other.model", out.getvalue()), out.getvalue())
-        with pytest.raises(UserError, match="other.model@.* cannot be written"):
-            export.tokenizer_files(tokenizer, 64, "transformers")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -304,7 +126,7 @@ def test_the_architecture_computes_the_same_and_comes_back_equal(name, transform
 
 
 @pytest.mark.parametrize("name, structure", [
-    ("llama", "lowrank"), ("llama", "blockshuffle"), ("llama", "blockdense"), ("mistral", "lowrank"),
+    ("llama", "lowrank"), ("llama", "blockshuffle"), ("qwen3", "blockdense"), ("mistral", "lowrank"),
     ("gpt2", "lowrank"), ("starcoder2, no bias, wide attention", "blockshuffle"), ("arcee", "blockdense"),
     ("stablelm", "blockdense"), ("gpt2, groups", "blockshuffle"), ("gpt_bigcode", "lowrank")])
 def test_the_factors_stay_behind_a_modeling_file(name, structure, transformers, cli, tmp_path, monkeypatch):
@@ -397,12 +219,6 @@ def test_what_none_expresses_or_its_reader_gets_wrong_is_refused(argv, target, k
     with pytest.raises(UserError) as e:
         export.choose_home(tiny(*argv), target, kind)
     assert all(word in str(e.value) for word in words) and len(str(e.value)) < 400
-
-
-def test_a_sentencepiece_model_goes_to_llama_cpp_too():
-    blob = train_sentencepiece(420, CORPUS)
-    files = export.tokenizer_files(tokenizer_from_blob(pinned("spm:420", blob), blob), 64, "gguf")
-    assert files["tokenizer.model"] == blob
 
 
 def test_every_switch_of_the_model_is_known_here():
@@ -515,8 +331,8 @@ def test_models_of_transformers_come_in(name, transformers, cli, tmp_path):
 
 def test_train_scores_a_model_that_came_in_on_text_of_its_tokenizer(transformers, cli, tmp_path):
     model = foreign(transformers, "llama", tmp_path / "hf")
-    (tmp_path / "text.txt").write_text("\n".join(CORPUS))
-    (tmp_path / "val.txt").write_text("\n".join(CORPUS[::-1]))
+    (tmp_path / "text.txt").write_text("\n".join(LINES))
+    (tmp_path / "val.txt").write_text("\n".join(LINES[::-1]))
     assert cli("export.py", tmp_path / "hf", f"--out_dir={tmp_path}/in")[0] == 0
     argv = ["--dataset=text", f"--input={tmp_path}/text.txt", f"--val_input={tmp_path}/val.txt",
             f"--tokenizer={tmp_path}/hf/tokenizer.json"]
@@ -598,7 +414,7 @@ def test_damaged_and_foreign_folders_are_one_sentence(transformers, cli, tmp_pat
         assert word in err and not (tmp_path / "in").exists(), err
 
     values = json.loads(kept["config.json"])
-    refused("model_type=mamba", **{"config.json": json.dumps({**values, "model_type": "mamba"}).encode()})
+    refused("model_type='mamba'", **{"config.json": json.dumps({**values, "model_type": "mamba"}).encode()})
     refused("has no hidden_size", **{"config.json": json.dumps({**values} | {"model_type": "llama"}).replace(
         '"hidden_size"', '"other"').encode()})
     refused("lack", **{"config.json": json.dumps({**values, "num_hidden_layers": 3}).encode()})
@@ -617,7 +433,8 @@ def test_damaged_and_foreign_folders_are_one_sentence(transformers, cli, tmp_pat
     ([], "0 were given"), (["a", "b", "--to=c"], "2 were given"), (["a"], "--to=FOLDER"),
     (["a", "--to=b", "--out_dir=c"], "--out_dir"), (["a", "--to=b", "--for=onnx"], "onnx"),
     (["a", "--out_dir=b", "--dtype=bfloat16"], "dtype=bfloat16"), (["a", "--to=b", "--block_size=64"], "block_size=64"),
-    (["a", "--to=b", "--rank=3"], "rank=3"),
+    (["a", "--to=b", "--rank=3"], "rank=3"), (["a", "--to=b", "--calibrate=export.py"], "calibrate=export.py"),
+    (["a", "--to=b", "--ffn_dim=3", "--device=mps"], "device=mps"),
     (["a", "--to=b", "--ffn=lowrank", "--rank=3", "--weighted=False"], "weighted=False"),
     (["a", "--to=b", "--ffn=lowrank", "--rank=3", "--calibrate=no.txt"], "no.txt"),
     (["a", "--to=.", "--for=vllm"], ". exists"), (["a", "--to=b", "--for=vllm", "--factors=True"], "vllm")])

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from conftest import ROOT
+from decode import Decoder, Row
+from merge import prepare_model
 from model import Cache
 from ops import fallback
 from ops import megakernel as kernels
-from test_decode import MODELS, make
+from test_decode import MODELS, make, prompts_of, settings
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -277,6 +279,20 @@ def test_parts_that_no_decoding_kernel_has_are_left_to_plain_torch(part, caplog,
 def test_what_fits(shape, dtype, fits):
     model = make(**{"n_layer": 2, **shape}).to(dtype)
     assert kernels.fits(model.cfg, kernels.all_matrices(model), dtype, 6) is fits
+
+
+def test_rows_that_end_are_replaced():
+    """The kernel takes rows whose positions jump, and rows that are empty."""
+    model = prepare_model(make(DEVICE, n_layer=2, ffn="lowrank", rank=16), "structured", torch.float32)
+    prompts, found = prompts_of([5, 1, 60, 9]), []
+    for kernel in (False, True):
+        decoder = Decoder(model, settings(max_new_tokens=6), 2 if kernel else 1, 64, graphs=False)
+        if kernel:
+            decoder.forward, decoder.exact_length = make_step(model, decoder.cache), True
+        rows = [Row(prompt) for prompt in prompts]
+        assert len(list(decoder.run(rows))) > 3
+        found.append([row.new for row in rows])
+    assert found[0] == found[1] and [len(new) for new in found[1]] == [6, 6, 4, 6]
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs CUDA")

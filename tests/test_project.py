@@ -1,15 +1,21 @@
 """project: the nearest structured matrix, against singular values, gradient descent and structured matrices."""
+import dataclasses
+import json
 import re
+import shutil
 
 import pytest
 import torch
 
 import config
 import project
-from conftest import STRUCTURES, assert_one_sentence, dense_oracle, train_run
+import train
+from config import UserError
+from conftest import LOWRANK, STRUCTURES, TINY, assert_one_sentence, dense_oracle, train_run
 from merge import replace_structured
-from model import build, load
+from model import FFN, build, load
 from run import save_beside
+from runs import ALONE, assert_same_run, configure, metrics, stopped
 from structured import linear
 
 CPU = torch.device("cpu")
@@ -117,7 +123,7 @@ def test_weights_of_one_change_nothing_and_others_help(shape):
                                atol=1e-9)
     C = moments(n)
     plain, weighted = cost(W - nearest(W, shape), C), cost(W - nearest(W, shape, C), C)
-    assert weighted <= plain * (1 + 1e-9) and (weighted < 0.96 * plain or plain < 1e-9)
+    assert weighted <= plain * (1 + 1e-9) + 1e-20 and (weighted < 0.96 * plain or plain < 1e-9)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -125,6 +131,20 @@ def test_matrices_of_low_rank_and_of_zeros_leave_no_nan(shape):
     for W in (torch.zeros(shape[2], shape[1], dtype=torch.float64), random(shape[2], 1) @ random(1, shape[1])):
         for D in (nearest(W, shape), nearest(W, shape, moments(shape[1]))):
             assert D.isfinite().all() and (shape[0] == "blockshuffle" or (D - W).abs().max() < 1e-9)
+
+
+@pytest.mark.parametrize("few", [0.0, 1e5])
+def test_inputs_that_are_zero_or_of_very_different_size_are_weights_too(few):
+    x = random(40, 12, seed=3).float()
+    x[:, 1:] *= few > 0
+    x[:, 0] *= few
+    fc = torch.nn.Linear(12, 20)
+    moments = project.Moments(fc)
+    with torch.no_grad():
+        fc(x)
+        new, errors = project.projected(fc, configure("--ffn=lowrank", "--rank=3"), moments.C)
+    assert new.V.isfinite().all() and new.U.isfinite().all()
+    torch.testing.assert_close(moments.C, x.double().T @ x.double(), rtol=1e-12, atol=0)
 
 
 def test_factors_are_balanced():
@@ -155,7 +175,9 @@ def keep(path, model, ffn="dense"):
 
 TEXT = "".join(f"line {i * i % 97} of the text, {i % 7} words\n" for i in range(40))
 KINDS = {"gpt": [], "llama": ["--norm=rmsnorm", "--act=swiglu", "--bias=False", "--n_kv_head=2"],
-         "learned": ["--pos=absolute", "--act=relu2"]}
+         "learned": ["--pos=absolute", "--act=relu2"],
+        "recipe": ["--norm=rmsnorm", "--act=relu2", "--bias=False", "--tie_embeddings=False", "--qk_norm=1.2",
+                   "--embed_norm=True", "--smear=True", "--embed_skip=True", "--value_embeddings=True"]}
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -179,8 +201,9 @@ def test_merged_factors_are_found_again_in_a_model(structure, kind, cli, tmp_pat
         assert all(float(e) < 1e-4 for e in re.findall(r"(?<=fc[12]) ([\d.]+)", out))
 
 
-def test_the_moments_are_those_of_the_inputs_in_the_whole_model(monkeypatch):
-    model = tiny("--pos=absolute")
+@pytest.mark.parametrize("kind", ["learned", "recipe"])
+def test_the_moments_are_those_of_the_inputs_in_the_whole_model(kind, monkeypatch):
+    model = tiny(*KINDS[kind])
     seen, tokens = {}, torch.randint(257, (6, 16))
 
     def listen(key):
@@ -202,7 +225,7 @@ def test_the_moments_are_those_of_the_inputs_in_the_whole_model(monkeypatch):
 
     monkeypatch.setattr(project, "projected", projected)
     with torch.no_grad():
-        project.project_model(model, model.cfg, tokens.split(4))
+        project.project_model(model, dataclasses.replace(model.cfg, ffn="lowrank"), tokens.split(4))
     expected = [seen[layer, name].T @ seen[layer, name] for layer in (1, 2) for name in ("fc1", "fc2")]
     for C, right in zip(given, expected, strict=True):
         torch.testing.assert_close(C, right, rtol=1e-5, atol=1e-5)
@@ -269,3 +292,273 @@ def test_a_projected_model_goes_out_merged(cli, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     card = (tmp_path / "straight" / "README.md").read_text()
     assert "blockdense rank=8 nblocks=2" in card and "merged" in card
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pruning
+
+def tiny_ffn(act, seed=0):
+    """An FFN of 12 hidden units in double precision, and its hidden values h (500, 12) of random inputs x (500, 8)."""
+    cfg = config.load(["--n_embd=8", "--n_head=1", "--ffn_dim=12", f"--act={act}"])[0]
+    ffn, x, seen = FFN(cfg, "dense").double(), random(500, 8, seed=9), []
+    for i, p in enumerate(ffn.parameters()):
+        sizes = torch.logspace(0, 1, len(p), dtype=p.dtype).view(-1, *[1] * (p.dim() - 1))
+        p.data = random(*p.shape, seed=seed + i) * sizes
+    hook = ffn.fc2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    y = ffn(x)
+    hook.remove()
+    return ffn, x, seen[0].detach(), y.detach()
+
+
+@pytest.mark.parametrize("act", ["gelu", "swiglu"])
+@torch.no_grad()
+def test_pruning_leaves_the_units_that_add_most_and_fits_the_rest_to_them(act):
+    ffn, x, h, y = tiny_ffn(act)
+    W, bias = ffn.fc2.weight.clone(), ffn.fc2.bias.clone()
+    adds = [sum((h[t, j] * W[i, j]) ** 2 for t in range(500) for i in range(8)).item() for j in range(12)]
+    kept, errors = project.prune(ffn, 7, h.T @ h)
+    assert kept.tolist() == sorted(sorted(range(12), key=lambda j: -adds[j])[:7])
+    best = torch.linalg.lstsq(h[:, kept], h @ W.T).solution.T
+    torch.testing.assert_close(ffn.fc2.weight, best, rtol=0, atol=2e-3 * best.abs().max().item())
+    assert torch.equal(ffn.fc2.bias, bias) and ffn.fc1.out_features == (14 if act == "swiglu" else 7)
+    left = ((ffn(x) - y).norm() / (y - bias).norm()).item()
+    assert errors[1] == pytest.approx(left, rel=1e-2) and 0 < left < 1
+
+
+@pytest.mark.parametrize("act", ["gelu", "swiglu"])
+@torch.no_grad()
+def test_plain_pruning_weighs_units_by_their_weights_and_changes_none(act):
+    ffn, *_ = tiny_ffn(act)
+    before = {name: p.clone() for name, p in ffn.named_parameters()}
+    rows, columns = before["fc1.weight"].split(12), before["fc2.weight"]
+    sizes = [columns[:, j].norm() * torch.stack([part[j].norm() for part in rows]).prod() for j in range(12)]
+    kept, errors = project.prune(ffn, 5)
+    assert kept.tolist() == sorted(sorted(range(12), key=lambda j: -sizes[j])[:5]) and len(errors) == 1
+    assert torch.equal(ffn.fc2.weight, columns[:, kept])
+    for name in ("fc1.weight", "fc1.bias"):
+        expected = torch.cat([part[kept] for part in before[name].split(12)])
+        assert torch.equal(dict(ffn.named_parameters())[name], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_units_that_add_nothing_are_left_out(kind, calibrated, cli, tmp_path):
+    """Every third unit works; the others read nothing, or nothing reads them."""
+    model, tokens = tiny(*KINDS[kind], "--ffn_dim=48"), torch.randint(257, (2, 16))
+    with torch.no_grad():
+        for block in model.blocks:
+            rows = block.ffn.fc1.weight.view(-1, 48, 32)
+            rows[:, 1::3] = 0
+            block.ffn.fc2.weight[:, 2::3] = 0
+            if block.ffn.fc1.bias is not None:
+                block.ffn.fc1.bias.view(-1, 48)[:, 1::3] = 0
+        expected = model(tokens)
+    keep(tmp_path / "dense", model)
+    (tmp_path / "text.txt").write_text(TEXT)
+    how = [f"--calibrate={tmp_path}/text.txt"] if calibrated else []
+    status, out, err = cli("export.py", tmp_path / "dense", f"--out_dir={tmp_path}/narrow", "--ffn_dim=16", *how,
+                           "--device=cpu")
+    assert status == 0 and out.count("fc2 pruned") == 3, err
+    found, cfg, _ = load(str(tmp_path / "narrow"), CPU)
+    assert (cfg.ffn, cfg.ffn_dim) == ("dense", 16)
+    with torch.no_grad():
+        torch.testing.assert_close(found(tokens), expected, rtol=0, atol=2e-2 if calibrated else 1e-5)
+    status, out, err = cli("export.py", tmp_path / "dense", f"--out_dir={tmp_path}/wide", "--ffn_dim=49")
+    assert_one_sentence(status, out, err)
+    assert "ffn_dim=48" in err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The start of a run
+
+NARROWER = {**STRUCTURES, "narrow": ["--ffn_dim=40"], "narrow lowrank": [*LOWRANK, "--ffn_dim=40"]}
+
+
+@pytest.fixture(scope="module")
+def dense_run(tmp_path_factory):
+    """A folder with a dense model of TINY's sizes, whose weights are large: what is left out shows."""
+    model = build(configure(*TINY), CPU, seed=0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return keep(tmp_path_factory.mktemp("dense"), model)
+
+
+def opened(data, *argv):
+    cfg = configure(*TINY, f"--data_dir={data}", *argv)
+    return cfg, train.open_data(cfg), train.make_plan(cfg)
+
+
+@torch.no_grad()
+def first_loss(model, cfg, plan, files, **how):
+    """The loss on the batch of the first step."""
+    batch = next(train.batches(cfg, plan, files.train.tokens, files.n_windows, range(1), ALONE)).flatten(0, 1)
+    return model(batch[:, :-1], batch[:, 1:], **how).item()
+
+
+@pytest.mark.parametrize("name", [name for name in NARROWER if name != "narrow"])
+def test_a_guided_run_begins_at_the_dense_model_and_ends_at_its_factors(name, data, dense_run, tmp_path):
+    flags = [*NARROWER[name], f"--init_from={dense_run}", "--guide=fixedstep"]
+    cfg, files, plan = opened(data, *flags)
+    model, optimizer, step = train.start_or_continue(cfg, plan, ALONE, "new", files)
+    source = load(str(dense_run), CPU)[0]
+    if "narrow" in name:  # pruned first: the guide is the pruned model
+        source = train.start_or_continue(*opened(data, "--ffn_dim=40", flags[-2])[::2], ALONE, "new", files)[0]
+    dense, layers = first_loss(source, cfg, plan, files), (1, 2)
+    guided = first_loss(model, cfg, plan, files, alpha=torch.ones(()), guided=layers)
+    assert guided == pytest.approx(dense, abs=1e-6)
+    at_the_switch = first_loss(model, cfg, plan, files, alpha=torch.zeros(()), guided=layers)
+    train.end_guide(model, optimizer)
+    factors = first_loss(model, cfg, plan, files)
+    assert at_the_switch == pytest.approx(factors, abs=1e-6) and abs(factors - dense) > 0.005
+
+    run = train_run(tmp_path / "run", data, *flags, "--lr=1e-30")  # nothing moves but alpha
+    rows = [row["loss"] for row in metrics(run) if "loss" in row]
+    assert rows[0] == pytest.approx(dense, abs=1e-5)
+    last = load(str(run), CPU)[0].state_dict()
+    assert all(torch.equal(t, model.state_dict()[key]) for key, t in last.items())
+
+
+@pytest.mark.parametrize("name", NARROWER)
+def test_a_run_from_a_dense_model_starts_where_export_would(name, data, dense_run, cli, tmp_path):
+    cfg, files, plan = opened(data, *NARROWER[name], f"--init_from={dense_run}", "--calibrate_tokens=0")
+    ours = train.start_or_continue(cfg, plan, ALONE, "new", files)[0].state_dict()
+    assert cli("export.py", dense_run, f"--out_dir={tmp_path}/out", *NARROWER[name], "--device=cpu")[0] == 0
+    theirs = load(str(tmp_path / "out"), CPU)[0].state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_the_weights_of_a_start_are_windows_of_the_training_data(data, dense_run):
+    cfg, files, plan = opened(data, *LOWRANK, f"--init_from={dense_run}", "--calibrate_tokens=130")
+    windows = torch.cat(project.calibration_windows(cfg, files, CPU))
+    tokens = torch.from_numpy(files.train.tokens[:4000].astype("int64")).view(-1, 16)
+    assert windows.shape == (9, 16) and torch.equal(windows[0], tokens[0]) and torch.equal(windows[-1], tokens[-1])
+    assert all((tokens == window).all(1).any() for window in windows)
+    ours = train.start_or_continue(cfg, plan, ALONE, "new", files)[0]
+    source = load(str(dense_run), CPU)[0]
+    project.project_model(source, cfg, windows.split(4))
+    for key, t in source.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], t, rtol=0, atol=1e-6)
+    plain, losses = configure(*TINY, f"--data_dir={data}", *LOWRANK, f"--init_from={dense_run}",
+                              "--calibrate_tokens=0"), []
+    for each in (cfg, plain):
+        model = train.start_or_continue(each, plan, ALONE, "new", files)[0]
+        losses.append(sum(errors_of(model, load(str(dense_run), CPU)[0], windows)))
+    assert losses[0] < losses[1]
+
+
+def test_factors_of_a_pruned_model_are_fitted_to_the_units_that_are_left():
+    """In the first layer pruning and projecting at once is the same as one after the other."""
+    tokens, models = torch.randint(257, (6, 16)), (tiny(), tiny())
+    narrow = dataclasses.replace(models[0].cfg, ffn_dim=40)
+    both = dataclasses.replace(narrow, ffn="lowrank", rank=8, n_dense_layers=0)
+    for model, steps in zip(models, ([both], [narrow, both])):
+        for cfg in steps:
+            project.project_model(model, cfg, tokens.split(4))
+    at_once, after = (dict(model.blocks[0].ffn.named_parameters()) for model in models)
+    for key, t in at_once.items():
+        torch.testing.assert_close(t, after[key], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def errors_of(model, dense, windows):
+    """Squared errors of the FFNs' outputs on the inputs that the dense model gives them."""
+    inputs = {}
+    for i, block in enumerate(dense.blocks):
+        block.ffn.fc1.register_forward_pre_hook(lambda module, args, i=i: inputs.update({i: args[0]}))
+    dense(windows)
+    return [(dense.blocks[i].ffn.fc1(x) - model.blocks[i].ffn.fc1(x)).square().sum().item()
+            for i, x in inputs.items() if i]
+
+
+def test_a_guided_run_from_a_dense_model_resumes_without_it(data, dense_run, tmp_path, monkeypatch, cli):
+    source = shutil.copytree(dense_run, tmp_path / "source")
+    flags = [*STRUCTURES["blockdense"], f"--init_from={source}", "--guide=fixedstep", "--optimizer=muon"]
+    whole = train_run(tmp_path / "whole", data, *flags)
+    with pytest.raises(SystemExit):
+        stopped(tmp_path / "run", data, 2, monkeypatch, *flags)
+    shutil.rmtree(source)
+    status, out, err = cli("train.py", "--resume=auto", f"--out_dir={tmp_path / 'run'}")
+    assert (status, err) == (0, "") and "continuing after step 2 of 8" in out
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--n_layer=4"], ["blocks.3", "none there"]), (["--act=relu2"], ["act=gelu", "--act=gelu"]),
+    (["--ffn_dim=200"], ["ffn.fc1.bias", "(128,) there, (200,) here"])])
+def test_a_dense_model_that_does_not_fit_is_not_projected(flags, words, data, dense_run, monkeypatch):
+    structure = [] if "--ffn_dim=200" in flags else LOWRANK
+    cfg, files, plan = opened(data, *structure, f"--init_from={dense_run}", *flags)
+    monkeypatch.setattr(project, "project_model", None)
+    with pytest.raises(UserError) as e:
+        train.start_or_continue(cfg, plan, ALONE, "new", files)
+    assert all(word in str(e.value) for word in words), e.value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A teacher
+
+TAUGHT = [*LOWRANK, "--optimizer=muon", "--guide=fixedstep", "--distill_share=0.6"]
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(data, dense_run, tmp_path):
+    """Guided from the dense weights; and the validation is without teacher."""
+    run = train_run(tmp_path / "run", data, *LOWRANK, "--guide=fixedstep", f"--init_from={dense_run}",
+                    f"--distill={dense_run}", "--lr=1e-30")
+    rows = metrics(run)
+    assert abs(rows[0]["loss"]) < 1e-6 and rows[0]["grad_norm"] < 1e-4 and rows[7]["loss"] > 0.01
+    plain = train_run(tmp_path / "plain", data, *LOWRANK, f"--init_from={dense_run}", "--lr=1e-30")
+    assert metrics(plain)[-1]["val_loss"] == rows[-1]["val_loss"] > 1
+
+
+def test_a_step_with_a_teacher_has_the_loss_of_torchs_divergence(data, dense_run, tmp_path):
+    run = train_run(tmp_path / "run", data, *LOWRANK, f"--distill={dense_run}", "--distill_share=0.3", "--seed=4")
+    cfg, files, plan = opened(data, *LOWRANK, "--seed=4")
+    batch = next(train.batches(cfg, plan, files.train.tokens, files.n_windows, range(1), ALONE)).flatten(0, 1)
+    x, y = batch[:, :-1], batch[:, 1:].flatten()
+    student, teacher = build(cfg, CPU, seed=4).double(), load(str(dense_run), CPU)[0].double()
+    with torch.no_grad():
+        q, p = (model(x).flatten(0, 1).log_softmax(1) for model in (student, teacher))
+    kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")
+    expected = 0.3 * kl + 0.7 * torch.nn.functional.nll_loss(q, y)
+    assert metrics(run)[0]["loss"] == pytest.approx(expected.item(), abs=1e-5)
+    assert load(str(run), CPU)[0].state_dict().keys() == student.state_dict().keys()
+
+
+def test_a_taught_run_resumes_and_accumulates(data, dense_run, tmp_path, monkeypatch):
+    flags = [*TAUGHT, f"--distill={dense_run}", f"--init_from={dense_run}"]
+    whole = train_run(tmp_path / "whole", data, *flags)
+    with pytest.raises(SystemExit):
+        stopped(tmp_path / "run", data, 3, monkeypatch, *flags)
+    assert_same_run(train_run(tmp_path / "run", data, *flags, "--resume=auto"), whole)
+    split = train_run(tmp_path / "split", data, *flags, "--micro_batch_size=2")
+    a, b = ([row["loss"] for row in metrics(run) if "loss" in row] for run in (whole, split))
+    assert a == pytest.approx(b, abs=2e-5)
+
+
+def test_the_teachers_forwards_are_among_the_training_flops(data, dense_run, cli):
+    shape = [*TINY, *LOWRANK, f"--data_dir={data}", "--guide=fixedflop", "--guide_ratio=0.5"]
+    said = {}
+    for name, flags in (("alone", shape), ("taught", [*shape, f"--distill={dense_run}"]),
+                        ("dense", [*TINY, f"--data_dir={data}"])):
+        status, out, err = cli("train.py", *flags, "--dry_run=True")
+        assert status == 0, err
+        said[name] = json.loads(out)
+    phases = said["taught"]["train_flops_by_phase"]
+    teacher = said["dense"]["flops_per_token"] * said["taught"]["tokens"]
+    assert phases == {**said["alone"]["train_flops_by_phase"], "teacher": pytest.approx(teacher, rel=1e-5)}
+    assert said["taught"]["train_flops"] == pytest.approx(said["alone"]["train_flops"] + teacher, rel=1e-5)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--vocab_size=300"], ["vocab_size=257", "300"]), (["--block_size=32"], ["block_size=16", "32"])])
+def test_a_teacher_of_other_sizes_is_refused(flags, words, data, dense_run, tmp_path):
+    with pytest.raises(UserError, match=".*".join(words)):
+        train_run(tmp_path / "run", data, f"--distill={dense_run}", *flags)
+
+
+def test_a_teacher_that_is_not_there_is_refused_without_torch(without_torch):
+    status, out, err = without_torch("train.py", *TINY, "--distill=nowhere")
+    assert_one_sentence(status, out, err)
+    assert "distill=nowhere does not exist" in err

@@ -102,8 +102,8 @@ def test_a_damaged_checkpoint_is_told(cli, data, tmp_path, monkeypatch):
         stopped(tmp_path / "run", data, 3, monkeypatch)
     path = tmp_path / "run" / "ckpt.pt"
     saved = torch.load(path, weights_only=True)
-    for other, words in ((None, "damaged"), ({"epoch": 3, "model": {}}, "lacks step, data, optimizer"),
-                         ([1], "lacks model, step"),
+    for other, words in ((None, "damaged"), ({"epoch": 3, "model": {}}, "lacks config, step, data, optimizer"),
+                         ([1], "lacks config, model"),
                          (saved | {"model": weights(tmp_path / "run", "ckpt.pt") | {"more": torch.zeros(1)}},
                           "do not match")):
         torch.save(other, path) if other else os.truncate(path, 1000)
@@ -192,13 +192,13 @@ def test_a_signal_ends_the_final_validation(number, whole_plain, data, tmp_path,
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as e:
         seen = []
 
-        def read_windows(tokens, windows, block_size):
-            if len(tokens) == 401:  # of the validation file
+        def read_windows(file, windows, block_size):
+            if file.count == 401:  # of the validation file
                 seen.append(windows)
                 if len(seen) == 2:
                     os.kill(os.getpid(), number)
                     pytest.fail("the validation went on")
-            return real(tokens, windows, block_size)
+            return real(file, windows, block_size)
         patch.setattr(train, "read_windows", read_windows)
         train_run(out, data)
     assert e.value.args == (number,)
