@@ -1,5 +1,6 @@
-// What ops/megakernel.cu needs of a GPU, for a CPU. Every thread of every thread block is a fiber, all in one thread of
-// the host. A fiber runs until it has to wait; the next warp is drawn at random. Asynchronous copies end at random.
+// What the CUDA sources of ops/ need of a GPU, for a CPU. Every thread of every thread block is a fiber, all in one
+// thread of the host. A fiber runs until it has to wait; the next warp is drawn at random. Asynchronous copies end at
+// random.
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -199,7 +200,7 @@ extern "C" void launch(int grid, int threads, int shared, int consumers, unsigne
         Block& block = blocks[fibers[first].block.x];
         unsigned met, turns = 1 + random_numbers() % 32;
         Meeting& warp = block.warps[first % threads / 32];
-        auto meetings = [&] { 
+        auto meetings = [&] {
             return block.all.generation + block.consumers.generation + warp.generation
                 + clusters[fibers[first].block.x / cluster_size].generation;
         };
