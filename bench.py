@@ -642,8 +642,8 @@ def highest_rate(rate_of, largest, device):
 def bench_crossover(cfg, settings):
     """Milliseconds of one linear. slower_by: the time of auto's form over that of the better one - 1, timed anew.
 
-    of: a linear by itself, or the step. For few sequences the captured step is a single kernel. Then auto compares
-    whole steps, and a linear's time is its equal share.
+    of: a linear by itself, or the step. For few sequences the captured step is a single kernel or a chain of kernels.
+    Then auto compares whole steps, and a linear's time is its equal share.
     """
     cfg.vocab_size = 1024
     device, dtype = device_and_dtype(cfg)
@@ -653,8 +653,9 @@ def bench_crossover(cfg, settings):
     speeds = merge.SpeedTable(merge.load_or_measure(model, pairs))
     facts["measured_in"] = f"{time.perf_counter() - began:.1f} s"
     between = ((a + b) // 2 for a, b in itertools.pairwise(merge.TOKENS))
-    again = merge.measure(pairs, sorted({*merge.TOKENS, *between}))
-    of_step = merge.measure_few(model, pairs, range(1, max(merge.FEW) + 1))
+    sizes = sorted({*merge.TOKENS, *between})
+    again = merge.measure(pairs, sizes)
+    of_step = merge.measure_few(model, pairs, [tokens for tokens in sizes if tokens <= max(merge.FEW)])
     for tokens, rows in of_step.items():
         for shape, ms in rows.items():
             again["graph"][shape][tokens] = ms

@@ -110,9 +110,9 @@ def step_weights(model, tokens, launch) -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 # The table of speeds
 
-FEW = 1, 2, 4  # sequences whose step may be a single kernel
+FEW = 1, 2, 4, 8, 16, 32, 64  # sequences whose step may be a single kernel or a chain of kernels
 # Numbers of tokens that are timed; a matmul's time may jump between neighbours
-TOKENS = [*FEW, 8, 16, 32, 64, *(n << i for i in range(6) for n in (96, 128))]
+TOKENS = [*FEW, *(n << i for i in range(6) for n in (96, 128))]
 
 
 def launches(device) -> tuple:
@@ -147,6 +147,9 @@ class SpeedTable:
         self.mode = before
 
 
+SOURCES = "decode.py", "megakernel.cu", "chain.py", "chain.cu"  # of ops, on which measured times depend
+
+
 def table_key(device, dtype) -> str:
     """What measured times hold for: card, versions (those of our kernels too), precision."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} x{torch.get_num_threads()}"
@@ -155,7 +158,7 @@ def table_key(device, dtype) -> str:
         if importlib.util.find_spec("triton"):
             import triton
             parts.append(f"triton {triton.__version__}")
-        folder, names = Path(__file__).with_name("ops"), ("decode.py", "megakernel.cu") if ops.ON else ()
+        folder, names = Path(__file__).with_name("ops"), SOURCES if ops.ON else ()
         sources = b"".join(folder.joinpath(name).read_bytes() for name in names)
         parts.append(f"kernels {hashlib.sha256(sources).hexdigest()[:8]}")
     return ", ".join(parts + [str(dtype).removeprefix("torch.")])
@@ -281,14 +284,17 @@ def use_everywhere(pairs, merged):
 
 @torch.no_grad()
 def measure_few(model, pairs, sizes=FEW) -> dict:
-    """{batch: {shape: [factors, merged]}} where the step is a single kernel.
+    """{batch: {shape: [factors, merged]}} where the step is a single kernel, or a chain of kernels that overlap.
 
-    Only the whole step can be timed there; each linear gets an equal share of its milliseconds.
+    Only the whole step can be timed there; each linear gets an equal share of its milliseconds. So a model decodes with
+    all its factors or with none.
     """
     device, few = model.head.weight.device, {}
     if not ops.ON or device.type != "cuda":
         return few
-    single, length = ops.megakernel, min(256, model.cfg.block_size)
+    single, chain, length = ops.megakernel, ops.chain, min(256, model.cfg.block_size)
+    use_everywhere(pairs, 0)
+    sizes = [batch for batch in sizes if batch <= max(single.BATCHES) or chain.usable(model, batch)]
     caches = {batch: Cache(model.cfg, batch, length, device, model.head.weight.dtype) for batch in sizes}
 
     def steps(make):
@@ -301,7 +307,7 @@ def measure_few(model, pairs, sizes=FEW) -> dict:
     single.compile_ahead(steps(single.planned).values())
     found = steps(ops.fused_step)
     for batch, cache in caches.items():
-        if any(isinstance(found[batch, merged], single.Step) for merged in (0, 1)):
+        if any(isinstance(found[batch, merged], (single.Step, chain.Step)) for merged in (0, 1)):
             token, times = torch.zeros(batch, 1, dtype=torch.long, device=device), ([], [])
             for merged in (0, 1, 0, 1):
                 use_everywhere(pairs, merged)

@@ -4,6 +4,7 @@
     ffn         Triton: the structured FFN on Hopper                                      (training)
     decode      Triton: linears, attention and sampling on a few tokens                   (decoding)
     megakernel  CUDA: the whole step of up to four sequences as one kernel                (decoding)
+    chain       CUDA: the step of 5 to 64 as kernels that overlap, linears on tensor cores (decoding)
     fallback    a kernel that fails here is turned off with one line in the log
 
 Each caller asks in one place, as in `if ops.ON and ops.can_add_norm(x)`, and has plain torch beside it.
@@ -20,7 +21,7 @@ ON = (importlib.util.find_spec("triton") is not None
 
 if ON:
     try:
-        from ops import megakernel
+        from ops import chain, megakernel
         from ops.decode import can_layer, can_sample, can_step, layer, sample, step
         from ops.ffn import can_ffn, fused_ffn
         from ops.pointwise import (add_norm, adamw, adamw_tables, can_adamw, can_add_norm, can_rotate, can_token_loss,
@@ -32,8 +33,7 @@ if ON:
 
 
 def fused_step(model, cache):
-    """model.step in kernels, for one token a row: a single kernel for few sequences, else one per linear; else None."""
-    one_kernel = megakernel.step_for(model, cache) if len(cache.position) <= max(megakernel.BATCHES) else None
-    if one_kernel:
-        return one_kernel
-    return functools.partial(step, model) if can_step(model, cache) else None
+    """model.step in kernels, for one token a row, or None: a single kernel for few sequences, a chain of them for more,
+    else one per linear. The cache is new."""
+    whole = megakernel if len(cache.position) <= max(megakernel.BATCHES) else chain
+    return whole.step_for(model, cache) or (functools.partial(step, model) if can_step(model, cache) else None)

@@ -155,8 +155,8 @@ def constants(model, batch, grid, warps, slot):
     return "".join(lines) + f"#define LAYERS_OF(producer) {' '.join(runs)}\n"
 
 
-def source(defines) -> str:
-    return defines + Path(__file__).with_name("megakernel.cu").read_text()
+def source(defines, file="megakernel.cu") -> str:
+    return f'{defines}#line 1 "{file}"\n' + Path(__file__).with_name(file).read_text()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -189,9 +189,10 @@ def compile_source(text, architecture) -> bytes:
 
 
 @functools.cache
-def binary(defines, capability) -> bytes:
-    """The kernel for cards of a capability such as (9, 0). Compiling takes seconds, so the user's cache keeps it."""
-    text, architecture = source(defines), "sm_{}{}".format(*capability)
+def binary(defines, capability, file="megakernel.cu") -> bytes:
+    """A kernel of a file for cards of a capability such as (9, 0). Compiling takes seconds, so the user's cache keeps
+    it."""
+    text, architecture = source(defines, file), "sm_{}{}".format(*capability)
     if capability == (9, 0):
         architecture += "a"  # for setmaxnreg
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

@@ -1,10 +1,13 @@
-// What ops/megakernel.cu needs of a GPU, for a CPU. Every thread of every thread block is a fiber, all in one thread of
-// the host. A fiber runs until it has to wait; the next warp is drawn at random. Asynchronous copies end at random.
+// What the CUDA sources of ops/ need of a GPU, for a CPU. Every thread of every thread block is a fiber, all in one
+// thread of the host. A fiber runs until it has to wait; the next warp is drawn at random. Asynchronous copies end at
+// random.
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <random>
 #include <vector>
@@ -18,6 +21,7 @@
 
 struct uint3_ { unsigned x; };
 struct uint4 { unsigned x, y, z, w; };
+struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 
 struct Meeting {  // of n fibers
@@ -29,6 +33,7 @@ struct Block {
     Meeting all, consumers;
     std::vector<Meeting> warps;
     std::vector<float> shuffled;  // [generation of the warp % 2][thread]
+    std::vector<std::array<unsigned, 6>> fragments;  // of mma, as shuffled
 };
 struct Copy { void* to; const void* from; int bytes; unsigned long long* barrier; };
 struct Fiber {
@@ -36,10 +41,13 @@ struct Fiber {
     std::unique_ptr<char[]> stack;
     uint3_ thread, block;
     bool done = false;
+    std::deque<std::vector<std::pair<void*, const void*>>> copies{1};  // groups that are not over
 };
 
 static std::vector<Fiber> fibers;
 static std::vector<Block> blocks;
+static std::vector<Meeting> clusters;
+static unsigned cluster_size = 1;  // thread blocks
 static std::vector<Copy> copies;
 static Fiber* current;
 static ucontext_t scheduler;
@@ -68,6 +76,36 @@ inline float shuffle(float value, int mask) {
     return values[threadIdx.x ^ mask];
 }
 
+inline float of_bf16(unsigned bits) {
+    float a;
+    return bits <<= 16, memcpy(&a, &bits, 4), a;
+}
+inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    auto* all = my_block().fragments.data() + my_warp().generation % 2 * blockDim.x;
+    all[threadIdx.x] = {a0, a1, a2, a3, b0, b1};
+    meet(my_warp());
+    all += threadIdx.x / 32 * 32;
+    unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    for (unsigned i = 0; i < 4; i++)
+        for (unsigned k = 0; k < 16; k++) {  // c[i]: row g or g + 8, column 2 t or 2 t + 1
+            unsigned a = all[g * 4 + k % 8 / 2][i / 2 + k / 8 * 2], b = all[(2 * t + i % 2) * 4 + k % 8 / 2][4 + k / 8];
+            c[i] += of_bf16(a >> k % 2 * 16 & 0xffff) * of_bf16(b >> k % 2 * 16 & 0xffff);
+        }
+}
+inline int cluster_rank() { return blockIdx.x % cluster_size; }
+inline void cluster_sync() { meet(clusters[blockIdx.x / cluster_size]); }
+inline char* in_cluster(const void* p, int rank) {
+    char* there = blocks[blockIdx.x / cluster_size * cluster_size + rank].memory.data();
+    char* here = my_block().memory.data();
+    auto start = [](char* memory) { return (char*)(((uintptr_t)memory + 127) / 128 * 128); };
+    return start(there) + ((char*)p - start(here));
+}
+inline float of_cluster(const float* p, int rank) { return *(float*)in_cluster(p, rank); }
+inline void cluster_arrive() {}
+inline void cluster_wait() { cluster_sync(); }
+inline void start_next() {}
+inline void wait_for_input() {}
+
 // a barrier in shared memory: arrivals expected, arrivals missing, bytes missing, phase
 struct Barrier { int16_t arrivals, missing; int32_t bytes : 31; uint32_t phase : 1; };
 static_assert(sizeof(Barrier) == 8, "");
@@ -88,6 +126,17 @@ inline void copy_async(void* to, const void* from, int bytes, unsigned long long
     if (bytes % 16 || (uintptr_t)to % 16 || (uintptr_t)from % 16)
         fprintf(stderr, "a bulk copy needs 16-byte alignment\n"), abort();
     copies.push_back({to, from, bytes, barrier});
+}
+inline void copy_16(void* to, const void* from) { current->copies.back().push_back({to, from}); }
+inline void end_of_group() { current->copies.emplace_back(); }
+template <int n> inline void wait_for_all_but() {
+    for (; (int)current->copies.size() > n + 1; current->copies.pop_front())
+        for (auto& c : current->copies.front()) memcpy(c.first, c.second, 16);
+}
+inline void send(float4* to, const float4& value, unsigned long long* barrier, int rank) {
+    memcpy(in_cluster(to, rank), &value, 16);
+    auto& b = *(Barrier*)in_cluster(barrier, rank);
+    b.bytes -= 16, settle(b);
 }
 inline void pause() { yield(); }
 inline void more_registers() {}
@@ -121,13 +170,15 @@ extern "C" void launch(int grid, int threads, int shared, int consumers, unsigne
     random_numbers.seed(seed);
     blockDim.x = threads;
     blocks = std::vector<Block>(grid);
+    clusters = std::vector<Meeting>(grid / cluster_size);
+    for (auto& c : clusters) c.n = cluster_size * threads;
     fibers = std::vector<Fiber>(grid * threads);
     for (auto& b : blocks) {
         b.memory = std::vector<char>(shared + 128, (char)0xff);  // NaN until something is written
         b.all.n = threads, b.consumers.n = consumers;
         b.warps.resize(threads / 32);
         for (auto& w : b.warps) w.n = 32;
-        b.shuffled.resize(2 * threads);
+        b.shuffled.resize(2 * threads), b.fragments.resize(2 * threads);
     }
     for (int i = 0; i < grid * threads; i++) {
         Fiber& f = fibers[i];
@@ -149,7 +200,10 @@ extern "C" void launch(int grid, int threads, int shared, int consumers, unsigne
         Block& block = blocks[fibers[first].block.x];
         unsigned met, turns = 1 + random_numbers() % 32;
         Meeting& warp = block.warps[first % threads / 32];
-        auto meetings = [&] { return block.all.generation + block.consumers.generation + warp.generation; };
+        auto meetings = [&] {
+            return block.all.generation + block.consumers.generation + warp.generation
+                + clusters[fibers[first].block.x / cluster_size].generation;
+        };
         do {
             met = meetings();
             for (size_t i = first; i < first + 32; i++) {

@@ -20,7 +20,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from ops import decode, ffn, megakernel, pointwise  # noqa: E402
+from ops import chain, decode, ffn, megakernel, pointwise  # noqa: E402
 from model import Cache  # noqa: E402
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that a thread block may have
@@ -147,7 +147,7 @@ def test_every_kernel_stands_above():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The CUDA source
+# The CUDA sources
 
 def nvrtc_is_there():
     try:
@@ -164,3 +164,15 @@ def test_the_megakernel_compiles(batch, shape, architecture):
     model = make(n_layer=2, **shape).to(BF16)
     defines = megakernel.constants(model, batch, 132, megakernel.WARPS, megakernel.SLOT)
     assert b"decode_step" in megakernel.compile_source(megakernel.source(defines), architecture)
+
+
+@pytest.mark.skipif(not nvrtc_is_there(), reason="needs cuda-bindings and nvidia-cuda-nvrtc")
+@pytest.mark.parametrize("batch, shape", [
+    (5, dict(ffn="lowrank", rank=64)), (64, dict(ffn="blockshuffle", nblocks=4, act="swiglu", norm="rmsnorm"))])
+@torch.no_grad()
+def test_the_chain_compiles(batch, shape):
+    model = make(n_layer=2, **shape).to(BF16)
+    step = chain.Step(model, Cache(model.cfg, batch, 64, "cpu", BF16), 132)
+    for kernel in {step.first, *(kernel for kernel, _ in step.kernels)}:
+        text = megakernel.source(kernel.defines, "chain.cu")
+        assert kernel.name.encode() in megakernel.compile_source(text, "sm_90a")

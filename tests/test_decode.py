@@ -268,13 +268,15 @@ def test_the_fused_sampler_takes_only_the_filters_it_knows(monkeypatch):
         assert not kernels.can_sample(on_cuda, settings(temperature=0.8, **given)), given
 
 
-def test_one_kernel_takes_the_steps_of_few_sequences_only(monkeypatch):
+def test_which_kernels_take_the_steps_of_a_batch(monkeypatch):
     import ops
     single = SimpleNamespace(BATCHES=(1, 2, 4), step_for=lambda model, cache: "one kernel")
+    chain = SimpleNamespace(step_for=lambda model, cache: "chain" if len(cache.position) <= 64 else None)
     monkeypatch.setattr(ops, "megakernel", single, raising=False)
+    monkeypatch.setattr(ops, "chain", chain, raising=False)
     monkeypatch.setattr(ops, "can_step", lambda model, cache: False, raising=False)
-    found = [ops.fused_step(None, SimpleNamespace(position=torch.zeros(batch))) for batch in (1, 4, 5)]
-    assert found == ["one kernel", "one kernel", None]
+    found = [ops.fused_step(None, SimpleNamespace(position=torch.zeros(batch))) for batch in (1, 4, 5, 64, 65)]
+    assert found == ["one kernel", "one kernel", "chain", "chain", None]
 
 
 @torch.no_grad()
@@ -565,7 +567,7 @@ def test_bench_crossover_shows_what_auto_chose(cli, tmp_path):
 
 
 def test_bench_crossover_shows_the_times_of_the_step_that_few_sequences_take(cli, tmp_path, monkeypatch):
-    """Where that step is one kernel, auto goes by it, though each linear by itself says otherwise."""
+    """Where that step is kernels of its own, auto goes by it, though each linear by itself says otherwise."""
     def measure(pairs, sizes=()):
         row = {str(tokens): [1.0, 2.0] for tokens in sizes or merge.TOKENS}
         return {mode: {pair.shape: dict(row) for pair in pairs} for mode in ("eager", "graph")}
@@ -577,7 +579,7 @@ def test_bench_crossover_shows_the_times_of_the_step_that_few_sequences_take(cli
     assert cli("bench.py", "crossover", *SMALL, f"--json={out}")[0] == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     of_step = [r for r in rows if r["of"] == "step"]
-    assert [r["tokens"] for r in of_step] == 2 * [1, 2, 3, 4]
+    assert [r["tokens"] for r in of_step] == 2 * [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
     found = {(r["launch"], r["factors_ms"], r["merged_ms"], r["auto"]) for r in of_step}
     assert found == {("graph", 0.4, 0.3, "merged")}
     assert all((r["factors_ms"], r["auto"]) == (1.0, "factors") for r in rows if r["of"] == "linear") and len(rows) > 40

@@ -14,7 +14,7 @@ import config
 from config import Config
 from conftest import ROOT
 from model import Cache, build
-from ops import fallback, megakernel
+from ops import chain, fallback, megakernel
 from optim import MixedAdamW
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -79,6 +79,21 @@ def test_a_megakernel_that_does_not_compile(monkeypatch, lines):
     monkeypatch.setattr(megakernel, "compiled", lambda defines, device: None)
     monkeypatch.setattr(fallback, "_tried", {})
     assert megakernel.step_for(None, None).defines == ""
+
+
+def test_a_chain_that_does_not_compile(monkeypatch, lines):
+    def fail(kernel, device):
+        raise RuntimeError("chain.cu(7): error: expected a ';'")
+
+    step = SimpleNamespace(first="embed", kernels=[("linear", None)], device=None)
+    cache = SimpleNamespace(position=[0] * 8)
+    monkeypatch.setattr(chain, "usable", lambda model, batch: batch == 8)
+    monkeypatch.setattr(chain, "Step", lambda model, cache: step)
+    monkeypatch.setattr(chain, "compiled_ahead", fail)
+    assert chain.step_for(None, cache) is None and chain.step_for(None, cache) is None
+    assert lines() == ["decoding step of 5 to 64 sequences: plain torch instead of a fused kernel, which fails here: "
+                       "RuntimeError: chain.cu(7): error: expected a ';'"]
+    assert chain.step_for(None, SimpleNamespace(position=[0] * 9)) is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,541 @@
+// The kernels of a decoding step of 5 to 64 sequences: `embed`, `linear` on tensor cores, `attention`.
+//
+// A step is a chain of these. With programmatic dependent launch a kernel starts while its predecessors still run. It
+// requests its weights, and attention the keys and values of earlier steps, before it waits for its input. So memory
+// does not idle between kernels.
+//
+// `linear` is y = act(norm(x) W^T + bias) + residual for TOKENS tokens, a multiple of 8. A cluster of SPLIT thread
+// blocks (CTAs) shares the columns of 16 TILES rows, and in each CTA WARPS warps do. mma's 16 rows are weights, its 8
+// columns tokens. The columns of its operands may come in any order as long as both agree, so a thread loads 16 bytes
+// of each row and these are what it needs for two mmas: it copies its own weights into shared memory, all at once, and
+// waits for no other thread before the sums of the warps are added. All sums have one order: a step repeats itself bit
+// for bit.
+//
+// The norm comes after the product: W norm(x) = (W (gain x) - mean W gain) / deviation + W shift. Whoever writes x also
+// writes gain x and, for each 16 entries, their moments; W gain and W shift + bias are known before.
+//
+// The host defines one kernel, LINEAR, ATTENTION or EMBED, and its constants.
+
+struct bf16 { unsigned short bits; };
+typedef unsigned long long u64;
+#define UNROLL _Pragma("unroll")
+enum Activation { NONE, GELU, RELU2, SWIGLU };
+enum Norm { NO_NORM, LAYER_NORM, RMS_NORM };
+
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What the hardware does, as PTX; on a CPU tests/emulate.h does it
+
+#ifndef EMULATED
+#define DEVICE __device__ __forceinline__
+
+DEVICE unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+
+DEVICE void barrier_init(u64* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(barrier)), "r"(arrivals));
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+DEVICE void barrier_expect(u64* barrier, int bytes) {  // and arrive
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+DEVICE void barrier_wait(u64* barrier, int phase) {
+    asm volatile("{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@done bra DONE;\nbra AGAIN;\nDONE:\n}" :: "r"(shared_address(barrier)), "r"(phase) : "memory");
+}
+DEVICE void copy_16(void* to, const void* from) {  // evict_first: L2 is for activations
+    asm volatile("{\n.reg .b64 once;\ncreatepolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+                 "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, once;\n}"
+                 :: "r"(shared_address(to)), "l"(from) : "memory");
+}
+DEVICE void end_of_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int n> DEVICE void wait_for_all_but() {  // the thread's last n groups of copies
+    asm volatile("cp.async.wait_group %0;" :: "n"(n) : "memory");
+}
+DEVICE void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+DEVICE float shuffle(float value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
+DEVICE int cluster_rank() {
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+DEVICE void send(float4* to, const float4& value, u64* barrier, int rank) {  // to the same place in another CTA
+    asm volatile("{\n.reg .b32 there, signal;\nmapa.shared::cluster.u32 there, %0, %6;\n"
+                 "mapa.shared::cluster.u32 signal, %1, %6;\n"
+                 "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%2, %3, %4, %5}, "
+                 "[signal];\n}" :: "r"(shared_address(to)), "r"(shared_address(barrier)), "f"(value.x), "f"(value.y),
+                 "f"(value.z), "f"(value.w), "r"(rank) : "memory");
+}
+DEVICE float of_cluster(const float* p, int rank) {  // *p in the shared memory of another CTA of the cluster
+    float value;
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
+                 : "=f"(value) : "r"(shared_address(p)), "r"(rank) : "memory");
+    return value;
+}
+DEVICE void start_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+DEVICE void wait_for_input() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEVICE char* shared_memory() {
+    extern __shared__ __align__(128) char memory[];
+    return memory;
+}
+#endif
+
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Numbers
+
+DEVICE float wide(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
+DEVICE unsigned narrow(float a) {  // to the bits of a bf16, to nearest, ties to even
+    unsigned bits = __float_as_uint(a);
+    return a == a ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fff;
+}
+DEVICE float rounded(float a) { return wide((unsigned short)narrow(a)); }
+
+DEVICE void unpack(const uint4& piece, float (&out)[8]) {
+    const unsigned bits[4] = {piece.x, piece.y, piece.z, piece.w};
+    UNROLL for (int i = 0; i < 4; i++) {
+        out[2 * i] = __uint_as_float(bits[i] << 16);
+        out[2 * i + 1] = __uint_as_float(bits[i] & 0xffff0000);
+    }
+}
+DEVICE uint4 pack(const float (&in)[8]) {
+    unsigned bits[4];
+    UNROLL for (int i = 0; i < 4; i++) bits[i] = narrow(in[2 * i]) | narrow(in[2 * i + 1]) << 16;
+    return uint4{bits[0], bits[1], bits[2], bits[3]};
+}
+DEVICE const uint4& piece(const bf16* p) { return *(const uint4*)p; }
+// What an earlier kernel of the chain wrote is read from L2: a multiprocessor's L1 may hold what stood there before.
+DEVICE uint4 fresh(const bf16* p) { return __ldcg((const uint4*)p); }
+DEVICE float fresh_value(const bf16* p) { return wide(__ldcg((const unsigned short*)p)); }
+
+template <int n> DEVICE float sum_over(float value) {  // n neighbouring threads
+    UNROLL for (int o = n / 2; o; o /= 2) value += shuffle(value, o);
+    return value;
+}
+
+struct Moments { float mean, squares; };  // of 16 entries of x: their mean, the sum of squares of deviations from it
+
+DEVICE Moments moments_of(float value) {  // of 16 neighbouring threads
+    float mean = sum_over<16>(value) / 16;
+    return {mean, sum_over<16>((value - mean) * (value - mean))};
+}
+
+
+#ifdef EMBED
+// ---------------------------------------------------------------------------------------------------------------------
+// A CTA a token: x = wte[token] + wpe[position], gain x, moments of x. BATCH, WIDTH, THREADS, WPE.
+
+struct Arguments {
+    const long long *token, *position;
+    const bf16 *wte, *wpe, *gain;
+    bf16 *x, *scaled;
+    Moments* moments;
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS) embed(Arguments a) {
+    wait_for_input();
+    start_next();  // after the wait: so all that ran before this step is over when the next kernels start
+    int t = blockIdx.x;
+    const bf16* word = a.wte + (t < BATCH ? __ldcg(a.token + t) : 0) * WIDTH;
+    const bf16* place = WPE ? a.wpe + (t < BATCH ? __ldcg(a.position + t) : 0) * WIDTH : word;
+    for (int start = 0; start < WIDTH; start += THREADS) {
+        int i = start + threadIdx.x;
+        float value = i < WIDTH && t < BATCH ? wide(word[i].bits) + (WPE ? wide(place[i].bits) : 0) : 0;
+        value = rounded(value);
+        Moments m = moments_of(value);
+        if (i < WIDTH) {
+            a.x[t * WIDTH + i].bits = narrow(value);
+            a.scaled[t * WIDTH + i].bits = narrow(value * wide(a.gain[i].bits));
+        }
+        if (i < WIDTH && i % 16 == 0) a.moments[(t * WIDTH + i) / 16] = m;
+    }
+}
+#endif
+
+
+#ifdef LINEAR
+// ---------------------------------------------------------------------------------------------------------------------
+// A linear. TOKENS, ROWS and K of each of BLOCKS blocks, SPREAD, TILES, SPLIT, WARPS, NORM (of x), ACT, BIAS, RESIDUAL
+// (also: whether it writes moments and gain y, for the next norm). Block b maps columns b K to (b + 1) K of x. Row j's
+// output goes to place j % SPREAD * (all rows / SPREAD) + j / SPREAD.
+
+constexpr int THREADS = 32 * WARPS, NT = TOKENS / 8, PAIRS = TILES * NT;  // of a tile and 8 tokens
+constexpr int ALL = ROWS * BLOCKS, IN = K * BLOCKS, OUT = ACT == SWIGLU ? ALL / 2 : ALL;
+constexpr int COLUMNS = K / SPLIT, CHUNKS = (COLUMNS / 32 + WARPS - 1) / WARPS;  // of a CTA; of a warp, 32 columns each
+constexpr int BESIDE = COLUMNS % (64 * WARPS) ? 1 : 2;    // chunks of a warp that lie side by side: whole lines of L2
+constexpr int AHEAD = CHUNKS < 16 / NT ? CHUNKS : 16 / NT;  // chunks of x that a warp loads ahead
+constexpr int CTAS = (ROWS / 16 + TILES - 1) / TILES;     // clusters of a block
+constexpr int AREA = CHUNKS * TILES * 2 > PAIRS ? CHUNKS * TILES * 2 : PAIRS;  // of a warp, 512 bytes each
+constexpr int OWN = (PAIRS + SPLIT - 1) / SPLIT;          // pairs that a CTA of the cluster finishes
+constexpr int EACH = (OWN + WARPS - 1) / WARPS;           // and a warp
+constexpr int PARTS = IN / 16;                            // whose moments the norm joins
+static_assert(COLUMNS % 32 == 0 && ROWS % 16 == 0 && TILES <= 2 * WARPS, "tiles divide");
+
+struct Arguments {
+    const bf16 *x, *w, *bias, *gain, *residual;
+    const float* of_norm;  // W gain, then W shift + bias, by place
+    const Moments* moments;
+    bf16 *y, *scaled;
+    Moments* new_moments;
+    float eps;
+};
+
+struct Shared {
+    u64 full;
+    float bias[16 * TILES], gain[16 * TILES];  // gain: W gain, or the gain of the next norm
+    float mean[TOKENS], scale[TOKENS];
+    float4 received[SPLIT > 1 ? SPLIT * OWN : 1][32];
+    alignas(128) uint4 area[WARPS][AREA][32];
+};
+extern "C" __device__ const int needed_bytes = sizeof(Shared);
+
+struct Work {  // of a CTA
+    int rank, block, first, tiles;
+    DEVICE Work() {
+        rank = SPLIT > 1 ? cluster_rank() : 0;
+        int cluster = blockIdx.x / SPLIT;
+        block = cluster / CTAS, first = cluster % CTAS * TILES;
+        tiles = ROWS / 16 % TILES && ROWS / 16 - first < TILES ? ROWS / 16 - first : TILES;
+    }
+    DEVICE int row(int tile, int i) const {  // of all; swiglu: 8 rows of gates, the 8 values that they belong to
+        tile += tile < tiles ? first : 0;
+        return block * ROWS + (ACT == SWIGLU ? tile * 8 + i % 8 + i / 8 * (ROWS / 2) : tile * 16 + i);
+    }
+    DEVICE int place(int row) const { return row % SPREAD * (ALL / SPREAD) + row / SPREAD; }
+};
+
+DEVICE int column_of(int chunk) {
+    return ((chunk / BESIDE * WARPS + threadIdx.x / 32) * BESIDE + chunk % BESIDE) * 32 + threadIdx.x % 4 * 8;
+}
+
+DEVICE bool there(int chunk) { return COLUMNS % (32 * WARPS) == 0 || column_of(chunk) < COLUMNS; }
+
+DEVICE void request_weights(uint4 (&area)[AREA][32], const Work& work, const bf16* w) {
+    int lane = threadIdx.x % 32;
+    w += work.rank * COLUMNS;
+    UNROLL for (int c = 0; c < CHUNKS; c++) {
+        UNROLL for (int tile = 0; tile < TILES; tile++)
+            UNROLL for (int half = 0; half < 2; half++)
+                if (tile < work.tiles && there(c))
+                    copy_16(&area[(c * TILES + tile) * 2 + half][lane],
+                            w + (long long)work.row(tile, lane / 4 + 8 * half) * K + column_of(c));
+        end_of_group();
+    }
+}
+
+DEVICE void join_moments(Shared& shared, const Arguments& a) {  // a warp a token
+    int lane = threadIdx.x % 32;
+    _Pragma("unroll 4") for (int i = 0; i < (TOKENS + WARPS - 1) / WARPS; i++) {
+        int t = i * WARPS + threadIdx.x / 32 < TOKENS ? i * WARPS + threadIdx.x / 32 : TOKENS - 1;
+        float mean = 0, squares = 0;
+        Moments m[(PARTS + 31) / 32];
+        UNROLL for (int i = 0; i < (PARTS + 31) / 32; i++) {
+            bool there = i * 32 + lane < PARTS;
+            float2 read = there ? __ldcg((const float2*)a.moments + t * PARTS + i * 32 + lane) : float2{0, 0};
+            m[i] = {read.x, read.y};
+            mean += m[i].mean;
+        }
+        mean = NORM == LAYER_NORM ? sum_over<32>(mean) / PARTS : 0;
+        UNROLL for (int i = 0; i < (PARTS + 31) / 32; i++)
+            if (i * 32 + lane < PARTS) squares += m[i].squares + 16 * (m[i].mean - mean) * (m[i].mean - mean);
+        squares = sum_over<32>(squares);
+        if (lane == 0) shared.mean[t] = mean, shared.scale[t] = rsqrtf(squares / IN + a.eps);
+    }
+}
+
+DEVICE void load_x(uint4 (&x)[NT], const bf16* from, int chunk) {
+    UNROLL for (int n = 0; n < NT; n++)
+        x[n] = there(chunk) ? fresh(from + n * 8 * IN + column_of(chunk)) : uint4{0, 0, 0, 0};
+}
+
+template <int c>
+DEVICE void multiply(float (&sums)[TILES][NT][4], uint4 (&x)[AHEAD][NT], const uint4 (&area)[AREA][32],
+                     const bf16* from) {
+    int lane = threadIdx.x % 32;
+    wait_for_all_but<CHUNKS - 1 - c>();
+    if (there(c))
+        UNROLL for (int tile = 0; tile < TILES; tile++) {
+            uint4 upper = area[(c * TILES + tile) * 2][lane], lower = area[(c * TILES + tile) * 2 + 1][lane];
+            UNROLL for (int n = 0; n < NT; n++) {
+                const uint4& b = x[c % AHEAD][n];
+                mma(sums[tile][n], upper.x, lower.x, upper.y, lower.y, b.x, b.y);
+                mma(sums[tile][n], upper.z, lower.z, upper.w, lower.w, b.z, b.w);
+            }
+        }
+    if constexpr (c + AHEAD < CHUNKS) load_x(x[c % AHEAD], from, c + AHEAD);
+    if constexpr (c + 1 < CHUNKS) multiply<c + 1>(sums, x, area, from);
+}
+
+DEVICE float activate(float a) {
+    if (ACT == RELU2) return a > 0 ? a * a : 0;
+    if (ACT == GELU) return a / (1 + __expf(-1.5957691216f * (a + 0.044715f * a * a * a)));  // tanh form
+    return a;
+}
+
+DEVICE float4 plus(const float4& a, const float4& b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
+
+DEVICE float4 sum_of_warps(Shared& shared, int pair) {
+    float4 sum = {0, 0, 0, 0};
+    UNROLL for (int w = 0; w < WARPS; w++) sum = plus(sum, *(const float4*)&shared.area[w][pair][threadIdx.x % 32]);
+    return sum;
+}
+
+// Of the cluster: pair p belongs to CTA p % SPLIT, and there to warp p / SPLIT % WARPS.
+DEVICE float4 sum_of_cluster(Shared& shared, int own) {
+    float4 sum = {0, 0, 0, 0};
+    UNROLL for (int r = 0; r < SPLIT; r++) sum = plus(sum, shared.received[r * OWN + own][threadIdx.x % 32]);
+    return sum;
+}
+
+// A thread's share of a pair: rows g and g + 8 of a tile, for two tokens each
+DEVICE void finish(const Shared& shared, const Work& work, const Arguments& a, int pair, const float4& sum,
+                   const float (&residual)[4]) {
+    int g = threadIdx.x % 32 / 4, tile = pair / NT, t = pair % NT * 8 + threadIdx.x % 4 * 2;
+    float value[4] = {sum.x, sum.y, sum.z, sum.w};
+    UNROLL for (int i = 0; i < 4; i++) {
+        int row = tile * 16 + g + i / 2 * 8, token = t + i % 2;
+        if (NORM) value[i] = (value[i] - shared.mean[token] * shared.gain[row]) * shared.scale[token];
+        value[i] = activate(value[i] + shared.bias[row]) + residual[i];
+    }
+    UNROLL for (int i = 0; i < (ACT == SWIGLU ? 2 : 4); i++) {
+        if (ACT == SWIGLU) value[i] = value[i] / (1 + __expf(-value[i])) * value[i + 2];
+        int place = (t + i % 2) * OUT + work.place(work.row(tile, g + i / 2 * 8));
+        a.y[place].bits = narrow(value[i]);
+        if (RESIDUAL) a.scaled[place].bits = narrow(rounded(value[i]) * shared.gain[tile * 16 + g + i / 2 * 8]);
+    }
+    if (RESIDUAL)
+        UNROLL for (int i = 0; i < 2; i++) {
+            float upper = rounded(value[i]), lower = rounded(value[i + 2]), sum = upper + lower;
+            UNROLL for (int o = 4; o < 32; o *= 2) sum += shuffle(sum, o);
+            float mean = sum / 16, squares = (upper - mean) * (upper - mean) + (lower - mean) * (lower - mean);
+            UNROLL for (int o = 4; o < 32; o *= 2) squares += shuffle(squares, o);
+            int part = (t + i) * (ALL / 16) + work.block * ROWS / 16 + work.first + tile;
+            if (g == 0) a.new_moments[part] = {mean, squares};
+        }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) linear(Arguments a) {
+    Shared& shared = *(Shared*)shared_memory();
+    Work work;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    start_next();
+    request_weights(shared.area[warp], work, a.w);
+    if (SPLIT > 1) {
+        int own = (PAIRS - work.rank + SPLIT - 1) / SPLIT;
+        if (threadIdx.x == 0) barrier_init(&shared.full, 1), barrier_expect(&shared.full, own * SPLIT * 512);
+        __syncwarp();
+        cluster_arrive();
+    }
+    float bias = 0, gain = 0;  // of row threadIdx.x
+    if (threadIdx.x < 16 * TILES) {
+        int place = work.place(work.row(threadIdx.x / 16, threadIdx.x % 16));
+        gain = NORM ? a.of_norm[place] : RESIDUAL ? wide(a.gain[place].bits) : 0;
+        bias = NORM ? a.of_norm[ALL + place] : BIAS ? wide(a.bias[place].bits) : 0;
+    }
+    wait_for_input();
+
+    const bf16* from = a.x + g * IN + work.block * K + work.rank * COLUMNS;
+    uint4 x[AHEAD][NT];
+    UNROLL for (int c = 0; c < AHEAD; c++) load_x(x[c], from, c);
+    float residual[EACH][4] = {};
+    if (RESIDUAL)
+        UNROLL for (int e = 0; e < EACH; e++)
+            UNROLL for (int i = 0; i < 4; i++) {
+                int pair = (e * WARPS + warp) * SPLIT + work.rank, tile = pair / NT;
+                int token = pair % NT * 8 + t * 2 + i % 2;
+                if (pair < PAIRS && tile < work.tiles)
+                    residual[e][i] = fresh_value(a.residual + token * OUT + work.place(work.row(tile, g + i / 2 * 8)));
+            }
+    if (NORM) join_moments(shared, a);
+    if (threadIdx.x < 16 * TILES) shared.bias[threadIdx.x] = bias, shared.gain[threadIdx.x] = gain;
+    float sums[TILES][NT][4] = {};
+    multiply<0>(sums, x, shared.area[warp], from);
+    UNROLL for (int tile = 0; tile < TILES; tile++)
+        UNROLL for (int n = 0; n < NT; n++)
+            *(float4*)&shared.area[warp][tile * NT + n][lane] =
+                float4{sums[tile][n][0], sums[tile][n][1], sums[tile][n][2], sums[tile][n][3]};
+    __syncthreads();
+    if (SPLIT > 1) {
+        cluster_wait();  // the others' barriers are there
+        for (int pair = warp; pair < PAIRS; pair += WARPS)
+            send(&shared.received[work.rank * OWN + pair / SPLIT][lane], sum_of_warps(shared, pair), &shared.full,
+                 pair % SPLIT);
+        barrier_wait(&shared.full, 0);
+    }
+    UNROLL for (int e = 0; e < EACH; e++) {
+        int own = e * WARPS + warp, pair = own * SPLIT + work.rank;
+        if (PAIRS % (SPLIT * WARPS) && pair >= PAIRS || pair / NT >= work.tiles) continue;
+        float4 sum = SPLIT > 1 ? sum_of_cluster(shared, own) : sum_of_warps(shared, pair);
+        finish(shared, work, a, pair, sum, residual[e]);
+    }
+}
+#endif
+
+
+#ifdef ATTENTION
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention of one new token a row. A cluster of SPLIT CTAs for each row and key head, with its GROUP query heads.
+// HEADS, KV, D, WARPS, PASS, SPLIT, ROPE, SCALE. D / 8 threads, a team, share a place; it loads PASS places at once.
+
+constexpr int THREADS = 32 * WARPS, GROUP = HEADS / KV, MEMBERS = D / 8, TEAMS = THREADS / MEMBERS;
+constexpr int EACH = (GROUP * D + SPLIT * THREADS - 1) / (SPLIT * THREADS);  // results of a thread
+constexpr float LEAST = -1e30f;  // a score of nothing
+
+struct Arguments {
+    const bf16* qkv;
+    const float *cos, *sin;
+    const long long* position;
+    bf16 *k, *v, *y;
+    long long length;  // of the cache
+};
+
+struct Shared {
+    float out[WARPS][GROUP][D], top[WARPS][GROUP], total[WARPS][GROUP];
+};
+extern "C" __device__ const int needed_bytes = sizeof(Shared);
+
+struct Softmax {  // a running one, over the places of a team
+    float top[GROUP], total[GROUP], out[GROUP][8];
+
+    DEVICE void add(float other_top, float other_total, const float (&other)[8], int g) {
+        float most = top[g] > other_top ? top[g] : other_top;
+        float mine = __expf(top[g] - most), theirs = __expf(other_top - most);
+        top[g] = most, total[g] = total[g] * mine + other_total * theirs;
+        UNROLL for (int i = 0; i < 8; i++) out[g][i] = out[g][i] * mine + other[i] * theirs;
+    }
+};
+
+// 8 entries of a vector turned by its position, as model.rotate: x cos + (halves swapped) sin
+DEVICE void rotated(float (&out)[8], const bf16* vector, int m, const float (&c)[8], const float (&s)[8]) {
+    float other[8];
+    unpack(fresh(vector + m * 8), out);
+    if (ROPE) {
+        unpack(fresh(vector + (m ^ MEMBERS / 2) * 8), other);
+        UNROLL for (int i = 0; i < 8; i++) out[i] = rounded(out[i] * c[i] + other[i] * s[i]);
+    }
+}
+
+DEVICE float dot(const float (&a)[8], const float (&b)[8]) {
+    float sum = 0;
+    UNROLL for (int i = 0; i < 8; i++) sum += a[i] * b[i];
+    return sum_over<MEMBERS>(sum);
+}
+
+DEVICE void load_places(uint4 (&out)[PASS], const bf16* from, long long first, long long stop) {
+    UNROLL for (int p = 0; p < PASS; p++) {
+        long long l = first + p * TEAMS * SPLIT;
+        out[p] = l < stop ? fresh(from + l * D) : uint4{0, 0, 0, 0};
+    }
+}
+
+DEVICE void attend(Softmax& state, const float (&q)[GROUP][8], const uint4 (&k)[PASS], const uint4 (&v)[PASS],
+                   long long first, long long stop) {
+    float score[PASS][GROUP], weight[GROUP], most[GROUP], a[8];
+    UNROLL for (int g = 0; g < GROUP; g++) most[g] = state.top[g];
+    UNROLL for (int p = 0; p < PASS; p++) {
+        unpack(k[p], a);
+        UNROLL for (int g = 0; g < GROUP; g++) {
+            score[p][g] = dot(q[g], a);
+            if (first + p * TEAMS * SPLIT >= stop) score[p][g] = LEAST;
+            most[g] = most[g] > score[p][g] ? most[g] : score[p][g];
+        }
+    }
+    UNROLL for (int g = 0; g < GROUP; g++) {
+        float fade = __expf(state.top[g] - most[g]);
+        state.top[g] = most[g], state.total[g] *= fade;
+        UNROLL for (int i = 0; i < 8; i++) state.out[g][i] *= fade;
+    }
+    UNROLL for (int p = 0; p < PASS; p++) {
+        unpack(v[p], a);
+        UNROLL for (int g = 0; g < GROUP; g++) {
+            weight[g] = score[p][g] == LEAST ? 0 : __expf(score[p][g] - most[g]);
+            state.total[g] += weight[g];
+            UNROLL for (int i = 0; i < 8; i++) state.out[g][i] += weight[g] * a[i];
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) attention(Arguments a) {
+    Shared& shared = *(Shared*)shared_memory();
+    int rank = SPLIT > 1 ? cluster_rank() : 0, head = blockIdx.x / SPLIT % KV, row = blockIdx.x / SPLIT / KV;
+    int warp = threadIdx.x / 32, m = threadIdx.x % MEMBERS, team = rank * TEAMS + threadIdx.x / MEMBERS;
+    start_next();
+    // Before the wait: places that earlier steps wrote, and the position, which the step before this one set
+    long long place = __ldcg(a.position + row), first = team;
+    bf16 *keys = a.k + (row * KV + head) * a.length * D + m * 8, *values = a.v + (keys - a.k);
+    uint4 k[PASS], v[PASS];
+    load_places(k, keys, first, place);
+    load_places(v, values, first, place);
+    float c[8] = {}, s[8] = {};
+    if (ROPE)
+        UNROLL for (int i = 0; i < 8; i++) c[i] = a.cos[place * D + m * 8 + i], s[i] = a.sin[place * D + m * 8 + i];
+    wait_for_input();
+
+    const bf16* qkv = a.qkv + row * (HEADS + 2 * KV) * D;
+    float q[GROUP][8], new_k[8], new_v[8];
+    UNROLL for (int g = 0; g < GROUP; g++) {
+        rotated(q[g], qkv + (head * GROUP + g) * D, m, c, s);
+        UNROLL for (int i = 0; i < 8; i++) q[g][i] *= SCALE;
+    }
+    rotated(new_k, qkv + (HEADS + head) * D, m, c, s);
+    unpack(fresh(qkv + (HEADS + KV + head) * D + m * 8), new_v);
+    Softmax state;  // team 0 begins with the new token
+    UNROLL for (int g = 0; g < GROUP; g++) {
+        float score = dot(q[g], new_k);
+        state.top[g] = team == 0 ? score : LEAST, state.total[g] = team == 0;
+        UNROLL for (int i = 0; i < 8; i++) state.out[g][i] = team == 0 ? new_v[i] : 0;
+    }
+    while (true) {
+        attend(state, q, k, v, first, place);
+        first += PASS * TEAMS * SPLIT;
+        if (first - team >= place) break;
+        load_places(k, keys, first, place);
+        load_places(v, values, first, place);
+    }
+    UNROLL for (int g = 0; g < GROUP; g++) {
+        UNROLL for (int o = MEMBERS; o < 32; o *= 2) {  // the teams of a warp
+            float other[8];
+            UNROLL for (int i = 0; i < 8; i++) other[i] = shuffle(state.out[g][i], o);
+            float top = shuffle(state.top[g], o), total = shuffle(state.total[g], o);
+            state.add(top, total, other, g);
+        }
+        if (threadIdx.x % 32 < MEMBERS) {
+            UNROLL for (int i = 0; i < 8; i++) shared.out[warp][g][m * 8 + i] = state.out[g][i];
+            shared.top[warp][g] = state.top[g], shared.total[warp][g] = state.total[g];
+        }
+    }
+    SPLIT > 1 ? cluster_sync() : __syncthreads();
+    float result[EACH];
+    UNROLL for (int e = 0; e < EACH; e++) {
+        int n = (e * SPLIT + rank) * THREADS + threadIdx.x, g = n / D % GROUP, d = n % D;
+        float top = LEAST, total = 0, out = 0;
+        UNROLL for (int r = 0; r < SPLIT; r++)
+            UNROLL for (int w = 0; w < WARPS; w++) {
+                auto there = [&](const float* p) { return SPLIT > 1 ? of_cluster(p, r) : *p; };
+                float new_top = there(&shared.top[w][g]), most = top > new_top ? top : new_top;
+                float mine = __expf(top - most), theirs = __expf(new_top - most);
+                total = total * mine + there(&shared.total[w][g]) * theirs;
+                out = out * mine + there(&shared.out[w][g][d]) * theirs, top = most;
+            }
+        result[e] = out / total;
+    }
+    if (SPLIT > 1) cluster_sync();  // no CTA ends while others read its part. Before the stores: it would wait for them
+    UNROLL for (int e = 0; e < EACH; e++) {
+        int n = (e * SPLIT + rank) * THREADS + threadIdx.x;
+        if (n < GROUP * D) a.y[row * HEADS * D + head * GROUP * D + n].bits = narrow(result[e]);
+    }
+    if (team == 0) {
+        *(uint4*)(keys + place * D) = pack(new_k);
+        *(uint4*)(values + place * D) = pack(new_v);
+    }
+}
+#endif

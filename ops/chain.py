@@ -1,0 +1,307 @@
+"""The host's side of chain.cu, a decoding step of 5 to 64 sequences: its plan, compilation, launches."""
+import ctypes
+import functools
+import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from ops import megakernel
+from ops.decode import add_norm
+from ops.fallback import works
+from ops.megakernel import checked, linears
+from structured import Structured
+
+BATCHES = range(5, 65)
+DENSE = 32              # sequences up to which a model without factors gains: at 64 cuBLAS was faster on an H200
+SHARED = 227 * 1024     # bytes of shared memory that a thread block may have
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The plan
+
+def stages(linear):
+    """The one or two `Stage`s of a linear."""
+    return megakernel.matrices(linear, 0)  # for no sequence is a row too long to stay whole
+
+
+class Tiles(NamedTuple):
+    """A cluster of `split` thread blocks of `warps` warps computes 16 `tiles` rows."""
+    tiles: int
+    split: int
+    warps: int
+
+
+def shared_bytes(stage, tiles, tokens):
+    """As sizeof(Shared) in chain.cu, about."""
+    pairs = tiles.tiles * tokens // 8
+    area = max(-(-stage.K // (32 * tiles.split * tiles.warps)) * tiles.tiles * 2, pairs)
+    return 512 * (tiles.warps * area + (pairs + 8 if tiles.split > 1 else 0)) + 128 * tiles.tiles + 8 * tokens + 16
+
+
+def possible(stage, tiles, tokens):
+    """Whether chain.cu can compute a stage so: whole tiles, and sums that fit into the registers."""
+    return (stage.rows % 16 == 0 and stage.K % (32 * tiles.split) == 0 and tiles.tiles <= stage.rows // 16
+            and tiles.tiles * tokens <= 256 and tiles.tiles <= 2 * tiles.warps
+            and shared_bytes(stage, tiles, tokens) <= SHARED)
+
+
+# (rows, K, tokens): what a step of config/xl.py on an H200 was faster with than with plan's rule, by 0.5 to 3 %
+TUNED = {(6144, 2048, 8): Tiles(3, 2, 8), (8192, 512, 8): Tiles(2, 1, 8), (512, 8192, 8): Tiles(2, 8, 8),
+         (2048, 8192, 8): Tiles(1, 4, 8), (2048, 8192, 16): Tiles(1, 4, 8), (512, 2048, 32): Tiles(1, 2, 8),
+         (2048, 2048, 32): Tiles(4, 4, 8), (512, 8192, 32): Tiles(2, 8, 8), (8192, 512, 32): Tiles(3, 1, 8),
+         (2048, 512, 32): Tiles(1, 1, 4)}
+
+
+def plan(stage, tokens, multiprocessors):
+    """The `Tiles` of a stage for a multiple of 8 tokens, or None.
+
+    A thread block for each multiprocessor, or, where rows are few, for each second one: the others load the weights of
+    the next kernel meanwhile. It reads K / split columns of x and sends the sums of 16 tiles rows, and tiles grow with
+    the split. Both cost the same where split^2 is about K / rows; the factor is measured.
+    """
+    height = stage.blocks * stage.rows // 16
+    if stage.blocks == 1 and (stage.rows, stage.K, tokens) in TUNED:
+        return TUNED[stage.rows, stage.K, tokens]
+    best = max(0, round(math.log2(stage.K * multiprocessors / (600 * height)) / 2)) if height else 0
+    thread_blocks = multiprocessors if 2 * height > multiprocessors else multiprocessors // 2
+    for split in (1 << i for i in range(min(best, 3), 4)):
+        warps = min(8, max(1, stage.K // (32 * split)))
+        count = -(-height * split // thread_blocks)
+        while count and not possible(stage, Tiles(count, split, warps), tokens):
+            count //= 2  # several thread blocks share a multiprocessor then
+        if count:
+            return Tiles(count, split, warps)
+    return None
+
+
+def attention_plan(cfg, batch, multiprocessors):
+    """(thread blocks of a cluster, warps of each, places a team loads at once): the more thread blocks, the smaller."""
+    pairs = batch * cfg.n_kv_head
+    split = max(s for s in (1, 2, 4, 8) if s == 1 or s * pairs <= multiprocessors)
+    warps = 8 if pairs <= 2 * multiprocessors else 4 if pairs <= 4 * multiprocessors else 2
+    return split, warps, 8 if cfg.n_head // cfg.n_kv_head <= 2 else 4  # registers hold the outputs of a group
+
+
+def padded(batch) -> int:
+    """Tokens that a step computes: mma has 8 columns."""
+    return -(-batch // 8) * 8
+
+
+def fits(model, batch, multiprocessors) -> bool:
+    """Whether the chain can compute this model's steps and is the faster way."""
+    cfg, every = model.cfg, [linear for layer in linears(model, batch) for linear in layer]
+    most = max(BATCHES) if any(isinstance(linear, Structured) for linear in every) else DENSE
+    return (min(BATCHES) <= batch <= most and not cfg.extras and model.head.weight.dtype == torch.bfloat16
+            and cfg.attn_dim // cfg.n_head in (32, 64, 128, 256) and cfg.n_head // cfg.n_kv_head <= 8
+            and all(plan(stage, padded(batch), multiprocessors) for linear in every for stage in stages(linear)))
+
+
+def usable(model, batch) -> bool:
+    """Whether `Step` is the way to compute this model's steps for `batch` sequences."""
+    device = model.head.weight.device
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    card = torch.cuda.get_device_properties(device)  # others than Hopper were not measured
+    return card.major == 9 and fits(model, batch, card.multi_processor_count) and megakernel.bindings()
+
+
+def step_for(model, cache):
+    """A `Step` for the sequences of a new cache, or None where it is not usable, does not compile or does not run."""
+    if not usable(model, len(cache.position)):
+        return None
+    step = Step(model, cache)
+    kernels = frozenset([step.first, *(kernel for kernel, _ in step.kernels)])
+
+    def trial():
+        with ThreadPoolExecutor() as pool:  # a second for each kernel, if none is kept from before
+            list(pool.map(lambda kernel: compiled_ahead(kernel, step.device), kernels))
+        step(torch.zeros(step.batch, 1, dtype=torch.long, device=step.device), cache)
+        torch.cuda.synchronize(step.device)
+        cache.position.zero_()
+
+    return step if works("decoding step of 5 to 64 sequences", trial, kernels, step.device) else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels
+
+class Kernel(NamedTuple):
+    defines: str
+    name: str
+    grid: int
+    cluster: int
+    threads: int
+
+
+def define(**values):
+    return "".join(f"#define {name} {value}\n" for name, value in values.items())
+
+
+def linear_kernel(stage, tiles, tokens, norm="NO_NORM", act="NONE", bias=False, residual=False):
+    values = dict(LINEAR=1, TOKENS=tokens, ROWS=stage.rows, K=stage.K, BLOCKS=stage.blocks, SPREAD=stage.spread,
+                  TILES=tiles.tiles, SPLIT=tiles.split, WARPS=tiles.warps, NORM=norm, ACT=act, BIAS=int(bias),
+                  RESIDUAL=int(residual))
+    grid = stage.blocks * -(-stage.rows // (16 * tiles.tiles)) * tiles.split
+    return Kernel(define(**values), "linear", grid, tiles.split, 32 * tiles.warps)
+
+
+def attention_kernel(cfg, batch, split, warps, passes):
+    D = cfg.attn_dim // cfg.n_head
+    values = dict(ATTENTION=1, HEADS=cfg.n_head, KV=cfg.n_kv_head, D=D, WARPS=warps, PASS=passes, SPLIT=split,
+                  ROPE=int(cfg.pos == "rope"), SCALE=f"{D ** -0.5!r}f")
+    return Kernel(define(**values), "attention", batch * cfg.n_kv_head * split, split, 32 * warps)
+
+
+def embed_kernel(cfg, batch):
+    values = dict(EMBED=1, BATCH=batch, WIDTH=cfg.n_embd, THREADS=256, WPE=int(cfg.pos == "absolute"))
+    return Kernel(define(**values), "embed", padded(batch), 1, 256)
+
+
+# Arguments of each, as in chain.cu
+
+class Linear(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x w bias gain residual of_norm moments y scaled "
+                                                     "new_moments").split()]
+    _fields_ += [("eps", ctypes.c_float)]
+
+
+class Attention(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in "qkv cos sin position k v y".split()]
+    _fields_ += [("length", ctypes.c_longlong)]
+
+
+class Embed(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in "token position wte wpe gain x scaled moments".split()]
+
+
+def pointers(kind, *tensors, **others):
+    return kind(*(None if t is None else t.data_ptr() for t in tensors), **others)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Compilation and launch, through NVIDIA's own Python bindings
+
+def compiled_ahead(kernel, device) -> bytes:
+    return megakernel.binary(kernel.defines, torch.cuda.get_device_capability(device), "chain.cu")
+
+
+@functools.cache
+def compiled(kernel, device):
+    """(the function, its bytes of shared memory)"""
+    from cuda.bindings import driver
+    module = checked(driver.cuModuleLoadData(compiled_ahead(kernel, device)))
+    function = checked(driver.cuModuleGetFunction(module, kernel.name.encode()))
+    shared, attributes = ctypes.c_int(), driver.CUfunction_attribute
+    if kernel.name != "embed":
+        address, _ = checked(driver.cuModuleGetGlobal(module, b"needed_bytes"))
+        checked(driver.cuMemcpyDtoH(ctypes.addressof(shared), address, 4))
+        largest = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        checked(driver.cuFuncSetAttribute(function, largest, shared.value))
+    # the same division of a multiprocessor's memory for all kernels: else they could not overlap
+    checked(driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100))
+    return function, shared.value
+
+
+def launch(kernel, arguments, device):
+    """With programmatic dependent launch, and in clusters where the kernel has them."""
+    from cuda.bindings import driver
+    kinds = driver.CUlaunchAttributeID
+    overlap = driver.CUlaunchAttribute()
+    overlap.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    overlap.value.programmaticStreamSerializationAllowed = 1
+    attributes = [overlap]
+    if kernel.cluster > 1:
+        cluster = driver.CUlaunchAttribute()
+        cluster.id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        dims = cluster.value.clusterDim
+        dims.x, dims.y, dims.z = kernel.cluster, 1, 1
+        attributes.insert(0, cluster)
+    with torch.cuda.device(device):
+        function, shared = compiled(kernel, device)
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = kernel.grid, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = kernel.threads, 1, 1
+        config.sharedMemBytes, config.hStream = shared, torch.cuda.current_stream().cuda_stream
+        config.attrs, config.numAttrs = attributes, len(attributes)
+        address = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(address), 0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The step
+
+def of_norm(stage, norm, bias):
+    """(2, all rows) in float32, by place: W gain, and W shift + bias."""
+    shift = getattr(norm, "bias", None)
+    vectors = torch.stack([norm.weight, torch.zeros_like(norm.weight) if shift is None else shift]).double()
+    vectors = vectors.view(2, stage.blocks, stage.K).permute(1, 2, 0)                         # (blocks, K, 2)
+    rows = stage.by_block().split(1024, dim=1)                                                # in parts: less memory
+    products = torch.cat([w.double() @ vectors for w in rows], dim=1)
+    both = products.view(-1, stage.spread, 2).transpose(0, 1).reshape(-1, 2).T.contiguous()
+    if bias is not None:
+        both[1] += bias
+    return both.float()
+
+
+class Step:
+    """model.step for one token of each of 5 to 64 sequences: step(tokens (B, 1), cache) -> logits (B, vocab_size).
+
+    plans, launch: as `plan` and `launch` here, for tests.
+    """
+
+    def __init__(self, model, cache, multiprocessors=0, plans=plan, launch=launch):
+        cfg, weight = model.cfg, model.head.weight
+        self.model, self.cache, self.device, self.launch = model, cache, weight.device, launch
+        self.batch, self.tokens = len(cache.position), padded(len(cache.position))
+        sms = multiprocessors or torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.plan, self.kernels, self.vectors = functools.partial(plans, multiprocessors=sms), [], []
+        self.norm = "LAYER_NORM" if cfg.norm == "layernorm" else "RMS_NORM"
+        layers = linears(model, self.batch)
+
+        def buffer(width, dtype=weight.dtype):
+            return torch.zeros(self.tokens, width, device=self.device, dtype=dtype)
+
+        rank = max([16] + [s.blocks * s.rows for layer in layers for m in layer for s in stages(m)[:-1]])
+        self.x, self.scaled, self.qkv = *(buffer(cfg.n_embd) for _ in range(2)), buffer(layers[0][0].out_features)
+        self.attended, self.hidden, self.rank = buffer(cfg.attn_dim), buffer(cfg.ffn_dim), buffer(rank)
+        self.moments = buffer(cfg.n_embd // 8, torch.float32)
+        self.first = embed_kernel(cfg, self.batch)
+        attention = attention_kernel(cfg, self.batch, *attention_plan(cfg, self.batch, sms))
+        following = [block.norm1 for block in model.blocks[1:]] + [model.norm]
+        for block, (k, v), (qkv, proj, fc1, fc2), after in zip(model.blocks, cache.layers, layers, following):
+            self.add(qkv, self.scaled, self.qkv, norm=block.norm1)
+            self.kernels.append((attention, pointers(Attention, self.qkv, model.cos, model.sin, cache.position, k, v,
+                                                     self.attended, length=cache.length)))
+            self.add(proj, self.attended, self.x, following=block.norm2)
+            self.add(fc1, self.scaled, self.hidden, norm=block.norm2, act=cfg.act)
+            self.add(fc2, self.hidden, self.x, following=after)
+
+    def add(self, linear, x, y, norm=None, act="", following=None):
+        """The kernels of y = act(linear(norm(x))), or with the norm that follows y += linear(x)."""
+        parts = stages(linear)
+        for i, stage in enumerate(parts):
+            last, kind = i == len(parts) - 1, self.norm if norm is not None and i == 0 else "NO_NORM"
+            bias, add = linear.bias if last else None, following is not None and last
+            kernel = linear_kernel(stage, self.plan(stage, self.tokens), self.tokens, kind,
+                                   act.upper() or "NONE" if last else "NONE", bias is not None, add)
+            vectors = of_norm(stage, norm, bias) if kind != "NO_NORM" else None
+            self.vectors.append(vectors)
+            to = y if last else self.rank
+            self.kernels.append((kernel, pointers(
+                Linear, x, stage.weights, bias, following.weight if add else None, y if add else None, vectors,
+                self.moments, to, self.scaled, self.moments, eps=self.model.norm.eps)))
+            x = to
+
+    def __call__(self, tokens, cache):
+        assert cache is self.cache, "the kernels have the addresses of one cache"
+        assert tokens.is_contiguous(), "the kernel reads one token after the other"
+        model = self.model
+        wpe = None if model.wpe is None else model.wpe.weight
+        self.launch(self.first, pointers(Embed, tokens, cache.position, model.wte.weight, wpe,
+                                         model.blocks[0].norm1.weight, self.x, self.scaled, self.moments), self.device)
+        for kernel, arguments in self.kernels:
+            self.launch(kernel, arguments, self.device)
+        cache.advance(1, tokens[:, 0])
+        return model.head(add_norm(self.x[:self.batch], None, model.norm)[1])  # cuBLAS: as fast as `linear` there

@@ -1,0 +1,286 @@
+"""ops/chain: its kernels, one after the other, are model.step. Without CUDA they run on the CPU (emulate.h)."""
+import copy
+import ctypes
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+import config
+import ops
+from config import Config
+from conftest import ROOT
+from decode import Decoder, Row
+from device import record_graph
+from merge import prepare_model
+from model import GPT, Cache
+from ops import megakernel
+from ops.megakernel import Stage
+from test_decode import MODELS, make, prompts_of, settings
+
+chain = pytest.importorskip("ops.chain")
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+ON_HOPPER = ON_GPU and torch.cuda.get_device_capability()[0] == 9 and megakernel.bindings()
+HOPPER = pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper card and cuda-bindings")
+pytestmark = pytest.mark.skipif(not ON_HOPPER if ON_GPU else not shutil.which("g++"),
+                                reason="needs a Hopper card and cuda-bindings, or none and g++")
+BF16 = torch.bfloat16
+
+KERNEL = """
+namespace n{i} {{
+#define {kernel.name} kernel_{i}
+#define needed_bytes needed_{i}
+{source}
+#undef {kernel.name}
+#undef needed_bytes
+{undefined}
+void run() {{ kernel_{i}(*(Arguments*)arguments_of_step); }}
+const int needed = {needed};
+}}
+"""
+ENTRIES = """
+static int number;
+void (*const kernels[])() = {{{runs}}};
+const int needed[] = {{{needed}}};
+void enter() {{ kernels[number](); current->done = true; }}
+extern "C" void start(int i, int grid, int threads, int cluster, void* arguments) {{
+    number = i, cluster_size = cluster;
+    launch(grid, threads, needed[i], threads, 1, arguments);
+}}
+"""
+emulated = {}  # {kernel: (a library, its number there)}
+
+
+def build(kernels, folder):
+    """Compiles kernels for the CPU, all in one file: most of the time goes to the headers."""
+    kernels = [kernel for kernel in kernels if kernel not in emulated]
+    parts = ['#include "emulate.h"\n']
+    for i, kernel in enumerate(kernels):
+        undefined = "\n".join(f"#undef {name}" for name in re.findall(r"#define (\w+)", kernel.defines))
+        parts.append(KERNEL.format(i=i, kernel=kernel, source=megakernel.source(kernel.defines, "chain.cu"),
+                                   undefined=undefined, needed=0 if kernel.name == "embed" else f"needed_{i}"))
+    parts.append(ENTRIES.format(runs=", ".join(f"n{i}::run" for i in range(len(kernels))),
+                                needed=", ".join(f"n{i}::needed" for i in range(len(kernels)))))
+    (folder / "kernels.cpp").write_text("".join(parts))
+    flags = "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{ROOT}/tests"
+    subprocess.run(["g++", *flags, "-o", folder / "kernels.so", folder / "kernels.cpp"], check=True)
+    library = ctypes.CDLL(folder / "kernels.so")
+    emulated.update({kernel: (library, i) for i, kernel in enumerate(kernels)})
+
+
+def launch(kernel, arguments, device):
+    if ON_GPU:
+        return chain.launch(kernel, arguments, device)
+    library, i = emulated[kernel]
+    library.start(i, kernel.grid, kernel.threads, kernel.cluster, ctypes.byref(arguments))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One kernel
+
+LINEARS = [  # rows, K, blocks, spread, tiles, split, warps, tokens, norm, act, adds
+    (96, 128, 1, 96, 3, 1, 2, 16, "LAYER_NORM", "NONE", False), (96, 128, 1, 96, 4, 2, 2, 8, "RMS_NORM", "GELU", False),
+    (64, 256, 2, 2, 2, 4, 2, 24, "LAYER_NORM", "RELU2", False), (64, 96, 2, 64, 3, 1, 2, 8, "NO_NORM", "NONE", True),
+    (48, 256, 2, 96, 1, 8, 1, 40, "NO_NORM", "NONE", True), (64, 128, 2, 64, 1, 2, 2, 8, "LAYER_NORM", "SWIGLU", False),
+    (32, 512, 1, 32, 2, 4, 4, 64, "NO_NORM", "NONE", True)]
+
+
+def linear_of(rows, K, blocks, spread, tiles, split, warps, tokens, norm, act, adds, w=None):
+    stage = Stage(w, rows, K, blocks, spread)
+    return stage, chain.linear_kernel(stage, chain.Tiles(tiles, split, warps), tokens, norm, act, True, adds)
+
+
+@pytest.fixture(scope="module")
+def linears(tmp_path_factory):
+    if not ON_GPU:
+        build([linear_of(*case)[1] for case in LINEARS], tmp_path_factory.mktemp("linears"))
+
+
+@pytest.mark.parametrize("rows, K, blocks, spread, tiles, split, warps, tokens, norm, act, adds", LINEARS)
+@torch.no_grad()
+def test_linear(linears, rows, K, blocks, spread, tiles, split, warps, tokens, norm, act, adds):
+    torch.manual_seed(1)
+    x, w = (torch.randn(*n, device=DEVICE).bfloat16() for n in ((tokens, blocks * K), (blocks, rows, K)))
+    bias, gain, shift, after = (1 + 0.3 * torch.randn(4, max(blocks * K, blocks * rows), device=DEVICE)).bfloat16()
+    stage, kernel = linear_of(rows, K, blocks, spread, tiles, split, warps, tokens, norm, act, adds, w)
+    gain, shift = gain[:blocks * K], shift[:blocks * K]
+    bias, after = bias[:blocks * rows].contiguous(), after[:blocks * rows].contiguous()
+    x += 0.5
+    parts = x.float().view(tokens, -1, 16)
+    moments = torch.stack([parts.mean(-1), parts.var(-1, correction=0) * 16], dim=-1).contiguous()
+    read, h = x, x.float()
+    vectors = None
+    if norm != "NO_NORM":
+        layer = torch.nn.Module()
+        layer.weight, layer.bias = gain, shift if norm == "LAYER_NORM" else None
+        vectors = chain.of_norm(stage, layer, bias)
+        read = (x.float() * gain).bfloat16()
+        h = h - h.mean(-1, keepdim=True) if norm == "LAYER_NORM" else h
+        h = h * (h.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * gain + (shift if norm == "LAYER_NORM" else 0)
+    y = torch.einsum("tbk,brk->tbr", h.double().view(tokens, blocks, K), w.double()).flatten(1)
+    y = y.view(tokens, -1, spread).transpose(1, 2).flatten(1) + bias
+    if act == "SWIGLU":
+        gate, value = y.chunk(2, dim=-1)
+        y = torch.nn.functional.silu(gate) * value
+    y = {"GELU": lambda a: torch.nn.functional.gelu(a, approximate="tanh"),
+         "RELU2": lambda a: a.relu() ** 2}.get(act, lambda a: a)(y)
+    out = torch.randn(y.shape, device=DEVICE).bfloat16()
+    expected = y + out if adds else y
+    scaled, new = torch.zeros_like(out), torch.zeros(tokens, y.size(1) // 16, 2, device=DEVICE)
+    arguments = chain.pointers(chain.Linear, read, w, bias, after if adds else None, out if adds else None, vectors,
+                               moments, out, scaled, new, eps=1e-5)
+    launch(kernel, arguments, torch.device(DEVICE))
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(out.double(), expected, atol=0.01 * scale, rtol=0.01)
+    if adds:
+        torch.testing.assert_close(scaled.float(), out.float() * after, rtol=0.01, atol=0)
+        ours = out.float().view(tokens, blocks * rows)
+        mean, squares = new.unbind(-1)
+        full = mean.mean(-1)
+        torch.testing.assert_close(full, ours.mean(-1), atol=1e-5, rtol=1e-4)
+        var = (squares + 16 * (mean - full[:, None]) ** 2).sum(-1) / ours.size(1)
+        torch.testing.assert_close(var, ours.var(-1, correction=0), rtol=1e-4, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The step
+
+def pair(batch, length=64, **shape):
+    """(model in float32 whose weights bf16 holds, the same in bf16, a cache for each)"""
+    model = make(DEVICE, length, **{"n_layer": 2, **shape})
+    for block in model.blocks:
+        block.attn.qkv.weight *= 3  # sharp attention: parts weigh unequally
+    for p in model.parameters():
+        p.copy_(p.bfloat16())
+    low = copy.deepcopy(model).bfloat16()
+    low.cos, low.sin = model.cos, model.sin
+    return model, low, *(Cache(model.cfg, batch, length, DEVICE, m.head.weight.dtype) for m in (model, low))
+
+
+def make_step(model, cache, folder, monkeypatch):
+    """On CUDA as it is used; on a CPU with few warps, and two thread blocks for each head."""
+    if ON_GPU:
+        step = ops.fused_step(model, cache)
+        assert isinstance(step, chain.Step)
+        return step
+    monkeypatch.setattr(chain, "attention_plan", lambda *_: (2, 1, 2))
+    step = chain.Step(model, cache, 8, launch=launch)
+    build({step.first, *(kernel for kernel, _ in step.kernels)}, folder)
+    return step
+
+
+def compare(step, tokens, model, low, expected, cache):
+    reference, ours = model.step(tokens, expected), step(tokens, cache).float()
+    pairs = [(ours, reference), *((low_part.float(), part) for low_layer, layer in zip(cache.layers, expected.layers)
+                                  for low_part, part in zip(low_layer, layer))]
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, atol=0.03 * b.abs().max().item(), rtol=0)
+    torch.testing.assert_close(cache.position, expected.position)
+    torch.testing.assert_close(cache.newest, expected.newest)
+
+
+EMULATED = [("lowrank swiglu", 5, 64), ("absolute, grouped", 8, 64), ("blockshuffle, one key head", 9, 64)]
+ON_CARD = [("dense", 5, 64), ("dense", 32, 1024), ("blockdense", 17, 64), ("wide attention", 33, 256),
+           ("blockdense", 64, 512), ("blockshuffle, one key head", 50, 1024), ("absolute, grouped", 24, 512)]
+
+
+@pytest.mark.parametrize("name, batch, length", EMULATED + [pytest.param(*case, marks=HOPPER) for case in ON_CARD])
+@torch.no_grad()
+def test_is_the_step(name, batch, length, tmp_path, monkeypatch):
+    """Rows of different lengths; then one that ends and whose place is taken by a copy of another."""
+    larger = dict(rank=64, attn_dim=256 if name == "wide attention" else 128)
+    shape = {**MODELS[name], **{key: value for key, value in larger.items() if key in MODELS[name]}, "vocab_size": 256}
+    model, low, expected, cache = both = pair(batch, length, **shape)
+    step = make_step(low, cache, tmp_path, monkeypatch)
+    tokens = torch.randint(256, (batch, length), device=DEVICE)
+    lengths = (length - 20 - 3 * torch.arange(batch, device=DEVICE)).clamp(min=1)
+    for m, c in ((model, expected), (low, cache)):
+        m.step(tokens[:, :length - 20], c, lengths)
+    compare(step, tokens[:, :1].contiguous(), *both)
+    for c in (expected, cache):
+        c.position[0] = 9
+        for k, v in c.layers:
+            k[0], v[0] = k[-1], v[-1]
+    compare(step, tokens[:, 1:2].contiguous(), *both)
+
+
+def meta(**shape):
+    cfg = Config(**{**dict(n_layer=2, n_embd=2048, n_head=16, vocab_size=256), **shape})
+    config.check(cfg)
+    with torch.device("meta"):
+        return GPT(cfg).to(shape.pop("dtype", BF16))
+
+
+def test_what_fits():
+    """The paper's sizes and structures have a plan; without factors up to 32 sequences. Parts that the kernels lack,
+    heads and widths of other sizes, and float32 have none."""
+    kinds = (dict(ffn="lowrank", rank=512), dict(ffn="blockshuffle", nblocks=2),
+             dict(ffn="blockdense", rank=1024, nblocks=2), dict(ffn="lowrank", rank=512, n_kv_head=2, act="swiglu"))
+    for shape in (dict(), dict(n_embd=1024), dict(n_embd=1536, n_head=12), dict(n_embd=1536, n_head=12, ffn_dim=7424)):
+        for batch, dense in ((5, True), (32, True), (33, False), (64, False)):
+            assert chain.fits(meta(**shape), batch, 132) is dense
+            assert all(chain.fits(meta(**{**shape, **kind}), batch, 132) for kind in kinds)
+    factors = meta(**kinds[0])
+    assert not chain.fits(factors, 4, 132) and not chain.fits(factors, 65, 132)
+    assert not chain.fits(factors.float(), 8, 132)
+    for other in (dict(qk_norm=1.2), dict(n_head=32, attn_dim=1536), dict(n_embd=2056, n_head=8, attn_dim=512)):
+        assert not chain.fits(meta(**other), 8, 132), other
+    for (rows, K, tokens), tiles in chain.TUNED.items():
+        assert chain.possible(Stage(None, rows, K, 1, rows), tiles, tokens)
+
+
+@HOPPER
+@torch.no_grad()
+def test_other_precisions_take_other_kernels():
+    for dtype in (torch.float32, torch.float16):
+        model = prepare_model(make("cuda", **MODELS["dense"]), "structured", dtype)
+        step = ops.fused_step(model, Cache(model.cfg, 8, 64, "cuda", dtype))
+        assert step and not isinstance(step, chain.Step)
+
+
+@HOPPER
+@pytest.mark.parametrize("batch, kind", [(5, dict(ffn="lowrank", rank=256)), (16, dict(ffn="blockshuffle", nblocks=2)),
+                                         (32, {}), (64, dict(ffn="lowrank", rank=256, n_kv_head=2))])
+@torch.no_grad()
+def test_repeats_itself(batch, kind):
+    shape = dict(n_embd=1024, n_head=8, n_layer=4, vocab_size=5000, block_size=256)
+    model = prepare_model(make("cuda", **shape, **kind), "structured", BF16)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.03)
+    cache = Cache(model.cfg, batch, 256, "cuda", BF16)
+    step = ops.fused_step(model, cache)
+    assert isinstance(step, chain.Step)
+    tokens = torch.randint(5000, (batch, 100), device="cuda")
+    model.step(tokens, cache, torch.full((batch,), 100, device="cuda"))
+    token, seen = tokens[:, :1].contiguous(), []
+    graph = record_graph(lambda: seen.append(step(token, cache)))
+    for i in range(1000):
+        cache.position.fill_(100)
+        graph.replay()
+        first = seen[-1].clone() if i == 0 else first
+        assert torch.equal(seen[-1], first)
+
+
+@HOPPER
+@torch.no_grad()
+def test_texts_of_the_decoder_are_those_of_single_steps():
+    """In a CUDA graph, with sampling between the steps."""
+    model = prepare_model(make("cuda", ffn="lowrank", rank=64), "structured", BF16)
+    prompts = prompts_of([1] * 6)
+    decoder = Decoder(model, settings(max_new_tokens=30), 6, 64)
+    assert isinstance(decoder.forward, chain.Step)
+    rows = [Row(prompt) for prompt in prompts]
+    for _ in decoder.run(rows):
+        pass
+    cache, new = Cache(model.cfg, 6, 64, "cuda", BF16), []
+    step = ops.fused_step(model, cache)
+    token, ids = torch.tensor(prompts, device="cuda"), torch.arange(257, device="cuda")
+    for _ in range(30):
+        logits = step(token, cache)
+        token = ids.where(logits == logits.amax(1, keepdim=True), 257).amin(1, keepdim=True)  # the first of equal ones
+        new.append(token)
+    assert [row.new for row in rows] == torch.cat(new, 1).tolist()
