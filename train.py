@@ -161,7 +161,9 @@ def end_guide(cfg, plan, ranks, model, optimizer):
                            for tree in (full_weights(model, optimizer), moments(model, optimizer)))
         saved = {"step": plan.guided, "model": {name: full(t).cpu() for name, t in weights.items()},
                  "optimizer": {name: {k: full(v).cpu() for k, v in state.items()} for name, state in states.items()}}
-        return assemble(cfg, plan, ranks, saved, teacher=model.teacher)[:2]
+        model, fresh, _ = assemble(cfg, plan, ranks, saved, teacher=model.teacher)
+        fresh.before_update = optimizer.before_update
+        return model, fresh
     for _, module in model.structured_linears():
         optimizer.state.pop(module.W, None)
         module.end_guide()
@@ -270,20 +272,17 @@ def train(cfg, ranks, state, data):
     with ranks.agree():
         log = run.Log(cfg, ranks, step, step_flops(cfg, plan), plan.guided)
     log.show(start_card(cfg, plan, ranks, data, sizes_on_disk(model, optimizer)))
-    # Checksums of large files take minutes: a thread checks them during the first steps. Damage found ends the run
-    # before the next checkpoint.
+    # checksums of large files take minutes: a thread finds damage during the first steps, before the next checkpoint
     raise_damage = prepare.verify_in_background(*(data.train, data.val) if ranks.master else ())
     if step:
         log.say(f"continuing after step {step} of {plan.steps}")
     alpha = torch.ones((), device=ranks.device)  # a tensor, so that a new value compiles nothing
-
     with (Watch(ranks, cfg.timeout), lost_process(ranks), run.Saver(ranks.device, ranks.master) as saver,
           Stop(ranks) as stop):
         optimizer.before_update = saver.before_update
-        if is_due(cfg.eval_interval, step, plan) and ranks.any(ranks.master and log.validated < step):
-            # the validation that a signal had ended
-            if validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, step, alpha):
-                end_early(ranks, log, saver, step)
+        if is_due(cfg.eval_interval, step, plan) and ranks.any(ranks.master and log.validated < step) and validate(
+                cfg, plan, ranks, model, optimizer, data, log, saver, stop, step, alpha):
+            end_early(ranks, log, saver, step)  # again in a validation that a signal had ended
         for batch in batches(cfg, plan, data.train, data.n_windows, range(step, plan.steps), ranks):
             # one step
             ranks.note(f"step {step + 1}")
@@ -296,7 +295,6 @@ def train(cfg, ranks, state, data):
             step += 1
             if step == plan.guided:
                 model, optimizer = end_guide(cfg, plan, ranks, model, optimizer)
-                optimizer.before_update = saver.before_update
                 saver.forget()
                 wrapped = wrap_ddp(model, cfg, plan, step, ranks)  # DDP's buckets still hold the guides
 
@@ -309,16 +307,15 @@ def train(cfg, ranks, state, data):
                     log.step(step, loss, lr, norm, a)
 
             # validate and save
-            if log.lost:
-                stop.signal = stop.signal or signal.SIGTERM
+            stop.signal = stop.signal or (signal.SIGTERM if log.lost else 0)
             stopping = stop.agreed()
             if is_due(cfg.eval_interval, step, plan) and not stopping:
                 stopping = validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, step, alpha)
             if stopping or is_due(cfg.save_interval, step, plan) or step == plan.steps:
                 log.settle(step)
-                with log.pause(), ranks.agree():
-                    raise_damage()
-                    ranks.note(f"saving step {step}")
+                with log.pause():
+                    with ranks.agree():
+                        raise_damage()
                     save(cfg, ranks, model, optimizer, data, log, saver, step)
             if stopping:
                 end_early(ranks, log, saver, step)
@@ -345,30 +342,31 @@ def validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, step, a
         if loss is None:
             return True
         with ranks.agree():
-            if ranks.any(log.validation(step, loss) and ranks.master) and writes(cfg, ranks):
-                best = run.entries(cfg, full_weights(model, optimizer), step, data.tokenizer, val_loss=loss)
-                saver.save([(os.path.join(cfg.out_dir, "best.pt"), best, 1)])
+            lowest = log.validation(step, loss)
+        if ranks.any(lowest and ranks.master):
+            best = run.entries(cfg, full_weights(model, optimizer), step, data.tokenizer, val_loss=loss)
+            store(cfg, ranks, saver, "best.pt", best)
     return False
 
 
-def checkpoint(cfg, model, optimizer, step, data) -> dict:
-    """What ckpt.pt holds."""
-    return run.entries(cfg, full_weights(model, optimizer), step, data.tokenizer, data=data.train.checksum,
-                       optimizer=moments(model, optimizer))
-
-
 def save(cfg, ranks, model, optimizer, data, log, saver, step):
-    """ckpt.pt, which the thread writes after the rows of metrics.jsonl until its step."""
+    """ckpt.pt, with all that an exact continuation needs."""
+    ranks.note(f"saving step {step}")
     log.saved = step
-    if writes(cfg, ranks):
-        path = os.path.join(cfg.out_dir, "ckpt.pt")
-        after = [os.path.join(cfg.out_dir, "metrics.jsonl")]
-        saver.save([(path, checkpoint(cfg, model, optimizer, step, data), cfg.keep_checkpoints)], after)
+    tree = run.entries(cfg, full_weights(model, optimizer), step, data.tokenizer, data=data.train.checksum,
+                       optimizer=moments(model, optimizer))
+    store(cfg, ranks, saver, "ckpt.pt", tree, cfg.keep_checkpoints)
 
 
-def writes(cfg, ranks):
-    """Whether a rank takes part in saving: of split tensors all give their shares."""
-    return ranks.master or is_split(cfg, ranks)
+def store(cfg, ranks, saver, name, tree, keep=1):
+    """Saves the entries `tree`, once the thread is free; it writes them after the rows of metrics.jsonl.
+
+    Rank 0 writes. Of split tensors all give their shares, so no rank may have raised an error before.
+    """
+    with ranks.agree():
+        saver.wait()
+    if ranks.master or is_split(cfg, ranks):
+        saver.save([(os.path.join(cfg.out_dir, name), tree, keep)], [os.path.join(cfg.out_dir, "metrics.jsonl")])
 
 
 def end_early(ranks, log, saver, step):
@@ -394,12 +392,10 @@ def finish(cfg, plan, ranks, model, optimizer, data, log, saver, stop):
         sys.exit(SAVED)
     with ranks.agree():
         log.validation(plan.steps, val_loss)
-        if writes(cfg, ranks):
-            weights = full_weights(model, optimizer)
-            model_pt = run.entries(cfg, weights, plan.steps, data.tokenizer, val_loss=val_loss)
-            saver.save([(os.path.join(cfg.out_dir, "model.pt"), model_pt, 1)],
-                       [os.path.join(cfg.out_dir, "metrics.jsonl")])
-            saver.wait()
+    model_pt = run.entries(cfg, full_weights(model, optimizer), plan.steps, data.tokenizer, val_loss=val_loss)
+    store(cfg, ranks, saver, "model.pt", model_pt)
+    with ranks.agree():
+        saver.wait()
     log.end_card(val_loss, data.n_final * cfg.block_size, train_flops(cfg, plan), saver.report())
     if log.lost:
         raise UserError(f"the output cannot be written ({log.lost}), but the run is finished: "

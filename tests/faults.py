@@ -2,8 +2,8 @@
 
 Trains tiny models on real text, kills them at random moments, starts the same command again until they finish, and
 compares weights, optimizer state and metrics with those of an uninterrupted run: they must be equal to the bit. A kill
-is SIGKILL or another signal at a random time, or SIGKILL at a random call that writes, syncs, renames or removes a file.
-Of two ranks one or both are killed.
+is SIGKILL or another signal at a random time, or SIGKILL at a random call that writes, syncs, renames or removes a
+file. Of two ranks one or both are killed.
 
 --power counts power losses: what was not synced is lost. A file has what it held at its last fsync, and perhaps a part
 of what was written since; of the renames since the last fsync of the folder the first few are there, the others not.
@@ -257,7 +257,8 @@ def study(name, folder, data, kills, power, seed):
 def main(argv):
     given = dict(arg.removeprefix("--").partition("=")[::2] for arg in argv if arg.startswith("--"))
     names = [arg for arg in argv if not arg.startswith("--")] or list(CASES)
-    kills, power, seed = (int(given.get(key, default)) for key, default in (("kills", 1000), ("power", 200), ("seed", 0)))
+    kills, power, seed = (int(given.get(key, default))
+                          for key, default in (("kills", 1000), ("power", 200), ("seed", 0)))
     folder, total, failed = Path(tempfile.mkdtemp()), {}, False
     data = real_text(folder / "data")
     for n, name in enumerate(names):

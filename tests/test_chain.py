@@ -256,12 +256,12 @@ def test_repeats_itself(batch, kind):
     assert isinstance(step, chain.Step)
     tokens = torch.randint(5000, (batch, 100), device="cuda")
     model.step(tokens, cache, torch.full((batch,), 100, device="cuda"))
-    token, seen = tokens[:, :1].contiguous(), []
+    token, seen, first = tokens[:, :1].contiguous(), [], None
     graph = record_graph(lambda: seen.append(step(token, cache)))
     for i in range(1000):
         cache.position.fill_(100)
         graph.replay()
-        first = seen[-1].clone() if i == 0 else first
+        first = seen[-1].clone() if first is None else first
         assert torch.equal(seen[-1], first)
 
 

@@ -62,7 +62,8 @@ def test_alpha_falls_from_one_to_zero():
         plan = schedule.make_plan(cfg)
         assert (plan.steps, plan.unique, plan.guided) == (16, 16, 8)
         assert [schedule.alpha_at(cfg, plan, step) for step in (0, 2, 4, 6)] == pytest.approx(values)
-        assert all(schedule.alpha_at(cfg, plan, step) == 0 for step in (8, 9, 15)) and schedule.alpha_at(cfg, plan, 7) > 0
+        assert all(schedule.alpha_at(cfg, plan, step) == 0 for step in (8, 9, 15))
+        assert schedule.alpha_at(cfg, plan, 7) > 0
 
 
 def test_steps_of_the_guides():
@@ -134,7 +135,8 @@ def test_skip_draws_are_pure_and_have_alpha_as_their_mean():
     always = dataclasses.replace(cfg, guide_skip=False)
     assert schedule.guided_layers(always, plan, 9999) == (1, 2, 3, 4)
     half = schedule.make_plan(dataclasses.replace(cfg, guide_ratio=0.5))
-    assert schedule.guided_layers(always, half, 4999) == (1, 2, 3, 4) and schedule.guided_layers(always, half, 5000) == ()
+    assert schedule.guided_layers(always, half, 4999) == (1, 2, 3, 4)
+    assert schedule.guided_layers(always, half, 5000) == ()
 
 
 def test_auto_ratio_of_factors_dearer_than_dense_is_refused():
@@ -222,7 +224,8 @@ def test_dropouts_keys_are_one_for_every_sequence_place_step_and_seed():
 
     def keys(cfg, step, world, micro):
         cfg = dataclasses.replace(cfg, micro_batch_size=micro)
-        ranks = [schedule.dropout_keys(cfg, step, Ranks(rank, world, CPU, torch.float32, False)) for rank in range(world)]
+        ranks = [schedule.dropout_keys(cfg, step, Ranks(rank, world, CPU, torch.float32, False))
+                 for rank in range(world)]
         assert ranks[0].shape == (16 // world // micro, 7, micro) and ranks[0].dtype is torch.int64
         return torch.stack(ranks, 1).movedim(2, 0).flatten(1)                    # (places, sequences)
     one = keys(cfg, 3, 1, 16)
