@@ -322,7 +322,7 @@ class Watch:
         if self.ranks.world > 1:
             # a connection of its own: a wait holds the other one
             self.store = dist.distributed_c10d._get_default_store().clone()
-            self.store.set_timeout(timedelta(seconds=self.tick))
+            self.store.set_timeout(timedelta(seconds=5))
             threading.Thread(target=self.watch, daemon=True).start()
         return self
 
