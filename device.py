@@ -322,7 +322,8 @@ class Watch:
         if self.ranks.world > 1:
             # a connection of its own: a wait holds the other one
             self.store = dist.distributed_c10d._get_default_store().clone()
-            self.store.set_timeout(timedelta(seconds=self.tick))
+            self.store.set_timeout(timedelta(seconds=5))
+            self.say()
             threading.Thread(target=self.watch, daemon=True).start()
         return self
 
@@ -351,10 +352,13 @@ class Watch:
         """Waits, and goes on telling the others."""
         for _ in range(2 * ticks):
             self.ended.wait(self.tick / 2)
-            self.beat += 1
-            mine = [self.beat, os.getpid(), socket.gethostname(), *self.ranks.now[:2]]
-            with contextlib.suppress(dist.DistError):  # where the store does not answer, culprit says so
-                self.store.set(f"watch {self.ranks.rank}", json.dumps(mine))
+            self.say()
+
+    def say(self):
+        self.beat += 1
+        mine = [self.beat, os.getpid(), socket.gethostname(), *self.ranks.now[:2]]
+        with contextlib.suppress(dist.DistError):  # where the store does not answer, culprit says so
+            self.store.set(f"watch {self.ranks.rank}", json.dumps(mine))
 
     def state(self, rank):
         """[beats, process, machine, count, words] of a rank; None where the store or the rank has said nothing."""

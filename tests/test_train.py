@@ -380,6 +380,8 @@ def test_dropout_keeps_a_share_of_the_entries_by_place_and_key():
     shifted = torch.stack([masks[0].roll(n) for n in (1, 2, 47, 48, 49, 64, 1024)])
     correlation = torch.cat((masks, shifted)) @ torch.cat((masks, shifted)).T / (0.21 * 3072)
     assert (correlation - torch.eye(47)).abs().max() < 5 / 3072 ** 0.5
+    halves = model_file.dropout(torch.ones(4, 64, 48), 0.3, torch.tensor([5, 6, 5 + 2**31, 5 + 2**32])) != 0
+    assert all((halves[0] == other).float().mean() < 0.65 for other in halves[1:])                # both halves count
     alone = torch.cat([model_file.dropout(x[i:i + 1], 0.3, keys[i:i + 1]) for i in range(40)])
     assert torch.equal(alone, y)                                                                  # whatever the batch
 
