@@ -523,13 +523,14 @@ class Saver:
             return {key: self.copy(value, f"{name}/{key}", copies, peaks) for key, value in tree.items()}
         if not torch.is_tensor(tree):
             return tree
-        key = local(tree).data_ptr(), tree.shape, tree.dtype
+        mine = local(tree)  # its storage, not its address: all empty shares have one
+        key = mine.untyped_storage()._cdata, mine.storage_offset(), tree.shape, tree.dtype
         if key not in copies:
             whole, copies[key] = full(tree), self.buffers.get(name)
             if whole is not tree:
                 peaks.append(peak_of([whole]))
             if self.master:
-                if copies[key] is None or (copies[key].shape, copies[key].dtype) != key[1:]:
+                if copies[key] is None or (copies[key].shape, copies[key].dtype) != key[2:]:
                     copies[key] = self.buffers[name] = torch.empty(whole.shape, dtype=whole.dtype,
                                                                    pin_memory=self.on_cuda)
                 copies[key].copy_(whole, non_blocking=True)

@@ -18,11 +18,13 @@ CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU, torch.float32, False)
 # 4 steps guided, 4 plain, 4 replayed
 GUIDED = ["--ffn=blockshuffle", "--nblocks=4", "--guide=fixedflop", "--guide_ratio=0.5", "--guide_skip=True"]
-RUNS = {"plain": [], "always": [*LOWRANK, "--guide=fixedflop", "--guide_ratio=0.5"],
+RUNS = {"plain": [],
+        "always": [*LOWRANK, "--guide=fixedflop", "--guide_ratio=0.5", "--smear=True", "--logit_softcap=15"],
         "guided": [*GUIDED, "--dropout=0.1", "--eval_interval=3"],
-        "muon": [*GUIDED, "--optimizer=muon", "--lr=0.01", "--weight_decay=auto", "--schedule=linear",
-                 "--warmup_steps=2", "--qk_norm=1.2", "--smear=True", "--embed_skip=True",
-                 "--value_embeddings=True", "--logit_softcap=15"]}
+        # small rates: at large ones such a small model makes differences of rounding grow
+        "muon": [*GUIDED, "--optimizer=muon", "--lr=0.002", "--embed_lr=0.09", "--head_lr=0.0025", "--vector_lr=0.0003",
+                 "--skip_lr=0.03", "--weight_decay=auto", "--schedule=linear", "--warmup_steps=2",
+                 "--qk_norm=1.2", "--embed_skip=True", "--value_embeddings=True"]}
 
 
 def configure(*argv):
