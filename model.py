@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import config
 from config import Config, UserError
 from device import ShapesOnly, on_meta
-from run import read_model
+from checkpoint import read_model
 from structured import Dense, Structured, linear
 
 # Fused kernels: without the folder all of the model is plain torch.

@@ -15,7 +15,7 @@ import config
 from config import UserError
 from merge import exact_matmuls
 from model import Teacher, build, flops_per_token, load, load_weights
-from run import read_model
+from checkpoint import read_model
 from structured import Dense, linear
 from tokenizer import saved_tokenizer
 
@@ -253,7 +253,7 @@ def calibration_windows(cfg, data, device):
     """Batches of windows, (4, block_size) tokens or less, spread evenly over the training data."""
     n = min(data.n_windows, -(-cfg.calibrate_tokens // cfg.block_size))
     starts = np.linspace(0, data.n_windows - 1, n).astype(np.int64) * cfg.block_size
-    tokens = data.train.read(starts, cfg.block_size).clip(max=cfg.vocab_size - 1)  # damage is reported by the first step
+    tokens = data.train.read(starts, cfg.block_size).clip(max=cfg.vocab_size - 1)  # the first step reports damage
     return torch.from_numpy(tokens).to(device).split(4) if n else ()
 
 

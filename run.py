@@ -1,7 +1,7 @@
 """A run is a folder: config.json, metrics.jsonl, checkpoints and model.pt. It has one owner at a time.
 
 Every file is written beside its place, synced to the disk and renamed, so that it is whole or not there. The chapters:
-files, the folder and its owner, metrics.jsonl, checkpoints, the thread that writes them, the log.
+files, the folder and its owner, metrics.jsonl, the log. checkpoint.py has what ckpt.pt and model.pt hold.
 """
 import collections
 import contextlib
@@ -12,9 +12,7 @@ import os
 import re
 import secrets
 import sys
-import threading
 import time
-import zipfile
 
 import filelock
 import numpy as np
@@ -22,7 +20,7 @@ import torch
 
 import config
 from config import Config, UserError, short
-from device import OneStepLate, full, local, peak_flops
+from device import OneStepLate, peak_flops
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -84,6 +82,14 @@ def older(path, n):
     return f"{stem}.{n}{end}" if n else path
 
 
+def checkpoints(folder) -> list:
+    """The paths of ckpt.pt, ckpt.1.pt, ...: those that are there, the newest first."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return [os.path.join(folder, name) for name in
+            sorted((name for name in names if re.fullmatch(r"ckpt(\.[0-9]{1,4})?\.pt", name)),
+                   key=lambda name: int(name[5:-3] or 0))]
+
+
 def read_json(path, most=1 << 20):
     """The value in a JSON file of at most `most` bytes."""
     if not os.path.exists(path):
@@ -99,8 +105,8 @@ FILES = ("config.json", "metrics.jsonl", "ckpt.pt", "ckpt.1.pt", "best.pt", "mod
 # checksum is compared
 MAY_CHANGE = {"micro_batch_size", "eval_interval", "final_eval_tokens", "log_interval", "save_interval", "out_dir",
               "resume", "wandb", "wandb_project", "device", "compile", "recompute", "kernels", "eval_only", "data_dir",
-              "input", "val_input", "dataset", "tokenizer", "teacher_flops", "keep_checkpoints", "max_bad_steps", "timeout",
-              "parallel"}
+              "input", "val_input", "dataset", "tokenizer", "teacher_flops", "keep_checkpoints", "max_bad_steps",
+              "timeout", "parallel"}
 
 
 @contextlib.contextmanager
@@ -242,339 +248,6 @@ def is_spike(losses, loss) -> bool:
 
 
 WINDOW = 20
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# ckpt.pt (everything that an exact continuation needs), best.pt and model.pt (results)
-
-ENTRIES = {"model.pt": {"config": dict, "model": dict, "tokenizer": dict, "step": int},
-           "ckpt.pt": {"config": dict, "model": dict, "step": int, "data": int, "optimizer": dict}}
-
-
-def save_beside(obj, path, keep=1):
-    """torch.save that appears whole or not at all; `keep` is that of atomic_write."""
-    with atomic_write(path, keep) as temp, open(temp, "wb") as f:
-        torch.save(obj, f)
-
-
-def entries(cfg, weights, step, tokenizer, **more) -> dict:
-    """What ckpt.pt and model.pt have in common, the tokenizer's bytes too, so that either samples without its data.
-
-    `more` in ckpt.pt: data, the checksum of the training tokens, and optimizer {parameter's name: its state}; in
-    model.pt and best.pt: val_loss.
-    """
-    blob = torch.frombuffer(bytearray(tokenizer.blob) or bytearray(1), dtype=torch.uint8)
-    return {"config": config.to_dict(cfg), "model": weights, "step": step,
-            "tokenizer": {"identity": tokenizer.identity, "blob": blob}, **more}
-
-
-def checkpoints(folder) -> list:
-    """The paths of ckpt.pt, ckpt.1.pt, ...: those that are there, the newest first."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return [os.path.join(folder, name) for name in
-            sorted((name for name in names if re.fullmatch(r"ckpt(\.[0-9]{1,4})?\.pt", name)),
-                   key=lambda name: int(name[5:-3] or 0))]
-
-
-def read_newest(folder):
-    """The entries of the newest whole checkpoint, which becomes ckpt.pt; one line says so where it was not.
-
-    A damaged one is moved to ckpt.damaged.pt: a later save would count it among those to keep. UserError where none is
-    whole, and then nothing is moved.
-    """
-    paths, damage = checkpoints(folder), []
-    for path in paths:
-        try:
-            saved = read_checkpoint(path, "ckpt.pt")
-            break
-        except UserError as e:
-            damage.append(str(e))
-    else:
-        raise UserError(damage[0])
-    newest = os.path.join(folder, "ckpt.pt")
-    if path != newest:
-        what = f"{damage[0].rstrip('.')}, it is kept as ckpt.damaged.pt" if damage else f"{newest} is missing"
-        print(f"{what}: continuing with {os.path.basename(path)} of step {saved['step']}, now ckpt.pt.",
-              file=sys.stderr)
-        with writing(newest):
-            if damage:
-                os.replace(paths[0], os.path.join(folder, "ckpt.damaged.pt"))
-            os.replace(path, newest)
-            sync(folder)
-    return saved
-
-
-def check_archive(path):
-    """Bytes of tensors in the archive. ValueError unless it is one of torch.save: parts as they are, and undamaged.
-
-    torch looks at no checksum, takes the bytes of a compressed part for weights, and unpacks a data.pkl of any size.
-    A byte of that may become 64 in memory.
-    """
-    size = os.path.getsize(path)
-    with zipfile.ZipFile(path) as archive:
-        parts = archive.infolist()
-        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
-            raise ValueError("its parts are compressed, which torch.save does not do")
-        if sum(part.file_size for part in parts) > size:
-            raise ValueError("its parts are larger than the file")
-        if any(part.file_size > (1 << 20) + size // 32 for part in parts if part.filename.endswith(".pkl")):
-            raise ValueError("its table of contents is too large for what it holds")
-        if damaged := archive.testzip():
-            raise ValueError(f"the checksum of its part {damaged} does not fit")
-        return sum(part.file_size for part in parts if "/data/" in part.filename)
-
-
-def check_tensors(saved, size):
-    """ValueError unless names are text and tensors plain ones of `size` bytes in all.
-
-    torch maps what a tensor claims, beyond the end of its part too. With a stride of 0, or with the memory of another
-    one, a tensor claims more than its memory: twice as much is left, for a head that is the embedding.
-    """
-    states, tokenizer = saved.get("optimizer", {}).values(), saved.get("tokenizer")
-    if not all(isinstance(state, dict) and len(state) <= 3 for state in states):
-        raise ValueError("its optimizer does not hold a few tensors for each parameter")
-    named = [*saved["model"].items(), *(item for state in states for item in state.items())]
-    if tokenizer is not None:
-        named.append(("blob", blob := tokenizer.get("blob")))
-        if not isinstance(tokenizer.get("identity"), str) or getattr(blob, "dtype", None) is not torch.uint8:
-            raise ValueError("its tokenizer lacks identity or blob")
-    for name, t in named:
-        if not isinstance(name, str) or type(t) is not torch.Tensor or t.layout is not torch.strided \
-                or t.device.type != "cpu" or t.requires_grad or t.is_neg():
-            raise ValueError(f"{config.shown(name)} is not the name of a plain tensor")
-    parts = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for _, t in named)}
-    if sum(parts.values()) > size or sum(t.nbytes for _, t in named) > 2 * size:
-        raise ValueError("its tensors are larger than the file")
-    if not isinstance(saved.get("val_loss"), float | None) or saved["step"] < 0:
-        raise ValueError("its step or val_loss is not a number that a run writes")
-
-
-def read_checkpoint(path, name):
-    """The dict in a model.pt or ckpt.pt, as `name` says, on the CPU, mapped rather than read.
-
-    UserError if it is missing, damaged or another thing. Whether weights fit their config, load_weights checks.
-    """
-    if not os.path.isfile(path):
-        raise UserError(f"{path} does not exist: give a run folder such as out/quickstart or a model.pt.")
-    try:
-        size = check_archive(path)
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        lacking = [entry for entry, kind in ENTRIES[name].items()
-                   if not isinstance(saved, dict) or not isinstance(saved.get(entry), kind)
-                   or isinstance(saved[entry], bool)]
-        if lacking:
-            raise ValueError(f"it lacks {', '.join(lacking)}")
-        check_tensors(saved, size)
-    except Exception as e:  # whatever the libraries raise on a damaged file
-        reason = e if type(e) is ValueError else type(e).__name__
-        raise UserError(f"{path} is damaged or not the {name} of a run ({reason}): give another one.") from e
-    return saved
-
-
-def check_moments(saved, optimizer, model, path):
-    """UserError unless the optimiser's state fits the parameters: a wrong shape would corrupt memory in a fused step.
-
-    A guide that no step has drawn yet has no state.
-    """
-    for name, p in model.named_parameters():
-        state = saved["optimizer"].get(name)
-        if state is None and name.endswith(".W"):
-            continue
-        expected = set(optimizer.state.get(p, ("step", "exp_avg", "exp_avg_sq"))) - {"master"}
-        if not isinstance(state, dict) or set(state) != expected:
-            raise UserError(f"{path} is damaged: the optimiser's state of {name} is not {', '.join(sorted(expected))}.")
-        for k, t in state.items():
-            fits = t.shape == (() if k == "step" else p.shape) and t.dtype is torch.float32
-            low, high = (x.item() for x in t.aminmax()) if fits else (math.nan, math.nan)
-            least, most = 0 if k in ("step", "exp_avg_sq") else -math.inf, saved["step"] if k == "step" else math.inf
-            if not least <= low <= high <= most or math.inf in (-low, high):
-                raise UserError(f"{path} is damaged: {k} of {name} is not what the optimiser keeps after step "
-                                f"{saved['step']}.")
-
-
-def check_continues(cfg, saved, steps, identity, path):
-    """UserError unless a checkpoint is one of the run with the settings cfg, its steps and tokenizer."""
-    theirs = config.from_dict(saved["config"], path)
-    for name in (f.name for f in dataclasses.fields(Config) if f.name not in MAY_CHANGE):
-        if getattr(theirs, name) != getattr(cfg, name):
-            raise UserError(f"{path} is of another run: it has {name}={getattr(theirs, name)}, config.json "
-                            f"{name}={getattr(cfg, name)}; restore the one that belongs there.")
-    there = saved["tokenizer"]["identity"] if "tokenizer" in saved else identity  # older versions kept none
-    if saved["step"] > steps or there != identity:
-        raise UserError(f"{path} is of another run: step {saved['step']} of {steps}, tokenizer {there}, here "
-                        f"{identity}; restore the one that belongs there.")
-
-
-def read_model(path):
-    """(path, entries) of a model.pt, given as such or by its folder; of ckpt.pt where the run there is not finished.
-
-    The entries are those of a model.pt: an unfinished run's guides are left out.
-    """
-    if os.path.isdir(path):
-        folder, path = path, os.path.join(path, "model.pt")
-        if not os.path.exists(path):
-            path = next(iter(checkpoints(folder)), path)
-    saved = read_checkpoint(path, "model.pt")
-    if "optimizer" in saved:
-        guides = [name for name in saved["model"] if name.endswith(".W")]
-        print(f"{path}: the run is not finished, these are its weights after step {saved['step']}"
-              f"{', without the guides' if guides else ''}.", file=sys.stderr)
-        for name in guides:
-            del saved["model"][name]
-    kept = {name: saved[name] for name in ("config", "model", "tokenizer", "step", "val_loss") if name in saved}
-    return path, {"val_loss": None, **kept}
-
-
-def data_checksum(folder):
-    """The checksum of the training data of the run in the folder, None where its checkpoints are gone."""
-    newest = checkpoints(folder)[:1]
-    return read_checkpoint(newest[0], "ckpt.pt")["data"] if newest else None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Saving beside training
-
-def size_of(tree) -> int:
-    """Bytes of the tensors in nested dicts."""
-    return sum(t.numel() * t.element_size() for t in {local(t).data_ptr(): t for t in tensors_in(tree)}.values())
-
-
-def tensors_in(tree) -> list:
-    if isinstance(tree, dict):
-        return [t for branch in tree.values() for t in tensors_in(branch)]
-    return [tree] if torch.is_tensor(tree) else []
-
-
-def peak_of(tensors):
-    """The largest absolute value of the floating-point tensors with dimensions, those that are split left out.
-
-    0-d, NaN where one is; None without any.
-    """
-    tensors = [t for t in tensors if t.is_floating_point() and t.dim() and local(t) is t]
-    norms = []
-    for dtype in dict.fromkeys(t.dtype for t in tensors):
-        norms += [n.float() for n in torch._foreach_norm([t for t in tensors if t.dtype is dtype], math.inf)]
-    return torch.stack(norms).amax() if norms else None
-
-
-class Saver:
-    """Writes checkpoints in a thread while training goes on, one at a time, from a copy in host memory.
-
-    On CUDA the copy runs beside the next step's forward and backward, on a stream of its own and into pinned memory.
-    The next update of the weights waits for its end on the device (`before_update`), the host waits for nothing. An
-    error of the thread, as of a full disk, is raised by the next `wait` or `raise_error`.
-    """
-
-    def __init__(self, device, master=True):
-        """master: this rank writes; of tensors that are split the others only give their shares."""
-        self.master, self.on_cuda = master, device.type == "cuda"
-        self.stream = torch.cuda.Stream() if self.on_cuda else None
-        self.thread = self.error = self.copied = None
-        self.buffers = {}                         # of the copies, used again: pinning memory takes longer than a copy
-        self.count, self.bytes, self.blocked, self.written = 0, 0, 0.0, 0.0  # files, bytes, seconds
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, _):
-        if self.thread and self.thread.is_alive():
-            if kind is KeyboardInterrupt:  # a second signal: nothing is waited for, and Python would wait for threads
-                print("interrupted while a checkpoint was written; the one before stays.", file=sys.stderr, flush=True)
-                os._exit(128 + (error.args[0] if error.args else 2))
-            self.thread.join()
-
-    def save(self, files, after=()):
-        """files [(path, entries, keep)]: the entries' tensors are copied now, the thread writes them later.
-
-        after: paths that the thread syncs first, so that no checkpoint is newer on the disk than they are. The thread
-        writes nothing where a tensor is not finite.
-        """
-        began = time.monotonic()
-        self.wait()
-        with self.beside():
-            copies, peaks = {}, [peak_of([t for _, tree, _ in files for t in tensors_in(tree)])]
-            job = [(path, self.copy(tree, path, copies, peaks), keep) for path, tree, keep in files]
-            peak = self.copy(torch.stack([peak for peak in peaks if peak is not None]).amax(), "peak", copies, peaks)
-        if not self.master:
-            return
-        self.thread = threading.Thread(target=self.write, args=(job, peak, self.copied, after), daemon=True)
-        self.thread.start()
-        self.blocked += time.monotonic() - began
-
-    @contextlib.contextmanager
-    def beside(self):
-        """Work inside runs on the stream of copies, after what was launched before."""
-        if not self.on_cuda:
-            yield
-            return
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            yield
-            self.copied = self.stream.record_event()
-
-    def before_update(self):
-        """On the device: the weights may change once they are copied."""
-        if self.copied:
-            torch.cuda.current_stream().wait_event(self.copied)
-
-    def copy(self, tree, name, copies, peaks):
-        """Nested dicts with their tensors in host memory; one that stands in several places is copied once."""
-        if isinstance(tree, dict):
-            return {key: self.copy(value, f"{name}/{key}", copies, peaks) for key, value in tree.items()}
-        if not torch.is_tensor(tree):
-            return tree
-        mine = local(tree)  # its storage, not its address: all empty shares have one
-        key = mine.untyped_storage()._cdata, mine.storage_offset(), tree.shape, tree.dtype
-        if key not in copies:
-            whole, copies[key] = full(tree), self.buffers.get(name)
-            if whole is not tree:
-                peaks.append(peak_of([whole]))
-            if self.master:
-                if copies[key] is None or (copies[key].shape, copies[key].dtype) != key[2:]:
-                    copies[key] = self.buffers[name] = torch.empty(whole.shape, dtype=whole.dtype,
-                                                                   pin_memory=self.on_cuda)
-                copies[key].copy_(whole, non_blocking=True)
-        return copies[key]
-
-    def write(self, job, peak, copied, after):
-        began = time.monotonic()
-        try:
-            if copied:
-                copied.synchronize()
-            if not math.isfinite(peak.item()):
-                raise UserError(f"the weights or the optimizer's state after step {job[0][1]['step']} are not finite, "
-                                f"so {job[0][0]} is not written: start again with a lower lr, in another --out_dir.")
-            for path in after:
-                with writing(path):
-                    sync(path)
-            for path, tree, keep in job:
-                save_beside(tree, path, keep)
-                self.count, self.bytes = self.count + 1, self.bytes + size_of(tree)
-        except BaseException as e:
-            self.error = e
-        self.written += time.monotonic() - began
-
-    def raise_error(self):
-        error, self.error = self.error, None
-        if error:
-            raise error
-
-    def wait(self):
-        """Until what was saved is on the disk."""
-        if self.thread:
-            self.thread.join()
-        self.thread = None
-        self.raise_error()
-
-    def forget(self):
-        """Gives the copies' memory back, where other tensors follow."""
-        self.buffers.clear()
-
-    def report(self) -> str:
-        if not self.count:
-            return ""
-        return (f"saving   {self.count} files, {short(self.bytes)}B; the loop waited {self.blocked:.2f} s for them, "
-                f"the thread wrote for {self.written:.2f} s\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

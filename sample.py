@@ -135,7 +135,8 @@ from decode import Decoder, Row, largest_batch, padded, row_key
 from device import out_of_memory, pick_device, pick_dtype
 from merge import exact_matmuls, prepare_model, replace_structured
 from model import load
-from run import save_beside, writing
+from checkpoint import save_beside
+from run import writing
 from tokenizer import saved_tokenizer
 
 

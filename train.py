@@ -47,6 +47,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import checkpoint
 import prepare
 import run
 from config import short
@@ -92,8 +93,8 @@ def moments(model, optimizer) -> dict:
 
 def sizes_on_disk(model, optimizer):
     """Bytes of model.pt and of a checkpoint; torch's AdamW has its two moments from the first step on."""
-    weights, states = run.size_of(full_weights(model, optimizer)), moments(model, optimizer)
-    return weights, weights + sum(run.size_of(states[n]) if n in states else 2 * p.numel() * p.element_size()
+    weights, states = checkpoint.size_of(full_weights(model, optimizer)), moments(model, optimizer)
+    return weights, weights + sum(checkpoint.size_of(states[n]) if n in states else 2 * p.numel() * p.element_size()
                                   for n, p in model.named_parameters())
 
 
@@ -102,10 +103,11 @@ def start_or_continue(cfg, plan, ranks, state, data):
     saved = None
     if state == "continue":
         with ranks.agree():  # rank 0 first: it may move a damaged checkpoint away
-            saved = run.read_newest(cfg.out_dir) if ranks.master else None
-        saved = saved or run.read_checkpoint(os.path.join(cfg.out_dir, "ckpt.pt"), "ckpt.pt")
+            saved = checkpoint.read_newest(cfg.out_dir) if ranks.master else None
+        saved = saved or checkpoint.read_checkpoint(os.path.join(cfg.out_dir, "ckpt.pt"), "ckpt.pt")
         check_same_data(cfg, saved["data"], data.train)
-        run.check_continues(cfg, saved, plan.steps, data.tokenizer.identity, os.path.join(cfg.out_dir, "ckpt.pt"))
+        path = os.path.join(cfg.out_dir, "ckpt.pt")
+        checkpoint.check_continues(cfg, saved, plan.steps, data.tokenizer.identity, path)
     return assemble(cfg, plan, ranks, saved, data)
 
 
@@ -127,7 +129,7 @@ def assemble(cfg, plan, ranks, saved=None, data=None, teacher=None):
         split(model, ranks)
     optimizer = make_optimizer(cfg, model, ranks)
     if saved:
-        run.check_moments(saved, optimizer, model, path)
+        checkpoint.check_moments(saved, optimizer, model, path)
         for name, p in model.named_parameters():
             state = optimizer.state[p]
             for k, v in saved["optimizer"].get(name, {}).items():
@@ -277,7 +279,7 @@ def train(cfg, ranks, state, data):
     if step:
         log.say(f"continuing after step {step} of {plan.steps}")
     alpha = torch.ones((), device=ranks.device)  # a tensor, so that a new value compiles nothing
-    with (Watch(ranks, cfg.timeout), lost_process(ranks), run.Saver(ranks.device, ranks.master) as saver,
+    with (Watch(ranks, cfg.timeout), lost_process(ranks), checkpoint.Saver(ranks.device, ranks.master) as saver,
           Stop(ranks) as stop):
         optimizer.before_update = saver.before_update
         if is_due(cfg.eval_interval, step, plan) and ranks.any(ranks.master and log.validated < step) and validate(
@@ -344,7 +346,7 @@ def validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, step, a
         with ranks.agree():
             lowest = log.validation(step, loss)
         if ranks.any(lowest and ranks.master):
-            best = run.entries(cfg, full_weights(model, optimizer), step, data.tokenizer, val_loss=loss)
+            best = checkpoint.entries(cfg, full_weights(model, optimizer), step, data.tokenizer, val_loss=loss)
             store(cfg, ranks, saver, "best.pt", best)
     return False
 
@@ -353,7 +355,7 @@ def save(cfg, ranks, model, optimizer, data, log, saver, step):
     """ckpt.pt, with all that an exact continuation needs."""
     ranks.note(f"saving step {step}")
     log.saved = step
-    tree = run.entries(cfg, full_weights(model, optimizer), step, data.tokenizer, data=data.train.checksum,
+    tree = checkpoint.entries(cfg, full_weights(model, optimizer), step, data.tokenizer, data=data.train.checksum,
                        optimizer=moments(model, optimizer))
     store(cfg, ranks, saver, "ckpt.pt", tree, cfg.keep_checkpoints)
 
@@ -392,7 +394,7 @@ def finish(cfg, plan, ranks, model, optimizer, data, log, saver, stop):
         sys.exit(SAVED)
     with ranks.agree():
         log.validation(plan.steps, val_loss)
-    model_pt = run.entries(cfg, full_weights(model, optimizer), plan.steps, data.tokenizer, val_loss=val_loss)
+    model_pt = checkpoint.entries(cfg, full_weights(model, optimizer), plan.steps, data.tokenizer, val_loss=val_loss)
     store(cfg, ranks, saver, "model.pt", model_pt)
     with ranks.agree():
         saver.wait()
@@ -488,7 +490,7 @@ def check_finished(cfg):
 
     Nothing is compared where the data or the checkpoint has been deleted since.
     """
-    checksum = run.data_checksum(cfg.out_dir)
+    checksum = checkpoint.data_checksum(cfg.out_dir)
     there = os.path.exists(os.path.join(config.data_dir(cfg), "train.bin"))
     if checksum is not None and (there or config.data_dir(cfg) != config.data_dir(config.read_saved(cfg.out_dir))):
         check_same_data(cfg, checksum, prepare.open_data(cfg)[0])

@@ -30,6 +30,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import numpy as np
 
 import config
+import checkpoint
 import run
 import train
 from conftest import TINY, write_data
@@ -228,7 +229,7 @@ def lose_power(rng, out, data, world, flags):
 def newest(out):
     """The step of the newest checkpoint in a folder, which must be whole; 0 without one."""
     paths = run.checkpoints(str(out))
-    return run.read_checkpoint(paths[0], "ckpt.pt")["step"] if paths else 0
+    return checkpoint.read_checkpoint(paths[0], "ckpt.pt")["step"] if paths else 0
 
 
 def study(name, folder, data, kills, power, seed):

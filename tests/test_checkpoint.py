@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import run
 import train
 from config import UserError
@@ -64,7 +65,7 @@ def test_between_two_renames_the_one_before_is_the_newest(whole_plain, data, tmp
         stopped(out, data, 5, monkeypatch, "--save_interval=3")
     os.remove(out / "ckpt.pt")
     capsys.readouterr()
-    assert run.read_model(str(out))[0] == str(out / "ckpt.1.pt")  # sample.py finds it too
+    assert checkpoint.read_model(str(out))[0] == str(out / "ckpt.1.pt")  # sample.py finds it too
     capsys.readouterr()
     train_run(out, data, "--save_interval=3", "--resume=auto")
     assert "ckpt.pt is missing: continuing with ckpt.1.pt of step 3, now ckpt.pt." in capsys.readouterr().err
@@ -127,14 +128,14 @@ def test_the_card_says_what_the_disk_needs(data, tmp_path, capsys):
 @pytest.fixture
 def slow_disk(monkeypatch):
     """save_beside that waits for `go` and notes what it does."""
-    go, done, real = threading.Event(), [], run.save_beside
+    go, done, real = threading.Event(), [], checkpoint.save_beside
 
     def save_beside(tree, path, keep=1):
         done.append(("begins", os.path.basename(path), tree["step"]))
         assert go.wait(60)
         real(tree, path, keep)
         done.append(("ends", os.path.basename(path), tree["step"]))
-    monkeypatch.setattr(run, "save_beside", save_beside)
+    monkeypatch.setattr(checkpoint, "save_beside", save_beside)
     return go, done
 
 
@@ -162,14 +163,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(slow_disk, whole_plain, 
 
 def test_a_disk_that_is_full_while_training_goes_on_is_one_sentence(data, tmp_path, monkeypatch):
     """The thread's error ends the run at the next step that logs; the checkpoint before stays."""
-    real = run.save_beside
+    real = checkpoint.save_beside
 
     def save_beside(tree, path, keep=1):
         if tree["step"] == 4:
             with run.writing(path):
                 raise OSError(28, "No space left on device")
         real(tree, path, keep)
-    monkeypatch.setattr(run, "save_beside", save_beside)
+    monkeypatch.setattr(checkpoint, "save_beside", save_beside)
     with pytest.raises(UserError, match="cannot write .*ckpt.pt .No space left on device.: make room"):
         train_run(tmp_path / "run", data, "--save_interval=2", "--max_tokens=128000")
     assert step_of(tmp_path / "run" / "ckpt.pt") in (2, 4) and metrics(tmp_path / "run")[-1]["step"] < 100
@@ -186,7 +187,7 @@ def test_a_stopped_run_ends_when_its_checkpoint_is_on_the_disk(slow_disk, data, 
 def test_what_is_written_is_what_stood_there_when_it_was_saved(slow_disk, tmp_path):
     """Two names of one tensor are one in the file; buffers are used again, and grow with the tensors."""
     go, _ = slow_disk
-    saver, t = run.Saver(CPU), torch.arange(4.0)
+    saver, t = checkpoint.Saver(CPU), torch.arange(4.0)
     tree = {"step": 1, "model": {"a": t, "b": t}, "n": torch.tensor(3)}
     saver.save([(str(tmp_path / "x.pt"), tree, 1)])
     t.fill_(9)
@@ -217,14 +218,14 @@ def test_the_rows_of_the_log_are_synced_before_the_checkpoint_appears(data, tmp_
 
 
 def test_the_report_says_how_long_the_loop_waited(monkeypatch, tmp_path):
-    saver, tree = run.Saver(CPU), {"step": 1, "model": {"a": torch.ones(8)}}
-    real = run.save_beside
-    monkeypatch.setattr(run, "save_beside", lambda *args: (time.sleep(0.3), real(*args)))
+    saver, tree = checkpoint.Saver(CPU), {"step": 1, "model": {"a": torch.ones(8)}}
+    real = checkpoint.save_beside
+    monkeypatch.setattr(checkpoint, "save_beside", lambda *args: (time.sleep(0.3), real(*args)))
     for _ in range(2):
         saver.save([(str(tmp_path / "x.pt"), tree, 1)])  # the second one waits for the first
     saver.wait()
     assert 0.2 < saver.blocked < 0.5 and 0.6 <= saver.written < 1.0
-    assert f"the loop waited {saver.blocked:.2f} s" in saver.report() and run.Saver(CPU).report() == ""
+    assert f"the loop waited {saver.blocked:.2f} s" in saver.report() and checkpoint.Saver(CPU).report() == ""
 
 
 def test_old_checkpoints_and_folders_are_read(finished, data, tmp_path):

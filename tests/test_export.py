@@ -18,7 +18,7 @@ from corpora import LINES, byte_level
 from merge import replace_structured
 from model import build, load
 from prepare import TokenFile
-from run import save_beside
+from checkpoint import save_beside
 from runs import stopped
 
 CPU = torch.device("cpu")

@@ -17,6 +17,7 @@ import corpus
 import export
 import merge
 import prepare
+import checkpoint
 import run
 import tokenizer
 import train
@@ -186,7 +187,7 @@ def test_parts_that_claim_more_than_the_file_holds(finished, tmp_path):
     data[at + 20:at + 28] = (1 << 30).to_bytes(4, "little") * 2
     path.write_bytes(data)
     with pytest.raises(UserError, match="its parts are larger than the file"):
-        run.read_checkpoint(str(path), "model.pt")
+        checkpoint.read_checkpoint(str(path), "model.pt")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import config
 import device
 import model as model_file
-import run
+import checkpoint
 import train
 from config import UserError
 from conftest import ROOT, STRUCTURES, dense_oracle
@@ -471,7 +471,7 @@ def saved(tmp_path, **changes):
     for name, value in changes.items():
         content[name] = value(content[name])
     path = str(tmp_path / "model.pt")
-    run.save_beside({k: v for k, v in content.items() if v is not None}, path)
+    checkpoint.save_beside({k: v for k, v in content.items() if v is not None}, path)
     assert os.listdir(tmp_path) == ["model.pt"]
     return path, cfg, content
 

@@ -14,7 +14,7 @@ from config import UserError
 from conftest import LOWRANK, STRUCTURES, TINY, assert_one_sentence, dense_oracle, train_run
 from merge import replace_structured
 from model import FFN, build, load
-from run import save_beside
+from checkpoint import save_beside
 from runs import ALONE, assert_same_run, configure, metrics, stopped
 from structured import linear
 

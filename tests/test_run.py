@@ -17,6 +17,7 @@ import torch
 
 import config
 import device
+import checkpoint
 import run
 import train
 from config import UserError
@@ -144,7 +145,7 @@ def test_a_file_is_synced_before_its_rename_and_the_folder_after(tmp_path, monke
         replace(a, b)
     monkeypatch.setattr(os, "fsync", record_fsync)
     monkeypatch.setattr(os, "replace", record_replace)
-    run.save_beside({"x": torch.ones(3)}, str(tmp_path / "ckpt.pt"))
+    checkpoint.save_beside({"x": torch.ones(3)}, str(tmp_path / "ckpt.pt"))
     temp = done[1][1]
     assert done == [("sync", temp), ("rename", temp), ("sync", str(tmp_path))]
     assert temp.startswith(str(tmp_path / "ckpt.pt."))
