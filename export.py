@@ -88,15 +88,16 @@ from typing import NamedTuple
 
 import torch
 
+from checkpoint import save_beside
 from config import Config, short
 from device import pick_device
 from merge import exact_matmuls, replace_structured
 from model import build, load, rms_norm
 from project import project_ffns
-from run import perplexity, read_json, save_beside, writing
+from run import perplexity, read_json, writing
 from tokenizer import load_tokenizer, package, saved_tokenizer
 from tokenizer_json import kind_of, tokenizer_files
-from train import summary
+from schedule import summary
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import run
 import tokenizer
 import train
 from config import UserError
-from conftest import ROOT, TINY, assert_one_sentence, train_run, write_data
+from conftest import ROOT, TINY, assert_one_sentence, train_run
 from model import load
 from runs import CPU, GUIDED, stopped
 

@@ -409,7 +409,7 @@ def test_a_guided_run_begins_at_the_dense_model_and_ends_at_its_factors(name, da
     guided = first_loss(model, cfg, plan, files, alpha=torch.ones(()), guided=layers)
     assert guided == pytest.approx(dense, abs=1e-6)
     at_the_switch = first_loss(model, cfg, plan, files, alpha=torch.zeros(()), guided=layers)
-    train.end_guide(model, optimizer)
+    train.end_guide(cfg, plan, ALONE, model, optimizer)
     factors = first_loss(model, cfg, plan, files)
     assert at_the_switch == pytest.approx(factors, abs=1e-6) and abs(factors - dense) > 0.005
 
