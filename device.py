@@ -48,6 +48,8 @@ class Ranks:
 
     def any(self, flag, patient=False) -> bool:
         """Whether the flag of any rank is set."""
+        if self.world == 1:
+            return bool(flag)
         flags = torch.tensor([float(bool(flag))], device="cpu" if patient else self.device)
         return bool(self.sum_over_ranks(flags, self.patient if patient else None).item())
 

@@ -284,3 +284,24 @@ def test_texts_of_the_decoder_are_those_of_single_steps():
         token = ids.where(logits == logits.amax(1, keepdim=True), 257).amin(1, keepdim=True)  # the first of equal ones
         new.append(token)
     assert [row.new for row in rows] == torch.cat(new, 1).tolist()
+
+
+def test_a_step_whose_logits_are_not_plain_torchs_is_refused():
+    """Before a chain is used; rounding passes, and the cache is empty again."""
+    model = make(DEVICE, ffn="lowrank", rank=16, n_kv_head=2)
+    cache = Cache(model.cfg, 5, 64, model.head.weight.device, torch.float32)
+
+    class Scaled:
+        batch, device = 5, model.head.weight.device
+
+        def __init__(self, factor):
+            self.model, self.factor = model, factor
+
+        def __call__(self, tokens, cache):
+            return self.factor * model.step(tokens, cache)
+
+    chain.compare(Scaled(1.001), cache)
+    assert not cache.position.any()
+    for factor in (1.1, float("nan")):
+        with pytest.raises(RuntimeError, match="differ"):
+            chain.compare(Scaled(factor), cache)
