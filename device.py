@@ -1,4 +1,5 @@
 """Where a program runs: device, precision, ranks and their process group, signals, peak FLOP/s, out-of-memory."""
+import collections
 import contextlib
 import json
 import math
@@ -83,32 +84,27 @@ class Ranks:
             dist.destroy_process_group()
 
 
-class OneStepLate:
-    """A device's value of each step on the host, one step later.
+class Late:
+    """A device's value of each step on the host, `steps` steps later.
 
-    This step's is ready only when the device has finished the step, and waiting for it would delay the next launches;
-    the one before is ready already.
+    This step's is ready only when the device has finished the step, and waiting for it would delay the next launches.
     """
 
-    def __init__(self, device):
-        self.on_cuda, self.before = device.type == "cuda", None
+    def __init__(self, device, steps):
+        self.on_cuda, self.steps, self.pending = device.type == "cuda", steps, collections.deque()
 
     def __call__(self, value):
-        """value: a 0-d tensor -> the float of the call before, None without one."""
+        """value: a 0-d tensor -> the float of `steps` calls before, None in the first ones."""
         new = torch.empty((), pin_memory=self.on_cuda).copy_(value, non_blocking=True)
-        event = torch.cuda.current_stream().record_event() if self.on_cuda else None
-        late = self.last()
-        self.before = new, event
-        return late
+        self.pending.append((new, torch.cuda.current_stream().record_event() if self.on_cuda else None))
+        return self.next() if len(self.pending) > self.steps else None
 
-    def last(self):
-        """The latest value, waited for; None if it has been returned."""
-        before, self.before = self.before, None
-        if before is None:
-            return None
-        if self.on_cuda:
-            before[1].synchronize()
-        return before[0].item()
+    def next(self):
+        """The oldest value that has not been returned, waited for."""
+        value, event = self.pending.popleft()
+        if event:
+            event.synchronize()
+        return value.item()
 
 
 SAVED = 75  # exit status of a run that a signal ended after it was saved: EX_TEMPFAIL, the same command goes on
@@ -125,7 +121,7 @@ class Stop:
 
     def __init__(self, ranks):
         self.ranks, self.signal, self.first = ranks, 0, 0.0
-        self.late, self.ended = OneStepLate(ranks.device), threading.Event()
+        self.late, self.ended = Late(ranks.device, 1), threading.Event()
 
     def __enter__(self):
         self.handlers = {s: signal.getsignal(s) for s in self.SIGNALS}

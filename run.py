@@ -20,7 +20,7 @@ import torch
 
 import config
 from config import Config, UserError, short
-from device import OneStepLate, peak_flops
+from device import Late, peak_flops
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,6 +248,7 @@ def is_spike(losses, loss) -> bool:
 
 
 WINDOW = 20
+LATE = 4  # steps that the host may be ahead of the device
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,7 +293,7 @@ class Log:
         self.flops = np.concatenate(([0.0], np.cumsum(flops)))  # until each step
         self.tokens_per_step = cfg.batch_size * cfg.block_size
         self.tty, self.next_step, self.next_time = sys.stdout.isatty(), 0, 0.0
-        self.norm, self.bad_steps = OneStepLate(ranks.device), 0
+        self.norm, self.bad_steps = Late(ranks.device, LATE), 0
         self.losses, self.saved = collections.deque(maxlen=WINDOW), step
         self.guided, self.best, self.validated = guided, math.inf, 0  # best: the lowest validation loss without guide
         self.lost = None                                        # why standard output takes no more
@@ -364,16 +365,17 @@ class Log:
             self.next_step, self.next_time = step + self.steps / 100, now + 300
 
     def watch(self, step, norm):
-        """After every step: notes a step whose update was skipped. That of `step` itself is known one call later."""
-        self.note_bad(step - 1, self.norm(norm))
+        """After every step: notes a step whose update was skipped, LATE steps after it."""
+        late = self.norm(norm)
+        if late is not None:
+            self.note_bad(step - LATE, late)
 
     def settle(self, step):
-        """The same for the step just finished, which is waited for."""
-        self.note_bad(step, self.norm.last())
+        """The same for all steps up to this one, which are waited for."""
+        for ago in reversed(range(len(self.norm.pending))):
+            self.note_bad(step - ago, self.norm.next())
 
     def note_bad(self, step, norm):
-        if norm is None:
-            return
         self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
         if self.bad_steps and self.ranks.master:
             self.write(step=step, skipped=1)
