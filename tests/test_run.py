@@ -61,7 +61,9 @@ def test_a_folder_has_one_owner_until_that_dies(cli, data, tmp_path):
         owner.kill()
         owner.communicate()
     with run.owned(str(out)):
-        assert set(os.listdir(out)) - {"model.pt", "ckpt.1.pt"} == {".lock", "ckpt.pt", "config.json", "metrics.jsonl"}
+        there = set(os.listdir(out))
+        assert {".lock", "config.json", "metrics.jsonl"} <= there and there & {"ckpt.pt", "ckpt.1.pt"}
+        assert there <= {".lock", "config.json", "metrics.jsonl", "model.pt", "ckpt.pt", "ckpt.1.pt"}
     rows = [r["step"] for r in metrics(out) if "loss" in r]
     assert rows == list(range(1, len(rows) + 1))
 
