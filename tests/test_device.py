@@ -95,7 +95,7 @@ def two_processes(data, tmp_path_factory, whole):
     bad += [[*TINY, f"--out_dir={folder / path.name}-run", f"--data_dir={path}", "--max_tokens=4096"]
             for path in damaged]
     signalled = [*TINY, f"--out_dir={folder / 'dropped'}", f"--data_dir={data}", *dropped, "--resume=auto",
-                 "--micro_batch_size=2"]
+                 "--micro_batch_size=1"]
     (folder / "runs.json").write_text(json.dumps([runs, bad, signalled]))
     (folder / "worker.py").write_text(WORKER.format(root=str(ROOT), runs=str(folder / "runs.json")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
