@@ -142,11 +142,15 @@ class Stop:
         self.wake.close()  # ends the thread
 
     def catch(self, number, frame):
-        now = time.monotonic()
         if not self.signal:
-            self.signal, self.first = number, now
-        elif now - self.first >= 1 and number != getattr(signal, "SIGXCPU", 0):
+            self.signal, self.first = number, time.monotonic()
+        elif self.ends(number, self.first):
             raise KeyboardInterrupt(number)
+
+    @staticmethod
+    def ends(number, first) -> bool:
+        """Whether a signal that comes now, after the one at `first`, ends the run at once."""
+        return time.monotonic() - first >= 1 and number != getattr(signal, "SIGXCPU", 0)
 
     def watch(self):
         """A thread, since Python runs `catch` only when the main thread is back from C++.
@@ -157,8 +161,7 @@ class Stop:
         while received := self.received.recv(1):
             if received[0] in self.SIGNALS:
                 first = first or time.monotonic()
-                again = time.monotonic() - first >= 1 and received[0] != getattr(signal, "SIGXCPU", 0)
-                if again and not self.ended.wait(1):
+                if self.ends(received[0], first) and not self.ended.wait(1):
                     print("interrupted while the main thread was waiting.", file=sys.stderr, flush=True)
                     os._exit(128 + received[0])
         self.received.close()
@@ -307,8 +310,8 @@ def lost_process(ranks):
 class Watch:
     """A thread of every rank that ends its process when all ranks stand still, and names the one that is waited for.
 
-    Each thread tells the others, through the process group's store, what its main thread does. So a process that has
-    stopped is one that says nothing new, and one that is stuck is the one that has noted the fewest steps.
+    Each thread publishes in the process group's store what its main thread does. So a process that has stopped is one
+    that says nothing new, and one that is stuck is the one that has noted the fewest steps.
     """
 
     def __init__(self, ranks, minutes):
@@ -347,7 +350,7 @@ class Watch:
         return time.monotonic() - self.ranks.now[2] > self.limit
 
     def wait(self, ticks):
-        """Waits, and goes on telling the others."""
+        """Waits, and goes on publishing what this rank does."""
         for _ in range(2 * ticks):
             self.ended.wait(self.tick / 2)
             self.say()

@@ -6,8 +6,8 @@ A run is a folder: config.json, metrics.jsonl, ckpt.pt (all that an exact contin
 Which tokens a step sees, its learning rate and its guide are pure functions of (config, step). So a run can stop
 anywhere and continue elsewhere, on another number of processes too.
 
-The chapters: one step, the loop, the command. schedule.py has the plan and the data order, run.py the folder, the log
-and the checkpoints.
+The chapters: one step, the loop, the command. schedule.py has the plan and the data order, run.py the folder and the
+log, checkpoint.py what is saved.
 """
 import os
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Settings:
 def read_settings(argv):
     """Command line -> (Config, Settings)."""
     cfg, settings = config.load(argv, Settings, usage=__doc__)
-    config.place_among_processes()  # a wrong one is better told now
+    config.place_among_processes()  # refuses a wrong one before torch loads
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         cfg.resume = "auto"  # torchrun --max-restarts starts the same command again
     continued = os.path.exists(os.path.join(cfg.out_dir, "config.json"))
@@ -100,13 +100,12 @@ def sizes_on_disk(model, optimizer):
 
 def start_or_continue(cfg, plan, ranks, state, data):
     """A new model, or the checkpoint's in the phase of its step -> (model, optimizer, finished steps)."""
-    saved = None
+    saved, path = None, os.path.join(cfg.out_dir, "ckpt.pt")
     if state == "continue":
         with ranks.agree():  # rank 0 first: it may move a damaged checkpoint away
             saved = checkpoint.read_newest(cfg.out_dir) if ranks.master else None
-        saved = saved or checkpoint.read_checkpoint(os.path.join(cfg.out_dir, "ckpt.pt"), "ckpt.pt")
+        saved = saved or checkpoint.read_checkpoint(path, "ckpt.pt")
         check_same_data(cfg, saved["data"], data.train)
-        path = os.path.join(cfg.out_dir, "ckpt.pt")
         checkpoint.check_continues(cfg, saved, plan.steps, data.tokenizer.identity, path)
     return assemble(cfg, plan, ranks, saved, data)
 
