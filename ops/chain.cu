@@ -17,8 +17,6 @@
 // The host defines one kernel, LINEAR, ATTENTION or EMBED, and its constants.
 
 struct bf16 { unsigned short bits; };
-typedef unsigned long long u64;
-#define UNROLL _Pragma("unroll")
 enum Activation { NONE, GELU, RELU2, SWIGLU };
 enum Norm { NO_NORM, LAYER_NORM, RMS_NORM };
 
@@ -27,22 +25,6 @@ enum Norm { NO_NORM, LAYER_NORM, RMS_NORM };
 // What the hardware does, as PTX; on a CPU tests/emulate.h does it
 
 #ifndef EMULATED
-#define DEVICE __device__ __forceinline__
-
-DEVICE unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
-
-DEVICE void barrier_init(u64* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(barrier)), "r"(arrivals));
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-DEVICE void barrier_expect(u64* barrier, int bytes) {  // and arrive
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                 :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-DEVICE void barrier_wait(u64* barrier, int phase) {
-    asm volatile("{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@done bra DONE;\nbra AGAIN;\nDONE:\n}" :: "r"(shared_address(barrier)), "r"(phase) : "memory");
-}
 DEVICE void copy_16(void* to, const void* from) {  // evict_first: L2 is for activations
     asm volatile("{\n.reg .b64 once;\ncreatepolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
                  "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, once;\n}"

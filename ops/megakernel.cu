@@ -29,8 +29,6 @@
 struct bf16 { unsigned short bits; };
 enum Activation { GELU, RELU2, SWIGLU };
 enum Input { PLAIN, NORMED, PARTS, GATED };
-typedef unsigned long long u64;
-#define UNROLL _Pragma("unroll")
 #define ROLL _Pragma("unroll 1")         // a loop that is not to be unrolled: its code is loaded again in every layer
 typedef unsigned Tagged;                 // a float of an activation whose last two bits are its epoch
 
@@ -52,24 +50,8 @@ constexpr int REACH = BATCH == 1 ? 128 : 96 * BATCH;
 // What the hardware does, as PTX; on a CPU tests/emulate.h does it
 
 #ifndef EMULATED
-#define DEVICE __device__ __forceinline__
-
-DEVICE unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
-
-DEVICE void barrier_init(u64* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(barrier)), "r"(arrivals));
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
 DEVICE void barrier_arrive(u64* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory");
-}
-DEVICE void barrier_expect(u64* barrier, int bytes) {  // and arrive
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                 :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-DEVICE void barrier_wait(u64* barrier, int phase) {
-    asm volatile("{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@done bra DONE;\nbra AGAIN;\nDONE:\n}" :: "r"(shared_address(barrier)), "r"(phase) : "memory");
 }
 DEVICE bool barrier_done(u64* barrier, int phase) {
     int done;

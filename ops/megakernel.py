@@ -156,7 +156,9 @@ def constants(model, batch, grid, warps, slot):
 
 
 def source(defines, file="megakernel.cu") -> str:
-    return f'{defines}#line 1 "{file}"\n' + Path(__file__).with_name(file).read_text()
+    """The text of a CUDA source after its constants and what all sources share."""
+    parts = (f'#line 1 "{name}"\n{Path(__file__).with_name(name).read_text()}' for name in ("barriers.cuh", file))
+    return defines + "".join(parts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
