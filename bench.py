@@ -168,7 +168,6 @@ def check_output(settings):
 if __name__ == "__main__":
     SETTINGS = config.run(read_settings)  # before torch loads, so that a mistake is reported at once
 
-import contextlib
 import itertools
 import math
 import time
@@ -183,11 +182,11 @@ import decode
 import merge
 from device import out_of_memory, peak_flops, pick_device, pick_dtype, record_graph, set_up
 from model import FFN, build, ffn_params, flops_per_token, linear_params, ops
-from report import (DRAW, Table, clocks, conditions, copies, copy_rate, draw_rows, fresh, header, laps, middle, ratio,
+from report import (DRAW, Table, clocks, conditions, copies, copy_rate, draw_rows, fresh, header, laps, ratio,
                     timed, within_memory)
 from structured import BlockShuffle, LowRank, linear
 from schedule import dropout_keys
-from train import fill_vocabulary, make_optimizer, train_step
+from train import RecordedStep, fill_vocabulary, make_optimizer, train_step
 
 PASSES = {"forward": 1, "forward+backward": 3}  # and how many times the forward's FLOPs
 SHORT = 4096  # tokens; up to this many, launching kernels can take longer than running them
@@ -360,8 +359,12 @@ def bench_train(cfg, settings):
         for kind in ("ours", *["guided"] * guided, *["plain"] * settings.plain):
             plain, row = kind == "plain", {"benchmark": "train", "ffn": label, "guided": kind == "guided"}
             row["ffn"] += ", plain" * plain
-            with without_kernels(plain), within_memory(table, **row):
-                train_row(row, case, plain, ranks, table, settings)
+            before, ops.ON = ops.ON, ops.ON and not plain
+            try:
+                with within_memory(table, **row):
+                    train_row(row, case, plain, ranks, table, settings)
+            finally:
+                ops.ON = before
     return table
 
 
@@ -376,17 +379,6 @@ def plain_torch(model, cfg, ranks):
     return torch.compile(loss) if ranks.compile else loss, optimizer
 
 
-@contextlib.contextmanager
-def without_kernels(wanted):
-    """With `wanted`, no fused kernel runs inside."""
-    before = ops.ON
-    ops.ON = before and not wanted
-    try:
-        yield
-    finally:
-        ops.ON = before
-
-
 def train_row(row, cfg, plain, ranks, table, settings):
     """row: the names that go into the table's row."""
     fresh(ranks.device)
@@ -399,19 +391,28 @@ def train_row(row, cfg, plain, ranks, table, settings):
     wrapped, optimizer = plain_torch(model, cfg, ranks) if plain else (model, make_optimizer(cfg, model, ranks))
     if ranks.compile and not plain:
         model.compile_parts()
-    size = 8, 1, cfg.micro_batch_size, cfg.block_size + 1
-    batches = itertools.cycle(torch.randint(cfg.vocab_size, size, device=ranks.device))
-    step = marked_step(wrapped, optimizer, batches, cfg, ranks, guided)
+    size, device = (8, 1, cfg.micro_batch_size, cfg.block_size + 1), ranks.device
+    batches, alpha = itertools.cycle(torch.randint(cfg.vocab_size, size, device=device)), torch.full((), 0.5, device=device)
+    layers = tuple(range(cfg.n_dense_layers, cfg.n_layer)) if guided else ()
+    keys = dropout_keys(cfg, 0, ranks).to(device) if cfg.dropout else None
+    given, recorded = (cfg, ranks, 1e-4, alpha, layers, keys), RecordedStep()
 
-    times = laps(step, ranks.device, settings)                                                  # (repeats, 3)
-    ms, spread = middle(times.sum(1))
-    forward_ms, backward_ms, optimizer_ms = (times.sum(0) * ms / times.sum()).tolist()          # they add up to ms
+    def step():
+        recorded(wrapped, optimizer, next(batches), *given)
+
+    for _ in range(RecordedStep.EAGER + 1):
+        step()
+    ms, spread = timed(step, ranks.device, settings)
     gib = clock = None
     if ranks.device.type == "cuda":
         gib = torch.cuda.max_memory_allocated() / 2**30
         for _ in range(5):
-            step(lambda: None)
+            step()
         clock = clocks(ranks.device, "clocks.sm")  # read while those steps run: under load the clock falls
+    recorded.forget(optimizer)
+    # a graph has no marks: the shares are those of steps launched one by one, and add up to ms
+    times = laps(marked_step(wrapped, optimizer, batches, given), ranks.device, settings)        # (repeats, 3)
+    forward_ms, backward_ms, optimizer_ms = (times.sum(0) * ms / times.sum()).tolist()
     rate = cfg.micro_batch_size * cfg.block_size / ms * 1e3
     flops = 3 * flops_per_token(cfg, "dense" if guided else None)
     dense = next((r["ms"] for r in table.rows if r["ffn"] == "dense"), ms if cfg.ffn == "dense" else None)
@@ -420,11 +421,8 @@ def train_row(row, cfg, plain, ranks, table, settings):
               backward_ms=backward_ms, optimizer_ms=optimizer_ms, clock=clock, config=config.to_dict(cfg))
 
 
-def marked_step(model, optimizer, batches, cfg, ranks, guided):
+def marked_step(model, optimizer, batches, given):
     """train.train_step as step(mark), which marks the ends of forward and backward."""
-    alpha = torch.full((), 0.5, device=ranks.device)
-    layers = tuple(range(cfg.n_dense_layers, cfg.n_layer)) if guided else ()
-    keys = dropout_keys(cfg, 0, ranks).to(ranks.device) if cfg.dropout else None
     update = optimizer.step
 
     def step(mark):
@@ -438,7 +436,7 @@ def marked_step(model, optimizer, batches, cfg, ranks, guided):
             return update(clip)
 
         optimizer.step = marked_update
-        train_step(forward, optimizer, next(batches), cfg, ranks, 1e-4, alpha, layers, keys)
+        train_step(forward, optimizer, next(batches), *given)
     return step
 
 

@@ -424,17 +424,24 @@ def in_memory(cfg, ranks, params):
                         "or choose a smaller model.", alone=True) from None
 
 
-def record_graph(run, pool=None):
+def upload(target, values):
+    """Lists of numbers into a tensor; from pinned memory: a copy from any other waits for the device."""
+    source = torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda)
+    target.copy_(source, non_blocking=True)
+
+
+def record_graph(run, pool=None, warm=True):
     """run() as a CUDA graph, whose replay() repeats its kernels.
 
-    run() runs once before, so that nothing is compiled while the graph is recorded.
+    warm: run() runs once before, so that nothing is compiled while the graph is recorded.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
+    if warm:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads pin their memory
         run()
     return graph

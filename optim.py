@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.adamw import adamw
 
-from device import full, local, share_of
+from device import full, local, share_of, upload
 from model import ops
 
 
@@ -115,15 +115,25 @@ class MixedAdamW(Optimizer):
                 self.sums[p] = self.sums[p].add_(p.grad) if p in self.sums else p.grad.float()
                 p.grad = self.sums.pop(p).to(p.dtype) if last else None
 
-    @torch.no_grad()
     def step(self, max_norm):
         """One update with gradients clipped to the global norm max_norm (0: no clipping); returns the norm before."""
+        self.advance()
+        return self.move(max_norm)
+
+    def advance(self):
+        """The host's part of a step: counts it, and uploads the numbers that are new in every step."""
+        self.before_update()
+        for number, group in enumerate(self.param_groups):
+            self.advance_group(number, group)
+
+    @torch.no_grad()
+    def move(self, max_norm):
+        """The device's part, the same launches in every step: so a CUDA graph can repeat it."""
         norm = self.norm([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])
         scale = (max_norm / (norm + 1e-6)).clamp(max=1) if max_norm else torch.ones_like(norm)
         scale = torch.where(norm.isfinite(), scale, -1.0)  # negative: nothing changes
-        self.before_update()
         for number, group in enumerate(self.param_groups):
-            self.update_group(number, group, scale)
+            self.move_group(number, group, scale)
         return norm
 
     def norm(self, grads):
@@ -140,36 +150,45 @@ class MixedAdamW(Optimizer):
             square += total_norm(whole).square()
         return square.sqrt()[0]
 
-    def update_group(self, number, group, scale):
+    def is_fused(self):
+        return ops.ON and ops.can_adamw(local(self.param_groups[0]["params"][0]))
+
+    def fused_parts(self, number, group):
+        """(a table's name, its parameters) for the vectors and the matrices of a group, where one has a gradient.
+
+        Those without (guides that a step skips) stand in the same tables.
+        """
+        for mixed in (False, True):
+            params = [p for p in group["params"] if ("master" in self.state[p]) is mixed]
+            if any(p.grad is not None for p in params):
+                yield (number, mixed), params
+
+    def advance_group(self, number, group):
         for p in group["params"]:
             self.state[p]["step"] += p.grad is not None
-        if ops.ON and ops.can_adamw(scale):
-            for mixed in (False, True):
-                params = [p for p in group["params"] if ("master" in self.state[p]) is mixed]
-                self.update_fused(params, (number, mixed), scale, group)
-        else:
-            self.update([p for p in group["params"] if p.grad is not None], scale, group)
+        for name, params in self.fused_parts(number, group) if self.is_fused() else ():
+            key = tuple(map(id, params))
+            if self.tables.get(name, (None,))[0] != key:  # at the start, and after the guides are dropped
+                states = [self.state[p] for p in params]
+                copies = [p.data for p in params] if name[1] else None
+                first, second = ([local(s[moment]) for s in states] for moment in ("exp_avg", "exp_avg_sq"))
+                masters = [local(self.master(p).data) for p in params]
+                self.tables[name] = key, ops.AdamWTables(masters, copies, first, second)
+            numbers = [(0.0, 1.0, 0.0) if p.grad is None else
+                       (*self.corrections(p, group), group["lr"] * group["weight_decay"]) for p in params]
+            self.tables[name][1].upload([p.grad if p.grad is None else local(p.grad) for p in params], numbers)
 
     def corrections(self, p, group):
         """(lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)) of a parameter's own step count t."""
         t = self.state[p]["step"].item()
         return group["lr"] / (1 - group["betas"][0] ** t), (1 - group["betas"][1] ** t) ** -0.5
 
-    def update_fused(self, params, table, scale, group):
-        """All of them in one launch; those without gradient (guides that a step skips) stand in the same tables."""
-        if not any(p.grad is not None for p in params):
-            return
-        key = tuple(map(id, params))
-        if self.tables.get(table, (None,))[0] != key:  # at the start, and after the guides are dropped
-            states = [self.state[p] for p in params]
-            copies = [p.data for p in params] if table[1] else None
-            first, second = ([local(s[name]) for s in states] for name in ("exp_avg", "exp_avg_sq"))
-            masters = [local(self.master(p).data) for p in params]
-            self.tables[table] = key, ops.adamw_tables(masters, copies, first, second)
-        corrections = [(0.0, 1.0) if p.grad is None else self.corrections(p, group) for p in params]
-        grads = [p.grad if p.grad is None else local(p.grad) for p in params]
-        ops.adamw(self.tables[table][1], grads, corrections, scale,
-                  group["lr"] * group["weight_decay"], group["betas"], group["eps"])
+    def move_group(self, number, group, scale):
+        if self.is_fused():
+            for name, _ in self.fused_parts(number, group):
+                ops.adamw(self.tables[name][1], scale, group["betas"], group["eps"])
+        else:
+            self.update([p for p in group["params"] if p.grad is not None], scale, group)
 
     def update(self, params, scale, group):
         """The same in plain torch."""
@@ -205,7 +224,8 @@ def polar(x, polynomials=POLAR_EXPRESS, margin=1.02):
     for a, b, c in polynomials:
         gram = x.mT @ x if tall else x @ x.mT  # of the smaller side
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, x, poly, beta=a) if tall else torch.baddbmm(x, poly, x, beta=a)
+        poly.diagonal(dim1=-2, dim2=-1).add_(a)  # a x as part of the product: baddbmm would copy x first
+        x = x @ poly if tall else poly @ x
     return x
 
 
@@ -254,7 +274,7 @@ class Muon(MixedAdamW):
         self.rows = {block.attn.qkv.weight: [n * block.attn.head_size for n in heads] for block in model.blocks}
         self.dtype = torch.bfloat16 if mixed else torch.float32
         self.nesterov, self.descend = (torch.compile(f, dynamic=False) if compile else f for f in (nesterov, descend))
-        self.momentum, self.decay = 0.95, cfg.weight_decay  # train moves them
+        self.momentum, self.decay, self.rates = 0.95, cfg.weight_decay, None  # train moves the first two
         super().__init__(muon_groups(model, cfg), cfg.lr, cfg.betas, 0.0, eps=1e-10, mixed=mixed)
 
     def first_state(self, p, group):
@@ -264,9 +284,16 @@ class Muon(MixedAdamW):
         """t, of p's shape, as the matrices that are orthogonalised each by itself."""
         return t.unbind() if t.dim() == 3 else t.split(self.rows[p]) if p in self.rows else (t,)
 
-    def update_group(self, number, group, scale):
+    def advance_group(self, number, group):
         if not group.get("muon"):
-            return super().update_group(number, group, scale)
+            return super().advance_group(number, group)
+        if self.rates is None:
+            self.rates = torch.zeros(3, device=group["params"][0].device)
+        upload(self.rates, [group["lr"], self.momentum, group["lr"] * self.decay])
+
+    def move_group(self, number, group, scale):
+        if not group.get("muon"):
+            return super().move_group(number, group, scale)
         if any(hasattr(p, "to_local") for p in group["params"]):
             return self.update_split(group, scale)
         shapes = {}
@@ -275,8 +302,7 @@ class Muon(MixedAdamW):
                 tensors = p.grad, self.state[p]["momentum"], self.master(p), p
                 for pieces in zip(*(self.matrices(p, t.detach()) for t in tensors)):
                     shapes.setdefault(pieces[0].shape, []).append(pieces)
-        # tensors, since a new number would be a new compilation
-        lr, mu, decay = (torch.tensor(v) for v in (group["lr"], self.momentum, group["lr"] * self.decay))
+        lr, mu, decay = self.rates.unbind()  # tensors: a new number would be a new compilation
         for (rows, columns), pieces in shapes.items():
             grads, momenta, weights, copies = (list(tensors) for tensors in zip(*pieces))
             momentum, weight = torch.stack(momenta), torch.stack(weights)

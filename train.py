@@ -51,8 +51,8 @@ import checkpoint
 import prepare
 import run
 from config import short
-from device import (SAVED, Stop, Watch, device_name, full, in_memory, lost_process, peak_flops, set_up, share_of,
-                    split)
+from device import (SAVED, Stop, Watch, device_name, full, in_memory, lost_process, peak_flops, record_graph, set_up,
+                    share_of, split)
 from model import build, load, load_weights
 from optim import AdamW, MixedAdamW, Muon
 from project import load_init, load_teacher, teacher_flops
@@ -180,8 +180,20 @@ def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, gu
     keys: those of schedule.dropout_keys, with dropout. The results stay on the device. Nothing in here waits for it:
     the next launches are queued while it computes.
     """
+    set_rates(optimizer, lr)
+    loss = form_gradients(wrapped, optimizer, micro_batches, cfg, ranks, alpha, guided, keys)
+    norm = optimizer.step(cfg.grad_clip)
+    optimizer.zero_grad()
+    return loss, norm
+
+
+def set_rates(optimizer, lr):
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("ratio", 1)
+
+
+def form_gradients(wrapped, optimizer, micro_batches, cfg, ranks, alpha, guided, keys):
+    """Forward and backward of all micro-batches -> this rank's mean loss."""
     n, total = len(micro_batches), 0.0
     for i, batch in enumerate(micro_batches):
         last = i == n - 1
@@ -195,9 +207,62 @@ def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, gu
             # a loss that is not finite makes all gradients so, on all ranks: then no rank updates its weights
             (loss * (1 + 0 * loss.detach())).backward()
         total = total + loss.detach()
-    norm = optimizer.step(cfg.grad_clip)
-    optimizer.zero_grad()
-    return total, norm
+    return total
+
+
+class RecordedStep:
+    """train_step; on one GPU from the fourth call on a CUDA graph of it, since small models wait for the host.
+
+    The graph repeats train_step's kernels, so the losses are the same to the bit. say(line) reports a recording that
+    fails; the steps are then launched one by one.
+    """
+    EAGER = 3            # calls without a graph: after them everything is compiled
+    MOST = 256           # micro-batches x layers of a graph: longer steps keep the device busy without one
+
+    def __init__(self, say=print):
+        self.say, self.key, self.calls, self.graph, self.failed = say, None, 0, None, False
+
+    def __call__(self, wrapped, optimizer, batch, cfg, ranks, lr, alpha=None, guided=(), keys=None):
+        if self.key != (guided, batch.shape):  # other layers are guided: other kernels
+            self.forget(optimizer)
+            self.key = guided, batch.shape
+        self.calls += 1
+        if self.graph is None and self.calls > self.EAGER and self.is_possible(optimizer, len(batch), cfg, ranks):
+            self.record(wrapped, optimizer, batch, cfg, ranks, alpha, guided, keys)
+        if self.graph is None:
+            return train_step(wrapped, optimizer, batch, cfg, ranks, lr, alpha, guided, keys)
+        self.batch.copy_(batch)
+        if keys is not None:
+            self.keys.copy_(keys)
+        set_rates(optimizer, lr)
+        optimizer.advance()  # the gradients stay where the graph puts them
+        self.graph.replay()
+        return self.loss.clone(), self.norm.clone()
+
+    def is_possible(self, optimizer, n_micro, cfg, ranks):
+        return (ranks.compile and ranks.device.type == "cuda" and ranks.world == 1 and not self.failed
+                and isinstance(optimizer, MixedAdamW) and optimizer.is_fused() and n_micro * cfg.n_layer <= self.MOST)
+
+    def record(self, wrapped, optimizer, batch, cfg, ranks, alpha, guided, keys):
+        self.batch, self.keys = batch.clone(), None if keys is None else keys.clone()
+
+        def run():
+            self.loss = form_gradients(wrapped, optimizer, self.batch, cfg, ranks, alpha, guided, self.keys)
+            self.norm = optimizer.move(cfg.grad_clip)
+
+        try:
+            self.graph = record_graph(run, warm=False)
+        except RuntimeError as e:  # memory that does not suffice is one too
+            self.say(f"training without a CUDA graph, whose recording failed: {str(e).splitlines()[0][:200]}")
+            optimizer.sums.clear()  # of micro-batches
+            self.forget(optimizer)
+            self.failed = True
+
+    def forget(self, optimizer):
+        """Frees the graph and its memory; the next steps are launched one by one."""
+        self.graph = self.batch = self.keys = self.loss = self.norm = self.key = None
+        self.calls = 0
+        optimizer.zero_grad()
 
 
 @torch.no_grad()
@@ -278,6 +343,7 @@ def train(cfg, ranks, state, data):
     if step:
         log.say(f"continuing after step {step} of {plan.steps}")
     alpha = torch.ones((), device=ranks.device)  # a tensor, so that a new value compiles nothing
+    recorded = RecordedStep(log.say)
     with (Watch(ranks, cfg.timeout), lost_process(ranks), checkpoint.Saver(ranks.device, ranks.master) as saver,
           Stop(ranks) as stop):
         optimizer.before_update = saver.before_update
@@ -292,9 +358,10 @@ def train(cfg, ranks, state, data):
             if cfg.optimizer == "muon":
                 optimizer.momentum, optimizer.decay = muon_at(cfg, plan, step)
             batch = batch.to(ranks.device, non_blocking=True)
-            loss, norm = train_step(wrapped, optimizer, batch, cfg, ranks, lr, alpha.fill_(a), guided, keys)
+            loss, norm = recorded(wrapped, optimizer, batch, cfg, ranks, lr, alpha.fill_(a), guided, keys)
             step += 1
             if step == plan.guided:
+                recorded.forget(optimizer)
                 model, optimizer = end_guide(cfg, plan, ranks, model, optimizer)
                 saver.forget()
                 wrapped = wrap_ddp(model, cfg, plan, step, ranks)  # DDP's buckets still hold the guides

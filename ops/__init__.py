@@ -24,7 +24,7 @@ if ON:
         from ops import chain, megakernel
         from ops.decode import can_layer, can_sample, can_step, layer, sample, step
         from ops.ffn import can_ffn, fused_ffn
-        from ops.pointwise import (add_norm, adamw, adamw_tables, can_adamw, can_add_norm, can_rotate, can_token_loss,
+        from ops.pointwise import (AdamWTables, adamw, add_norm, can_adamw, can_add_norm, can_rotate, can_token_loss,
                                    split_rotated, token_loss)
     except (ImportError, AttributeError, TypeError) as e:  # a version of torch or Triton that lacks what they use
         from ops.fallback import log_once, reason

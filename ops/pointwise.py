@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from device import upload
 from ops.fallback import works
 
 INTERPRET = triton.knobs.runtime.interpret
@@ -292,42 +293,60 @@ def _softcap(a, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _token_loss(logits, targets, scale, losses, V, cap, BLOCK: tl.constexpr, GRADIENT: tl.constexpr,
-                CAPPED: tl.constexpr):
-    """One row: its loss; with GRADIENT, scale x the gradient replaces the logits. The second reading of a row is from
-    L2."""
+def _loss_gradient(a, softmax, hit, factor, cap, CAPPED: tl.constexpr):
+    grad = (softmax - tl.where(hit, 1.0, 0.0)) * factor
+    return grad * (1 - (a / cap) * (a / cap)) if CAPPED else grad  # times the slope of tanh
+
+
+@triton.jit
+def _token_loss(logits, targets, scale, losses, V, cap, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+                GRADIENT: tl.constexpr, CAPPED: tl.constexpr):
+    """One row: its loss; with GRADIENT, scale x the gradient replaces the logits.
+
+    WHOLE: one block is a row, which stays in registers. Otherwise its second reading is from L2.
+    """
     row = tl.program_id(0)
     logits += row.to(tl.int64) * V
     target = tl.load(targets + row)
     picked = _softcap(tl.load(logits + tl.maximum(target, 0)).to(tl.float32), cap, CAPPED)
+    factor = tl.where(target >= 0, tl.load(scale), 0.0) if GRADIENT else 0.0
     top, total = -float("inf"), 0.0
-    for start in range(0, V, BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        a = tl.load(logits + n, mask=n < V, other=0.0).to(tl.float32)
-        a = tl.where(n < V, _softcap(a, cap, CAPPED), -float("inf"))
-        new = tl.maximum(top, tl.max(a, 0))
-        total = total * tl.exp(top - new) + tl.sum(tl.exp(a - new), 0)
-        top = new
-    logz = top + tl.log(total)
-    tl.store(losses + row, tl.where(target >= 0, logz - picked, 0.0))
-    if GRADIENT:
-        factor = tl.where(target >= 0, tl.load(scale), 0.0)
-        tl.debug_barrier()  # all have read what the loop overwrites
+    if WHOLE:
+        n = tl.arange(0, BLOCK)
+        a = _softcap(tl.load(logits + n, mask=n < V, other=0.0).to(tl.float32), cap, CAPPED)
+        top = tl.max(tl.where(n < V, a, top), 0)
+        softmax = tl.where(n < V, tl.exp(a - top), 0.0)
+        total = tl.sum(softmax, 0)
+        if GRADIENT:
+            tl.debug_barrier()  # all have read the target's logit
+            grad = _loss_gradient(a, softmax * (1 / total), n == target, factor, cap, CAPPED)
+            tl.store(logits + n, grad.to(logits.dtype.element_ty), mask=n < V)
+    else:
         for start in range(0, V, BLOCK):
             n = start + tl.arange(0, BLOCK)
-            a = _softcap(tl.load(logits + n, mask=n < V, other=0.0).to(tl.float32), cap, CAPPED)
-            grad = (tl.exp(a - logz) - tl.where(n == target, 1.0, 0.0)) * factor
-            if CAPPED:
-                grad *= 1 - (a / cap) * (a / cap)
-            tl.store(logits + n, grad.to(logits.dtype.element_ty), mask=n < V)
+            a = tl.load(logits + n, mask=n < V, other=0.0).to(tl.float32)
+            a = tl.where(n < V, _softcap(a, cap, CAPPED), -float("inf"))
+            new = tl.maximum(top, tl.max(a, 0))
+            total = total * tl.exp(top - new) + tl.sum(tl.exp(a - new), 0)
+            top = new
+        if GRADIENT:
+            logz = top + tl.log(total)
+            tl.debug_barrier()  # all have read what the loop overwrites
+            for start in range(0, V, BLOCK):
+                n = start + tl.arange(0, BLOCK)
+                a = _softcap(tl.load(logits + n, mask=n < V, other=0.0).to(tl.float32), cap, CAPPED)
+                grad = _loss_gradient(a, tl.exp(a - logz), n == target, factor, cap, CAPPED)
+                tl.store(logits + n, grad.to(logits.dtype.element_ty), mask=n < V)
+    tl.store(losses + row, tl.where(target >= 0, top + tl.log(total) - picked, 0.0))
 
 
 def token_loss(logits, targets, scale, gradient=True, cap=0.0):
     """model.token_loss of contiguous logits (C, V), which the gradient overwrites; without `gradient` there is none."""
     losses = logits.new_empty(len(logits), dtype=torch.float32)
-    block = 1024 if INTERPRET else 8192
-    _token_loss[(len(logits),)](logits, targets.contiguous(), scale, losses, logits.size(1), cap, block, gradient,
-                                cap > 0, num_warps=8)
+    V, longest = logits.size(1), 1024 if INTERPRET else 16384  # what the registers of a thread block hold
+    block = triton.next_power_of_2(V) if V <= longest else longest // 2
+    _token_loss[(len(logits),)](logits, targets.contiguous(), scale, losses, V, cap, block, V <= block, gradient,
+                                cap > 0, num_warps=8 if block <= 8192 else 16)
     return losses, logits if gradient else None
 
 
@@ -344,10 +363,10 @@ def _try_token_loss():
 # AdamW over all parameters in one launch
 
 @triton.jit
-def _adamw(chunks, pointers, grads, corrections, scale, decay, beta1, beta2, eps, n,
+def _adamw(chunks, pointers, grads, numbers, scale, beta1, beta2, eps, n,
            MIXED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """One chunk of one tensor. pointers (5, n): fp32 weights, bf16 copies, both moments, sizes; grads (n,): bf16 or
-    fp32, or 0."""
+    fp32, or 0; numbers (n, 3)."""
     tensor, start = tl.load(chunks + 2 * tl.program_id(0)), tl.load(chunks + 2 * tl.program_id(0) + 1)
     f32 = tl.pointer_type(tl.float32)
     weight, copy = tl.load(pointers + tensor).to(f32), tl.load(pointers + n + tensor).to(tl.pointer_type(tl.bfloat16))
@@ -362,7 +381,8 @@ def _adamw(chunks, pointers, grads, corrections, scale, decay, beta1, beta2, eps
     # without a gradient, or with a negative scale, nothing is done
     size = tl.where((address == 0) | (factor < 0), 0, tl.load(pointers + 4 * n + tensor))
     ok = at < (tl.multiple_of(size, 16) if ALIGNED else size)  # a mask that cuts no 16 bytes leaves loads wide
-    rate, root = tl.load(corrections + 2 * tensor), tl.load(corrections + 2 * tensor + 1)
+    numbers += 3 * tensor
+    rate, root, decay = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
     g = tl.load(grad + at, mask=ok).to(tl.float32) * factor
     m, v, w = tl.load(first + at, mask=ok), tl.load(second + at, mask=ok), tl.load(weight + at, mask=ok)
     m += (1 - beta1) * (g - m)
@@ -378,33 +398,40 @@ def _adamw(chunks, pointers, grads, corrections, scale, decay, beta1, beta2, eps
 ADAMW_BLOCK = 4096
 
 
-def adamw_tables(weights, copies, first, second):
-    """What stays the same over the steps: chunks and addresses. Lists of n contiguous tensors; copies may be None."""
-    device, n = weights[0].device, len(weights)
-    lists = weights, copies or weights, first, second
-    pointers = torch.tensor([[t.data_ptr() for t in tensors] for tensors in lists] + [[t.numel() for t in weights]])
-    assert all(t.is_contiguous() for tensors in lists for t in tensors)
-    chunks = [[i, c] for i, t in enumerate(weights) for c in range(triton.cdiv(t.numel(), ADAMW_BLOCK))]
-    aligned = bool((pointers % 16 == 0).all())
-    return torch.tensor(chunks, dtype=torch.int32).to(device), pointers.to(device), copies is not None, aligned, n
+class AdamWTables:
+    """What the kernel reads of n contiguous tensors: addresses and sizes, and what `upload` replaces each step.
 
-
-def adamw(tables, grads, corrections, scale, decay, betas, eps):
-    """One step of AdamW.
-
-    grads: n tensors like the weights, None for those to leave alone. corrections: n pairs (lr / (1 - beta1^t),
-    1 / sqrt(1 - beta2^t)). scale: a 0-d tensor that multiplies the gradients; where it is negative, nothing changes.
-    decay: lr x weight decay.
+    weights, first, second: lists of n tensors; copies: theirs in bf16, or None.
     """
-    chunks, pointers, mixed, aligned, n = tables
-    grads = [g if g is None else g.contiguous() for g in grads]
-    addresses = torch.tensor([0 if g is None else g.data_ptr() for g in grads])
-    corrections = torch.tensor(corrections, dtype=torch.float32)
-    aligned = aligned and bool((addresses % 16 == 0).all())
-    if scale.is_cuda:  # from pinned memory: a copy from any other waits for the device
-        addresses, corrections = (t.pin_memory().to(scale.device, non_blocking=True) for t in (addresses, corrections))
-    _adamw[(len(chunks),)](chunks, pointers, addresses, corrections, scale, decay, *betas, eps, n, mixed, aligned,
-                           ADAMW_BLOCK, num_warps=8)
+
+    def __init__(self, weights, copies, first, second):
+        lists = weights, copies or weights, first, second
+        assert all(t.is_contiguous() for tensors in lists for t in tensors)
+        pointers = torch.tensor([[t.data_ptr() for t in tensors] for tensors in lists] + [[t.numel() for t in weights]])
+        chunks = [[i, c] for i, t in enumerate(weights) for c in range(triton.cdiv(t.numel(), ADAMW_BLOCK))]
+        self.n, self.mixed, device = len(weights), copies is not None, weights[0].device
+        self.addresses_align = bool((pointers % 16 == 0).all())
+        self.pointers, self.chunks = pointers.to(device), torch.tensor(chunks, dtype=torch.int32).to(device)
+        self.grads = torch.zeros(self.n, dtype=torch.int64, device=device)
+        self.numbers = torch.zeros(self.n, 3, device=device)
+
+    def upload(self, grads, numbers):
+        """grads: n tensors like the weights, None for those to leave alone. numbers: n triples, lr / (1 - beta1^t),
+        1 / sqrt(1 - beta2^t), lr x weight decay."""
+        assert all(g is None or g.is_contiguous() for g in grads)
+        addresses = [0 if g is None else g.data_ptr() for g in grads]
+        self.aligned = self.addresses_align and all(address % 16 == 0 for address in addresses)
+        upload(self.grads, addresses)
+        upload(self.numbers, numbers)
+
+
+def adamw(tables, scale, betas, eps):
+    """One step of AdamW with what was uploaded last.
+
+    scale: a 0-d tensor that multiplies the gradients; where it is negative, nothing changes.
+    """
+    _adamw[(len(tables.chunks),)](tables.chunks, tables.pointers, tables.grads, tables.numbers, scale, *betas, eps,
+                                  tables.n, tables.mixed, tables.aligned, ADAMW_BLOCK, num_warps=8)
 
 
 def can_adamw(tensor) -> bool:
@@ -414,5 +441,6 @@ def can_adamw(tensor) -> bool:
 def _try_adamw():
     device = TRIAL["device"]
     weight, copy = torch.zeros(32, device=device), torch.zeros(32, device=device, dtype=torch.bfloat16)
-    tables = adamw_tables([weight], [copy], [weight], [weight])
-    adamw(tables, [copy], [(0.0, 1.0)], torch.ones((), device=device), 0.0, (0.9, 0.95), 1e-8)
+    tables = AdamWTables([weight], [copy], [weight], [weight])
+    tables.upload([copy], [(0.0, 1.0, 0.0)])
+    adamw(tables, torch.ones((), device=device), (0.9, 0.95), 1e-8)

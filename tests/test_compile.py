@@ -93,8 +93,9 @@ def adamw():
     for n in (4096, 4097):  # the second fills no 16 bytes
         weight, low = torch.empty(n), torch.empty(n, dtype=BF16)
         for copies, grad in (([low], low), (None, weight)):
-            tables = pointwise.adamw_tables([weight], copies, [weight], [weight])
-            pointwise.adamw(tables, [grad], [(1e-3, 1.0)], torch.tensor(1.0), 1e-4, (0.9, 0.95), 1e-8)
+            tables = pointwise.AdamWTables([weight], copies, [weight], [weight])
+            tables.upload([grad], [(1e-3, 1.0, 1e-4)])
+            pointwise.adamw(tables, torch.tensor(1.0), (0.9, 0.95), 1e-8)
 
 
 def fused_ffn():

@@ -196,7 +196,8 @@ def test_add_norm_is_an_addition_and_a_norm(width, rms, bias, add):
     assert error(gradient, expected) < 2e-2
 
 
-@pytest.mark.parametrize("vocab, cap", [(61, 0.0), (1024, 0.0), (2500, 0.0), (2500, 4.0)])
+@pytest.mark.parametrize("vocab, cap", [(61, 0.0), (61, 4.0), (1024, 0.0), (2500, 0.0), (2500, 4.0),
+                                        (17000, 0.0), (17000, 4.0)])
 def test_token_loss_is_cross_entropy(vocab, cap):
     torch.manual_seed(0)
     logits = (torch.randn(13, vocab, device=DEVICE) * 5).to(DTYPE)

@@ -488,12 +488,16 @@ def test_the_fused_update_never_sees_a_guide_that_has_left(mixed, data, tmp_path
     """Its tables hold addresses. A stand-in that updates what its tables hold must reach the plain update's weights."""
     whole, made = train_run(tmp_path / "plain", data, *mixed), []
 
-    def adamw_tables(masters, params, m, v):
-        made.append(len(masters))
-        return [masters, params or masters, m, v]
+    class AdamWTables:
+        def __init__(self, masters, params, m, v):
+            made.append(len(masters))
+            self.tensors = masters, params or masters, m, v
 
-    def adamw(tables, grads, corrections, scale, decay, betas, eps):
-        for p, half, m, v, grad, (rate, root) in zip(*tables, grads, corrections, strict=True):
+        def upload(self, grads, numbers):
+            self.new = grads, numbers
+
+    def adamw(tables, scale, betas, eps):
+        for p, half, m, v, grad, (rate, root, decay) in zip(*tables.tensors, *tables.new, strict=True):
             if grad is not None:
                 grad = grad.float() * scale
                 m.lerp_(grad, 1 - betas[0])
@@ -501,7 +505,7 @@ def test_the_fused_update_never_sees_a_guide_that_has_left(mixed, data, tmp_path
                 p.mul_(1 - decay).sub_(rate * m / (v.sqrt() * root + eps))
                 half.copy_(p)
 
-    fake = types.SimpleNamespace(ON=True, can_adamw=lambda _: True, adamw_tables=adamw_tables, adamw=adamw)
+    fake = types.SimpleNamespace(ON=True, can_adamw=lambda _: True, AdamWTables=AdamWTables, adamw=adamw)
     monkeypatch.setattr(optim, "ops", fake)
     out = train_run(tmp_path / "fused", data, *mixed)
     matrices = sum(t.dim() > 1 for n, t in weights(out).items() if n != "head.weight")
