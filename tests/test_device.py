@@ -1,6 +1,7 @@
 """device: two processes against one, mistakes of one of several, out-of-memory."""
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import train
 from config import UserError
 from conftest import LOWRANK, ROOT, TINY, assert_one_sentence, start, train_run
 from device import Ranks, in_memory
-from model import GPT
+from model import GPT, build
 from runs import ALONE, CPU, GUIDED, RUNS, copy_data, metrics, set_token, stopped, tiny, weights
 
 
@@ -205,6 +206,31 @@ def test_unused_parameters_are_searched_for_only_with_guide_skip(monkeypatch):
         for step in (0, 3, 4):
             train.wrap_ddp(None, cfg, train.make_plan(cfg), step, Ranks(0, 2, CPU, torch.float32, False))
     assert calls == [False] * 6 + [True, True, False]
+
+
+def test_ddp_leaves_compiled_blocks_whole(monkeypatch):
+    """However small DDP's buckets are, a graph is compiled for each kind of block, as without DDP."""
+    graphs = []
+    monkeypatch.setattr(torch, "compile", functools.partial(
+        torch.compile, backend=lambda graph, inputs: graphs.append(graph) or graph))
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)
+    monkeypatch.setattr(train, "DistributedDataParallel", functools.partial(
+        train.DistributedDataParallel, bucket_cap_mb=0.001))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for world in (1, 2):
+            torch._dynamo.reset()
+            cfg = tiny(*LOWRANK, "--vocab_size=61")
+            gpt = build(cfg, CPU, seed=0)
+            gpt.compile_parts()
+            wrapped = train.wrap_ddp(gpt, cfg, train.make_plan(cfg), 0, Ranks(0, world, CPU, torch.float32, True))
+            tokens = torch.arange(16)[None]
+            wrapped(tokens, tokens).backward()
+            graphs.append(world)
+    finally:
+        torch.distributed.destroy_process_group()
+        torch._dynamo.reset()
+    assert graphs.index(1) == len(graphs) - 2 - graphs.index(1) >= 4  # embeddings, a dense block, a LowRank one, loss
 
 
 LATE = """
