@@ -535,6 +535,8 @@ class GPT(nn.Module):
     def compile_parts(self):
         """torch.compile, block by block: equal blocks share one compilation, and parameters keep their names."""
         torch._dynamo.config.recompile_limit = 64  # dense and structured, guided and plain, training and validation
+        # a block's gradients are few buckets of DDP. Cut up by them, torch 2.11 forgets what the checkpoint keeps
+        torch._dynamo.config.optimize_ddp = False
         # checkpoint warns of in-place operations; a block has none
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         for block in self.blocks:

@@ -1,5 +1,7 @@
 """device: two processes against one, mistakes of one of several, out-of-memory."""
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -17,7 +19,7 @@ import train
 from config import UserError
 from conftest import LOWRANK, ROOT, TINY, assert_one_sentence, start, train_run
 from device import Ranks, in_memory
-from model import GPT
+from model import GPT, build
 from runs import ALONE, CPU, GUIDED, RUNS, copy_data, metrics, set_token, stopped, tiny, weights
 
 
@@ -206,6 +208,31 @@ def test_unused_parameters_are_searched_for_only_with_guide_skip(monkeypatch):
     assert calls == [False] * 6 + [True, True, False]
 
 
+def test_ddp_leaves_compiled_blocks_whole(monkeypatch):
+    """However small DDP's buckets are, a graph is compiled for each kind of block, as without DDP."""
+    graphs = []
+    monkeypatch.setattr(torch, "compile", functools.partial(
+        torch.compile, backend=lambda graph, inputs: graphs.append(graph) or graph))
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)
+    monkeypatch.setattr(train, "DistributedDataParallel", functools.partial(
+        train.DistributedDataParallel, bucket_cap_mb=0.001))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for world in (1, 2):
+            torch._dynamo.reset()
+            cfg = tiny(*LOWRANK, "--vocab_size=61")
+            gpt = build(cfg, CPU, seed=0)
+            gpt.compile_parts()
+            wrapped = train.wrap_ddp(gpt, cfg, train.make_plan(cfg), 0, Ranks(0, world, CPU, torch.float32, True))
+            tokens = torch.arange(16)[None]
+            wrapped(tokens, tokens).backward()
+            graphs.append(world)
+    finally:
+        torch.distributed.destroy_process_group()
+        torch._dynamo.reset()
+    assert graphs.index(1) == len(graphs) - 2 - graphs.index(1) >= 4  # embeddings, a dense block, a LowRank one, loss
+
+
 LATE = """
 import os, runpy, sys, time
 sys.path.insert(0, {root!r})
@@ -255,13 +282,19 @@ def port():
         return s.getsockname()[1]
 
 
+def is_listened_on(port):
+    """Whether a connection is accepted there. On Linux one may reach itself where nobody listens."""
+    with contextlib.suppress(OSError), socket.create_connection(("localhost", port), timeout=10) as s:
+        return s.getsockname() != s.getpeername()
+
+
 def test_a_process_whose_others_never_come_ends_or_is_interrupted(data, tmp_path, port):
     """Ctrl-C works while it waits for them; after the timeout one sentence says who waited where."""
     argv = [*TINY, f"--out_dir={tmp_path / 'run'}", f"--data_dir={data}"]
     waiting = start("train.py", *argv, env=place(0, port))
     try:
         end = time.monotonic() + 60
-        while subprocess.run(["ss", "-ltn"], capture_output=True, text=True).stdout.count(f":{port} ") == 0:
+        while not is_listened_on(port):
             assert time.monotonic() < end and waiting.poll() is None
             time.sleep(0.1)
         waiting.send_signal(signal.SIGINT)
