@@ -224,8 +224,7 @@ def polar(x, polynomials=POLAR_EXPRESS, margin=1.02):
     for a, b, c in polynomials:
         gram = x.mT @ x if tall else x @ x.mT  # of the smaller side
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        poly.diagonal(dim1=-2, dim2=-1).add_(a)  # a x as part of the product: baddbmm would copy x first
-        x = x @ poly if tall else poly @ x
+        x = torch.baddbmm(x, x, poly, beta=a) if tall else torch.baddbmm(x, poly, x, beta=a)
     return x
 
 
