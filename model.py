@@ -520,11 +520,11 @@ class GPT(nn.Module):
         overwrite its keys.
         """
         T = tokens.size(1)
-        place = cache.position[:, None] + torch.arange(T, device=tokens.device)  # (B, T)
+        place = cache.position[:, None] if T == 1 else slice(T)                  # prompts begin in empty rows
         x, values = self.embed(tokens, cache.before())
         if self.wpe is not None:
-            x = x + self.wpe(place)
-        cos, sin = self.cos[place], self.sin[place]                              # (B, T, 1, head_size)
+            x = x + self.wpe.weight[place]
+        cos, sin = self.cos[place], self.sin[place]                              # (B, 1, 1, head_size) or (T, 1, ...)
         mask = cache.mask() if T == 1 else None                                  # prompts need none but the causal one
         x0, pending = x if self.cfg.embed_skip else None, None
         for block, layer, value in zip(self.blocks, cache.layers, values):

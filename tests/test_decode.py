@@ -311,6 +311,24 @@ def test_a_graph_of_padded_prompts_serves_every_place(name, fake_graphs):
     assert [pool for _, pool in fake_graphs] == [None] + ["pool"] * (len(fake_graphs) - 1)
 
 
+@KERNELS
+@pytest.mark.parametrize("name", ["dense", "recipe"])
+@torch.no_grad()
+def test_prompts_in_half_precision_take_the_kernels_of_training(name, monkeypatch):
+    """One kernel rotates q and k of a layer. Keys and values are near those of float32, and nothing else is written."""
+    ops, device = pytest.importorskip("ops"), "cuda" if torch.cuda.is_available() else "cpu"
+    exact = make(device, **{**WITH_EXTRAS[name], "n_layer": 2})
+    model, calls, kernel = prepare_model(copy.deepcopy(exact), "structured", torch.float16), [], ops.split_rotated
+    monkeypatch.setattr(ops, "split_rotated", lambda *given: (calls.append(1), kernel(*given))[1])
+    tokens, index = torch.randint(257, (2, 30), device=device), torch.tensor([3, 1], device=device)
+    fresh, old = (Cache(model.cfg, 5, 64, device, dtype) for dtype in (torch.float16, torch.float32))
+    model.store(tokens, fresh.rows(index))
+    assert len(calls) == 2
+    exact.store(tokens, old.rows(index))
+    for a, b in zip(sum(fresh.layers, ()), sum(old.layers, ())):
+        assert (a.float() - b).norm() < 1e-2 * b.norm() and b[index, :, :30].all() and not a[[0, 2, 4]].any()
+
+
 def test_the_shapes_of_prefills(fake_graphs, monkeypatch):
     """Graphs take FEW prompts and GRAPHED tokens; longer prompts and many at a time are padded to the longest only."""
     monkeypatch.setattr(decode, "BUCKETS", (8, 16))
@@ -603,6 +621,9 @@ def test_bench_decode_with_rows_refilled(cli, tmp_path):
     (tokens, prompts), = {(r["new_tokens"], r["prompt_tokens"]) for r in rows}  # whatever the batch
     assert 40 * 15 < tokens < 40 * 19 and 40 * 22 < prompts < 40 * 38
     assert all(r["of_steady"] == pytest.approx(r["tokens_per_s"] / r["steady"], rel=0.1) for r in rows)
+    assert all(r["cold"] > 0 and r["static"] > 0 and r["cached"] == rows[0]["cached"] for r in rows)
+    # a text of n tokens holds its prompt and n / 2 at the mean step, and longer texts have more steps
+    assert prompts / 40 + tokens / 80 - 2 < rows[0]["cached"] < prompts / 40 + 10 + 2
     assert cli("bench.py", "decode", *SMALL, "--refill=-1")[0] == 2
 
 
