@@ -264,9 +264,13 @@ class LayerCache(NamedTuple):
         """Stores k, v (B, T, n_kv_head, head_size); q (B, T, n_head, head_size) -> the output of attention, as q."""
         B, T, n_head, size = q.shape
         if T > 1:  # prompts: nothing was stored before
+            stored = ops.ON and ops.can_store(k)
+            if stored:
+                ops.store(k, v, self.k, self.v, self.index)
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))                     # (B, heads, T, head_size)
-            self.k[:, :, :T].index_copy_(0, self.index, k)
-            self.v[:, :, :T].index_copy_(0, self.index, v)
+            if not stored:
+                self.k[:, :, :T].index_copy_(0, self.index, k)
+                self.v[:, :, :T].index_copy_(0, self.index, v)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < n_head)
             return y.transpose(1, 2)                                             # (B, T, n_head, head_size)
         row, seen = self.index, self.mask.size(-1)

@@ -312,18 +312,40 @@ def test_a_graph_of_padded_prompts_serves_every_place(name, fake_graphs):
 
 
 @KERNELS
+@pytest.mark.parametrize("kv, size", [(1, 32), (3, 24), (4, 128)])
+@torch.no_grad()
+def test_prompts_are_stored_in_their_rows_and_nowhere_else(kv, size):
+    """v is a part of a larger tensor, as without rotary positions, and the index a column, as in the decoder."""
+    kernels, device = pytest.importorskip("ops.decode"), "cuda" if torch.cuda.is_available() else "cpu"
+    heads = torch.randn(3, 7, 2 * kv, size, device=device)
+    index = torch.tensor([[4, 9], [0, 9], [2, 9]], device=device)[:, 0]
+    caches = [torch.zeros(5, kv, 16, size, device=device) for _ in range(2)]
+    assert kernels.can_store(heads)
+    kernels.store(heads[:, :, :kv].contiguous(), heads[:, :, kv:], *caches, index)
+    for cache, first in zip(caches, (0, kv)):
+        expected = torch.zeros_like(cache)
+        for b, row in enumerate((4, 0, 2)):
+            for t in range(7):
+                expected[row, :, t] = heads[b, t, first:first + kv]
+        assert torch.equal(cache, expected)
+
+
+@KERNELS
 @pytest.mark.parametrize("name", ["dense", "recipe"])
 @torch.no_grad()
 def test_prompts_in_half_precision_take_the_kernels_of_training(name, monkeypatch):
-    """One kernel rotates q and k of a layer. Keys and values are near those of float32, and nothing else is written."""
+    """A kernel rotates q and k of a layer, one stores. Keys and values are near those of float32, and no other row is
+    written."""
     ops, device = pytest.importorskip("ops"), "cuda" if torch.cuda.is_available() else "cpu"
     exact = make(device, **{**WITH_EXTRAS[name], "n_layer": 2})
-    model, calls, kernel = prepare_model(copy.deepcopy(exact), "structured", torch.float16), [], ops.split_rotated
-    monkeypatch.setattr(ops, "split_rotated", lambda *given: (calls.append(1), kernel(*given))[1])
+    model, calls = prepare_model(copy.deepcopy(exact), "structured", torch.float16), []
+    for kernel in ("split_rotated", "store"):
+        monkeypatch.setattr(ops, kernel, lambda *given, name=kernel, call=getattr(ops, kernel):
+                            (calls.append(name), call(*given))[1])
     tokens, index = torch.randint(257, (2, 30), device=device), torch.tensor([3, 1], device=device)
     fresh, old = (Cache(model.cfg, 5, 64, device, dtype) for dtype in (torch.float16, torch.float32))
     model.store(tokens, fresh.rows(index))
-    assert len(calls) == 2
+    assert calls == ["split_rotated", "store"] * 2
     exact.store(tokens, old.rows(index))
     for a, b in zip(sum(fresh.layers, ()), sum(old.layers, ())):
         assert (a.float() - b).norm() < 1e-2 * b.norm() and b[index, :, :30].all() and not a[[0, 2, 4]].any()
