@@ -502,8 +502,7 @@ def random_model(cfg, device):
 
 
 def generation(decoder, prompts, settings):
-    """One run of the loop, from ids on the host to ids on the host -> seconds to the first tokens and per further one.
-    """
+    """One run of the loop, from host to host -> seconds to the first tokens and per further one."""
     if decoder.key.is_cuda:
         torch.cuda.synchronize()
     marks = [time.perf_counter()]
@@ -535,21 +534,21 @@ def decode_row(model, cfg, kind, launch, batch, ceiling, table, settings):
 
 
 def all_texts(decoder, cfg, prompts, at_once):
-    """(tokens/s, new tokens) of all prompts, of which `at_once` are given to the loop at a time."""
+    """(tokens/s, rows) of all prompts, of which `at_once` are given to the loop at a time."""
     rows = [decode.Row(prompt, decode.row_key(cfg.seed, prompt)) for prompt in prompts]
     began = time.perf_counter()
     for i in range(0, len(rows), at_once):
         for _ in decoder.run(rows[i:i + at_once]):
             pass
-    tokens = sum(len(row.new) for row in rows)
-    return tokens / (time.perf_counter() - began), tokens
+    return sum(len(row.new) for row in rows) / (time.perf_counter() - began), rows
 
 
 def serve_row(model, cfg, kind, launch, batch, table, settings):
     """Times prompts of 16 to 512 tokens, refilled and in static batches; returns the tokens/s of the former.
 
-    Each new token is drawn evenly from 256, of which one ends the text. steady: tokens/s of a full batch that no text
-    leaves, after its prompts. So of_steady counts prompts, empty places and steps past an end as losses.
+    Each new token is drawn evenly from 256, of which one ends the text. cold: the very first run, which records
+    graphs. steady: tokens/s of a full batch that no text leaves, after its prompts. Its rows hold `cached` tokens on
+    average, as a text does at its steps. So of_steady counts prompts, empty places and steps past an end as losses.
     """
     fresh(model.head.weight.device)
     torch.manual_seed(cfg.seed)  # the same prompts for all rows
@@ -559,15 +558,16 @@ def serve_row(model, cfg, kind, launch, batch, table, settings):
     even = SimpleNamespace(temperature=1e6, top_k=0, top_p=1.0, min_p=0.0, max_new_tokens=settings.new_tokens)
     decoder = decode.Decoder(model, even, batch, longest + settings.new_tokens, 0, min(256, cfg.vocab_size),
                              launch == "graph")
-    rates = []
-    for at_once in (batch, len(prompts)):
-        runs = [all_texts(decoder, cfg, prompts, at_once) for _ in range(1 + (settings.repeats or 3))]
-        rates.append(statistics.median(rate for rate, _ in runs[1:]))
-    (static, rate), decoder.eos = rates, -1
-    full = (prompts * batch)[:batch]
-    steady = batch / statistics.median(generation(decoder, full, settings)[1] for _ in runs[1:])
+    runs = range(2 + (settings.repeats or 3))  # the second still records graphs
+    refilled, static = ([all_texts(decoder, cfg, prompts, n) for _ in runs] for n in (len(prompts), batch))
+    (cold, rows), rate = refilled[0], statistics.median(rate for rate, _ in refilled[2:])
+    tokens, decoder.eos = sum(len(row.new) for row in rows), -1
+    cached = sum(len(row.new) * (len(row.prompt) + len(row.new) / 2) for row in rows) / max(tokens, 1)
+    full = torch.randint(cfg.vocab_size, (batch, max(1, round(cached - settings.new_tokens / 2)))).tolist()
+    steady = batch / statistics.median(generation(decoder, full, settings)[1] for _ in runs[2:])
     table.row(ffn=ffn_name(model.cfg), kind=kind, launch=launch, batch=batch, prompts=len(prompts),
-              prompt_tokens=sum(lengths), new_tokens=runs[0][1], tokens_per_s=round(rate), static=round(static),
+              prompt_tokens=sum(lengths), new_tokens=tokens, cached=round(cached), cold=round(cold),
+              static=round(statistics.median(rate for rate, _ in static[2:])), tokens_per_s=round(rate),
               steady=round(steady), of_steady=rate / steady, benchmark="serve", config=config.to_dict(cfg))
     return rate
 
@@ -594,8 +594,8 @@ def bench_decode(cfg, settings):
                "ms": 8, "gb_s": 7, "share": 7, "weights_mb": 10, "kv_mb": 8}
     time_row = partial(decode_row, ceiling=ceiling)
     if settings.refill:
-        columns = {"ffn": 18, "kind": 10, "launch": 6, "batch": 6, "prompt_tokens": 13, "new_tokens": 10,
-                   "tokens_per_s": 12, "static": 8, "steady": 8, "of_steady": 9}
+        columns = {"ffn": 18, "kind": 10, "launch": 6, "batch": 6, "prompts": 7, "prompt_tokens": 13, "new_tokens": 10,
+                   "cached": 6, "cold": 8, "static": 8, "tokens_per_s": 12, "steady": 8, "of_steady": 9}
         time_row, length = serve_row, decode.padded(512 + settings.new_tokens, cfg.block_size)
     facts = {**header(device), "copy": f"{ceiling:.0f} GB/s", "dtype": str(dtype).removeprefix("torch.")}
     table = Table(columns, facts, settings)

@@ -69,7 +69,8 @@ def sample_token(logits, s, draw=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory
 
-PREFILL = 16384  # most prompt tokens in one forward, padding included: enough to fill a large GPU
+PREFILL = 8192  # most prompt tokens in one forward, padding included: enough to fill a large GPU
+GRAPHED = 4096  # most in a CUDA graph; more fill the device while their kernels are launched
 
 
 def token_bytes(cfg, dtype) -> int:
@@ -100,7 +101,8 @@ def largest_batch(cfg, length, device, dtype) -> int:
     free = free_bytes(device)
     if free is None:
         return 2**20
-    prompts = min(PREFILL, 64 * length) * (8 * cfg.n_embd + 2 * cfg.n_hidden + 4 * cfg.attn_dim) * dtype.itemsize
+    token = (8 * cfg.n_embd + 2 * cfg.n_hidden + 4 * cfg.attn_dim) * dtype.itemsize    # the activations of a prompt's
+    prompts = min(PREFILL + GRAPHED, 64 * length) * token
     return max(0, int((0.95 * free - prompts - 2**28) // row_bytes(cfg, length, dtype)))
 
 
@@ -113,7 +115,7 @@ def padded(length, block_size) -> int:
 # The loop
 
 BUCKETS = 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048  # lengths of prompts that have a CUDA graph
-FEW = 4    # prompts at a time that go one by one, as graphs; more fill the device while their kernels are launched
+FEW = 8    # most prompts in such a graph
 CHUNK = 8  # steps between two looks at the new tokens
 SOON = 2   # the same while prompts wait, since a row that has ended keeps its place until then
 
@@ -154,8 +156,8 @@ class Decoder:
         self.new = torch.zeros(batch, length + 1, dtype=torch.long, device=device)          # those of the latest chunk
         self.count = torch.zeros(batch, 1, dtype=torch.long, device=device)                 # how many of `new` are set
         self.widths = sorted({min(bucket, length) for bucket in BUCKETS})
-        self.prompt = torch.zeros(1 + self.widths[-1], dtype=torch.long, device=device)     # a row's index, its tokens
-        self.recorded, self.prefills = {}, {}                    # graphs: {cache.seen: of a step}, {width: of a prompt}
+        self.prompts = torch.zeros(FEW + max(GRAPHED, self.widths[-1]), dtype=torch.long, device=device)
+        self.recorded, self.prefills = {}, {}       # graphs: {cache.seen: of a step}, {(prompts, width): of prompts}
         self.pool = None
         with model.speeds.launched("graph"):
             self.forward = self.graphs and ops.ON and ops.fused_step(model, self.cache) or model.step
@@ -230,45 +232,49 @@ class Decoder:
         for tensor, value in zip((self.token[:, 0], self.cache.position, self.cache.newest, self.key), values):
             tensor.index_copy_(0, index, value)
         prompts = [(row.prompt[:-1], i) for i, row in changes.items() if row and len(row.prompt) > 1]
-        prompts.sort(key=lambda prompt: -len(prompt[0]))
-        if self.graphs and len(prompts) <= FEW:
-            while prompts and len(prompts[-1][0]) <= self.widths[-1]:
-                self.prefill_one(*prompts.pop())
+        prompts.sort(key=lambda prompt: -len(prompt[0]))  # neighbours are of like length, so little is padded
         while prompts:
-            width = max(2, len(prompts[0][0]))  # a single token would be a decode step
-            n = max(1, PREFILL // width)
-            tokens, rows = zip(*[(prompt + [0] * (width - len(prompt)), i) for prompt, i in prompts[:n]])
-            self.model.store(self.upload(tokens), self.cache.rows(self.upload(rows)))
+            longest, graph = len(prompts[0][0]), self.graphs and len(prompts) <= 2 * FEW
+            width = min((width for width in self.widths if width >= longest), default=0) if graph else 0
+            n = max(1, min(FEW, GRAPHED // width) if width else PREFILL // longest)
+            self.store(prompts[:n], width)
             prompts = prompts[n:]
 
-    def prefill_one(self, prompt, place):
-        """Stores a prompt, padded to one of the widths, in row `place`. All rows share the graph of a width.
+    def store(self, prompts, width):
+        """Stores prompts [(tokens, place)], longest first: padded to `width`, as a CUDA graph. 0: without a graph.
 
-        The first prompt of a width runs without a graph: a single one is not worth a recording.
+        A graph serves all places. The first prompts of a shape run without one: they are not worth a recording. A width
+        has at most FEW graphs, of GRAPHED tokens at most, and all share one pool of memory.
         """
-        width = min(width for width in self.widths if width >= len(prompt))
-        self.prompt[:1 + width] = self.upload([place, *prompt] + [0] * (width - len(prompt)))
+        wide = width or max(2, len(prompts[0][0]))  # a single token would be a decode step
+        values = self.upload([[place, *tokens] + [0] * (wide - len(tokens)) for tokens, place in prompts])
+        if width:
+            values = self.prompts[:values.numel()].view(values.shape).copy_(values)       # (n, 1 + width)
 
-        def store():
-            self.model.store(self.prompt[None, 1:1 + width], self.cache.rows(self.prompt[:1]))
+        def run():
+            self.model.store(values[:, 1:], self.cache.rows(values[:, 0]))
 
-        if width not in self.prefills:
-            self.prefills[width] = None
-            return store()
-        self.prefills[width] = self.prefills[width] or self.record(store)
-        self.prefills[width].replay()
+        shape = len(prompts), width
+        if not width or shape not in self.prefills:
+            self.prefills.update({shape: None} if width else {})
+            return run()
+        self.prefills[shape] = self.prefills[shape] or self.record(run)
+        self.prefills[shape].replay()
 
     # The loop
 
     @torch.no_grad()
     def run(self, rows, chunk=CHUNK):
         """Continues rows, `batch` at a time; where one ends, the next begins. Yields [(row, its latest tokens)] after
-        the first step and then every `chunk` steps, or sooner.
+        the first step and then every `chunk` steps, or sooner. Of every 4 x batch rows the longest prompts begin first.
 
         With CUDA graphs a chunk is launched before the tokens of the one before are read: the device does not wait for
         the host. So an EOS is seen one chunk late. Ends by length are known beforehand.
         """
-        waiting, places, launched, steps, ahead = deque(rows), [None] * len(self.key), deque(), 1, 0
+        places, launched, steps, ahead = [None] * len(self.key), deque(), 1, 0
+        window = 4 * len(places)  # prompts that begin together are of like length; a text waits for few others
+        waiting = deque(row for i in range(0, len(rows), window)
+                        for row in sorted(rows[i:i + window], key=lambda row: -len(row.prompt)))
         soon = min(chunk, max(SOON, len(places) // 32))  # a large batch collects prompts for one forward
         while True:
             self.refill(places, waiting)
@@ -282,17 +288,21 @@ class Decoder:
             steps, ahead = soon if waiting else chunk, int(self.graphs)
 
     def refill(self, places, waiting):
-        """Rows that have ended leave their places [Row or None] to those that wait."""
+        """Rows that have ended leave their places [Row or None] to those that wait, when a few places are free.
+
+        A prefill of one prompt takes about as long as one of two or four, and meanwhile no row goes on. In a small
+        batch an empty place would lose more than that saves.
+        """
         changes, now = {}, time.perf_counter()
         for i, row in enumerate(places):
             if row and (row.finish or row.steps == row.limit):
-                changes[i] = None
-            if waiting and (row is None or i in changes):
-                changes[i] = new = waiting.popleft()
+                places[i] = changes[i] = None
+        free = [i for i, row in enumerate(places) if row is None]
+        if len(free) >= min(max(1, min(4, len(places) // 8)), len(waiting)):
+            for i in free[:len(waiting)]:
+                places[i] = changes[i] = new = waiting.popleft()
                 new.limit = min(self.s.max_new_tokens, self.model.cfg.block_size - len(new.prompt))
                 new.began = now
-        for i, row in changes.items():
-            places[i] = row
         if changes:
             self.prefill(changes)
 

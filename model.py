@@ -264,9 +264,13 @@ class LayerCache(NamedTuple):
         """Stores k, v (B, T, n_kv_head, head_size); q (B, T, n_head, head_size) -> the output of attention, as q."""
         B, T, n_head, size = q.shape
         if T > 1:  # prompts: nothing was stored before
+            stored = ops.ON and ops.can_store(k)
+            if stored:
+                ops.store(k, v, self.k, self.v, self.index)
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))                     # (B, heads, T, head_size)
-            self.k[:, :, :T].index_copy_(0, self.index, k)
-            self.v[:, :, :T].index_copy_(0, self.index, v)
+            if not stored:
+                self.k[:, :, :T].index_copy_(0, self.index, k)
+                self.v[:, :, :T].index_copy_(0, self.index, v)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < n_head)
             return y.transpose(1, 2)                                             # (B, T, n_head, head_size)
         row, seen = self.index, self.mask.size(-1)
@@ -520,11 +524,11 @@ class GPT(nn.Module):
         overwrite its keys.
         """
         T = tokens.size(1)
-        place = cache.position[:, None] + torch.arange(T, device=tokens.device)  # (B, T)
+        place = cache.position[:, None] if T == 1 else slice(T)                  # prompts begin in empty rows
         x, values = self.embed(tokens, cache.before())
         if self.wpe is not None:
-            x = x + self.wpe(place)
-        cos, sin = self.cos[place], self.sin[place]                              # (B, T, 1, head_size)
+            x = x + self.wpe.weight[place]
+        cos, sin = self.cos[place], self.sin[place]                              # (B, 1, 1, head_size) or (T, 1, ...)
         mask = cache.mask() if T == 1 else None                                  # prompts need none but the causal one
         x0, pending = x if self.cfg.embed_skip else None, None
         for block, layer, value in zip(self.blocks, cache.layers, values):

@@ -4,7 +4,7 @@ The model is a run folder or a bare model.pt. One prompt comes from --prompt, fr
 standard input (--prompt_file=-). Without a prompt the text begins where a document begins.
 
 Many prompts come from --prompts=FILE: one a line, or .jsonl with a field "prompt" in each line. Up to --batch_size are
-decoded at a time; where one ends, the next begins. The answers are JSON lines in the order of the file. The other
+decoded at a time; where some end, the next begin. The answers are JSON lines in the order of the file. The other
 fields of a prompt's line come back as "fields".
 
 --merge=True writes the model with every structured linear merged to one dense matrix, and stops.

@@ -22,7 +22,7 @@ ON = (importlib.util.find_spec("triton") is not None
 if ON:
     try:
         from ops import chain, megakernel
-        from ops.decode import can_layer, can_sample, can_step, layer, sample, step
+        from ops.decode import can_layer, can_sample, can_step, can_store, layer, sample, step, store
         from ops.ffn import can_ffn, fused_ffn
         from ops.pointwise import (AdamWTables, adamw, add_norm, can_adamw, can_add_norm, can_rotate, can_token_loss,
                                    split_rotated, token_loss)

@@ -2,8 +2,8 @@
 
 `linear` is x W^T for at most MAX_TOKENS tokens with everything around it: the norm before, bias, activation and
 residual after. Blocks and shuffles of structured factors are addresses. `attention` rotates the new q and k of
-every row by its position, stores k and v in the cache and attends to the row's own tokens, no more. `step` is
-model.GPT.step made of them.
+every row by its position, stores k and v in the cache and attends to the row's own tokens, no more. `store` stores
+those of prompts. `step` is model.GPT.step for one token a row, made of the others.
 """
 import math
 
@@ -208,6 +208,44 @@ def attention(qkv, model, k_cache, v_cache, position):
         k_cache.stride(1), D**-0.5, HEADS=heads, KV=kv, D=D, ROPE=model.cfg.pos == "rope", G=G, BL=64 if half else 32,
         PDL=PDL, num_warps=4, num_stages=3 if half else 2, **({"launch_pdl": True} if PDL else {}))
     return y
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Keys and values of prompts into the cache
+
+@triton.jit
+def _store(k, v, k_cache, v_cache, index, T, k_row, k_token, k_head, v_row, v_token, v_head, index_step, row, head,
+           KV: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr):
+    """One token t of prompt b: all heads of k and v to place t of row index[b]."""
+    token = tl.program_id(0).to(tl.int64)
+    b, t = token // T, token % T
+    h, d = tl.arange(0, HEADS)[:, None], tl.arange(0, SIZE)[None, :]
+    ok = (h < KV) & (d < D)
+    to = tl.load(index + b * index_step) * row + h * head + t * D + d                   # (HEADS, SIZE)
+    tl.store(k_cache + to, tl.load(k + b * k_row + t * k_token + h * k_head + d, mask=ok), mask=ok)
+    tl.store(v_cache + to, tl.load(v + b * v_row + t * v_token + h * v_head + d, mask=ok), mask=ok)
+
+
+def can_store(k) -> bool:
+    """Whether `store` takes keys k and their values."""
+    return (k.is_cuda or INTERPRET) and works("storing prompts", _try_store)
+
+
+def _try_store():
+    k, cache = torch.zeros(1, 2, 1, 32, **TRIAL), torch.zeros(1, 1, 2, 32, **TRIAL)
+    store(k, k, cache, cache.clone(), torch.zeros(1, dtype=torch.long, device=TRIAL["device"]))
+
+
+def store(k, v, k_cache, v_cache, index):
+    """k, v (B, T, n_kv_head, head_size) into the first T places of rows index (B,) of the caches: index_copy_ of both,
+    in one launch.
+
+    Caches (rows, n_kv_head, length, head_size) are contiguous, and so is each head of k and v.
+    """
+    B, T, KV, D = k.shape
+    _store[(B * T,)](k, v, k_cache, v_cache, index, T, *k.stride()[:3], *v.stride()[:3], index.stride(0),
+                     *k_cache.stride()[:2], KV=KV, D=D, HEADS=triton.next_power_of_2(KV),
+                     SIZE=triton.next_power_of_2(D), num_warps=4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

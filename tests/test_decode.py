@@ -167,7 +167,7 @@ def test_every_step_reads_all_keys_beyond_one_unit_of_places(length):
         chosen(new)
 
     decoder.sample = sample_and_note
-    rows = [Row(p) for p in prompts_of([60, 1, 95])]
+    rows = [Row(p) for p in prompts_of([95, 60, 1])]  # in the order of their places
     for _ in decoder.run(rows):
         pass
     assert len(logits) == 100 and len(seen) > 1
@@ -293,28 +293,79 @@ def test_the_decoder_asks_whether_the_fused_sampler_knows_its_filters(monkeypatc
 # Prompts
 
 @pytest.mark.parametrize("name", ["dense", "absolute, grouped", "recipe"])
-def test_a_graph_of_a_padded_length_serves_every_row(name, fake_graphs):
-    """Lengths at both sides of a width's end; the first prompt of a width runs without a graph."""
+@torch.no_grad()
+def test_a_graph_of_padded_prompts_serves_every_place(name, fake_graphs):
+    """Lengths at both sides of a width's end; the first prompts of a shape run without a graph."""
     model = prepare_model(make(block_size=140, **WITH_EXTRAS[name]), "structured", torch.float32)
-    prompts = prompts_of([33, 34, 2, 30, 97, 65, 66, 64, 1, 98, 129, 31, 8])
-    decoder, rows = serve(model, prompts, settings(max_new_tokens=4), 3, 140, graphs=True)
-    assert [row.new for row in rows] == [plain_greedy(model, p, 4) for p in prompts]
-    assert {width: bool(graph) for width, graph in decoder.prefills.items()} == {
-        32: True, 64: True, 96: True, 128: True}
-    assert len(fake_graphs) == 4 + len(decoder.recorded)  # each once, in whatever row it was needed first
+    decoder = Decoder(model, settings(), 6, 140, graphs=True)
+    for places, lengths in (((0, 1, 2), (33, 30, 2)), ((5, 3, 4), (9, 33, 20)), ((1, 5, 0), (12, 25, 33)),
+                            ((2, 0), (34, 65)), ((3, 4), (64, 6)), ((4,), (33,)), ((2,), (2,)), ((5,), (31,))):
+        prompts = prompts_of(lengths, seed=places[0])
+        decoder.prefill({i: Row(p) for i, p in zip(places, prompts)})
+        decoder.count.zero_()
+        decoder.advance(max(lengths))
+        assert [decoder.token[i].tolist() for i in places] == [plain_greedy(model, p, 1) for p in prompts]
+    assert {shape: bool(graph) for shape, graph in decoder.prefills.items()} == {
+        (3, 32): True, (2, 64): True, (1, 32): True}
+    assert len(fake_graphs) == 3 + len(decoder.recorded)  # each once
     assert [pool for _, pool in fake_graphs] == [None] + ["pool"] * (len(fake_graphs) - 1)
 
 
-def test_prompts_beyond_the_widths_and_many_at_a_time_need_no_graph(fake_graphs, monkeypatch):
+@KERNELS
+@pytest.mark.parametrize("kv, size", [(1, 32), (3, 24), (4, 128)])
+@torch.no_grad()
+def test_prompts_are_stored_in_their_rows_and_nowhere_else(kv, size):
+    """v is a part of a larger tensor, as without rotary positions, and the index a column, as in the decoder."""
+    kernels, device = pytest.importorskip("ops.decode"), "cuda" if torch.cuda.is_available() else "cpu"
+    heads = torch.randn(3, 7, 2 * kv, size, device=device)
+    index = torch.tensor([[4, 9], [0, 9], [2, 9]], device=device)[:, 0]
+    caches = [torch.zeros(5, kv, 16, size, device=device) for _ in range(2)]
+    assert kernels.can_store(heads)
+    kernels.store(heads[:, :, :kv].contiguous(), heads[:, :, kv:], *caches, index)
+    for cache, first in zip(caches, (0, kv)):
+        expected = torch.zeros_like(cache)
+        for b, row in enumerate((4, 0, 2)):
+            for t in range(7):
+                expected[row, :, t] = heads[b, t, first:first + kv]
+        assert torch.equal(cache, expected)
+
+
+@KERNELS
+@pytest.mark.parametrize("name", ["dense", "recipe"])
+@torch.no_grad()
+def test_prompts_in_half_precision_take_the_kernels_of_training(name, monkeypatch):
+    """A kernel rotates q and k of a layer, one stores. Keys and values are near those of float32, and no other row is
+    written."""
+    ops, device = pytest.importorskip("ops"), "cuda" if torch.cuda.is_available() else "cpu"
+    exact = make(device, **{**WITH_EXTRAS[name], "n_layer": 2})
+    model, calls = prepare_model(copy.deepcopy(exact), "structured", torch.float16), []
+    for kernel in ("split_rotated", "store"):
+        monkeypatch.setattr(ops, kernel, lambda *given, name=kernel, call=getattr(ops, kernel):
+                            (calls.append(name), call(*given))[1])
+    tokens, index = torch.randint(257, (2, 30), device=device), torch.tensor([3, 1], device=device)
+    fresh, old = (Cache(model.cfg, 5, 64, device, dtype) for dtype in (torch.float16, torch.float32))
+    model.store(tokens, fresh.rows(index))
+    assert calls == ["split_rotated", "store"] * 2
+    exact.store(tokens, old.rows(index))
+    for a, b in zip(sum(fresh.layers, ()), sum(old.layers, ())):
+        assert (a.float() - b).norm() < 1e-2 * b.norm() and b[index, :, :30].all() and not a[[0, 2, 4]].any()
+
+
+def test_the_shapes_of_prefills(fake_graphs, monkeypatch):
+    """Graphs take FEW prompts and GRAPHED tokens; longer prompts and many at a time are padded to the longest only."""
     monkeypatch.setattr(decode, "BUCKETS", (8, 16))
+    monkeypatch.setattr(decode, "GRAPHED", 64)
+    monkeypatch.setattr(decode, "PREFILL", 90)
     model = prepare_model(make(ffn="lowrank", rank=16), "structured", torch.float32)
     shapes, store = [], model.store
     monkeypatch.setattr(model, "store", lambda tokens, cache: (shapes.append((*tokens.shape,)), store(tokens, cache)))
     monkeypatch.setattr(model, "step", None)
-    for batch, lengths, expected in ((2, [18, 17], [(1, 16), (1, 17)]), (6, [3, 2, 9, 1, 4, 6], [(5, 8)]),
-                                     (1, [2], [(1, 8)])):
+    for lengths, expected in (([18, 17], [(2, 17)]), ([3, 2, 9, 1, 4, 6], [(5, 8)]), ([2], [(1, 8)]), ([1], []),
+                              ([4] * 6 + [9] * 5, [(8, 8), (3, 8)]), ([17, 4, 5, 15, 16, 3], [(4, 16), (2, 8)]),
+                              ([18, 3], [(2, 17)]), ([60, 3], [(1, 59), (1, 8)]), ([7] * 17, [(15, 6), (2, 8)]),
+                              ([2] * 17, [(17, 2)])):
         shapes.clear()
-        decoder = Decoder(model, settings(), batch, 64, graphs=True)
+        decoder = Decoder(model, settings(), len(lengths), 64, graphs=True)
         decoder.prefill({i: Row(p) for i, p in enumerate(prompts_of(lengths))})
         assert shapes == expected and not fake_graphs
         assert decoder.cache.position.tolist() == [n - 1 for n in lengths]
@@ -341,6 +392,56 @@ def test_rows_that_end_are_replaced_and_no_text_changes(how, graphs, batch, chun
     assert all(0 < row.seconds < 60 for row in rows)
     if graphs:
         assert len(fake_graphs) == len(decoder.recorded) + sum(map(bool, decoder.prefills.values()))
+
+
+@pytest.mark.parametrize("batch, few", [(8, 1), (16, 2), (24, 3), (40, 4)])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_prompts_begin_a_few_at_a_time(batch, few, graphs, fake_graphs, monkeypatch):
+    """Texts of different lengths leave their places one by one. None changes, whatever group its prompt is in."""
+    model = prepare_model(make(n_layer=1, ffn="lowrank", rank=16), "structured", torch.float32)
+    s, ends = settings(max_new_tokens=40, temperature=1.5), dict(eos=3, n_tokens=24)
+    prompts = prompts_of(torch.randint(1, 50, (3 * batch - 1,), generator=torch.Generator().manual_seed(5)).tolist())
+    alone = [serve(model, [p], s, 1, graphs=False, **ends)[1][0].new for p in prompts]
+    began, prefill = [], Decoder.prefill
+
+    def note(decoder, changes):
+        new = sorted((len(row.prompt) for row in changes.values() if row), reverse=True)
+        began.extend([new] if new else [])
+        prefill(decoder, changes)
+
+    monkeypatch.setattr(Decoder, "prefill", note)
+    decoder, rows = serve(model, prompts, s, batch, chunk=1, graphs=graphs, **ends)
+    assert [row.new for row in rows] == alone
+    assert sum(map(len, began)) == len(prompts) and len(began[0]) == batch and len(began) > 3
+    assert min(map(len, began[1:-1])) == few
+    assert sum(began, []) == sorted(map(len, prompts), reverse=True)  # all are in one window
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_last_prompts_wait_for_no_other(graphs, fake_graphs):
+    """16 places, whose texts end one after the other, by context: an 18th prompt may wait for a 17th, but it for none.
+    These ends are known before their tokens are read.
+    """
+    model = prepare_model(make(n_layer=1), "structured", torch.float32)
+    for n, expected in ((17, [(0, 16), (1, 1)]), (18, [(0, 16), (3, 2)]), (19, [(0, 16), (3, 2), (5, 1)])):
+        decoder, steps, began = Decoder(model, settings(max_new_tokens=40), 16, 64, graphs=graphs), [], []
+        launch, prefill = decoder.launch, decoder.prefill
+        decoder.launch = lambda places, more: (steps.append(more), launch(places, more))[1]
+        decoder.prefill = lambda changes: (began.append((sum(steps), sum(map(bool, changes.values())))),
+                                           prefill(changes))
+        for _ in decoder.run([Row(p) for p in prompts_of(range(63, 63 - 2 * n, -2))], chunk=1):
+            pass
+        assert [(at, new) for at, new in began if new] == expected
+
+
+def test_the_longest_of_a_window_begin_first():
+    model = prepare_model(make(n_layer=1), "structured", torch.float32)
+    decoder, began = Decoder(model, settings(max_new_tokens=2), 2, 64), []
+    decoder.append = lambda row, *given, call=decoder.append: (began.append(row), call(row, *given))[1]
+    rows = [Row(p) for p in prompts_of([3, 5, 9, 5, 1, 2, 7, 5, 40, 50, 60])]
+    for _ in decoder.run(rows):
+        pass
+    assert list(dict.fromkeys(map(rows.index, began))) == [2, 6, 1, 3, 7, 0, 5, 4, 10, 9, 8]
 
 
 def test_ends_by_length_are_known_before_the_tokens_are_read(fake_graphs):
@@ -375,8 +476,7 @@ def test_an_empty_place_costs_no_attention():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("batch, fused", [(1, True), (2, True), (4, True), (7, True), (7, False)])
 @pytest.mark.parametrize("how", ENDS)
-def test_on_a_card_graphs_of_prompts_and_steps_serve_every_row(how, batch, fused, monkeypatch):
-    monkeypatch.setattr(decode, "FEW", 8)
+def test_on_a_card_graphs_of_prompts_and_steps_serve_every_row(how, batch, fused):
     shape = dict(ffn="lowrank", rank=16) if fused else WITH_EXTRAS["recipe"]
     model = prepare_model(make("cuda", block_size=200, **shape), "structured", torch.float32)
     given, ends = ENDS[how]
@@ -385,9 +485,14 @@ def test_on_a_card_graphs_of_prompts_and_steps_serve_every_row(how, batch, fused
     decoder, rows = serve(model, prompts, s, batch, 200, graphs=True, **ends)
     assert [(row.new, row.finish) for row in rows] == [(row.new, row.finish) for row in alone]
     assert len({row.finish for row in rows}) > 1 or how == "greedy"
-    kinds = [graph for graph in (*decoder.prefills.values(), *decoder.recorded.values()) if graph]
-    assert kinds and all(isinstance(graph, torch.cuda.CUDAGraph) for graph in kinds)
-    assert {width for width, graph in decoder.prefills.items() if graph} >= {32, 64, 128}
+    for _ in range(2):  # a shape that came once is recorded now, and then replayed
+        again = [Row(p, row_key(s.seed, p)) for p in prompts]
+        for _ in decoder.run(again):
+            pass
+        assert [(row.new, row.finish) for row in again] == [(row.new, row.finish) for row in alone]
+    prefills = {shape: graph for shape, graph in decoder.prefills.items() if graph}
+    assert any(n > 1 for n, _ in prefills) == (batch > 1)
+    assert all(isinstance(graph, torch.cuda.CUDAGraph) for graph in (*prefills.values(), *decoder.recorded.values()))
     assert decoder.exact_length is fused and (type(decoder.forward).__name__ == "Step") == (batch <= 4)
 
 
@@ -545,6 +650,9 @@ def test_bench_decode_with_rows_refilled(cli, tmp_path):
     (tokens, prompts), = {(r["new_tokens"], r["prompt_tokens"]) for r in rows}  # whatever the batch
     assert 40 * 15 < tokens < 40 * 19 and 40 * 22 < prompts < 40 * 38
     assert all(r["of_steady"] == pytest.approx(r["tokens_per_s"] / r["steady"], rel=0.1) for r in rows)
+    assert all(r["cold"] > 0 and r["static"] > 0 and r["cached"] == rows[0]["cached"] for r in rows)
+    # a text of n tokens holds its prompt and n / 2 at the mean step, and longer texts have more steps
+    assert prompts / 40 + tokens / 80 - 2 < rows[0]["cached"] < prompts / 40 + 10 + 2
     assert cli("bench.py", "decode", *SMALL, "--refill=-1")[0] == 2
 
 

@@ -173,3 +173,18 @@ def test_decoding_goes_on_without_a_kernel_that_fails(op, kernel, monkeypatch, l
         assert (ops.fused_step(model, cache) is None) is (kernel != "_sample")
         assert ops.can_sample(token, s) is (kernel != "_sample")
     assert lines() == [f"{op}: {FAILS}"]
+
+
+@KERNELS
+@torch.no_grad()
+def test_prompts_are_stored_without_a_kernel_that_fails(monkeypatch, lines):
+    model, tokens = small(), torch.arange(12, device=DEVICE).view(2, 6)
+    expected, cache = (Cache(model.cfg, 3, 64, DEVICE, torch.float32) for _ in range(2))
+    index = torch.tensor([2, 0], device=DEVICE)
+    model.store(tokens, expected.rows(index))
+    monkeypatch.setattr("ops.decode._store", Broken())
+    monkeypatch.setattr(fallback, "_tried", {})
+    for _ in range(2):
+        model.store(tokens, cache.rows(index))
+    assert all(torch.equal(a, b) for a, b in zip(sum(cache.layers, ()), sum(expected.layers, ())))
+    assert lines() == [f"storing prompts: {FAILS}"]
