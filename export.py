@@ -91,7 +91,7 @@ import torch
 from checkpoint import save_beside
 from config import Config, short
 from device import pick_device
-from merge import exact_matmuls, replace_structured
+from merge import exact_matmuls, merge_attention, replace_structured
 from model import build, load, rms_norm
 from project import project_ffns
 from run import perplexity, read_json, writing
@@ -189,8 +189,8 @@ LIMITS = (
 
 
 # The switches of Config, down to dropout, that the architectures above express or LIMITS refuses.
-KNOWN = {"n_layer", "n_embd", "n_head", "n_kv_head", "attn_dim", "ffn_dim", "block_size", "vocab_size", "norm", "act",
-         "pos", "bias", "tie_embeddings", "rope_theta", "norm_eps", "qk_norm", "embed_norm", "init"}
+KNOWN = {"n_layer", "n_embd", "n_head", "n_kv_head", "attn_dim", "qk_rank", "ffn_dim", "block_size", "vocab_size",
+         "norm", "act", "pos", "bias", "tie_embeddings", "rope_theta", "norm_eps", "qk_norm", "embed_norm", "init"}
 
 
 def unknown_switches(cfg) -> dict:
@@ -431,6 +431,8 @@ def model_card(title, cfg, saved, name, params, factors) -> str:
     kept = "kept as factors" if factors else "merged to dense matrices for this folder"
     structure = f"{cfg.ffn} {shape}, dense in the first {cfg.n_dense_layers} layers; {kept}"
     facts = {"FFN": "dense" if cfg.ffn == "dense" else structure}
+    if cfg.qk_rank:
+        facts["queries and keys"] = f"factors of rank {cfg.qk_rank}, merged to dense matrices for this folder"
     if saved["step"]:
         plan = summary(cfg)
         guide = f"{cfg.guide}, {plan['guided_steps']} of {plan['steps']} steps"
@@ -465,9 +467,8 @@ def write_hf(folder, model, cfg, saved, s):
     name = choose_home(cfg, s.target, kind_of(tokenizer.identity))
     files = tokenizer_files(tokenizer, cfg.block_size, s.target)
     factors = s.factors and cfg.ffn != "dense"
-    if not factors:
-        with exact_matmuls():
-            replace_structured(model)
+    with exact_matmuls():
+        merge_attention(model) if factors else replace_structured(model)
     wide = widened(cfg, name, s.target)
     tensors = to_hf(widen_heads(model.state_dict(), cfg, wide), wide, name)
     params = sum(t.numel() for t in tensors.values())

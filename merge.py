@@ -20,7 +20,7 @@ from config import UserError
 from device import record_graph
 from model import Cache, ops
 from run import atomic_write, read_json
-from structured import Dense, FactorsOrMerged, Structured
+from structured import Dense, FactoredQKV, FactorsOrMerged, Structured
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -35,8 +35,16 @@ def merge(linear) -> Dense:
     return dense
 
 
+def merge_attention(model):
+    """One dense matrix for queries, keys and values, which is what all kernels of decoding read."""
+    for block in model.blocks:
+        if isinstance(block.attn.qkv, FactoredQKV):
+            block.attn.qkv = merge(block.attn.qkv)
+
+
 def replace_structured(model, replacement=merge):
-    """Replaces every structured linear by replacement(linear)."""
+    """Replaces every structured linear of the FFNs by replacement(linear); attention's are merged."""
+    merge_attention(model)
     for block in model.blocks:
         for name, linear in list(block.ffn.named_children()):
             if isinstance(linear, Structured):
@@ -61,6 +69,7 @@ def cast_and_merge(model, decode, dtype) -> list:
     for block in model.blocks:
         block.ffn.kernels = False  # the fused FFN of training: for many tokens, and for factors alone
     with exact_matmuls():  # merged before the cast: the product is rounded once
+        merge_attention(model)
         if decode == "merged":
             replace_structured(model)
         elif decode == "auto":

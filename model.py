@@ -20,7 +20,7 @@ import config
 from config import Config, UserError
 from device import ShapesOnly, on_meta
 from checkpoint import read_model
-from structured import Dense, Structured, linear
+from structured import Dense, FactoredQKV, Structured, linear
 
 # Fused kernels: without the folder all of the model is plain torch.
 ops = importlib.import_module("ops") if importlib.util.find_spec("ops") else SimpleNamespace(ON=False)
@@ -80,7 +80,9 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_size = cfg.n_head, cfg.n_kv_head, cfg.attn_dim // cfg.n_head
         self.rope, self.qk_norm = cfg.pos == "rope", cfg.qk_norm
-        self.qkv = Dense(cfg.n_embd, (cfg.n_head + 2 * cfg.n_kv_head) * self.head_size, bias=cfg.bias)
+        q, kv = cfg.attn_dim, cfg.n_kv_head * self.head_size
+        self.qkv = (FactoredQKV(cfg.n_embd, q, kv, cfg.qk_rank, cfg.bias) if cfg.qk_rank else
+                    Dense(cfg.n_embd, q + 2 * kv, cfg.bias))
         self.proj = Dense(cfg.attn_dim, cfg.n_embd, bias=cfg.bias)
         if has_values(cfg, layer):
             self.values = nn.Embedding(cfg.vocab_size, cfg.n_kv_head * self.head_size)
@@ -412,7 +414,7 @@ class GPT(nn.Module):
         """
         zero = self.cfg.init == "zero"
         std = self.cfg.n_embd ** -0.5 if zero else std
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=std)
             if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
@@ -420,7 +422,7 @@ class GPT(nn.Module):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
             if isinstance(module, Structured):
-                module.reset_parameters(0.4 * std if zero else std)
+                module.reset_parameters(0.4 * std if zero and ".ffn." in name else std)
         if self.smear is not None:
             nn.init.zeros_(self.smear.scale)
         for layer, block in enumerate(self.blocks if self.cfg.embed_skip else ()):
@@ -551,8 +553,8 @@ class GPT(nn.Module):
             self.teacher.model.compile_parts()
 
     def structured_linears(self):
-        """[(layer, linear)] of all structured linears."""
-        return [(i, m) for i, block in enumerate(self.blocks) for m in block.modules() if isinstance(m, Structured)]
+        """[(layer, linear)] of the FFNs' structured linears: those that a guide can have."""
+        return [(i, m) for i, block in enumerate(self.blocks) for m in block.ffn.modules() if isinstance(m, Structured)]
 
 
 class Teacher:
@@ -643,8 +645,9 @@ def ffn_params(cfg, ffn=None):
 
 def flops_per_token(cfg, ffn=None):
     """FLOPs of the forward per token at block_size; times 3 for a training step."""
-    head_size = cfg.attn_dim // cfg.n_head
-    attention = cfg.n_embd * (2 * cfg.attn_dim + 2 * cfg.n_kv_head * head_size)  # qkv and proj
+    kv, kind = cfg.n_kv_head * cfg.attn_dim // cfg.n_head, "lowrank" if cfg.qk_rank else "dense"
+    queries_keys = sum(linear_params(kind, cfg.n_embd, m, cfg.qk_rank, 0) for m in (cfg.attn_dim, kv))
+    attention = queries_keys + cfg.n_embd * (kv + cfg.attn_dim)                  # with values and output
     products = 2 * cfg.block_size * cfg.attn_dim                                 # scores and values
     gates = GATED * (sum(has_values(cfg, layer) for layer in range(cfg.n_layer)) * cfg.n_kv_head + cfg.smear)
     return 2 * (cfg.n_layer * (attention + products) + gates + ffn_params(cfg, ffn) + cfg.vocab_size * cfg.n_embd)

@@ -270,7 +270,8 @@ class Muon(MixedAdamW):
 
     def __init__(self, model, cfg, mixed, compile=False):
         heads = cfg.n_head, cfg.n_kv_head, cfg.n_kv_head
-        self.rows = {block.attn.qkv.weight: [n * block.attn.head_size for n in heads] for block in model.blocks}
+        self.rows = {block.attn.qkv.weight: [n * block.attn.head_size for n in heads] for block in model.blocks
+                     if not cfg.qk_rank}
         self.dtype = torch.bfloat16 if mixed else torch.float32
         self.nesterov, self.descend = (torch.compile(f, dynamic=False) if compile else f for f in (nesterov, descend))
         self.momentum, self.decay, self.rates = 0.95, cfg.weight_decay, None  # train moves the first two

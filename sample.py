@@ -238,7 +238,7 @@ def write_json(decoder, prompts, rows, tokenizer, s):
 @torch.no_grad()
 def write_merged(path, model, cfg, saved, prompt):
     """Writes <run folder>-merged/model.pt, or <name>-merged.pt: the model with every structured linear merged."""
-    if cfg.ffn == "dense":
+    if cfg.ffn == "dense" and not cfg.qk_rank:
         raise UserError(f"{path} is dense already: there is nothing to merge.")
     folder = os.path.normpath(path) + "-merged"
     target = os.path.join(folder, "model.pt") if os.path.isdir(path) else path.removesuffix(".pt") + "-merged.pt"
@@ -253,7 +253,7 @@ def write_merged(path, model, cfg, saved, prompt):
         before = model(tokens)
         replace_structured(model)
         after = model(tokens)
-    cfg.ffn, cfg.rank, cfg.nblocks, cfg.guide = "dense", 0, 0, "off"
+    cfg.ffn, cfg.rank, cfg.nblocks, cfg.qk_rank, cfg.guide = "dense", 0, 0, 0, "off"
     save_beside({**saved, "config": config.to_dict(cfg), "model": model.state_dict()}, target)
     print(f"{target}: dense, {short(sum(p.numel() for p in model.parameters()))} parameters; largest logit difference "
           f"{(before - after).abs().max():.1e} over {tokens.size(1)} tokens (logits up to {before.abs().max():.1f})")

@@ -227,6 +227,31 @@ class BlockDense(Structured):
         return (columns @ self.V).transpose(0, 1).reshape(-1, B * p)
 
 
+class FactoredQKV(nn.Module):
+    """Queries U_q V_q x and keys U_k V_k x of one rank, and dense values: x (..., N) -> (..., q + 2 kv), side by side.
+
+    Of queries and keys a head uses products alone, x^T W_q^T W_k x', whose rank is at most the head's size. What
+    attention adds to the residual stream are values. There is no guide.
+    """
+
+    def __init__(self, in_features, q, kv, rank, bias=True):
+        super().__init__()
+        self.in_features, self.out_features = in_features, q + 2 * kv
+        self.q, self.k = LowRank(in_features, q, rank, bias), LowRank(in_features, kv, rank, bias)
+        self.v = Dense(in_features, kv, bias)
+
+    def forward(self, x):
+        return torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
+
+    def dense_weight(self):
+        return torch.cat([part.dense_weight() for part in (self.q, self.k, self.v)])
+
+    @property
+    def bias(self):
+        parts = self.q.bias, self.k.bias, self.v.bias
+        return None if parts[0] is None else nn.Parameter(torch.cat(parts), requires_grad=False)
+
+
 def linear(ffn, in_features, out_features, rank=0, nblocks=0, bias=True):
     """A linear of Config's kind `ffn`."""
     if ffn == "lowrank":

@@ -310,7 +310,8 @@ def start_card(cfg, plan, ranks, data, sizes) -> str:
            "blockdense": f"blockdense rank {cfg.rank}, {cfg.nblocks} blocks"}[cfg.ffn]
     replayed = f" + {plan.steps - plan.unique} steps replayed" if plan.steps > plan.unique else ""
     lines = [f"model    {cfg.n_layer} layers x {cfg.n_embd}, FFN {cfg.ffn_dim} {ffn}; "
-             f"{short(facts['params'])} parameters, {short(facts['params_ffn'])} in FFNs"]
+             f"{short(facts['params'])} parameters, {short(facts['params_ffn'])} in FFNs"
+             f"{f'; queries and keys of rank {cfg.qk_rank}' if cfg.qk_rank else ''}"]
     if plan.guided:
         lines += [f"guide    {cfg.guide}, the first {plan.guided} steps of {plan.steps}, {cfg.guide_schedule}"
                   f"{', skip' if cfg.guide_skip else ''}; +{short(facts['params_guide'])} parameters until then"]

@@ -57,6 +57,7 @@ class Config:
     n_head: int = 12                     # query heads
     n_kv_head: int = 0                   # key/value heads, shared by groups of query heads; 0: n_head
     attn_dim: int = 0                    # n_head x head size; 0: n_embd
+    qk_rank: int = 0                     # queries and keys each through two factors of this rank; 0: dense
     ffn_dim: int = 0                     # hidden width of the FFN; 0: 4 x n_embd
     block_size: int = 1024               # context length, tokens
     vocab_size: int = 0                  # tokens; 0: the data's, larger is padding
@@ -432,7 +433,7 @@ def to_dict(cfg) -> dict:
 
 # A config may come from a file. What is far beyond any model is refused before it is built, which takes time and memory
 MOST = {"n_layer": 1000, **dict.fromkeys(("n_embd", "n_head", "n_kv_head", "attn_dim", "ffn_dim", "block_size",
-                                          "vocab_size", "rank", "nblocks", "batch_size", "micro_batch_size"), 1 << 24)}
+                                          "vocab_size", "rank", "qk_rank", "nblocks", "batch_size", "micro_batch_size"), 1 << 24)}
 
 
 def check(cfg):
@@ -442,7 +443,7 @@ def check(cfg):
         _require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)} must be at least 1.")
     for name, most in MOST.items():
         _require(getattr(cfg, name) <= most, f"{name}={getattr(cfg, name)} must be at most {most}.")
-    for name in ("n_kv_head", "attn_dim", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval", "save_interval",
+    for name in ("n_kv_head", "attn_dim", "qk_rank", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval", "save_interval",
                  "grad_clip", "seed", "warmup_steps", "qk_norm", "logit_softcap", "calibrate_tokens", "teacher_flops"):
         _require(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)} must not be negative.")
     for name, top in (("dropout", "below 1"), ("min_lr_ratio", "1"), ("warmup_ratio", "1"), ("decay_ratio", "1"),
@@ -467,6 +468,9 @@ def check(cfg):
     head_size = cfg.attn_dim // cfg.n_head
     _require(cfg.pos != "rope" or head_size % 2 == 0,
              f"the head size attn_dim / n_head = {head_size} is odd: rotary positions need an even one.")
+    smallest = min(cfg.n_embd, cfg.n_kv_head * head_size)
+    _require(cfg.qk_rank <= smallest, f"qk_rank={cfg.qk_rank} exceeds {smallest}, the smaller side of the keys' matrix: "
+                                      "choose a smaller rank.")
     _require(cfg.batch_size % cfg.micro_batch_size == 0,
              f"batch_size={cfg.batch_size} is not a multiple of micro_batch_size={cfg.micro_batch_size} sequences.")
     _check_ffn(cfg)

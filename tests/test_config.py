@@ -157,6 +157,8 @@ MISTAKES = {
     "pair": (["--betas=0.9"], "betas=0.9", "2 numbers"),
     "rank 0": (["--ffn=lowrank"], "rank=0", "at least 1"),
     "rank too large": (["--ffn=lowrank", "--rank=769"], "rank=769", "768"),
+    "rank of the keys": (["--n_kv_head=6", "--qk_rank=385"], "qk_rank=385", "384"),
+    "rank of the keys below 0": (["--qk_rank=-1"], "qk_rank=-1", "negative"),
     "rank of blockdense": (["--ffn=blockdense", "--nblocks=2"], "rank=0", "at least 1"),
     "no blocks": (["--ffn=blockshuffle"], "nblocks=0", "at least one"),
     "heads": (["--n_head=7"], "n_head=7", "768"),

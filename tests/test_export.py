@@ -33,6 +33,8 @@ ROWS = {
     "llama": [LLAMA, SWIGLU, NO_BIAS, UNTIED, "--n_kv_head=2", "--ffn_dim=40", *LOWRANK],
     "llama, bias, wide attention": [LLAMA, SWIGLU, "--attn_dim=48", "--rope_theta=500", "--norm_eps=1e-3", *SHUFFLE],
     "qwen3": [LLAMA, SWIGLU, NO_BIAS, UNTIED, "--n_kv_head=2", "--qk_norm=1.2", "--rope_theta=500", *LOWRANK],
+    "qwen3, queries and keys of low rank": [LLAMA, SWIGLU, NO_BIAS, UNTIED, "--n_kv_head=2", "--qk_norm=1.2",
+                                            "--qk_rank=8", *LOWRANK],
     "qwen3, tied": [LLAMA, SWIGLU, NO_BIAS, "--qk_norm=0.7", "--attn_dim=48", *SHUFFLE],
     "mistral": [LLAMA, SWIGLU, NO_BIAS, "--n_embd=34", "--attn_dim=32", *LOWRANK],
     "starcoder2": ["--n_kv_head=2", *LOWRANK],
@@ -121,12 +123,13 @@ def test_the_architecture_computes_the_same_and_comes_back_equal(name, transform
     if (cfg.n_head, cfg.n_kv_head) == (ours.cfg.n_head, ours.cfg.n_kv_head):
         assert back.state_dict().keys() == ours.state_dict().keys()
         assert all(torch.equal(t, ours.state_dict()[key]) for key, t in back.state_dict().items())
-        assert [n for n in SWITCHES if getattr(cfg, n) != getattr(ours.cfg, n)] == []
+        assert [n for n in SWITCHES if getattr(cfg, n) != getattr(ours.cfg, n)] == ["qk_rank"] * (ours.cfg.qk_rank > 0)
     assert_same(back, model)
 
 
 @pytest.mark.parametrize("name, structure", [
     ("llama", "lowrank"), ("llama", "blockshuffle"), ("qwen3", "blockdense"), ("mistral", "lowrank"),
+    ("qwen3, queries and keys of low rank", "lowrank"),
     ("gpt2", "lowrank"), ("starcoder2, no bias, wide attention", "blockshuffle"), ("arcee", "blockdense"),
     ("stablelm", "blockdense"), ("gpt2, groups", "blockshuffle"), ("gpt_bigcode", "lowrank")])
 def test_the_factors_stay_behind_a_modeling_file(name, structure, transformers, cli, tmp_path, monkeypatch):

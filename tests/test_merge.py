@@ -36,6 +36,20 @@ def test_merged_weights_are_rounded_once(name):
             assert (linear.bias is None and dense.bias is None) or torch.equal(dense.bias, linear.bias.bfloat16())
 
 
+@pytest.mark.parametrize("decode", ["structured", "merged", "auto"])
+def test_queries_and_keys_are_merged_in_every_form(decode):
+    """Whatever the FFNs are: the kernels of decoding read one matrix. It is rounded once."""
+    model = make(ffn="lowrank", rank=16, qk_rank=8)
+    qkv = copy.deepcopy(model.blocks[1].attn.qkv)
+    merge.cast_and_merge(model, decode, torch.bfloat16)
+    dense = model.blocks[1].attn.qkv
+    exact = [torch.from_numpy(dense_oracle("lowrank", part.V.detach().double(), part.U.detach().double()))
+             for part in (qkv.q, qkv.k)]
+    assert isinstance(dense, Dense)
+    assert (dense.weight == torch.cat((*exact, qkv.v.weight)).bfloat16()).double().mean() > 0.995
+    assert torch.equal(dense.bias, torch.cat((qkv.q.bias, qkv.k.bias, qkv.v.bias)).bfloat16())
+
+
 def test_auto_holds_the_factors_and_their_exact_product():
     model = make(**KINDS["blockdense"])
     original = copy.deepcopy(model)

@@ -415,6 +415,41 @@ def test_flops_equal_torchs_count(path, ffn):
     assert counter.get_total_flops() == 2 * cfg.block_size * flops_per_token(cfg)
 
 
+@pytest.mark.parametrize("flags", [[], ["--norm=rmsnorm", "--bias=False", "--qk_norm=1.2", "--n_kv_head=2"],
+                                   [*STRUCTURES["lowrank"], "--guide=fixedstep"]], ids=str)
+def test_queries_and_keys_of_low_rank(flags):
+    """The model is one whose qkv has the factors' product, formed entry by entry; FLOPs by torch's counter."""
+    cfg = tiny(*flags, "--qk_rank=6")
+    gpt = build(cfg, CPU, seed=1).double()
+    dense = build(dataclasses.replace(cfg, qk_rank=0), CPU, seed=1).double()
+    weights = gpt.state_dict()
+    for i in range(cfg.n_layer):
+        name = f"blocks.{i}.attn.qkv."
+        parts = {"v": weights.pop(name + "v.weight")}
+        for part in "qk":
+            V, U = (weights.pop(f"{name}{part}.{factor}") for factor in "VU")
+            assert V.shape == (6, cfg.n_embd) and 0.5 < V.norm() / U.norm() < 2
+            parts[part] = torch.from_numpy(dense_oracle("lowrank", V, U))
+        weights[name + "weight"] = torch.cat([parts[part] for part in "qkv"])
+        if cfg.bias:  # normal_ changes those of gpt
+            weights[name + "bias"] = torch.cat([weights.pop(f"{name}{part}.bias").normal_() for part in "qkv"])
+    dense.load_state_dict(weights)
+    tokens = torch.randint(cfg.vocab_size, (2, cfg.block_size))
+    torch.testing.assert_close(gpt(tokens), dense(tokens))
+    assert len(gpt.structured_linears()) == (2 * (cfg.n_layer - 1) if cfg.ffn != "dense" else 0)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        gpt(tokens)
+    assert counter.get_total_flops() == 2 * cfg.block_size * flops_per_token(cfg)
+
+
+def test_queries_and_keys_of_low_rank_begin_as_dense_ones_would():
+    """Of the whole rank the factors' product has a dense matrix's size; only FFNs begin smaller."""
+    gpt = build(tiny("--n_embd=64", "--init=zero", "--qk_rank=64", "--ffn=lowrank", "--rank=64"), CPU, seed=1)
+    for linear, std in ((gpt.blocks[1].attn.qkv.q, 1 / 8), (gpt.blocks[1].attn.qkv.k, 1 / 8),
+                        (gpt.blocks[1].ffn.fc1, 0.4 / 8)):
+        assert linear.dense_weight().std().item() == pytest.approx(std, rel=0.05)
+
+
 def test_params_ffn_counts_the_matrices_of_a_real_model():
     for flags in ([], *STRUCTURES.values()):
         for act in ("gelu", "swiglu"):

@@ -201,7 +201,7 @@ def test_momentum_and_polar_are_torchs_muon(shape):
         assert ((max(1, shape[0] / shape[1]) ** 0.5 * step[0].float() - change).norm() / change.norm()).item() < 2e-2
 
 
-@pytest.mark.parametrize("structure", [[], *STRUCTURES.values()])
+@pytest.mark.parametrize("structure", [[], *STRUCTURES.values(), ["--qk_rank=8"]])
 def test_a_step_of_muon_matrix_by_matrix_in_float64(structure, monkeypatch):
     """Queries, keys, values and every block of a factor apart, against the update written with an SVD."""
     polar = optim.polar
@@ -222,7 +222,7 @@ def test_a_step_of_muon_matrix_by_matrix_in_float64(structure, monkeypatch):
             g, mu = grads[n].double(), ours.momentum
             momenta[n] = mu * momenta[n] + (1 - mu) * g
             ahead = (1 - mu) * g + mu * momenta[n]
-            pieces = ahead.unbind() if ahead.dim() == 3 else ahead.split((32, 16, 16) if "qkv" in n else len(ahead))
+            pieces = ahead.unbind() if ahead.dim() == 3 else ahead.split((32, 16, 16) if "qkv.weight" in n else len(ahead))
             moves = []
             for x in pieces:
                 o = svd_polar(x)

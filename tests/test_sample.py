@@ -233,6 +233,16 @@ def test_merge_writes_a_dense_model_with_the_same_text(folder, capsys):
         say(capsys, merged, merge=True)
 
 
+def test_merge_of_low_rank_queries_and_keys(data, tmp_path, capsys):
+    out = train_run(tmp_path / "run", data, "--qk_rank=8")
+    capsys.readouterr()
+    before = say(capsys, out, prompt="the", temperature=0.0)
+    say(capsys, out, merge=True)
+    model, cfg, _ = load(f"{out}-merged", torch.device("cpu"))
+    assert cfg.qk_rank == 0 and not any(name.endswith((".V", ".U")) for name in model.state_dict())
+    assert say(capsys, f"{out}-merged", prompt="the", temperature=0.0) == before
+
+
 def test_merge_into_a_folder_that_cannot_be_written(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("decode.json"))
