@@ -424,10 +424,28 @@ def in_memory(cfg, ranks, params):
                         "or choose a smaller model.", alone=True) from None
 
 
-def upload(target, values):
-    """Lists of numbers into a tensor; from pinned memory: a copy from any other waits for the device."""
-    source = torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda)
-    target.copy_(source, non_blocking=True)
+class Upload:
+    """Upload(tensor)(values): lists of numbers into the tensor, which the host does not wait for.
+
+    Copies from other than pinned memory wait for the device, and so can pinning. So a few pinned tensors take turns;
+    the event of each says when its last copy is over. They also bound how many steps the host is ahead.
+    """
+    TURNS = 4
+
+    def __init__(self, tensor):
+        self.tensor, self.turn, on_cuda = tensor, 0, tensor.is_cuda
+        self.sources = [torch.empty_like(tensor, device="cpu", pin_memory=on_cuda) for _ in range(self.TURNS)]
+        self.copied = [torch.cuda.Event() for _ in range(self.TURNS)] if on_cuda else None
+
+    def __call__(self, values):
+        self.turn = (self.turn + 1) % self.TURNS
+        source = self.sources[self.turn]
+        if self.copied:
+            self.copied[self.turn].synchronize()  # of an event that was never recorded it returns at once
+        source.copy_(torch.tensor(values, dtype=source.dtype))
+        self.tensor.copy_(source, non_blocking=True)
+        if self.copied:
+            self.copied[self.turn].record()
 
 
 def record_graph(run, pool=None, warm=True):

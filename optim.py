@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.adamw import adamw
 
-from device import full, local, share_of, upload
+from device import Upload, full, local, share_of
 from model import ops
 
 
@@ -288,8 +288,8 @@ class Muon(MixedAdamW):
         if not group.get("muon"):
             return super().advance_group(number, group)
         if self.rates is None:
-            self.rates = torch.zeros(3, device=group["params"][0].device)
-        upload(self.rates, [group["lr"], self.momentum, group["lr"] * self.decay])
+            self.rates = Upload(torch.zeros(3, device=group["params"][0].device))
+        self.rates([group["lr"], self.momentum, group["lr"] * self.decay])
 
     def move_group(self, number, group, scale):
         if not group.get("muon"):
@@ -302,7 +302,7 @@ class Muon(MixedAdamW):
                 tensors = p.grad, self.state[p]["momentum"], self.master(p), p
                 for pieces in zip(*(self.matrices(p, t.detach()) for t in tensors)):
                     shapes.setdefault(pieces[0].shape, []).append(pieces)
-        lr, mu, decay = self.rates.unbind()  # tensors: a new number would be a new compilation
+        lr, mu, decay = self.rates.tensor.unbind()  # tensors: a new number would be a new compilation
         for (rows, columns), pieces in shapes.items():
             grads, momenta, weights, copies = (list(tensors) for tensors in zip(*pieces))
             momentum, weight = torch.stack(momenta), torch.stack(weights)

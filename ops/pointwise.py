@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from device import upload
+from device import Upload
 from ops.fallback import works
 
 INTERPRET = triton.knobs.runtime.interpret
@@ -411,19 +411,20 @@ class AdamWTables:
         pointers = torch.tensor([[t.data_ptr() for t in tensors] for tensors in lists] + [[t.numel() for t in weights]])
         chunks = [[i, c] for i, t in enumerate(weights) for c in range(triton.cdiv(t.numel(), ADAMW_BLOCK))]
         self.n, self.mixed, device = len(weights), copies is not None, weights[0].device
-        self.addresses_align = bool((pointers % 16 == 0).all())
+        self.aligned = bool((pointers % 16 == 0).all())
         self.pointers, self.chunks = pointers.to(device), torch.tensor(chunks, dtype=torch.int32).to(device)
-        self.grads = torch.zeros(self.n, dtype=torch.int64, device=device)
-        self.numbers = torch.zeros(self.n, 3, device=device)
+        self.grads, self.addresses = Upload(torch.zeros(self.n, dtype=torch.int64, device=device)), None
+        self.numbers = Upload(torch.zeros(self.n, 3, device=device))
 
     def upload(self, grads, numbers):
         """grads: n tensors like the weights, None for those to leave alone. numbers: n triples, lr / (1 - beta1^t),
         1 / sqrt(1 - beta2^t), lr x weight decay."""
         assert all(g is None or g.is_contiguous() for g in grads)
         addresses = [0 if g is None else g.data_ptr() for g in grads]
-        self.aligned = self.addresses_align and all(address % 16 == 0 for address in addresses)
-        upload(self.grads, addresses)
-        upload(self.numbers, numbers)
+        if addresses != self.addresses:  # the gradients of a CUDA graph stay where they are
+            self.addresses, self.aligned = addresses, self.aligned and all(a % 16 == 0 for a in addresses)
+            self.grads(addresses)
+        self.numbers(numbers)
 
 
 def adamw(tables, scale, betas, eps):
@@ -431,8 +432,8 @@ def adamw(tables, scale, betas, eps):
 
     scale: a 0-d tensor that multiplies the gradients; where it is negative, nothing changes.
     """
-    _adamw[(len(tables.chunks),)](tables.chunks, tables.pointers, tables.grads, tables.numbers, scale, *betas, eps,
-                                  tables.n, tables.mixed, tables.aligned, ADAMW_BLOCK, num_warps=8)
+    _adamw[(len(tables.chunks),)](tables.chunks, tables.pointers, tables.grads.tensor, tables.numbers.tensor, scale,
+                                  *betas, eps, tables.n, tables.mixed, tables.aligned, ADAMW_BLOCK, num_warps=8)
 
 
 def can_adamw(tensor) -> bool:

@@ -2,8 +2,9 @@
 import pytest
 import torch
 
+import model as model_file
 import train
-from device import Ranks
+from device import Ranks, Upload
 from model import build
 from runs import ALONE, tiny
 
@@ -83,7 +84,8 @@ def assert_equal(a, b):
 
 @pytest.mark.parametrize("flags", [MUON, [*GUIDED, "--dropout=0.1"], [*MUON, *GUIDED]], ids=["muon", "guided", "both"])
 def test_what_a_graph_repeats_is_the_step(flags, monkeypatch):
-    """On the CPU; a stand-in for the graph repeats the recorded function."""
+    """On the CPU; a stand-in for the graph repeats the recorded function. Its gradients move, unlike a graph's."""
+    monkeypatch.setattr(model_file.ops, "ON", False)
     cfg = tiny(*flags, "--batch_size=4", "--micro_batch_size=2")
     monkeypatch.setattr(train, "AdamW", lambda *args, **kwargs: train.MixedAdamW(*args, mixed=False, **kwargs))
     plain, graph = steps(cfg, ALONE, "plain"), steps(cfg, ALONE, "recorded", monkeypatch=monkeypatch)
@@ -123,3 +125,15 @@ def test_on_a_card_the_graph_is_the_step(flags):
     plain, graph = steps(cfg, ranks, "plain"), steps(cfg, ranks, "recorded")
     assert isinstance(graph[4], torch.cuda.CUDAGraph)
     assert_equal(graph, plain)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason="no card"))])
+def test_numbers_reach_the_device_in_order(device):
+    """Each before the next takes its place, also while the device is busy and the host ahead of it."""
+    upload, seen = Upload(torch.zeros(2, dtype=torch.int64, device=device)), []
+    if device == "cuda":
+        torch.cuda._sleep(10**8)
+    for i in range(3 * Upload.TURNS):
+        upload([i, 2**40 - i])
+        seen.append(upload.tensor.clone())
+    assert [t.tolist() for t in seen] == [[i, 2**40 - i] for i in range(3 * Upload.TURNS)]
