@@ -46,15 +46,10 @@ def laps(run, device, settings):
     return np.reshape(times, (repeats, -1))
 
 
-def middle(times):
-    """(median, interquartile range)"""
-    low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
-    return float(median), float(high - low)
-
-
 def timed(run, device, settings):
     """Milliseconds of run(): (median, interquartile range) after warm-up."""
-    return middle(laps(lambda mark: run(), device, settings))
+    low, median, high = np.quantile(laps(lambda mark: run(), device, settings), (0.25, 0.5, 0.75))
+    return float(median), float(high - low)
 
 
 def copies(make, tokens, n_in, n_out, ranks) -> list:
@@ -165,6 +160,11 @@ class Table:
         if self.path:
             with writing(self.path), open(self.path, "a", encoding="utf-8") as f:
                 f.write(json.dumps(values) + "\n")
+
+    def speedup(self, ms, ffn, **alike):
+        """The milliseconds of dense in an earlier row with the values `alike`, over ms; None without such a row."""
+        dense = (r["ms"] for r in self.rows if r["ffn"] == "dense" and alike.items() <= r.items())
+        return ratio(next(dense, ms if ffn == "dense" else None), ms)
 
 
 def ratio(a, b):
@@ -444,8 +444,9 @@ def read_rows(path) -> list:
         raise UserError(f"{path} does not hold rows as --json writes them: one JSON object per line.") from None
 
 
-def draw_rows(picture, paths, kinds, launches, widths, tokens):
-    """Draws the rows of one benchmark that --json wrote. The lists select among them; empty widths and tokens: all."""
+def draw_rows(paths, settings):
+    """Draws the rows of one benchmark that --json wrote, as the settings select them; empty widths and tokens: all."""
+    kinds, launches, widths, tokens = settings.kinds, settings.launches, settings.widths, settings.tokens
     rows = [row for path in paths for row in read_rows(path) if isinstance(row, dict) and "note" not in row]
     rows = [r for r in rows if r.get("kind", kinds[0]) in ("dense", *kinds) and r.get("launch", launches[0]) in launches
             and (not widths or r.get("width", r.get("config", {}).get("n_embd")) in widths)
@@ -455,7 +456,7 @@ def draw_rows(picture, paths, kinds, launches, widths, tokens):
         raise UserError(f"{', '.join(paths)} has rows of {' and '.join(found) or 'no benchmark'} with these settings: "
                         f"give rows of one of {', '.join(DRAW)}.")
     try:
-        DRAW[found[0]](picture, [r for r in rows if r["benchmark"] == found[0]])
+        DRAW[found[0]](settings.plot, [r for r in rows if r["benchmark"] == found[0]])
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{', '.join(paths)} has rows of {found[0]} that cannot be drawn ({reason(e)}): "
                         "give rows as --json writes them.") from e
