@@ -97,15 +97,12 @@ def content_hash(*groups):
     for group in groups:
         digest.update(b"group")
         for path in group:
-            try:
-                with open(path, "rb") as f:
-                    size = os.path.getsize(path)
-                    digest.update(json.dumps([os.path.basename(path), size]).encode())
-                    for at in (*range(0, size, every * MB), max(0, size - MB)):
-                        f.seek(at)
-                        digest.update(f.read(MB))
-            except OSError as e:
-                raise UserError(f"cannot read {path} ({e.strerror}): give files that can be read.") from None
+            with config.reading(path, "give files that can be read"), open(path, "rb") as f:
+                size = os.path.getsize(path)
+                digest.update(json.dumps([os.path.basename(path), size]).encode())
+                for at in (*range(0, size, every * MB), max(0, size - MB)):
+                    f.seek(at)
+                    digest.update(f.read(MB))
     return digest.hexdigest()
 
 

@@ -13,8 +13,8 @@ import config
 from config import Config, UserError
 from model import ffn_params
 from report import Panel, Table, commit, draw_curves
-from run import MAY_CHANGE, read_json, read_metrics
-from train import make_plan, step_flops
+from run import MAY_CHANGE, read_metrics
+from schedule import make_plan, step_flops
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,8 +46,7 @@ class Run:
 
 def read_run(path) -> Run:
     """UserError if it is not a run's folder or has no metrics yet; a last line still being written is left out."""
-    settings = os.path.join(path, "config.json")
-    cfg = config.from_dict(read_json(settings), settings)
+    cfg = config.read_saved(path)
     plan, per_step = make_plan(cfg), cfg.batch_size * cfg.block_size
     rows = read_metrics(os.path.join(path, "metrics.jsonl"), plan.steps)
     train, val = ((np.array([r["step"] for r in rows if name in r], dtype=int),

@@ -94,7 +94,7 @@ from device import pick_device
 from merge import exact_matmuls, replace_structured
 from model import build, load, rms_norm
 from project import project_ffns
-from run import perplexity, read_json, writing
+from run import perplexity, writing
 from tokenizer import load_tokenizer, package, saved_tokenizer
 from tokenizer_json import kind_of, tokenizer_files
 from schedule import summary
@@ -533,7 +533,7 @@ def check_hf_config(path, data, name, rope):
 
 def read_hf_config(path, block_size=0):
     """config.json -> (architecture, Config; whether it has biases, the weights say)."""
-    data = read_json(path)
+    data = config.read_json(path)
     name = data.get("model_type") if isinstance(data, dict) else None
     if not isinstance(name, str) or name not in HOMES:
         raise UserError(f"{path} has model_type={config.shown(name)}: {', '.join(HOMES)} are read.")
@@ -567,7 +567,7 @@ def read_weights(folder, root) -> dict:
     index = os.path.join(folder, "model.safetensors.index.json")
     files = ["model.safetensors"]
     if os.path.exists(index):
-        data = read_json(index, 1 << 22)
+        data = config.read_json(index, 1 << 22)
         names = data.get("weight_map") if isinstance(data, dict) else None
         files = list(names.values()) if isinstance(names, dict) else []
         if not files or not all(isinstance(file, str) and file == os.path.basename(file) for file in files):

@@ -5,7 +5,6 @@ factors, its dense equivalent (the paper's pre-merge), or both, with a table mea
 """
 import hashlib
 import importlib.util
-import json
 import math
 import os
 import sys
@@ -16,10 +15,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from config import UserError
+from config import UserError, read_json
 from device import record_graph
 from model import Cache, ops
-from run import atomic_write, read_json
+from run import save_json
 from structured import Dense, FactorsOrMerged, Structured
 
 
@@ -208,8 +207,7 @@ def load_or_measure(model, pairs, path=None) -> dict:
         kept.setdefault(mode, {}).update(rows)
     if path:
         try:
-            with atomic_write(path) as temp, open(temp, "w") as f:
-                json.dump(tables, f, indent=1)
+            save_json(path, tables)
         except UserError as e:
             print(f"the table of speeds is not kept: {e}", file=sys.stderr)
     return kept

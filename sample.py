@@ -97,14 +97,11 @@ def is_jsonl(s) -> bool:
 
 def prompt_lines(s):
     """(number, line without its end) of --prompts. Blank lines of JSON are skipped."""
-    try:
-        with open(0 if s.prompts == "-" else s.prompts, "rb") as file:
-            for number, data in config.text_lines(file, s.prompts, longest=sys.maxsize):
-                line = data.decode()
-                if not is_jsonl(s) or line.strip():
-                    yield number, line[:-2] if line.endswith("\r\n") else line.removesuffix("\n")
-    except OSError as e:
-        raise UserError(f"cannot read {s.prompts} ({e.strerror}): give the path of a UTF-8 text file.") from None
+    with config.reading(s.prompts), open(0 if s.prompts == "-" else s.prompts, "rb") as file:
+        for number, data in config.text_lines(file, s.prompts, longest=sys.maxsize):
+            line = data.decode()
+            if not is_jsonl(s) or line.strip():
+                yield number, line[:-2] if line.endswith("\r\n") else line.removesuffix("\n")
 
 
 def read_prompt(s, number, line) -> Prompt:

@@ -15,7 +15,7 @@ import re
 import textwrap
 import threading
 
-from config import UserError
+from config import UserError, reading
 
 
 class Tokenizer:
@@ -49,12 +49,8 @@ def load_tokenizer(name) -> Tokenizer:
         tokens = (gpt2.decode_single_token_bytes(i) for i in range(gpt2.eot_token))
         return tokenizer_from_blob("gpt2", "\n".join(map(bytes.hex, tokens)).encode())
     path = _llama_model() if name == "llama" else name
-    try:
-        with open(path, "rb") as f:
-            blob = f.read()
-    except OSError as e:
-        raise UserError(f"cannot read the tokenizer {path} ({e.strerror}): give the path of a .model or a "
-                        "tokenizer.json.") from None
+    with reading(f"the tokenizer {path}", "give the path of a .model or a tokenizer.json"), open(path, "rb") as f:
+        blob = f.read()
     blob = with_eos(blob, path) if path.endswith(".json") else blob
     return tokenizer_from_blob(pinned(name, blob), blob)
 

@@ -229,6 +229,15 @@ def short(n) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Text files: one reader for presets, prompts and corpora
 
+@contextlib.contextmanager
+def reading(what, advice="give the path of a UTF-8 text file"):
+    """Turns a file that is missing or cannot be read into one sentence."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"cannot read {what} ({e.strerror}): {advice}.") from None
+
+
 def as_text(data: bytes, where) -> str:
     """UTF-8 text of the bytes of a file that errors call `where`. A byte order mark is dropped, line ends stay."""
     try:
@@ -242,11 +251,8 @@ def read_text(path, most=None) -> str:
 
     UserError above `most` bytes, where that is given.
     """
-    try:
-        with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
-            data = f.read(most and most + 1)
-    except OSError as e:
-        raise UserError(f"cannot read {path} ({e.strerror}): give the path of a UTF-8 text file.") from None
+    with reading(path), contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
+        data = f.read(most and most + 1)
     if most and len(data) > most:
         raise UserError(f"{path} is longer than {most} bytes, so it is not a file of its kind: give another one.")
     return as_text(data, "standard input" if path == "-" else path)
@@ -397,6 +403,7 @@ def load(argv, *settings, usage=""):
 def read_saved(folder) -> Config:
     """The settings of the run in a folder, from its config.json."""
     path = os.path.join(folder, "config.json")
+    _require(os.path.exists(path), f"{path} is missing: give the folder of a run.")
     return from_dict(read_json(path), path)
 
 
