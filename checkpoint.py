@@ -37,9 +37,14 @@ def entries(cfg, weights, step, tokenizer, **more) -> dict:
     `more` in ckpt.pt: data, the checksum of the training tokens, and optimizer {parameter's name: its state}; in
     model.pt and best.pt: val_loss.
     """
-    blob = torch.frombuffer(bytearray(tokenizer.blob) or bytearray(1), dtype=torch.uint8)
     return {"config": config.to_dict(cfg), "model": weights, "step": step,
-            "tokenizer": {"identity": tokenizer.identity, "blob": blob}, **more}
+            "tokenizer": tokenizer_entry(tokenizer), **more}
+
+
+def tokenizer_entry(tokenizer) -> dict:
+    """What tokenizer.saved_tokenizer reads. torch.frombuffer takes no empty buffer."""
+    blob = torch.frombuffer(bytearray(tokenizer.blob) or bytearray(1), dtype=torch.uint8)
+    return {"identity": tokenizer.identity, "blob": blob}
 
 
 def read_newest(folder):
