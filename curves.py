@@ -69,19 +69,14 @@ WORDED = {"ffn", "rank", "nblocks", "ffn_dim", "max_tokens", "guide"}
 NOT_LISTED = MAY_CHANGE - {"dataset", "tokenizer", "data_dir"} | {"n_layer", "n_embd", "seed"} | WORDED
 
 
-def share_of_dense(cfg) -> float:
-    """Parameters of a structured FFN / of the dense one."""
-    one = dataclasses.replace(cfg, n_layer=1, n_dense_layers=0)
-    return ffn_params(one) / ffn_params(one, "dense")
-
-
 def differs(name, runs) -> bool:
     return len({str(getattr(r.cfg, name)) for r in runs}) > 1
 
 
 def ffn_words(cfg) -> list:
-    """As in ["lowrank 32 %", "fixedstep"]; 63 and 32 are the paper's names of shares that are near them."""
-    percent = 100 * share_of_dense(cfg)
+    """As in ["lowrank 32 %", "fixedstep"]: the share of a dense FFN's parameters, 63 and 32 in the paper's rounding."""
+    one = dataclasses.replace(cfg, n_layer=1, n_dense_layers=0)
+    percent = 100 * ffn_params(one) / ffn_params(one, "dense")
     nominal = next((n for n in (63, 32) if abs(n - percent) < 5), round(percent))
     return ["dense" if cfg.ffn == "dense" else f"{cfg.ffn} {nominal} %"] + [cfg.guide] * (cfg.guide != "off")
 

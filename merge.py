@@ -163,12 +163,6 @@ def table_key(device, dtype) -> str:
     return ", ".join(parts + [str(dtype).removeprefix("torch.")])
 
 
-def is_row(row) -> bool:
-    """Whether row is {tokens: [factors, merged]} with a positive time each; another structure raises."""
-    return bool(row) and all(int(tokens) > 0 and 0 < factors < math.inf and 0 < merged < math.inf
-                             for tokens, (factors, merged) in row.items())
-
-
 def read_table(path, key, modes) -> tuple:
     """(all tables of the file at path, the shapes that its table for `key` holds in all modes).
 
@@ -179,8 +173,10 @@ def read_table(path, key, modes) -> tuple:
         if key not in tables.keys():
             return tables, set()
         tables[key] = {mode: tables[key].get(mode, {}) for mode in modes}
-        if not all(is_row(row) for shapes in tables[key].values() for row in shapes.values()):
-            raise ValueError
+        for row in (row for shapes in tables[key].values() for row in shapes.values()):
+            if not row or not all(int(tokens) > 0 and 0 < factors < math.inf and 0 < merged < math.inf
+                                  for tokens, (factors, merged) in row.items()):
+                raise ValueError
         return tables, set.intersection(*map(set, tables[key].values()))
     except (UserError, ValueError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged or cannot be read: delete it, and the speeds of factors and dense "

@@ -543,9 +543,9 @@ def open_data(cfg):
 
 def ensure_data(cfg):
     """open_data, after preparing the standard library into its own folder where only that is missing."""
-    if cfg.dataset == "stdlib" and not cfg.data_dir:
-        if not os.path.exists(os.path.join(config.data_dir(cfg), "train.bin")):
-            prepare(cfg, Settings())
+    complete = os.path.exists(os.path.join(config.data_dir(cfg), "train.bin"))
+    if cfg.dataset == "stdlib" and not cfg.data_dir and not complete:
+        prepare(cfg, Settings())
     return open_data(cfg)
 
 

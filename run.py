@@ -177,10 +177,6 @@ def check_unchanged(cfg, old):
                         f"{name}={getattr(cfg, name)}: repeat its settings, or choose another --out_dir.")
 
 
-def save_config(cfg):
-    save_json(os.path.join(cfg.out_dir, "config.json"), config.to_dict(cfg))
-
-
 def wandb_id(folder, new):
     """The run's name at Weights & Biases: random, and kept in the folder for its continuations."""
     path = os.path.join(folder, "wandb_id.json")
@@ -298,11 +294,11 @@ class Log:
         self.began = self.mark = time.monotonic()
         self.first = self.mark_step = step
         self.rate = None
-        self.steady_tokens, self.steady_seconds, self.steady_flops = 0, 0.0, 0.0
+        self.steady = np.zeros(3)                               # tokens, seconds and FLOPs without the first steps
         if ranks.master:
             # wandb first: it may want a login, and then the folder holds no run and the same command can be given again
             self.wandb = start_wandb(cfg, step == 0) if cfg.wandb else None
-            save_config(cfg)
+            save_json(os.path.join(cfg.out_dir, "config.json"), config.to_dict(cfg))
             rows = kept_rows(cfg.out_dir, step, self.steps)
             self.file = open_metrics(cfg.out_dir, rows)
             self.recall(rows)
@@ -350,9 +346,7 @@ class Log:
         now, tokens = time.monotonic(), (step - self.mark_step) * self.tokens_per_step
         seconds, flops = max(now - self.mark, 1e-9), self.flops[step] - self.flops[self.mark_step]
         if self.mark_step > self.first + self.cfg.log_interval or not self.ranks.compile:  # the first steps compile
-            self.steady_tokens += tokens
-            self.steady_seconds += seconds
-            self.steady_flops += flops
+            self.steady += tokens, seconds, flops
         self.mark, self.mark_step, self.rate = now, step, tokens / seconds
         if not self.ranks.master:
             return
@@ -416,8 +410,9 @@ class Log:
 
     def end_card(self, val_loss, val_tokens, phases, saving):
         """phases {name: training FLOPs}; saving: Saver.report's line."""
-        rate = self.steady_tokens / self.steady_seconds if self.steady_seconds else self.rate
-        mfu = self.steady_flops / self.steady_seconds / self.peak if self.peak and self.steady_seconds else None
+        tokens, seconds, flops = self.steady.tolist()
+        rate = tokens / seconds if seconds else self.rate
+        mfu = flops / seconds / self.peak if self.peak and seconds else None
         on_cuda = self.ranks.device.type == "cuda"
         memory = f"{torch.cuda.max_memory_allocated(self.ranks.device) / 2**30:.1f} GiB" if on_cuda else "n/a"
         spent = ", ".join(f"{name} {flops:.2e}" for name, flops in phases.items() if flops)

@@ -258,14 +258,6 @@ def write_merged(path, model, cfg, saved, prompt):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-def fit_batch(cfg, s, n_rows, length, device, dtype) -> int:
-    """Rows at a time: --batch_size, or up to 64 as memory allows."""
-    if s.batch_size:
-        return min(s.batch_size, n_rows)
-    fits = largest_batch(cfg, padded(length, cfg.block_size), device, dtype)
-    return max(1, min(64, n_rows, fits))
-
-
 def main(path, s, prompts):
     device = pick_device(s.device)
     if s.graphs is True and device.type != "cuda":
@@ -281,7 +273,10 @@ def main(path, s, prompts):
     prepare_model(model, s.decode, dtype, os.path.join(folder, "decode.json"))
     in_json = bool(s.prompts or s.out)
     length = min(cfg.block_size, max(map(len, encoded)) + s.max_new_tokens)
-    batch_size = fit_batch(cfg, s, len(rows), length, device, dtype) if in_json else 1
+    batch_size = 1
+    if in_json:
+        most = s.batch_size or min(64, largest_batch(cfg, padded(length, cfg.block_size), device, dtype))
+        batch_size = max(1, min(most, len(rows)))
     graphs = device.type == "cuda" and s.graphs is not False
     try:
         decoder = Decoder(model, s, batch_size, length, tokenizer.eos, tokenizer.vocab_size, graphs)
