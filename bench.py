@@ -8,7 +8,7 @@
     prefill    forward of whole prompts
     decode     generation, token by token, over batch sizes; --max_batch=True: the highest tokens/s
                --refill=256: prompts and texts of mixed length in a batch that stays full
-    crossover  factors against dense equivalents over the number of tokens: the table behind decode=auto
+    crossover  factors against dense equivalents over the number of tokens: the table of speeds that decode=auto uses
     curves     training runs side by side: final losses, their difference to dense, fits of loss against FLOPs
     plot       the picture of rows that --json wrote; --kinds, --launches, --widths and --tokens select among them
 
@@ -51,18 +51,6 @@ class Settings:
     warmup: int = 0                      # repetitions before, compilation included; 0: 5 on a GPU, 1 on a CPU
 
 
-def with_numbers(settings):
-    """settings, with a list of whole numbers instead of a text such as 768,2048."""
-    for name in ("widths", "tokens", "batches"):
-        text = getattr(settings, name)
-        items = text.replace(" ", "").split(",") if text else []
-        if not all(re.fullmatch(r"0*[1-9]\d{0,7}", item, re.ASCII) for item in items):
-            raise UserError(f"{name}={text} does not fit: expected whole numbers from 1 to 99999999, "
-                            "separated by commas.")
-        setattr(settings, name, [int(item) for item in items])
-    return settings
-
-
 def names(settings, name, known) -> list:
     """The words of a setting such as --kinds=dense,auto."""
     words = getattr(settings, name).replace(" ", "").split(",")
@@ -70,6 +58,19 @@ def names(settings, name, known) -> list:
         raise UserError(f"{name}={getattr(settings, name)} does not fit: expected some of {', '.join(known)}, "
                         "separated by commas.")
     return words
+
+
+def split_lists(settings):
+    """Makes lists of the settings that are texts such as 768,2048."""
+    for name in ("widths", "tokens", "batches"):
+        text = getattr(settings, name)
+        items = text.replace(" ", "").split(",") if text else []
+        if not all(re.fullmatch(r"0*[1-9]\d{0,7}", item, re.ASCII) for item in items):
+            raise UserError(f"{name}={text} does not fit: expected whole numbers from 1 to 99999999, "
+                            "separated by commas.")
+        setattr(settings, name, [int(item) for item in items])
+    settings.kinds = names(settings, "kinds", KINDS)
+    settings.launches = names(settings, "launches", ("eager", "graph"))
 
 
 def with_case(cfg, case) -> Config:
@@ -113,7 +114,8 @@ def read_settings(argv):
         raise UserError(f"{command} is not a benchmark: choose one of {', '.join(COMMANDS)}.")
     if command in ("curves", "plot"):
         subject, values = config.parse(argv[1:], Settings, usage=__doc__)
-        settings = with_numbers(Settings(**values))
+        settings = Settings(**values)
+        split_lists(settings)
         if command == "curves" and not subject:
             raise UserError("curves needs the folder of at least one run: python bench.py curves out/NAME ...")
         if command == "plot" and not (subject and settings.plot):
@@ -124,15 +126,13 @@ def read_settings(argv):
         alike = [a.replace("micro_batch_size", "batch_size") for a in sizes]
         subject, settings = config.load([*argv[1:], *alike], Settings, usage=__doc__)
         one_width = any(a.endswith(".py") or a.removeprefix("--").startswith(("n_embd=", "ffn=")) for a in argv)
-        with_numbers(settings)
+        split_lists(settings)
         settings.widths = settings.widths or [subject.n_embd] * one_width
         check_subject(command, subject, settings)
-    settings.kinds = names(settings, "kinds", KINDS)
-    settings.launches = names(settings, "launches", ("eager", "graph"))
     for name in ("repeats", "warmup", "refill"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name}={getattr(settings, name)} must not be negative: leave it out.")
-    check_output(settings)
+    check_paths(settings)
     return command, subject, settings
 
 
@@ -153,7 +153,7 @@ def check_subject(command, cfg, settings):
                         f"1 and 2 and together fit into block_size={cfg.block_size}.")
 
 
-def check_output(settings):
+def check_paths(settings):
     """Expands ~ in the output paths; UserError for a file that cannot be written."""
     settings.json, settings.plot = map(os.path.expanduser, (settings.json, settings.plot))
     for path in filter(None, (settings.json, settings.plot)):
@@ -187,8 +187,8 @@ from device import out_of_memory, peak_flops, pick_device, pick_dtype, record_gr
 from model import FFN, build, ffn_params, flops_per_token, linear_params, ops
 from report import (DRAW, Table, clocks, conditions, copies, copy_rate, draw_rows, fresh, header, laps, ratio,
                     timed, within_memory)
-from structured import BlockShuffle, LowRank, linear
 from schedule import dropout_keys
+from structured import BlockShuffle, LowRank, linear
 from train import RecordedStep, fill_vocabulary, make_optimizer, train_step
 
 PASSES = {"forward": 1, "forward+backward": 3}  # and how many times the forward's FLOPs
@@ -562,14 +562,6 @@ def serve_row(model, cfg, kind, launch, batch, table, settings):
     return rate
 
 
-def launches_on(device, settings) -> list:
-    """The --launches that this device has; prints one line where some are left out."""
-    if device.type == "cuda" or settings.launches == ["eager"]:
-        return settings.launches
-    print(f"device {device.type} has no CUDA graphs: every step runs eager.", flush=True)
-    return ["eager"]
-
-
 def bench_decode(cfg, settings):
     """Prints per case: ms to the first token and per token after it, GB/s, and their share of the copy rate.
 
@@ -578,7 +570,10 @@ def bench_decode(cfg, settings):
     fill_vocabulary(cfg)
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
-    launches, ceiling = launches_on(device, settings), copy_rate(device, settings)
+    if device.type != "cuda" and settings.launches != ["eager"]:
+        print(f"device {device.type} has no CUDA graphs: every step runs eager.", flush=True)
+        settings.launches = ["eager"]
+    ceiling = copy_rate(device, settings)
     length = decode.padded(settings.prompt_tokens + settings.new_tokens, cfg.block_size)
     columns = {"ffn": 18, "kind": 10, "launch": 6, "batch": 6, "per_user": 8, "tokens_per_s": 12, "first_ms": 8,
                "ms": 8, "gb_s": 7, "share": 7, "weights_mb": 10, "kv_mb": 8}
@@ -597,7 +592,7 @@ def bench_decode(cfg, settings):
     for kind in settings.kinds if cfg.ffn != "dense" else ["dense"]:
         model = random_model(dataclasses.replace(cfg, ffn="dense") if kind == "dense" else cfg, device)
         merge.prepare_model(model, "structured" if kind == "dense" else kind, dtype)
-        for launch in launches[-1:] if settings.max_batch else launches:
+        for launch in settings.launches[-1:] if settings.max_batch else settings.launches:
             row = partial(time_row, model, cfg, kind, launch, table=table, settings=settings)
             if settings.max_batch:
                 highest_rate(row, largest, device)
@@ -625,7 +620,7 @@ def highest_rate(rate_of, largest, device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# crossover: the table behind decode=auto
+# crossover: the table of speeds that decode=auto uses
 
 def bench_crossover(cfg, settings):
     """Milliseconds of one linear. slower_by: the time of auto's form over that of the better one - 1, timed anew.

@@ -321,27 +321,27 @@ def hold_out(source, meter):
                 below //= 2
                 sizes = Counter({k: size for k, size in sizes.items() if k < below})
             bar.show(meter["done"])
-    chosen = choose_documents(sizes, total, source.share)
-    return lambda text: document_hash(text) in chosen
+    held_out = choose_documents(sizes, total, source.share)
+    return lambda text: document_hash(text) in held_out
 
 
 def choose_documents(sizes, total, share):
     """The hashes to hold out, given {hash: bytes}: those below share, which stay as a corpus grows, within bounds.
 
-    Documents are taken in the order of their hashes. Those that would exceed 1.5 share of the bytes are left out, and
-    further ones are taken until half the share is reached. Where documents are too large for that, up to 5 shares are
-    allowed. An empty set: no documents fit.
+    Documents follow in the order of their hashes. One that would exceed 1.5 share of the bytes is left out, and further
+    ones follow until half the share is reached. Where documents are too large for that, up to 5 shares are allowed.
+    An empty set: no documents fit.
     """
     for most in (1.5 * share, min(0.5, 5 * share)):
-        taken, chosen = 0, set()
+        size, held_out = 0, set()
         for key in sorted(sizes):
-            if key >= share * 2 ** 64 and taken >= share / 2 * total:
+            if key >= share * 2 ** 64 and size >= share / 2 * total:
                 break
-            if taken + sizes[key] <= most * total:
-                taken += sizes[key]
-                chosen.add(key)
-        if taken >= share / 2 * total:
-            return chosen
+            if size + sizes[key] <= most * total:
+                size += sizes[key]
+                held_out.add(key)
+        if size >= share / 2 * total:
+            return held_out
     return set()
 
 

@@ -95,9 +95,9 @@ from merge import exact_matmuls, replace_structured
 from model import build, load, rms_norm
 from project import project_ffns
 from run import perplexity, writing
+from schedule import summary
 from tokenizer import load_tokenizer, package, saved_tokenizer
 from tokenizer_json import kind_of, tokenizer_files
-from schedule import summary
 
 
 # ----------------------------------------------------------------------------------------------------------------------

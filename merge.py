@@ -1,4 +1,4 @@
-"""Factors or dense equivalent: merging structured linears, and the table of speeds behind decode=auto.
+"""Factors or dense equivalent: merging structured linears, and the table of speeds that decode=auto uses.
 
 `prepare_model` makes a loaded model ready for decoding. Weights are cast once. Each structured linear becomes its
 factors, its dense equivalent (the paper's pre-merge), or both, with a table measured on this card of which is faster.

@@ -385,15 +385,11 @@ class Log:
     def final(self, fraction):
         self.progress(f"final validation {fraction:.0%}")
 
-    def check(self, step, name, value):
-        """Ends a run that has diverged, before a checkpoint of it replaces a good one."""
-        if not math.isfinite(value):
-            raise UserError(f"the {name} is {value} at step {step}: start again with a lower lr or grad_clip, "
-                            "in another --out_dir.")
-
     def validation(self, step, loss) -> bool:
-        """Whether the loss is the lowest of a model without guide."""
-        self.check(step, "validation loss", loss)
+        """Whether the loss is the lowest of a model without guide. Ends a run that has diverged, before it is saved."""
+        if not math.isfinite(loss):
+            raise UserError(f"the validation loss is {loss} at step {step}: start again with a lower lr or grad_clip, "
+                            "in another --out_dir.")
         if self.ranks.master:
             self.write(step=step, val_loss=loss, val_ppl=perplexity(loss))
             self.say(f"step {step}/{self.steps}  validation loss {loss:.4f}  PPL {perplexity(loss):.2f}")

@@ -127,12 +127,12 @@ if __name__ == "__main__":
 
 import torch
 
+from checkpoint import save_beside
 from config import short
 from decode import Decoder, Row, largest_batch, padded, row_key
 from device import out_of_memory, pick_device, pick_dtype
 from merge import exact_matmuls, prepare_model, replace_structured
 from model import load
-from checkpoint import save_beside
 from run import writing
 from tokenizer import saved_tokenizer
 
@@ -156,14 +156,12 @@ def encode(prompt, tokenizer, cfg) -> list:
 # Output
 
 def show(text):
-    """Prints at once. A full disk is one sentence. A closed pipe, as in `| head`, is a quiet end."""
+    """Prints at once. A closed pipe, as in `| head`, is a quiet end; config.run has a sentence for a full disk."""
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
         sys.exit(0)
-    except OSError as e:
-        raise UserError(f"standard output cannot be written ({e.strerror}): send it where all of it fits.") from None
 
 
 def stream(decoder, text, rows, tokenizer):
@@ -210,7 +208,7 @@ def line_writer(path):
             raise
 
 
-def write_json(decoder, prompts, rows, tokenizer, s):
+def write_samples(decoder, prompts, rows, tokenizer, s):
     """Decodes all rows and writes one JSON object each, in their order: a row waits for those before it."""
     began, written = time.perf_counter(), 0
     with line_writer(s.out) as write:
@@ -281,7 +279,7 @@ def main(path, s, prompts):
     try:
         decoder = Decoder(model, s, batch_size, length, tokenizer.eos, tokenizer.vocab_size, graphs)
         if in_json:
-            write_json(decoder, prompts, rows, tokenizer, s)
+            write_samples(decoder, prompts, rows, tokenizer, s)
         else:
             stream(decoder, prompts[0].text, rows, tokenizer)
     except RuntimeError as e:

@@ -176,10 +176,8 @@ def _fits(kind, value):
             return None
         items = tuple(_fits(k, v) for k, v in zip(kinds, value))
         return None if None in items else items
-    if kind is bool:
-        return value if isinstance(value, bool) else None
-    if kind is str:
-        return value if isinstance(value, str) else None
+    if kind in (bool, str):
+        return value if isinstance(value, kind) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:  # NaN too
         return None
     if kind is int:
@@ -551,6 +549,9 @@ def _require(ok, sentence):
     if not ok:
         raise UserError(sentence)
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A script as a process
 
 def place_among_processes() -> tuple:
     """(rank, world size, rank on this machine) as torchrun gives them, (0, 1, 0) without it."""
