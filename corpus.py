@@ -22,8 +22,8 @@ from typing import Callable
 from tqdm import tqdm
 
 import config
-from config import UserError
-from tokenizer import package, reason, remote
+from config import UserError, reason
+from tokenizer import package, remote
 
 MB = 1 << 20
 

@@ -273,13 +273,8 @@ def modules(cfg, name):
         yield "head", ["lm_head"], None
 
 
-def our_bias(ours, cfg) -> bool:
+def has_bias(ours, cfg) -> bool:
     return cfg.bias and ours not in ("wte", "wpe", "head") and ("norm" not in ours or cfg.norm == "layernorm")
-
-
-def their_bias(ours, cfg) -> bool:
-    """Their layer norms always have one."""
-    return "norm" in ours and cfg.norm == "layernorm" or our_bias(ours, cfg)
 
 
 def is_turned(ours, name) -> bool:
@@ -325,7 +320,8 @@ def to_hf(weights, cfg, name) -> dict:
             continue
         weight = weights[f"{ours}.weight"]
         parts = {"weight": weight, "bias": weights.get(f"{ours}.bias", weight.new_zeros(len(weight)))}
-        for kind in ("weight", "bias") if their_bias(ours, cfg) else ("weight",):
+        biased = has_bias(ours, cfg) or "norm" in ours and cfg.norm == "layernorm"  # their layer norms always have one
+        for kind in ("weight", "bias") if biased else ("weight",):
             for module, part in zip(theirs, parts[kind].split(rows) if len(theirs) > 1 else [parts[kind]]):
                 out[f"{module}.{kind}"] = part.T if kind == "weight" and is_turned(ours, name) else part
     return out
@@ -344,7 +340,7 @@ def from_hf(tensors, cfg, name) -> dict:
             raise UserError(f"the shapes of {theirs[0]} and what belongs to it do not fit each other: "
                             "the weights are damaged.")
         out[f"{ours}.weight"] = torch.cat(weights)[:cfg.block_size if ours == "wpe" else None].contiguous()
-        if our_bias(ours, cfg):
+        if has_bias(ours, cfg):
             biases = [torch.zeros(len(part)) if bias is None else bias.float() for part, bias in zip(weights, biases)]
             out[f"{ours}.bias"] = torch.cat(biases)
     if cfg.tie_embeddings:
@@ -445,10 +441,9 @@ def model_card(title, cfg, saved, name, params, factors) -> str:
 
 def for_factors(values, cfg) -> dict:
     """The entries that config.json needs in addition, for MODELING."""
-    ffn = {"ffn": cfg.ffn, "rank": cfg.rank, "nblocks": cfg.nblocks, "n_dense_layers": cfg.n_dense_layers,
-           "act": cfg.act, "n_embd": cfg.n_embd, "ffn_dim": cfg.ffn_dim, "bias": cfg.bias}
+    names = ("ffn", "rank", "nblocks", "n_dense_layers", "act", "n_embd", "ffn_dim", "bias")
     classname = values["architectures"][0] + "WithFactors"
-    return values | {"structured_ffn": ffn, "architectures": [classname],
+    return values | {"structured_ffn": {name: getattr(cfg, name) for name in names}, "architectures": [classname],
                      "auto_map": {"AutoModelForCausalLM": f"{MODELING.removesuffix('.py')}.{classname}"}}
 
 

@@ -23,7 +23,7 @@ import threading
 import time
 import zlib
 from collections import Counter, deque
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -191,23 +191,19 @@ def verify_in_background(*files):
 
     raise_damage raises the UserError found so far; with wait=True it first waits for the end.
     """
-    errors = []
+    verified = Future()
 
     def work():
         try:
-            for file in files:
-                file.verify()
-        except Exception as e:  # raised by raise_damage
-            errors.append(e)
+            verified.set_result([file.verify() for file in files])
+        except Exception as e:
+            verified.set_exception(e)
 
-    thread = threading.Thread(target=work, daemon=True)  # the process may end before
-    thread.start()
+    threading.Thread(target=work, daemon=True).start()  # the process may end before
 
     def raise_damage(wait=False):
-        if wait:
-            thread.join()
-        if errors:
-            raise errors[0]
+        if wait or verified.done():
+            verified.result()
 
     return raise_damage
 

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from config import UserError, read_text, short
+from config import UserError, read_text, reason, short
 from device import device_name, out_of_memory
 from run import writing
-from tokenizer import reason
 
 
 # ----------------------------------------------------------------------------------------------------------------------

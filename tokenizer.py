@@ -12,10 +12,9 @@ import itertools
 import json
 import os
 import re
-import textwrap
 import threading
 
-from config import UserError, reading
+from config import UserError, reading, reason
 
 
 class Tokenizer:
@@ -293,7 +292,3 @@ def remote(call, what, instead, seconds=40):
     if error:
         raise UserError(f"{what} cannot be downloaded ({error}); without network use {instead}.")
     return result
-
-
-def reason(e):
-    return textwrap.shorten(f"{type(e).__name__}: {e}", 120, placeholder=" ...")

@@ -27,6 +27,7 @@ import re
 import reprlib
 import signal
 import sys
+import textwrap
 import time
 import types
 import typing
@@ -208,6 +209,11 @@ def shown(value) -> str:
         return reprlib.repr(value)
     except ValueError:  # Python prints no number of more than 4300 digits
         return "a number of thousands of digits"
+
+
+def reason(e) -> str:
+    """The kind and the words of an exception of a library."""
+    return textwrap.shorten(f"{type(e).__name__}: {e}", 120, placeholder=" ...")
 
 
 def _unknown(name, known, where):
