@@ -8,7 +8,7 @@
     prefill    forward of whole prompts
     decode     generation, token by token, over batch sizes; --max_batch=True: the highest tokens/s
                --refill=256: prompts and texts of mixed length in a batch that stays full
-    crossover  factors against dense equivalents over the number of tokens: the table behind decode=auto
+    crossover  factors against dense equivalents over the number of tokens: the table of speeds that decode=auto uses
     curves     training runs side by side: final losses, their difference to dense, fits of loss against FLOPs
     plot       the picture of rows that --json wrote; --kinds, --launches, --widths and --tokens select among them
 
@@ -51,15 +51,6 @@ class Settings:
     warmup: int = 0                      # repetitions before, compilation included; 0: 5 on a GPU, 1 on a CPU
 
 
-def numbers(settings, name) -> list:
-    """The whole numbers of a setting such as --widths=768,2048."""
-    text = getattr(settings, name)
-    items = text.replace(" ", "").split(",") if text else []
-    if not all(re.fullmatch(r"0*[1-9]\d{0,7}", item, re.ASCII) for item in items):
-        raise UserError(f"{name}={text} does not fit: expected whole numbers from 1 to 99999999, separated by commas.")
-    return [int(item) for item in items]
-
-
 def names(settings, name, known) -> list:
     """The words of a setting such as --kinds=dense,auto."""
     words = getattr(settings, name).replace(" ", "").split(",")
@@ -67,6 +58,19 @@ def names(settings, name, known) -> list:
         raise UserError(f"{name}={getattr(settings, name)} does not fit: expected some of {', '.join(known)}, "
                         "separated by commas.")
     return words
+
+
+def split_lists(settings):
+    """Makes lists of the settings that are texts such as 768,2048."""
+    for name in ("widths", "tokens", "batches"):
+        text = getattr(settings, name)
+        items = text.replace(" ", "").split(",") if text else []
+        if not all(re.fullmatch(r"0*[1-9]\d{0,7}", item, re.ASCII) for item in items):
+            raise UserError(f"{name}={text} does not fit: expected whole numbers from 1 to 99999999, "
+                            "separated by commas.")
+        setattr(settings, name, [int(item) for item in items])
+    settings.kinds = names(settings, "kinds", KINDS)
+    settings.launches = names(settings, "launches", ("eager", "graph"))
 
 
 def with_case(cfg, case) -> Config:
@@ -111,6 +115,7 @@ def read_settings(argv):
     if command in ("curves", "plot"):
         subject, values = config.parse(argv[1:], Settings, usage=__doc__)
         settings = Settings(**values)
+        split_lists(settings)
         if command == "curves" and not subject:
             raise UserError("curves needs the folder of at least one run: python bench.py curves out/NAME ...")
         if command == "plot" and not (subject and settings.plot):
@@ -121,22 +126,20 @@ def read_settings(argv):
         alike = [a.replace("micro_batch_size", "batch_size") for a in sizes]
         subject, settings = config.load([*argv[1:], *alike], Settings, usage=__doc__)
         one_width = any(a.endswith(".py") or a.removeprefix("--").startswith(("n_embd=", "ffn=")) for a in argv)
-        settings.widths = settings.widths or str(subject.n_embd) * one_width
+        split_lists(settings)
+        settings.widths = settings.widths or [subject.n_embd] * one_width
         check_subject(command, subject, settings)
-    names(settings, "kinds", KINDS)
-    names(settings, "launches", ("eager", "graph"))
     for name in ("repeats", "warmup", "refill"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name}={getattr(settings, name)} must not be negative: leave it out.")
-    check_output(settings)
+    check_paths(settings)
     return command, subject, settings
 
 
 def check_subject(command, cfg, settings):
     """UserError for sizes and cases that the command cannot measure."""
-    widths, *_ = (numbers(settings, name) for name in ("widths", "tokens", "batches"))
     if command in ("kernel", "ffn"):
-        for width in widths or [cfg.n_embd]:
+        for width in settings.widths or [cfg.n_embd]:
             compared(cfg, settings, width)
     elif command in ("train", "prefill"):
         compared(cfg, settings)
@@ -150,7 +153,7 @@ def check_subject(command, cfg, settings):
                         f"1 and 2 and together fit into block_size={cfg.block_size}.")
 
 
-def check_output(settings):
+def check_paths(settings):
     """Expands ~ in the output paths; UserError for a file that cannot be written."""
     settings.json, settings.plot = map(os.path.expanduser, (settings.json, settings.plot))
     for path in filter(None, (settings.json, settings.plot)):
@@ -184,8 +187,8 @@ from device import out_of_memory, peak_flops, pick_device, pick_dtype, record_gr
 from model import FFN, build, ffn_params, flops_per_token, linear_params, ops
 from report import (DRAW, Table, clocks, conditions, copies, copy_rate, draw_rows, fresh, header, laps, ratio,
                     timed, within_memory)
-from structured import BlockShuffle, LowRank, linear
 from schedule import dropout_keys
+from structured import BlockShuffle, LowRank, linear
 from train import RecordedStep, fill_vocabulary, make_optimizer, train_step
 
 PASSES = {"forward": 1, "forward+backward": 3}  # and how many times the forward's FLOPs
@@ -204,10 +207,9 @@ CPU_SWEEP = ((128, 256), 512), ((256,), (1, 16, 256))
 def sweep(settings, device) -> list:
     """[(what varies, width, tokens)]: the command line's lists crossed, or else over widths and then over tokens."""
     (all_widths, long), (token_widths, token_counts) = GPU_SWEEP if device.type == "cuda" else CPU_SWEEP
-    widths, tokens = numbers(settings, "widths"), numbers(settings, "tokens")
-    if widths or tokens:
-        varies = "tokens" if len(tokens) > 1 else "width"
-        return [(varies, w, t) for w in widths or token_widths for t in tokens or [long]]
+    if settings.widths or settings.tokens:
+        varies = "tokens" if len(settings.tokens) > 1 else "width"
+        return [(varies, w, t) for w in settings.widths or token_widths for t in settings.tokens or [long]]
     return [("width", w, long) for w in all_widths] + [("tokens", w, t) for w in token_widths for t in token_counts]
 
 
@@ -242,20 +244,19 @@ COLUMNS = {"pass": 16, "ms": 8, "spread": 8, "tflops": 7, "of_matmul": 9, "speed
            "over_floor": 10, "eager_ms": 8}
 
 
-def measure(table, call, make, n_in, n_out, multiply_adds, dense_ms, ranks, settings, **case):
-    """Times call(make(), x) and writes a row per pass. The dense case comes first and fills dense_ms {pass: ms}.
+def measure(table, call, make, n_in, n_out, multiply_adds, ranks, settings, **case):
+    """Times call(make(), x) and writes a row per pass.
 
     floor_ms = FLOPs / the measured matmul rate. bytes_ms = weights, input, output and their gradients, each once / the
     measured copy rate. over_floor = ms / the larger of the two. speedup = dense ms / ms.
     """
     fresh(ranks.device)
     tokens, rates = case["tokens"], table.facts
+    alike = {name: case[name] for name in ("sweep", "linear", "width", "tokens") if name in case}
     with within_memory(table, **case):
         turns = copies(make, tokens, n_in, n_out, ranks)
         weights = sum(p.numel() for p in turns[0][0].parameters())
         for passed, ms, spread, eager_ms in time_passes(call, turns, ranks, settings):
-            if case["ffn"] == "dense":
-                dense_ms[passed] = ms
             flops = 2 * tokens * multiply_adds * PASSES[passed]
             moved = weights + tokens * (n_in + n_out)
             if passed != "forward":
@@ -263,8 +264,8 @@ def measure(table, call, make, n_in, n_out, multiply_adds, dense_ms, ranks, sett
             floor_ms = flops / rates["matmul_tflops"] / 1e9
             bytes_ms = moved * ranks.dtype.itemsize / rates["copy_tb_per_s"] / 1e9
             table.row(**case, **{"pass": passed}, ms=ms, spread=spread, flops=flops, tflops=flops / ms / 1e9,
-                      of_matmul=floor_ms / ms, speedup=ratio(dense_ms.get(passed), ms), floor_ms=floor_ms,
-                      bytes_ms=bytes_ms, over_floor=ms / max(floor_ms, bytes_ms), eager_ms=eager_ms)
+                      of_matmul=floor_ms / ms, speedup=table.speedup(ms, case["ffn"], **alike, **{"pass": passed}),
+                      floor_ms=floor_ms, bytes_ms=bytes_ms, over_floor=ms / max(floor_ms, bytes_ms), eager_ms=eager_ms)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -309,17 +310,16 @@ def bench_kernel(cfg, settings):
     columns = {"linear": 6, "width": 5, "tokens": 6, "ffn": 15, "rank": 4, "nblocks": 7, "by": 6, **COLUMNS}
     table = Table(columns, conditions(ranks, settings, rates=True), settings)
     if not (settings.widths or settings.tokens):
-        widths = "768,1024,1536,2048" if ranks.device.type == "cuda" else "128,256"
+        widths = (768, 1024, 1536, 2048) if ranks.device.type == "cuda" else (128, 256)
         settings = dataclasses.replace(settings, widths=widths)
     for varies, width, tokens in sweep(settings, ranks.device):
         for name in ("fc1", "fc2"):
-            dense_ms = {}
             for label, case in compared(cfg, settings, width).items():
                 n, m = (case.n_embd, case.n_hidden) if name == "fc1" else (case.ffn_dim, case.n_embd)
                 shape = case.ffn, n, m, case.rank, case.nblocks
                 ways = {"dense": ours} if case.ffn == "dense" else {"einsum": by_einsum, "bmm": by_bmm, "ours": ours}
                 for by, call in ways.items():
-                    measure(table, call, lambda: linear(*shape, case.bias), n, m, linear_params(*shape), dense_ms,
+                    measure(table, call, lambda: linear(*shape, case.bias), n, m, linear_params(*shape),
                             ranks, settings, benchmark="kernel", sweep=varies, linear=name, width=width,
                             tokens=tokens, ffn=label, rank=case.rank, nblocks=case.nblocks, by=by)
     return table
@@ -334,10 +334,9 @@ def bench_ffn(cfg, settings):
     columns = {"width": 5, "tokens": 6, "ffn": 15, "rank": 4, "nblocks": 7, **COLUMNS}
     table = Table(columns, conditions(ranks, settings, rates=True), settings)
     for varies, width, tokens in sweep(settings, ranks.device):
-        dense_ms = {}
         for label, case in compared(cfg, settings, width).items():
             multiply_adds = ffn_params(dataclasses.replace(case, n_layer=1, n_dense_layers=0))
-            measure(table, ours, lambda: FFN(case, case.ffn), width, width, multiply_adds, dense_ms, ranks, settings,
+            measure(table, ours, lambda: FFN(case, case.ffn), width, width, multiply_adds, ranks, settings,
                     benchmark="ffn", sweep=varies, width=width, tokens=tokens, ffn=label, rank=case.rank,
                     nblocks=case.nblocks, act=case.act)
     return table
@@ -416,9 +415,8 @@ def train_row(row, cfg, plain, ranks, table, settings):
     forward_ms, backward_ms, optimizer_ms = (times.sum(0) * ms / times.sum()).tolist()
     rate = cfg.micro_batch_size * cfg.block_size / ms * 1e3
     flops = 3 * flops_per_token(cfg, "dense" if guided else None)
-    dense = next((r["ms"] for r in table.rows if r["ffn"] == "dense"), ms if cfg.ffn == "dense" else None)
-    table.row(**row, ms=ms, spread=spread, tokens_per_s=round(rate), speedup=ratio(dense, ms), flops_per_token=flops,
-              mfu=ratio(flops * rate, peak_flops(ranks.device)), gib=gib, forward_ms=forward_ms,
+    table.row(**row, ms=ms, spread=spread, tokens_per_s=round(rate), speedup=table.speedup(ms, row["ffn"]),
+              flops_per_token=flops, mfu=ratio(flops * rate, peak_flops(ranks.device)), gib=gib, forward_ms=forward_ms,
               backward_ms=backward_ms, optimizer_ms=optimizer_ms, clock=clock, config=config.to_dict(cfg))
 
 
@@ -447,14 +445,13 @@ def marked_step(model, optimizer, batches, given):
 @torch.no_grad()
 def bench_prefill(cfg, settings):
     """Prompts -> the logits of the next token of each, without a KV cache; weights in the matmuls' precision."""
-    lengths = numbers(settings, "tokens") or sorted({min(n, cfg.block_size) for n in (128, 512, cfg.block_size)})
+    lengths = settings.tokens or sorted({min(n, cfg.block_size) for n in (128, 512, cfg.block_size)})
     fill_vocabulary(cfg)
     cfg.block_size = max(lengths)
     ranks = set_up(cfg)
     columns = {"ffn": 20, "batch": 5, "prompt": 6, "ms": 8, "spread": 7, "tokens_per_s": 12, "speedup": 7, "tflops": 7,
                "mfu": 7, "gib": 6}
     table = Table(columns, conditions(ranks, settings), settings)
-    dense_ms = {}
     for label, case in compared(cfg, settings).items():
         with within_memory(table, benchmark="prefill", ffn=label):
             model = build(case, ranks.device).eval()
@@ -462,35 +459,27 @@ def bench_prefill(cfg, settings):
                 p.data = torch.randn_like(p, dtype=ranks.dtype) * (p.shape[-1] if p.dim() else 1) ** -0.5
             if ranks.compile:
                 model.compile_parts()
-            for batch, length in itertools.product(numbers(settings, "batches") or (1, 16), lengths):
+            for batch, length in itertools.product(settings.batches or (1, 16), lengths):
                 with within_memory(table, benchmark="prefill", ffn=label, batch=batch, prompt=length):
-                    prefill_row(label, case, model, batch, length, dense_ms, ranks, table, settings)
+                    prefill_row(label, case, model, batch, length, ranks, table, settings)
     return table
 
 
-def prefill_row(label, cfg, model, batch, length, dense_ms, ranks, table, settings):
+def prefill_row(label, cfg, model, batch, length, ranks, table, settings):
     fresh(ranks.device)  # every length is compiled anew
     prompts = itertools.cycle(torch.randint(cfg.vocab_size, (4, batch, length), device=ranks.device))
     ms, spread = timed(lambda: model.head(model.hidden(next(prompts))[:, -1]), ranks.device, settings)
-    if cfg.ffn == "dense":
-        dense_ms[batch, length] = ms
     head = 2 * cfg.vocab_size * cfg.n_embd  # of the last token only
     flops = batch * (length * (flops_per_token(dataclasses.replace(cfg, block_size=length)) - head) + head)
     gib = torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else None
     table.row(benchmark="prefill", ffn=label, batch=batch, prompt=length, ms=ms, spread=spread,
-              tokens_per_s=round(batch * length / ms * 1e3), speedup=ratio(dense_ms.get((batch, length)), ms),
-              flops=flops, tflops=flops / ms / 1e9, mfu=ratio(flops / ms * 1e3, peak_flops(ranks.device)), gib=gib,
-              config=config.to_dict(cfg))
+              tokens_per_s=round(batch * length / ms * 1e3),
+              speedup=table.speedup(ms, label, batch=batch, prompt=length), flops=flops, tflops=flops / ms / 1e9,
+              mfu=ratio(flops / ms * 1e3, peak_flops(ranks.device)), gib=gib, config=config.to_dict(cfg))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # decode: the decoding loop of sample.py, on random weights
-
-def device_and_dtype(cfg):
-    """As sample.py chooses them."""
-    device = pick_device(cfg.device)
-    return device, pick_dtype(cfg.dtype, device)
-
 
 @torch.no_grad()
 def random_model(cfg, device):
@@ -573,23 +562,18 @@ def serve_row(model, cfg, kind, launch, batch, table, settings):
     return rate
 
 
-def launches_on(device, settings) -> list:
-    """The --launches that this device has; prints one line where some are left out."""
-    launches = names(settings, "launches", ("eager", "graph"))
-    if device.type == "cuda" or launches == ["eager"]:
-        return launches
-    print(f"device {device.type} has no CUDA graphs: every step runs eager.", flush=True)
-    return ["eager"]
-
-
 def bench_decode(cfg, settings):
     """Prints per case: ms to the first token and per token after it, GB/s, and their share of the copy rate.
 
     GB/s counts the bytes that a step has to read: the weights and, on average, half of the final cache.
     """
     fill_vocabulary(cfg)
-    device, dtype = device_and_dtype(cfg)
-    launches, ceiling = launches_on(device, settings), copy_rate(device, settings)
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
+    if device.type != "cuda" and settings.launches != ["eager"]:
+        print(f"device {device.type} has no CUDA graphs: every step runs eager.", flush=True)
+        settings.launches = ["eager"]
+    ceiling = copy_rate(device, settings)
     length = decode.padded(settings.prompt_tokens + settings.new_tokens, cfg.block_size)
     columns = {"ffn": 18, "kind": 10, "launch": 6, "batch": 6, "per_user": 8, "tokens_per_s": 12, "first_ms": 8,
                "ms": 8, "gb_s": 7, "share": 7, "weights_mb": 10, "kv_mb": 8}
@@ -605,15 +589,15 @@ def bench_decode(cfg, settings):
         fresh(device)
         return decode.largest_batch(cfg, length, device, dtype)
 
-    for kind in names(settings, "kinds", KINDS) if cfg.ffn != "dense" else ["dense"]:
+    for kind in settings.kinds if cfg.ffn != "dense" else ["dense"]:
         model = random_model(dataclasses.replace(cfg, ffn="dense") if kind == "dense" else cfg, device)
         merge.prepare_model(model, "structured" if kind == "dense" else kind, dtype)
-        for launch in launches[-1:] if settings.max_batch else launches:
+        for launch in settings.launches[-1:] if settings.max_batch else settings.launches:
             row = partial(time_row, model, cfg, kind, launch, table=table, settings=settings)
             if settings.max_batch:
                 highest_rate(row, largest, device)
             else:
-                for batch in numbers(settings, "batches") or (1, 16, 256):
+                for batch in settings.batches or (1, 16, 256):
                     row(batch)
         del model, row
     return table
@@ -636,7 +620,7 @@ def highest_rate(rate_of, largest, device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# crossover: the table behind decode=auto
+# crossover: the table of speeds that decode=auto uses
 
 def bench_crossover(cfg, settings):
     """Milliseconds of one linear. slower_by: the time of auto's form over that of the better one - 1, timed anew.
@@ -645,7 +629,8 @@ def bench_crossover(cfg, settings):
     Then auto compares whole steps, and a linear's time is its equal share.
     """
     cfg.vocab_size = 1024
-    device, dtype = device_and_dtype(cfg)
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
     model = random_model(cfg, device)
     pairs = merge.cast_and_merge(model, "auto", dtype)
     facts, began = header(device), time.perf_counter()
@@ -673,14 +658,8 @@ def bench_crossover(cfg, settings):
     return table
 
 
-def plot_rows(paths, settings):
-    lists = (names(settings, "kinds", KINDS), names(settings, "launches", ("eager", "graph")),
-             numbers(settings, "widths"), numbers(settings, "tokens"))
-    draw_rows(settings.plot, paths, *lists)
-
-
 BENCHMARKS = {"kernel": bench_kernel, "ffn": bench_ffn, "train": bench_train, "prefill": bench_prefill,
-              "decode": bench_decode, "crossover": bench_crossover, "curves": curves.compare, "plot": plot_rows}
+              "decode": bench_decode, "crossover": bench_crossover, "curves": curves.compare, "plot": draw_rows}
 
 
 def main(command, subject, settings):

@@ -3,7 +3,6 @@
 They hold tensors and plain types only. A file may be damaged, or a stranger's: it is checked before memory is taken.
 """
 import contextlib
-import dataclasses
 import math
 import os
 import sys
@@ -14,9 +13,9 @@ import zipfile
 import torch
 
 import config
-from config import Config, UserError, short
+from config import UserError, short
 from device import full, local
-from run import MAY_CHANGE, atomic_write, checkpoints, sync, writing
+from run import atomic_write, checkpoints, changed_settings, sync, writing
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -38,9 +37,14 @@ def entries(cfg, weights, step, tokenizer, **more) -> dict:
     `more` in ckpt.pt: data, the checksum of the training tokens, and optimizer {parameter's name: its state}; in
     model.pt and best.pt: val_loss.
     """
-    blob = torch.frombuffer(bytearray(tokenizer.blob) or bytearray(1), dtype=torch.uint8)
     return {"config": config.to_dict(cfg), "model": weights, "step": step,
-            "tokenizer": {"identity": tokenizer.identity, "blob": blob}, **more}
+            "tokenizer": tokenizer_entry(tokenizer), **more}
+
+
+def tokenizer_entry(tokenizer) -> dict:
+    """What tokenizer.saved_tokenizer reads. torch.frombuffer takes no empty buffer."""
+    blob = torch.frombuffer(bytearray(tokenizer.blob) or bytearray(1), dtype=torch.uint8)
+    return {"identity": tokenizer.identity, "blob": blob}
 
 
 def read_newest(folder):
@@ -162,10 +166,9 @@ def check_moments(saved, optimizer, model, path):
 def check_continues(cfg, saved, steps, identity, path):
     """UserError unless a checkpoint is one of the run with the settings cfg, its steps and tokenizer."""
     theirs = config.from_dict(saved["config"], path)
-    for name in (f.name for f in dataclasses.fields(Config) if f.name not in MAY_CHANGE):
-        if getattr(theirs, name) != getattr(cfg, name):
-            raise UserError(f"{path} is of another run: it has {name}={getattr(theirs, name)}, config.json "
-                            f"{name}={getattr(cfg, name)}; restore the one that belongs there.")
+    for name in changed_settings(theirs, cfg):
+        raise UserError(f"{path} is of another run: it has {name}={getattr(theirs, name)}, config.json "
+                        f"{name}={getattr(cfg, name)}; restore the one that belongs there.")
     there = saved["tokenizer"]["identity"] if "tokenizer" in saved else identity  # older versions kept none
     if saved["step"] > steps or there != identity:
         raise UserError(f"{path} is of another run: step {saved['step']} of {steps}, tokenizer {there}, here "

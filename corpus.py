@@ -22,8 +22,8 @@ from typing import Callable
 from tqdm import tqdm
 
 import config
-from config import UserError
-from tokenizer import package, reason, remote
+from config import UserError, reason
+from tokenizer import package, remote
 
 MB = 1 << 20
 
@@ -97,15 +97,12 @@ def content_hash(*groups):
     for group in groups:
         digest.update(b"group")
         for path in group:
-            try:
-                with open(path, "rb") as f:
-                    size = os.path.getsize(path)
-                    digest.update(json.dumps([os.path.basename(path), size]).encode())
-                    for at in (*range(0, size, every * MB), max(0, size - MB)):
-                        f.seek(at)
-                        digest.update(f.read(MB))
-            except OSError as e:
-                raise UserError(f"cannot read {path} ({e.strerror}): give files that can be read.") from None
+            with config.reading(path, "give files that can be read"), open(path, "rb") as f:
+                size = os.path.getsize(path)
+                digest.update(json.dumps([os.path.basename(path), size]).encode())
+                for at in (*range(0, size, every * MB), max(0, size - MB)):
+                    f.seek(at)
+                    digest.update(f.read(MB))
     return digest.hexdigest()
 
 
@@ -324,27 +321,27 @@ def hold_out(source, meter):
                 below //= 2
                 sizes = Counter({k: size for k, size in sizes.items() if k < below})
             bar.show(meter["done"])
-    chosen = choose_documents(sizes, total, source.share)
-    return lambda text: document_hash(text) in chosen
+    held_out = choose_documents(sizes, total, source.share)
+    return lambda text: document_hash(text) in held_out
 
 
 def choose_documents(sizes, total, share):
     """The hashes to hold out, given {hash: bytes}: those below share, which stay as a corpus grows, within bounds.
 
-    Documents are taken in the order of their hashes. Those that would exceed 1.5 share of the bytes are left out, and
-    further ones are taken until half the share is reached. Where documents are too large for that, up to 5 shares are
-    allowed. An empty set: no documents fit.
+    Documents follow in the order of their hashes. One that would exceed 1.5 share of the bytes is left out, and further
+    ones follow until half the share is reached. Where documents are too large for that, up to 5 shares are allowed.
+    An empty set: no documents fit.
     """
     for most in (1.5 * share, min(0.5, 5 * share)):
-        taken, chosen = 0, set()
+        size, held_out = 0, set()
         for key in sorted(sizes):
-            if key >= share * 2 ** 64 and taken >= share / 2 * total:
+            if key >= share * 2 ** 64 and size >= share / 2 * total:
                 break
-            if taken + sizes[key] <= most * total:
-                taken += sizes[key]
-                chosen.add(key)
-        if taken >= share / 2 * total:
-            return chosen
+            if size + sizes[key] <= most * total:
+                size += sizes[key]
+                held_out.add(key)
+        if size >= share / 2 * total:
+            return held_out
     return set()
 
 

@@ -13,8 +13,8 @@ import config
 from config import Config, UserError
 from model import ffn_params
 from report import Panel, Table, commit, draw_curves
-from run import MAY_CHANGE, read_json, read_metrics
-from train import make_plan, step_flops
+from run import MAY_CHANGE, read_metrics
+from schedule import make_plan, step_flops
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,8 +46,7 @@ class Run:
 
 def read_run(path) -> Run:
     """UserError if it is not a run's folder or has no metrics yet; a last line still being written is left out."""
-    settings = os.path.join(path, "config.json")
-    cfg = config.from_dict(read_json(settings), settings)
+    cfg = config.read_saved(path)
     plan, per_step = make_plan(cfg), cfg.batch_size * cfg.block_size
     rows = read_metrics(os.path.join(path, "metrics.jsonl"), plan.steps)
     train, val = ((np.array([r["step"] for r in rows if name in r], dtype=int),
@@ -70,19 +69,14 @@ WORDED = {"ffn", "rank", "nblocks", "ffn_dim", "max_tokens", "guide"}
 NOT_LISTED = MAY_CHANGE - {"dataset", "tokenizer", "data_dir"} | {"n_layer", "n_embd", "seed"} | WORDED
 
 
-def share_of_dense(cfg) -> float:
-    """Parameters of a structured FFN / of the dense one."""
-    one = dataclasses.replace(cfg, n_layer=1, n_dense_layers=0)
-    return ffn_params(one) / ffn_params(one, "dense")
-
-
 def differs(name, runs) -> bool:
     return len({str(getattr(r.cfg, name)) for r in runs}) > 1
 
 
 def ffn_words(cfg) -> list:
-    """As in ["lowrank 32 %", "fixedstep"]; 63 and 32 are the paper's names of shares that are near them."""
-    percent = 100 * share_of_dense(cfg)
+    """As in ["lowrank 32 %", "fixedstep"]: the share of a dense FFN's parameters, 63 and 32 in the paper's rounding."""
+    one = dataclasses.replace(cfg, n_layer=1, n_dense_layers=0)
+    percent = 100 * ffn_params(one) / ffn_params(one, "dense")
     nominal = next((n for n in (63, 32) if abs(n - percent) < 5), round(percent))
     return ["dense" if cfg.ffn == "dense" else f"{cfg.ffn} {nominal} %"] + [cfg.guide] * (cfg.guide != "off")
 

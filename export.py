@@ -88,23 +88,26 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint import save_beside
+from checkpoint import save_beside, tokenizer_entry
 from config import Config, short
 from device import pick_device
 from merge import exact_matmuls, merge_attention, replace_structured
 from model import build, load, rms_norm
 from project import project_ffns
-from run import perplexity, read_json, writing
+from run import perplexity, writing
+from schedule import summary
 from tokenizer import load_tokenizer, package, saved_tokenizer
 from tokenizer_json import kind_of, tokenizer_files
-from schedule import summary
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Hugging Face architectures that compute what ours does
 
-class Layout(NamedTuple):
-    """Names of the modules that a family of architectures shares."""
+class Family(NamedTuple):
+    """What several architectures share: positions, whether linears need biases, names of settings and of modules."""
+    pos: str
+    needs_bias: bool
+    sizes: tuple                         # n_layer, n_embd, n_head, block_size, ffn_dim, act
     root: str
     wte: str
     blocks: str
@@ -115,39 +118,38 @@ class Layout(NamedTuple):
     norm: str
 
 
-class Home(NamedTuple):
-    """An architecture: the switches it stands for, the names it gives to modules and settings."""
+class Architecture(NamedTuple):
+    """The switches that an architecture stands for, and the names it gives to modules and settings."""
     classname: str
-    pos: str
+    family: Family
     norm: str
     acts: dict                           # our act -> theirs
     ffn: tuple                           # fc1 (of swiglu: gate and value), fc2
     eps: str                             # their name of norm_eps
     default_eps: float = 1e-5
     tied: bool = False                   # what a config.json without tie_word_embeddings means
-    layout: Layout = None
-    needs_bias: bool = False             # its linears cannot be without
 
 
-LLAMA = Layout("model.", "embed_tokens", "layers", "input_layernorm", "post_attention_layernorm",
+LLAMA = Family("rope", False, ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings",
+                               "intermediate_size", "hidden_act"),
+               "model.", "embed_tokens", "layers", "input_layernorm", "post_attention_layernorm",
                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj", "norm")
-GPT = Layout("transformer.", "wte", "h", "ln_1", "ln_2", ("attn.c_attn",), "attn.c_proj", "ln_f")
+GPT = Family("absolute", True, ("n_layer", "n_embd", "n_head", "n_positions", "n_inner", "activation_function"),
+             "transformer.", "wte", "h", "ln_1", "ln_2", ("attn.c_attn",), "attn.c_proj", "ln_f")
 GATED, PLAIN = {"swiglu": "silu"}, {"gelu": "gelu_pytorch_tanh", "relu2": "relu2"}
 GATE_UP, UP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), ("mlp.up_proj", "mlp.down_proj")
 FC = ("mlp.c_fc", "mlp.c_proj")
-HOMES = {
-    "llama": Home("LlamaForCausalLM", "rope", "rmsnorm", GATED, GATE_UP, "rms_norm_eps", 1e-6, layout=LLAMA),
-    "mistral": Home("MistralForCausalLM", "rope", "rmsnorm", GATED, GATE_UP, "rms_norm_eps", 1e-6, layout=LLAMA),
-    "qwen2": Home("Qwen2ForCausalLM", "rope", "rmsnorm", GATED, GATE_UP, "rms_norm_eps", 1e-6, layout=LLAMA),
-    "qwen3": Home("Qwen3ForCausalLM", "rope", "rmsnorm", GATED, GATE_UP, "rms_norm_eps", 1e-6, layout=LLAMA),
-    "starcoder2": Home("Starcoder2ForCausalLM", "rope", "layernorm", PLAIN, FC, "norm_epsilon",
-                       tied=True, layout=LLAMA),
-    "arcee": Home("ArceeForCausalLM", "rope", "rmsnorm", PLAIN, UP, "rms_norm_eps", layout=LLAMA),
-    "stablelm": Home("StableLmForCausalLM", "rope", "layernorm", GATED, GATE_UP, "layer_norm_eps", layout=LLAMA),
-    "gpt_bigcode": Home("GPTBigCodeForCausalLM", "absolute", "layernorm", PLAIN, FC, "layer_norm_epsilon",
-                        tied=True, layout=GPT, needs_bias=True),
-    "gpt2": Home("GPT2LMHeadModel", "absolute", "layernorm", {**PLAIN, "gelu": "gelu_new"}, FC, "layer_norm_epsilon",
-                 tied=True, layout=GPT, needs_bias=True),
+ARCHITECTURES = {
+    "llama": Architecture("LlamaForCausalLM", LLAMA, "rmsnorm", GATED, GATE_UP, "rms_norm_eps", 1e-6),
+    "mistral": Architecture("MistralForCausalLM", LLAMA, "rmsnorm", GATED, GATE_UP, "rms_norm_eps", 1e-6),
+    "qwen2": Architecture("Qwen2ForCausalLM", LLAMA, "rmsnorm", GATED, GATE_UP, "rms_norm_eps", 1e-6),
+    "qwen3": Architecture("Qwen3ForCausalLM", LLAMA, "rmsnorm", GATED, GATE_UP, "rms_norm_eps", 1e-6),
+    "starcoder2": Architecture("Starcoder2ForCausalLM", LLAMA, "layernorm", PLAIN, FC, "norm_epsilon", tied=True),
+    "arcee": Architecture("ArceeForCausalLM", LLAMA, "rmsnorm", PLAIN, UP, "rms_norm_eps"),
+    "stablelm": Architecture("StableLmForCausalLM", LLAMA, "layernorm", GATED, GATE_UP, "layer_norm_eps"),
+    "gpt_bigcode": Architecture("GPTBigCodeForCausalLM", GPT, "layernorm", PLAIN, FC, "layer_norm_epsilon", tied=True),
+    "gpt2": Architecture("GPT2LMHeadModel", GPT, "layernorm", {**PLAIN, "gelu": "gelu_new"}, FC, "layer_norm_epsilon",
+                         tied=True),
 }
 
 
@@ -161,15 +163,15 @@ def can_add_heads(cfg):
 
 
 # What an architecture cannot do, or its reader for some targets: (architectures, targets or "" for all, what must hold
-# of the Config c and the kind of tokenizer t, why). The first architecture of HOMES without an obstacle is taken.
+# of the Config c and the kind of tokenizer t, why). The first of ARCHITECTURES without an obstacle is used.
 WHOLE = "needs n_embd to be made up of heads, attn_dim stands in the way"
 LIMITS = (
     ("qwen2", "", lambda c, t: False, "is read only"),
-    (" ".join(HOMES.keys() - {"qwen3"}), "", lambda c, t: not c.qk_norm,
+    (" ".join(ARCHITECTURES.keys() - {"qwen3"}), "", lambda c, t: not c.qk_norm,
      "norms no queries and keys, qk_norm stands in the way"),
     ("qwen3", "", lambda c, t: c.qk_norm, "norms queries and keys, qk_norm=0 stands in the way"),
     ("qwen3", "", lambda c, t: c.norm_eps == 1e-5, "has one epsilon for all norms, which must be norm_eps=1e-05"),
-    (" ".join(HOMES), "", lambda c, t: not (c.embed_norm and c.tie_embeddings),
+    (" ".join(ARCHITECTURES), "", lambda c, t: not (c.embed_norm and c.tie_embeddings),
      "norms no embeddings: embed_norm with tie_embeddings stands in the way"),
     ("llama arcee", "", lambda c, t: c.n_embd % c.n_head == 0, "needs n_embd to be a multiple of n_head"),
     ("mistral stablelm qwen3", "", lambda c, t: not c.bias, "has no biases, bias=True stands in the way"),
@@ -193,19 +195,14 @@ KNOWN = {"n_layer", "n_embd", "n_head", "n_kv_head", "attn_dim", "qk_rank", "ffn
          "norm", "act", "pos", "bias", "tie_embeddings", "rope_theta", "norm_eps", "qk_norm", "embed_norm", "init"}
 
 
-def unknown_switches(cfg) -> dict:
-    """{name: value} of the switches of the model that are in use and not KNOWN."""
-    switches = itertools.takewhile(lambda field: field.name != "dropout", dataclasses.fields(cfg))
-    values = {field.name: getattr(cfg, field.name) for field in switches if field.name not in KNOWN}
-    return {name: value for name, value in values.items() if value != getattr(type(cfg), name)}
-
-
-def choose_home(cfg, target, kind) -> str:
+def find_architecture(cfg, target, kind) -> str:
     """The first architecture that computes the same and that `target` reads as it is; kind: of the tokenizer."""
-    for switch, value in unknown_switches(cfg).items():
-        raise UserError(f"no Hugging Face architecture that is known here expresses {switch}={value}.")
-    fits = [name for name, home in HOMES.items()
-            if (cfg.pos, cfg.norm) == (home.pos, home.norm) and cfg.act in home.acts]
+    for switch in itertools.takewhile(lambda field: field.name != "dropout", dataclasses.fields(cfg)):
+        value = getattr(cfg, switch.name)
+        if switch.name not in KNOWN and value != switch.default:
+            raise UserError(f"no Hugging Face architecture that is known here expresses {switch.name}={value}.")
+    fits = [name for name, arch in ARCHITECTURES.items()
+            if (cfg.pos, cfg.norm) == (arch.family.pos, arch.norm) and cfg.act in arch.acts]
     if not fits:
         raise UserError(f"no Hugging Face architecture has pos={cfg.pos} with norm={cfg.norm} and act={cfg.act}: "
                         "with learned positions there is only norm=layernorm with act=gelu or relu2.")
@@ -225,20 +222,20 @@ def widened(cfg, name, target) -> Config:
     if name in ("stablelm", "gpt2") or name == "starcoder2" and target != "transformers":
         n_head = cfg.n_embd // head_size(cfg)
         n_kv_head = n_head if name == "gpt2" or n_head % group else n_head // group
-    bias = cfg.bias or HOMES[name].needs_bias or name == "starcoder2" and target == "gguf"
+    bias = cfg.bias or ARCHITECTURES[name].family.needs_bias or name == "starcoder2" and target == "gguf"
     return dataclasses.replace(cfg, n_head=n_head, n_kv_head=n_kv_head, attn_dim=n_head * head_size(cfg), bias=bias)
 
 
 def hf_config(cfg, name, eos, dtype) -> dict:
     """config.json; versions 4 and 5 of transformers read different spellings of some settings, so both stand there."""
-    home = HOMES[name]
-    values = {"architectures": [home.classname], "model_type": name, "vocab_size": cfg.vocab_size,
+    arch = ARCHITECTURES[name]
+    values = {"architectures": [arch.classname], "model_type": name, "vocab_size": cfg.vocab_size,
               "tie_word_embeddings": cfg.tie_embeddings, "bos_token_id": eos, "eos_token_id": eos, "dtype": dtype,
-              "torch_dtype": dtype, "initializer_range": 0.02, home.eps: cfg.norm_eps}
-    if home.pos == "absolute":
-        values |= {"n_embd": cfg.n_embd, "n_layer": cfg.n_layer, "n_head": cfg.n_head, "n_inner": cfg.ffn_dim,
-                   "n_positions": cfg.block_size, "n_ctx": cfg.block_size, "activation_function": home.acts[cfg.act],
-                   "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+              "torch_dtype": dtype, "initializer_range": 0.02, arch.eps: cfg.norm_eps}
+    sizes = cfg.n_layer, cfg.n_embd, cfg.n_head, cfg.block_size, cfg.ffn_dim, arch.acts[cfg.act]
+    values |= zip(arch.family.sizes, sizes)
+    if arch.family is GPT:
+        values |= {"n_ctx": cfg.block_size, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
         return values | ({"multi_query": True} if name == "gpt_bigcode" else {})
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     biases = {"attention_bias": cfg.bias, "mlp_bias": cfg.bias}
@@ -249,10 +246,8 @@ def hf_config(cfg, name, eos, dtype) -> dict:
            "stablelm": {"use_qkv_bias": False, "qk_layernorm": False, "use_parallel_residual": False,
                         "hidden_dropout": 0.0, "partial_rotary_factor": 1.0,
                         "rope_parameters": {**rope, "partial_rotary_factor": 1.0}}}
-    return values | {"hidden_size": cfg.n_embd, "num_hidden_layers": cfg.n_layer, "num_attention_heads": cfg.n_head,
-                     "num_key_value_heads": cfg.n_kv_head, "head_dim": head_size(cfg), "intermediate_size": cfg.ffn_dim,
-                     "max_position_embeddings": cfg.block_size, "hidden_act": home.acts[cfg.act],
-                     "attention_dropout": 0.0, "rope_theta": cfg.rope_theta, "rope_parameters": rope, **own[name]}
+    return values | {"num_key_value_heads": cfg.n_kv_head, "head_dim": head_size(cfg), "attention_dropout": 0.0,
+                     "rope_theta": cfg.rope_theta, "rope_parameters": rope, **own[name]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,31 +255,26 @@ def hf_config(cfg, name, eos, dtype) -> dict:
 
 def modules(cfg, name):
     """Yields (our module, their modules, the rows of each): several of theirs are one of ours, row after row."""
-    home, layout = HOMES[name], HOMES[name].layout
-    yield "wte", [layout.root + layout.wte], None
+    arch, family = ARCHITECTURES[name], ARCHITECTURES[name].family
+    yield "wte", [family.root + family.wte], None
     if cfg.pos == "absolute":
-        yield "wpe", [layout.root + "wpe"], None
+        yield "wpe", [family.root + "wpe"], None
     heads = [cfg.attn_dim, cfg.n_kv_head * head_size(cfg), cfg.n_kv_head * head_size(cfg)]
     for i in range(cfg.n_layer):
-        theirs = f"{layout.root}{layout.blocks}.{i}."
-        yield f"blocks.{i}.norm1", [theirs + layout.norm1], None
-        yield f"blocks.{i}.attn.qkv", [theirs + part for part in layout.qkv], heads
-        yield f"blocks.{i}.attn.proj", [theirs + layout.proj], None
-        yield f"blocks.{i}.norm2", [theirs + layout.norm2], None
-        yield f"blocks.{i}.ffn.fc1", [theirs + part for part in home.ffn[:-1]], [cfg.ffn_dim] * 2
-        yield f"blocks.{i}.ffn.fc2", [theirs + home.ffn[-1]], None
-    yield "norm", [layout.root + layout.norm], None
+        theirs = f"{family.root}{family.blocks}.{i}."
+        yield f"blocks.{i}.norm1", [theirs + family.norm1], None
+        yield f"blocks.{i}.attn.qkv", [theirs + part for part in family.qkv], heads
+        yield f"blocks.{i}.attn.proj", [theirs + family.proj], None
+        yield f"blocks.{i}.norm2", [theirs + family.norm2], None
+        yield f"blocks.{i}.ffn.fc1", [theirs + part for part in arch.ffn[:-1]], [cfg.ffn_dim] * 2
+        yield f"blocks.{i}.ffn.fc2", [theirs + arch.ffn[-1]], None
+    yield "norm", [family.root + family.norm], None
     if not cfg.tie_embeddings:
         yield "head", ["lm_head"], None
 
 
-def our_bias(ours, cfg) -> bool:
+def has_bias(ours, cfg) -> bool:
     return cfg.bias and ours not in ("wte", "wpe", "head") and ("norm" not in ours or cfg.norm == "layernorm")
-
-
-def their_bias(ours, cfg) -> bool:
-    """Their layer norms always have one."""
-    return "norm" in ours and cfg.norm == "layernorm" or our_bias(ours, cfg)
 
 
 def is_turned(ours, name) -> bool:
@@ -315,22 +305,23 @@ def widen_heads(weights, cfg, wide) -> dict:
 
 def to_hf(weights, cfg, name) -> dict:
     """Our state dict -> theirs. Factors, where they were kept, stay mlp.fc1.V and so on."""
-    out, layout = {}, HOMES[name].layout
+    out, family = {}, ARCHITECTURES[name].family
     if cfg.embed_norm:  # a norm without weights, whose results a table can hold
         weights = {**weights, "wte.weight": rms_norm(weights["wte.weight"])}
     if cfg.qk_norm:  # ours have one weight for all, theirs one for each entry of a head
         gain = torch.full((head_size(cfg),), cfg.qk_norm)
-        out = {f"{layout.root}{layout.blocks}.{i}.self_attn.{part}_norm.weight": gain.clone()
+        out = {f"{family.root}{family.blocks}.{i}.self_attn.{part}_norm.weight": gain.clone()
                for i in range(cfg.n_layer) for part in "qk"}
     for ours, theirs, rows in modules(cfg, name):
         if f"{ours}.V" in weights:
             _, i, _, fc = ours.split(".")
-            out |= {f"{layout.root}{layout.blocks}.{i}.mlp.{fc}.{part}": weights[f"{ours}.{part}"]
+            out |= {f"{family.root}{family.blocks}.{i}.mlp.{fc}.{part}": weights[f"{ours}.{part}"]
                     for part in ("V", "U", "bias") if f"{ours}.{part}" in weights}
             continue
         weight = weights[f"{ours}.weight"]
         parts = {"weight": weight, "bias": weights.get(f"{ours}.bias", weight.new_zeros(len(weight)))}
-        for kind in ("weight", "bias") if their_bias(ours, cfg) else ("weight",):
+        biased = has_bias(ours, cfg) or "norm" in ours and cfg.norm == "layernorm"  # their layer norms always have one
+        for kind in ("weight", "bias") if biased else ("weight",):
             for module, part in zip(theirs, parts[kind].split(rows) if len(theirs) > 1 else [parts[kind]]):
                 out[f"{module}.{kind}"] = part.T if kind == "weight" and is_turned(ours, name) else part
     return out
@@ -349,7 +340,7 @@ def from_hf(tensors, cfg, name) -> dict:
             raise UserError(f"the shapes of {theirs[0]} and what belongs to it do not fit each other: "
                             "the weights are damaged.")
         out[f"{ours}.weight"] = torch.cat(weights)[:cfg.block_size if ours == "wpe" else None].contiguous()
-        if our_bias(ours, cfg):
+        if has_bias(ours, cfg):
             biases = [torch.zeros(len(part)) if bias is None else bias.float() for part, bias in zip(weights, biases)]
             out[f"{ours}.bias"] = torch.cat(biases)
     if cfg.tie_embeddings:
@@ -380,8 +371,7 @@ def shards(tensors, dtype) -> list:
 
 
 def write_json(folder, name, values):
-    with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
-        json.dump(values, f, indent=2)
+    Path(folder, name).write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 
 def write_weights(folder, tensors, dtype):
@@ -453,10 +443,9 @@ def model_card(title, cfg, saved, name, params, factors) -> str:
 
 def for_factors(values, cfg) -> dict:
     """The entries that config.json needs in addition, for MODELING."""
-    ffn = {"ffn": cfg.ffn, "rank": cfg.rank, "nblocks": cfg.nblocks, "n_dense_layers": cfg.n_dense_layers,
-           "act": cfg.act, "n_embd": cfg.n_embd, "ffn_dim": cfg.ffn_dim, "bias": cfg.bias}
+    names = ("ffn", "rank", "nblocks", "n_dense_layers", "act", "n_embd", "ffn_dim", "bias")
     classname = values["architectures"][0] + "WithFactors"
-    return values | {"structured_ffn": ffn, "architectures": [classname],
+    return values | {"structured_ffn": {name: getattr(cfg, name) for name in names}, "architectures": [classname],
                      "auto_map": {"AutoModelForCausalLM": f"{MODELING.removesuffix('.py')}.{classname}"}}
 
 
@@ -464,7 +453,7 @@ def for_factors(values, cfg) -> dict:
 def write_hf(folder, model, cfg, saved, s):
     """Merges the model and writes it; the folder appears whole or not at all."""
     tokenizer = saved_tokenizer(saved["tokenizer"], cfg.vocab_size)
-    name = choose_home(cfg, s.target, kind_of(tokenizer.identity))
+    name = find_architecture(cfg, s.target, kind_of(tokenizer.identity))
     files = tokenizer_files(tokenizer, cfg.block_size, s.target)
     factors = s.factors and cfg.ffn != "dense"
     with exact_matmuls():
@@ -477,21 +466,21 @@ def write_hf(folder, model, cfg, saved, s):
         settings = for_factors(settings, cfg)
         files[MODELING] = Path(__file__).with_name(MODELING).read_bytes()
     folder = os.path.normpath(folder)
-    shutil.rmtree(folder + ".tmp", ignore_errors=True)  # of an export that was killed
+    temp = folder + ".tmp"
+    shutil.rmtree(temp, ignore_errors=True)  # of an export that was killed
     files["README.md"] = model_card(os.path.basename(folder), cfg, saved, name, params, factors).encode()
     try:
         with writing(folder):
-            os.makedirs(folder + ".tmp", exist_ok=True)
-            write_weights(folder + ".tmp", tensors, getattr(torch, s.dtype))
-            write_json(folder + ".tmp", "config.json", settings)
+            os.makedirs(temp, exist_ok=True)
+            write_weights(temp, tensors, getattr(torch, s.dtype))
+            write_json(temp, "config.json", settings)
             ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos)
-            write_json(folder + ".tmp", "generation_config.json", ids)
+            write_json(temp, "generation_config.json", ids)
             for file, data in files.items():
-                with open(os.path.join(folder + ".tmp", file), "wb") as f:
-                    f.write(data)
-            os.replace(folder + ".tmp", folder)
+                Path(temp, file).write_bytes(data)
+            os.replace(temp, folder)
     finally:
-        shutil.rmtree(folder + ".tmp", ignore_errors=True)
+        shutil.rmtree(temp, ignore_errors=True)
     print(f"{folder}: architecture {name}{' with factors' if factors else ''}, {short(params)} parameters in "
           f"{s.dtype}, for {s.target}")
 
@@ -504,14 +493,11 @@ ONLY = {"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True, "a
         "multi_query": True, "use_parallel_residual": False, "qk_layernorm": False, "partial_rotary_factor": 1.0,
         "auto_map": None}
 ACTS = {"silu": "swiglu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu2": "relu2"}
-ROPE_KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "intermediate_size",
-             "hidden_act")
-GPT_KEYS = ("n_layer", "n_embd", "n_head", "n_positions", "n_inner", "activation_function")
 
 
 def check_hf_config(path, data, name, rope):
     """Refuses what our model does not compute."""
-    sizes = (*ROPE_KEYS[:-1], *GPT_KEYS[:-1], "vocab_size", "head_dim", "num_key_value_heads", "sliding_window")
+    sizes = (*LLAMA.sizes[:-1], *GPT.sizes[:-1], "vocab_size", "head_dim", "num_key_value_heads", "sliding_window")
     kinds = dict.fromkeys(sizes, int) | {"hidden_act": str, "activation_function": str}
     for key, kind in kinds.items():
         value = data.get(key)
@@ -526,37 +512,35 @@ def check_hf_config(path, data, name, rope):
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling != "default":
         raise UserError(f"{path} scales its rotary positions ({scaling}): only unscaled ones can be computed here.")
-    optional = () if HOMES[name].pos == "rope" else GPT_KEYS[4:]
-    for key in ("vocab_size", *(ROPE_KEYS if HOMES[name].pos == "rope" else GPT_KEYS)):
-        if data.get(key) is None and key not in optional:
+    for key in ("vocab_size", *ARCHITECTURES[name].family.sizes):
+        if data.get(key) is None and key not in GPT.sizes[4:]:  # these two have defaults
             raise UserError(f"{path} has no {key}: it is not the config.json of a {name} model.")
 
 
 def read_hf_config(path, block_size=0):
     """config.json -> (architecture, Config; whether it has biases, the weights say)."""
-    data = read_json(path)
+    data = config.read_json(path)
     name = data.get("model_type") if isinstance(data, dict) else None
-    if not isinstance(name, str) or name not in HOMES:
-        raise UserError(f"{path} has model_type={config.shown(name)}: {', '.join(HOMES)} are read.")
-    home, rope = HOMES[name], data.get("rope_parameters") or data.get("rope_scaling") or {}
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise UserError(f"{path} has model_type={config.shown(name)}: {', '.join(ARCHITECTURES)} are read.")
+    arch, rope = ARCHITECTURES[name], data.get("rope_parameters") or data.get("rope_scaling") or {}
     check_hf_config(path, data, name, rope)
-    keys = ROPE_KEYS if home.pos == "rope" else GPT_KEYS
-    n_layer, n_embd, n_head, context, ffn_dim, act = map(data.get, keys)
-    if act and ACTS.get(act) not in home.acts:
-        known = ", ".join(theirs for theirs, ours in ACTS.items() if ours in home.acts)
-        raise UserError(f"{path} has {keys[-1]}={act}: only {known} can be computed here.")
+    n_layer, n_embd, n_head, context, ffn_dim, act = map(data.get, arch.family.sizes)
+    if act and ACTS.get(act) not in arch.acts:
+        known = ", ".join(theirs for theirs, ours in ACTS.items() if ours in arch.acts)
+        raise UserError(f"{path} has {arch.family.sizes[-1]}={act}: only {known} can be computed here.")
     window = data.get("sliding_window") if data.get("use_sliding_window", True) else None
     if window and window < (block_size or context):
         raise UserError(f"{path} has sliding_window={window}, less than the context of {block_size or context} tokens: "
                         f"give --block_size={window}.")
-    if block_size > context and home.pos == "absolute":
+    if block_size > context and arch.family is GPT:
         raise UserError(f"block_size={block_size} exceeds the {context} learned positions of {path}: give fewer.")
     values = dict(
         n_layer=n_layer, n_embd=n_embd, n_head=n_head, attn_dim=n_head * (data.get("head_dim") or n_embd // n_head),
         n_kv_head=1 if name == "gpt_bigcode" else data.get("num_key_value_heads") or n_head,
         ffn_dim=ffn_dim or 4 * n_embd, block_size=block_size or context, vocab_size=data["vocab_size"],
-        norm=home.norm, pos=home.pos, act=ACTS[act] if act else "gelu", norm_eps=data.get(home.eps, home.default_eps),
-        tie_embeddings=data.get("tie_word_embeddings", home.tied),
+        norm=arch.norm, pos=arch.family.pos, act=ACTS[act] if act else "gelu",
+        norm_eps=data.get(arch.eps, arch.default_eps), tie_embeddings=data.get("tie_word_embeddings", arch.tied),
         rope_theta=rope.get("rope_theta", data.get("rope_theta", 10_000.0)))
     return name, config.from_dict(values, path)
 
@@ -568,7 +552,7 @@ def read_weights(folder, root) -> dict:
     index = os.path.join(folder, "model.safetensors.index.json")
     files = ["model.safetensors"]
     if os.path.exists(index):
-        data = read_json(index, 1 << 22)
+        data = config.read_json(index, 1 << 22)
         names = data.get("weight_map") if isinstance(data, dict) else None
         files = list(names.values()) if isinstance(names, dict) else []
         if not files or not all(isinstance(file, str) and file == os.path.basename(file) for file in files):
@@ -605,19 +589,18 @@ def read_hf(folder, block_size=0):
     cfg.tokenizer = next(filter(os.path.exists, paths), "")
     if not cfg.tokenizer:
         raise UserError(f"{folder} has neither tokenizer.json nor tokenizer.model: add the one of the model.")
-    tokenizer, tensors = load_tokenizer(cfg.tokenizer), read_weights(folder, HOMES[name].layout.root)
+    tokenizer, tensors = load_tokenizer(cfg.tokenizer), read_weights(folder, ARCHITECTURES[name].family.root)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(f"{cfg.tokenizer} has {tokenizer.vocab_size} tokens, the model {cfg.vocab_size}: "
                         "give the tokenizer that belongs to the model.")
     cfg.bias = any(t.any().item() for key, t in tensors.items() if key.endswith(".bias"))
     if name == "qwen3":
         if cfg.norm_eps != 1e-5:
-            raise UserError(f"{folder} has {HOMES[name].eps}={cfg.norm_eps}: "
+            raise UserError(f"{folder} has {ARCHITECTURES[name].eps}={cfg.norm_eps}: "
                             "here queries and keys are normed with 1e-05.")
         cfg.qk_norm = qk_gain(folder, tensors)
     model = build(cfg, torch.device("cpu"), weights=from_hf(tensors, cfg, name), path=folder)
-    blob = torch.frombuffer(bytearray(tokenizer.blob), dtype=torch.uint8)
-    return model.eval(), cfg, {"step": 0, "val_loss": None, "tokenizer": {"identity": tokenizer.identity, "blob": blob}}
+    return model.eval(), cfg, {"step": 0, "val_loss": None, "tokenizer": tokenizer_entry(tokenizer)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

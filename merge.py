@@ -1,11 +1,10 @@
-"""Factors or dense equivalent: merging structured linears, and the table of speeds behind decode=auto.
+"""Factors or dense equivalent: merging structured linears, and the table of speeds that decode=auto uses.
 
 `prepare_model` makes a loaded model ready for decoding. Weights are cast once. Each structured linear becomes its
 factors, its dense equivalent (the paper's pre-merge), or both, with a table measured on this card of which is faster.
 """
 import hashlib
 import importlib.util
-import json
 import math
 import os
 import sys
@@ -16,10 +15,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from config import UserError
+from config import UserError, read_json
 from device import record_graph
 from model import Cache, ops
-from run import atomic_write, read_json
+from run import save_json
 from structured import Dense, FactoredQKV, FactorsOrMerged, Structured
 
 
@@ -173,12 +172,6 @@ def table_key(device, dtype) -> str:
     return ", ".join(parts + [str(dtype).removeprefix("torch.")])
 
 
-def is_row(row) -> bool:
-    """Whether row is {tokens: [factors, merged]} with a positive time each; another structure raises."""
-    return bool(row) and all(int(tokens) > 0 and 0 < factors < math.inf and 0 < merged < math.inf
-                             for tokens, (factors, merged) in row.items())
-
-
 def read_table(path, key, modes) -> tuple:
     """(all tables of the file at path, the shapes that its table for `key` holds in all modes).
 
@@ -189,8 +182,10 @@ def read_table(path, key, modes) -> tuple:
         if key not in tables.keys():
             return tables, set()
         tables[key] = {mode: tables[key].get(mode, {}) for mode in modes}
-        if not all(is_row(row) for shapes in tables[key].values() for row in shapes.values()):
-            raise ValueError
+        for row in (row for shapes in tables[key].values() for row in shapes.values()):
+            if not row or not all(int(tokens) > 0 and 0 < factors < math.inf and 0 < merged < math.inf
+                                  for tokens, (factors, merged) in row.items()):
+                raise ValueError
         return tables, set.intersection(*map(set, tables[key].values()))
     except (UserError, ValueError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged or cannot be read: delete it, and the speeds of factors and dense "
@@ -217,8 +212,7 @@ def load_or_measure(model, pairs, path=None) -> dict:
         kept.setdefault(mode, {}).update(rows)
     if path:
         try:
-            with atomic_write(path) as temp, open(temp, "w") as f:
-                json.dump(tables, f, indent=1)
+            save_json(path, tables)
         except UserError as e:
             print(f"the table of speeds is not kept: {e}", file=sys.stderr)
     return kept

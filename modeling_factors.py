@@ -58,33 +58,15 @@ class WithFactors:
             layer.mlp = FFN(**config.structured_ffn)
 
 
-class LlamaForCausalLMWithFactors(WithFactors, LlamaForCausalLM):
-    pass
+def with_factors(stock):
+    return type(f"{stock.__name__}WithFactors", (WithFactors, stock), {})
 
 
-class MistralForCausalLMWithFactors(WithFactors, MistralForCausalLM):
-    pass
-
-
-class Qwen3ForCausalLMWithFactors(WithFactors, Qwen3ForCausalLM):
-    pass
-
-
-class Starcoder2ForCausalLMWithFactors(WithFactors, Starcoder2ForCausalLM):
-    pass
-
-
-class ArceeForCausalLMWithFactors(WithFactors, ArceeForCausalLM):
-    pass
-
-
-class StableLmForCausalLMWithFactors(WithFactors, StableLmForCausalLM):
-    pass
-
-
-class GPT2LMHeadModelWithFactors(WithFactors, GPT2LMHeadModel):
-    pass
-
-
-class GPTBigCodeForCausalLMWithFactors(WithFactors, GPTBigCodeForCausalLM):
-    pass
+ArceeForCausalLMWithFactors = with_factors(ArceeForCausalLM)
+GPT2LMHeadModelWithFactors = with_factors(GPT2LMHeadModel)
+GPTBigCodeForCausalLMWithFactors = with_factors(GPTBigCodeForCausalLM)
+LlamaForCausalLMWithFactors = with_factors(LlamaForCausalLM)
+MistralForCausalLMWithFactors = with_factors(MistralForCausalLM)
+Qwen3ForCausalLMWithFactors = with_factors(Qwen3ForCausalLM)
+StableLmForCausalLMWithFactors = with_factors(StableLmForCausalLM)
+Starcoder2ForCausalLMWithFactors = with_factors(Starcoder2ForCausalLM)

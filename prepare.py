@@ -23,7 +23,7 @@ import threading
 import time
 import zlib
 from collections import Counter, deque
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -159,30 +159,24 @@ class TokenFile:
         disk fails, a mapping kills the process without a word.
         """
         out = np.empty((len(starts), size), self.tokens.dtype)
-        try:
+        with config.reading(f"the token file {self.path}", AGAIN):
             for row, start in zip(out, starts.tolist()):
                 self.file.seek(HEADER + start * out.itemsize)
                 if self.file.readinto(row) < row.nbytes:
                     self._check_size(os.fstat(self.file.fileno()).st_size, HEADER + self.tokens.nbytes)
-        except OSError as e:
-            raise UserError(f"cannot read the token file {self.path} ({e.strerror}): {AGAIN}.") from None
         return out.astype(np.int64)
 
     def verify(self):
-        """Reads everything: UserError unless size and checksum fit and every id lies in the vocabulary.
-        """
+        """Reads everything: UserError unless size and checksum fit and every id lies in the vocabulary."""
         crc = top = size = 0
         width = self.tokens.itemsize
-        try:
-            with open(self.path, "rb") as f:
-                f.seek(HEADER)
-                while part := f.read(MB):
-                    size += len(part)
-                    crc = zlib.crc32(part, crc)
-                    ids = np.frombuffer(part[:len(part) // width * width], self.tokens.dtype)
-                    top = max(top, int(ids.max(initial=0)))
-        except OSError as e:
-            raise UserError(f"cannot read the token file {self.path} ({e.strerror}): {AGAIN}.") from None
+        with config.reading(f"the token file {self.path}", AGAIN), open(self.path, "rb") as f:
+            f.seek(HEADER)
+            while part := f.read(MB):
+                size += len(part)
+                crc = zlib.crc32(part, crc)
+                ids = np.frombuffer(part[:len(part) // width * width], self.tokens.dtype)
+                top = max(top, int(ids.max(initial=0)))
         self._check_size(HEADER + size, HEADER + self.tokens.nbytes)
         if crc != self.checksum:
             raise UserError(f"{self.path} is damaged: its checksum is {crc:08x}, its header says {self.checksum:08x}; "
@@ -197,23 +191,19 @@ def verify_in_background(*files):
 
     raise_damage raises the UserError found so far; with wait=True it first waits for the end.
     """
-    errors = []
+    verified = Future()
 
     def work():
         try:
-            for file in files:
-                file.verify()
-        except Exception as e:  # raised by raise_damage
-            errors.append(e)
+            verified.set_result([file.verify() for file in files])
+        except Exception as e:
+            verified.set_exception(e)
 
-    thread = threading.Thread(target=work, daemon=True)  # the process may end before
-    thread.start()
+    threading.Thread(target=work, daemon=True).start()  # the process may end before
 
     def raise_damage(wait=False):
-        if wait:
-            thread.join()
-        if errors:
-            raise errors[0]
+        if wait or verified.done():
+            verified.result()
 
     return raise_damage
 
@@ -519,11 +509,8 @@ def _open_folder(folder):
     if (train.tokenizer, train.source) != (val.tokenizer, val.source):
         raise UserError(f"{folder} is mixed, val.bin being {val.source} in {val.tokenizer}, train.bin {train.source}: "
                         f"{AGAIN}.")
-    try:
-        with open(os.path.join(folder, "tokenizer.bin"), "rb") as f:
-            tokenizer = tokenizer_from_blob(train.tokenizer, f.read())
-    except OSError as e:
-        raise UserError(f"cannot read {folder}/tokenizer.bin ({e.strerror}): {AGAIN}.") from None
+    with config.reading(f"{folder}/tokenizer.bin", AGAIN), open(os.path.join(folder, "tokenizer.bin"), "rb") as f:
+        tokenizer = tokenizer_from_blob(train.tokenizer, f.read())
     if not tokenizer.vocab_size == train.vocab_size == val.vocab_size:
         raise UserError(f"{folder} is mixed, its tokenizer has {tokenizer.vocab_size} tokens, train.bin is for "
                         f"{train.vocab_size} and val.bin for {val.vocab_size}: {AGAIN}.")
@@ -552,9 +539,9 @@ def open_data(cfg):
 
 def ensure_data(cfg):
     """open_data, after preparing the standard library into its own folder where only that is missing."""
-    if cfg.dataset == "stdlib" and not cfg.data_dir:
-        if not os.path.exists(os.path.join(config.data_dir(cfg), "train.bin")):
-            prepare(cfg, Settings())
+    complete = os.path.exists(os.path.join(config.data_dir(cfg), "train.bin"))
+    if cfg.dataset == "stdlib" and not cfg.data_dir and not complete:
+        prepare(cfg, Settings())
     return open_data(cfg)
 
 

@@ -14,8 +14,8 @@ import torch.nn as nn
 import config
 from config import UserError
 from merge import exact_matmuls
-from model import Teacher, build, flops_per_token, load, load_weights
 from checkpoint import read_model
+from model import Teacher, build, flops_per_token, load, load_weights
 from structured import Dense, linear
 from tokenizer import saved_tokenizer
 
@@ -59,11 +59,11 @@ def fit_blockshuffle(T, b, V, U, L=None):
     return D
 
 
-def project_blocks(W, V, U, fit, C=None, sweeps=2):
+def project_blocks(W, V, U, fit, C=None):
     """Fills V and U, a block of columns at a time. C couples the blocks: each is fitted again to what others leave."""
     columns = torch.arange(W.size(1), device=W.device).view(len(V), -1)
     D = torch.cat([fit(W[:, at], b, V, U) for b, at in enumerate(columns)], dim=1)
-    for _ in range(0 if C is None else sweeps):
+    for _ in range(0 if C is None else 2):
         for b, at in enumerate(columns):
             own = C[at][:, at]
             rest = torch.linalg.solve(own, ((W - D) @ C[:, at]).T).T
@@ -229,7 +229,7 @@ UNSEEN = ("n_head", "norm", "act", "pos", "rope_theta", "norm_eps", "qk_norm", "
 
 
 def check_tokenizer(path, saved, cfg, tokenizer):
-    if (identity := saved["tokenizer"].get("identity")) != tokenizer.identity:
+    if (identity := saved["tokenizer"]["identity"]) != tokenizer.identity:
         raise UserError(f"the weights in {path} are of the tokenizer {identity}, {config.data_dir(cfg)} holds tokens "
                         f"of {tokenizer.identity}: prepare the text with the weights' tokenizer.")
 
@@ -266,15 +266,14 @@ def load_init(cfg, model, data, ranks) -> dict:
     with ranks.agree():
         path, saved = read_model(cfg.init_from)
         weights, theirs = saved["model"], config.from_dict(saved["config"], path)
-        other = theirs.ffn == "dense" and (cfg.ffn != "dense" or cfg.ffn_dim < theirs.ffn_dim)
+        refit = theirs.ffn == "dense" and (cfg.ffn != "dense" or cfg.ffn_dim < theirs.ffn_dim)
         check_tokenizer(path, saved, cfg, data.tokenizer)
-        check_fits(cfg, theirs, weights, model, ffns=not other)
-    if not other:
+        check_fits(cfg, theirs, weights, model, ffns=not refit)
+    if not refit:
         load_weights(model, weights, path)
         return {}
     device = torch.device("cpu") if ranks.device.type == "mps" else ranks.device  # mps has no float64
-    dense = build(dataclasses.replace(cfg, ffn="dense", ffn_dim=theirs.ffn_dim), device)
-    load_weights(dense, weights, path)
+    dense = build(dataclasses.replace(cfg, ffn="dense", ffn_dim=theirs.ffn_dim), device, weights=weights, path=path)
     with exact_matmuls():
         originals = project_model(dense, cfg, calibration_windows(cfg, data, device),
                                   print if ranks.master else lambda *_, **__: None)

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from config import UserError, read_text, short
+from config import UserError, read_text, reason, short
 from device import device_name, out_of_memory
 from run import writing
-from tokenizer import reason
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,15 +45,10 @@ def laps(run, device, settings):
     return np.reshape(times, (repeats, -1))
 
 
-def middle(times):
-    """(median, interquartile range)"""
-    low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
-    return float(median), float(high - low)
-
-
 def timed(run, device, settings):
     """Milliseconds of run(): (median, interquartile range) after warm-up."""
-    return middle(laps(lambda mark: run(), device, settings))
+    low, median, high = np.quantile(laps(lambda mark: run(), device, settings), (0.25, 0.5, 0.75))
+    return float(median), float(high - low)
 
 
 def copies(make, tokens, n_in, n_out, ranks) -> list:
@@ -166,6 +160,11 @@ class Table:
             with writing(self.path), open(self.path, "a", encoding="utf-8") as f:
                 f.write(json.dumps(values) + "\n")
 
+    def speedup(self, ms, ffn, **alike):
+        """The milliseconds of dense in an earlier row with the values `alike`, over ms; None without such a row."""
+        dense = (r["ms"] for r in self.rows if r["ffn"] == "dense" and alike.items() <= r.items())
+        return ratio(next(dense, ms if ffn == "dense" else None), ms)
+
 
 def ratio(a, b):
     return a / b if a and b else None
@@ -233,14 +232,11 @@ def draw(path, title, panels, looks):
     with picture(path, title, len(panels), max(map(len, panels))) as axes:
         for row_axes, row in zip(axes, panels):
             for ax, panel in zip(row_axes, row):
-                (draw_bars if is_bars(panel) else draw_lines)(ax, panel, looks)
+                single_points = len(panel.lines) > 1 and all(len(points) == 1 for points in panel.lines.values())
+                (draw_bars if single_points and not panel.means else draw_lines)(ax, panel, looks)
                 ax.set_title(panel.title, fontsize="medium")
             for ax in row_axes[len(row):]:
                 ax.remove()
-
-
-def is_bars(panel) -> bool:
-    return not panel.means and len(panel.lines) > 1 and all(len(points) == 1 for points in panel.lines.values())
 
 
 def draw_lines(ax, panel, looks):
@@ -281,7 +277,6 @@ def draw_bars(ax, panel, looks):
 # Pictures: what each benchmark's rows show
 
 COLOURS = {"dense": "black", "lowrank": "tab:blue", "blockshuffle": "tab:orange", "blockdense": "tab:green"}
-FASTER = "times as fast as dense"
 LAUNCHED = {"graph": "step launched as one CUDA graph", "eager": "kernels launched from Python"}
 
 
@@ -293,29 +288,31 @@ def grouped(rows, key) -> dict:
 
 
 def measured_on(rows) -> str:
-    def conditions_of(r):
-        compiled = {True: ", compiled", False: ", eager", None: ""}[r.get("compile")]
-        return f"{r['device']}, {r['dtype']}{compiled}"
-    return "; ".join(dict.fromkeys(conditions_of(r) for r in rows))
+    compiled = {True: ", compiled", False: ", eager", None: ""}
+    return "; ".join(dict.fromkeys(f"{r['device']}, {r['dtype']}{compiled[r.get('compile')]}" for r in rows))
 
 
-def speedup_panels(rows, panel_of, line_of):
-    """Speed over dense against what varies. panel_of(row) -> (its row of panels, its panel's title)."""
+def panels_of(rows, title_of, line_of, x, y, **panel) -> list:
+    """A Panel for each title_of(row), in it a line for each line_of(row): row[y] over row[x]."""
+    panels = []
+    for title, part in grouped(rows, title_of).items():
+        lines = {line: [(r[x], r[y]) for r in group] for line, group in grouped(part, line_of).items()}
+        panels.append(Panel(title, lines=lines, **panel))
+    return panels
+
+
+def speedup_panels(rows, title_of, line_of, x, xlabel="") -> list:
+    """Panels of speed over dense."""
     rows = [r for r in rows if r["ffn"] != "dense" and r["speedup"]]
-    result = []
-    for row in grouped(rows, lambda r: panel_of(r)[0]).values():
-        result.append([])
-        for (_, title), part in grouped(row, panel_of).items():
-            varies = part[0]["sweep"]
-            lines = {line: [(r[varies], r["speedup"]) for r in group] for line, group in grouped(part, line_of).items()}
-            result[-1].append(Panel(title, varies, FASTER, lines, log_x=True, level=1))
-    return result
+    return panels_of(rows, title_of, line_of, x, "speedup", xlabel=xlabel or x, ylabel="times as fast as dense",
+                     log_x=True, level=1)
 
 
 def draw_kernel(path, rows):
     rows = [r for r in rows if r["pass"] != "forward"]
-    panels = speedup_panels(rows, lambda r: (r["linear"], f"{r['linear']}, {r['ffn'].split()[0]}"),
-                            lambda r: f"{r['by']} {r['ffn'].partition(' ')[2]}")
+    panels = [speedup_panels(part, lambda r: f"{r['linear']}, {r['ffn'].split()[0]}",
+                             lambda r: f"{r['by']} {r['ffn'].partition(' ')[2]}", part[0]["sweep"])
+              for part in grouped(rows, lambda r: r["linear"]).values()]
     styles = {"einsum": ":", "bmm": "--", "ours": "-"}
     looks = {line: {"linestyle": styles[line.split()[0]], "color": "tab:gray" if line.endswith("63 %") else "tab:blue"}
              for row in panels for panel in row for line in panel.lines}
@@ -326,7 +323,8 @@ def draw_ffn(path, rows):
     def fixed(r):
         return f"{short(r['tokens'])} tokens" if r["sweep"] == "width" else f"width {r['width']}"
 
-    panels = speedup_panels(rows, lambda r: (fixed(r), f"{r['pass']}, {fixed(r)}"), lambda r: r["ffn"])
+    panels = [speedup_panels(part, lambda r: f"{r['pass']}, {fixed(r)}", lambda r: r["ffn"], part[0]["sweep"])
+              for part in grouped(rows, fixed).values()]
     looks = {r["ffn"]: {"color": COLOURS[r["ffn"].split()[0]], "linestyle": "--" if r["ffn"].endswith("63 %") else "-"}
              for r in rows}
     draw(path, f"FFN, {rows[0]['act']}: {measured_on(rows)}", panels, looks)
@@ -348,12 +346,7 @@ def draw_train(path, rows):
 
 
 def draw_prefill(path, rows):
-    panels, structured = [], [r for r in rows if r["ffn"] != "dense" and r["speedup"]]
-    for batch, part in grouped(structured, lambda r: r["batch"]).items():
-        lines = {}
-        for r in part:
-            lines.setdefault(r["ffn"], []).append((r["prompt"], r["speedup"]))
-        panels.append(Panel(f"batch {batch}", "tokens in the prompt", FASTER, lines, log_x=True, level=1))
+    panels = speedup_panels(rows, lambda r: f"batch {r['batch']}", lambda r: r["ffn"], "prompt", "tokens in the prompt")
     looks = {r["ffn"]: {"color": COLOURS[r["ffn"].split()[0]]} for r in rows}
     draw(path, f"Prefill: {measured_on(rows)}", [panels], looks)
 
@@ -366,29 +359,26 @@ def draw_decode(path, rows):
 
     groups = grouped([r for r in rows if r["kind"] == "dense"], setting)
     dense = {key: statistics.mean(r["tokens_per_s"] for r in group) for key, group in groups.items()}
-    rows = [r for r in rows if r["kind"] != "dense" and setting(r) in dense]
-    panels, looks = [], {}
-    for launch, part in grouped(rows, lambda r: r["launch"]).items():
-        lines = {}
-        for r in part:
-            label = f"{r['ffn']}, {r['kind'].replace('structured', 'factors')}"
-            lines.setdefault(label, []).append((r["batch"], r["tokens_per_s"] / dense[setting(r)]))
-            looks[label] = {"color": COLOURS[r["ffn"].split()[0]],
-                            "linestyle": {"structured": "-", "auto": "--"}.get(r["kind"], ":")}
-        panels.append(Panel(LAUNCHED[launch], "batch", "tokens/s, ratio to dense", lines, log_x=True, level=1))
+    rows = [{**r, "line": f"{r['ffn']}, {r['kind'].replace('structured', 'factors')}",
+             "ratio": r["tokens_per_s"] / dense[setting(r)]}
+            for r in rows if r["kind"] != "dense" and setting(r) in dense]
+    panels = panels_of(rows, lambda r: LAUNCHED[r["launch"]], lambda r: r["line"], "batch", "ratio", xlabel="batch",
+                       ylabel="tokens/s, ratio to dense", log_x=True, level=1)
+    looks = {r["line"]: {"color": COLOURS[r["ffn"].split()[0]],
+                         "linestyle": {"structured": "-", "auto": "--"}.get(r["kind"], ":")} for r in rows}
     draw(path, f"Decoding: {measured_on(rows)}" if rows else "", [panels], looks)
 
 
 def draw_crossover(path, rows):
-    panels, looks = [], {}
-    for launch, part in grouped(rows, lambda r: r["launch"]).items():
-        shapes = grouped(part, lambda r: r["linear"].split(", V")[0])
-        lines = {shape: [(r["tokens"], r["speedup"]) for r in group] for shape, group in shapes.items()}
-        for shape in shapes:
-            ffn, n_in, _, n_out = shape.split()
-            looks[shape] = {"color": COLOURS[ffn], "linestyle": "-" if int(n_in) < int(n_out) else "--", "marker": ""}
-        panels.append(Panel(LAUNCHED[launch], "tokens in a call", "time of dense equivalent / time of factors", lines,
-                            log_x=True, level=1))
+    def shape(r):
+        return r["linear"].split(", V")[0]
+
+    panels = panels_of(rows, lambda r: LAUNCHED[r["launch"]], shape, "tokens", "speedup", xlabel="tokens in a call",
+                       ylabel="time of dense equivalent / time of factors", log_x=True, level=1)
+    looks = {}
+    for r in rows:
+        ffn, n_in, _, n_out = shape(r).split()
+        looks[shape(r)] = {"color": COLOURS[ffn], "linestyle": "-" if int(n_in) < int(n_out) else "--", "marker": ""}
     draw(path, f"Factors against dense equivalents: {rows[0]['device']}", [panels], looks)
 
 
@@ -396,12 +386,8 @@ def final_panels(rows) -> list:
     """Final validation loss against training FLOPs: a panel per size, a small point per seed, their mean large."""
     rows = [r for r in rows if r["val_loss"] is not None and r["step"] == r["steps"]]
     rows.sort(key=lambda r: (list(COLOURS).index(r["method"].split()[0]), r["method"]))
-    panels = []
-    for size, part in grouped(rows, lambda r: r["size"]).items():
-        methods = grouped(part, lambda r: r["method"])
-        lines = {method: [(r["flops"], r["val_loss"]) for r in group] for method, group in methods.items()}
-        panels.append(Panel(f"{size}: final validation loss", "training FLOPs", "nats per token", lines, means=True))
-    return panels
+    return panels_of(rows, lambda r: f"{r['size']}: final validation loss", lambda r: r["method"], "flops", "val_loss",
+                     xlabel="training FLOPs", ylabel="nats per token", means=True)
 
 
 # The marker is the structure, the colour how it is trained; SPARE is for methods that differ in other settings.
@@ -444,8 +430,9 @@ def read_rows(path) -> list:
         raise UserError(f"{path} does not hold rows as --json writes them: one JSON object per line.") from None
 
 
-def draw_rows(picture, paths, kinds, launches, widths, tokens):
-    """Draws the rows of one benchmark that --json wrote. The lists select among them; empty widths and tokens: all."""
+def draw_rows(paths, settings):
+    """Draws the rows of one benchmark that --json wrote, as the settings select them; empty widths and tokens: all."""
+    kinds, launches, widths, tokens = settings.kinds, settings.launches, settings.widths, settings.tokens
     rows = [row for path in paths for row in read_rows(path) if isinstance(row, dict) and "note" not in row]
     rows = [r for r in rows if r.get("kind", kinds[0]) in ("dense", *kinds) and r.get("launch", launches[0]) in launches
             and (not widths or r.get("width", r.get("config", {}).get("n_embd")) in widths)
@@ -455,7 +442,7 @@ def draw_rows(picture, paths, kinds, launches, widths, tokens):
         raise UserError(f"{', '.join(paths)} has rows of {' and '.join(found) or 'no benchmark'} with these settings: "
                         f"give rows of one of {', '.join(DRAW)}.")
     try:
-        DRAW[found[0]](picture, [r for r in rows if r["benchmark"] == found[0]])
+        DRAW[found[0]](settings.plot, [r for r in rows if r["benchmark"] == found[0]])
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{', '.join(paths)} has rows of {found[0]} that cannot be drawn ({reason(e)}): "
                         "give rows as --json writes them.") from e

@@ -90,11 +90,9 @@ def checkpoints(folder) -> list:
                    key=lambda name: int(name[5:-3] or 0))]
 
 
-def read_json(path, most=1 << 20):
-    """The value in a JSON file of at most `most` bytes."""
-    if not os.path.exists(path):
-        raise UserError(f"{path} is missing: give the folder of a run.")
-    return config.read_json(path, most)
+def save_json(path, value):
+    with atomic_write(path) as temp, open(temp, "w") as f:
+        json.dump(value, f, indent=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -160,10 +158,15 @@ def open_folder(cfg):
     return "finished" if "model.pt" in there else "continue" if checkpoints(cfg.out_dir) else "new"
 
 
+def changed_settings(a, b) -> list:
+    """Names of the settings that differ in two Configs, but for those that may."""
+    return [f.name for f in dataclasses.fields(Config)
+            if f.name not in MAY_CHANGE and getattr(a, f.name) != getattr(b, f.name)]
+
+
 def check_unchanged(cfg, old):
     """UserError unless cfg continues a run with the settings `old`."""
-    changed = [f.name for f in dataclasses.fields(Config)
-               if f.name not in MAY_CHANGE and getattr(old, f.name) != getattr(cfg, f.name)]
+    changed = changed_settings(old, cfg)
     if changed == ["max_tokens"]:
         raise UserError(f"the run in {cfg.out_dir} is planned for max_tokens={old.max_tokens} and its learning rates "
                         f"depend on that, so it cannot become one of {cfg.max_tokens}: start a new run from its "
@@ -174,18 +177,12 @@ def check_unchanged(cfg, old):
                         f"{name}={getattr(cfg, name)}: repeat its settings, or choose another --out_dir.")
 
 
-def save_config(cfg):
-    with atomic_write(os.path.join(cfg.out_dir, "config.json")) as temp, open(temp, "w") as f:
-        json.dump(config.to_dict(cfg), f, indent=1)
-
-
 def wandb_id(folder, new):
     """The run's name at Weights & Biases: random, and kept in the folder for its continuations."""
     path = os.path.join(folder, "wandb_id.json")
     if new or not os.path.exists(path):
-        with atomic_write(path) as temp, open(temp, "w") as f:
-            json.dump(secrets.token_hex(8), f)
-    return read_json(path)
+        save_json(path, secrets.token_hex(8))
+    return config.read_json(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -205,11 +202,8 @@ def read_metrics(path, last):
 
     A log must not keep a run from continuing. A last line without its end was cut off, or is being written.
     """
-    try:
-        with open(path, encoding="utf-8", errors="replace") as f:
-            lines = [line for line in f if line.endswith("\n")]
-    except OSError as e:
-        raise UserError(f"cannot read {path} ({e.strerror}): give a run's folder.") from None
+    with config.reading(path, "give a run's folder"), open(path, encoding="utf-8", errors="replace") as f:
+        lines = [line for line in f if line.endswith("\n")]
     rows = []
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
@@ -238,6 +232,10 @@ def open_metrics(folder, rows):
     return open(path, "a")
 
 
+WINDOW = 20  # losses that a spike is compared with
+LATE = 4     # steps that the host may be ahead of the device
+
+
 def is_spike(losses, loss) -> bool:
     """Whether a loss stands far above the WINDOW logged before it: 6 standard deviations, and 0.1 nats."""
     if len(losses) < WINDOW:
@@ -245,10 +243,6 @@ def is_spike(losses, loss) -> bool:
     mean = math.fsum(losses) / len(losses)
     deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in losses) / len(losses))
     return loss - mean > max(6 * deviation, 0.1)
-
-
-WINDOW = 20
-LATE = 4  # steps that the host may be ahead of the device
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -300,11 +294,11 @@ class Log:
         self.began = self.mark = time.monotonic()
         self.first = self.mark_step = step
         self.rate = None
-        self.steady_tokens, self.steady_seconds, self.steady_flops = 0, 0.0, 0.0
+        self.steady = np.zeros(3)                               # tokens, seconds and FLOPs without the first steps
         if ranks.master:
             # wandb first: it may want a login, and then the folder holds no run and the same command can be given again
             self.wandb = start_wandb(cfg, step == 0) if cfg.wandb else None
-            save_config(cfg)
+            save_json(os.path.join(cfg.out_dir, "config.json"), config.to_dict(cfg))
             rows = kept_rows(cfg.out_dir, step, self.steps)
             self.file = open_metrics(cfg.out_dir, rows)
             self.recall(rows)
@@ -335,6 +329,14 @@ class Log:
     def say(self, text):
         self.show(f"\r\033[K{text}" if self.tty else text)
 
+    def progress(self, text, due=False):
+        """On a terminal one line that is rewritten; in a log file one where it is due, or each five minutes."""
+        if self.tty:
+            self.show(f"\r\033[K{text}", end="")
+        elif due or time.monotonic() >= self.next_time:
+            self.show(text)
+            self.next_step, self.next_time = self.mark_step + self.steps / 100, time.monotonic() + 300
+
     def step(self, step, loss, lr, norm, alpha):
         """A log step; loss and norm are tensors and the ranks' losses are averaged, so all ranks call it."""
         self.settle(step)
@@ -344,9 +346,7 @@ class Log:
         now, tokens = time.monotonic(), (step - self.mark_step) * self.tokens_per_step
         seconds, flops = max(now - self.mark, 1e-9), self.flops[step] - self.flops[self.mark_step]
         if self.mark_step > self.first + self.cfg.log_interval or not self.ranks.compile:  # the first steps compile
-            self.steady_tokens += tokens
-            self.steady_seconds += seconds
-            self.steady_flops += flops
+            self.steady += tokens, seconds, flops
         self.mark, self.mark_step, self.rate = now, step, tokens / seconds
         if not self.ranks.master:
             return
@@ -356,13 +356,9 @@ class Log:
         self.write(step=step, tokens=step * self.tokens_per_step, loss=loss, lr=lr, grad_norm=norm, alpha=alpha,
                    tokens_per_s=max(round(self.rate, 1), 0.1), mfu=mfu and round(mfu, 4), **spike)
         left = (self.steps - step) * self.tokens_per_step / self.rate
-        text = (f"step {step}/{self.steps}  loss {loss:.4f}  lr {lr:.2e}  {short(self.rate)} tokens/s"
-                f"{f'  MFU {mfu:.1%}' if mfu else ''}  {clock(left)} left")
-        if self.tty:
-            self.show(f"\r\033[K{text}", end="")
-        elif step >= self.next_step or now >= self.next_time or step == self.steps:
-            self.show(text)
-            self.next_step, self.next_time = step + self.steps / 100, now + 300
+        self.progress(f"step {step}/{self.steps}  loss {loss:.4f}  lr {lr:.2e}  {short(self.rate)} tokens/s"
+                      f"{f'  MFU {mfu:.1%}' if mfu else ''}  {clock(left)} left",
+                      due=step >= self.next_step or step == self.steps)
 
     def watch(self, step, norm):
         """After every step: notes a step whose update was skipped, LATE steps after it."""
@@ -387,22 +383,13 @@ class Log:
                             "is kept; start again with a lower lr or grad_clip, in another --out_dir.")
 
     def final(self, fraction):
-        """Progress of the final validation."""
-        if self.tty:
-            self.show(f"\r\033[Kfinal validation {fraction:.0%}", end="")
-        elif time.monotonic() >= self.next_time:
-            self.show(f"final validation {fraction:.0%}")
-            self.next_time = time.monotonic() + 300
-
-    def check(self, step, name, value):
-        """Ends a run that has diverged, before a checkpoint of it replaces a good one."""
-        if not math.isfinite(value):
-            raise UserError(f"the {name} is {value} at step {step}: start again with a lower lr or grad_clip, "
-                            "in another --out_dir.")
+        self.progress(f"final validation {fraction:.0%}")
 
     def validation(self, step, loss) -> bool:
-        """Whether the loss is the lowest of a model without guide."""
-        self.check(step, "validation loss", loss)
+        """Whether the loss is the lowest of a model without guide. Ends a run that has diverged, before it is saved."""
+        if not math.isfinite(loss):
+            raise UserError(f"the validation loss is {loss} at step {step}: start again with a lower lr or grad_clip, "
+                            "in another --out_dir.")
         if self.ranks.master:
             self.write(step=step, val_loss=loss, val_ppl=perplexity(loss))
             self.say(f"step {step}/{self.steps}  validation loss {loss:.4f}  PPL {perplexity(loss):.2f}")
@@ -419,8 +406,9 @@ class Log:
 
     def end_card(self, val_loss, val_tokens, phases, saving):
         """phases {name: training FLOPs}; saving: Saver.report's line."""
-        rate = self.steady_tokens / self.steady_seconds if self.steady_seconds else self.rate
-        mfu = self.steady_flops / self.steady_seconds / self.peak if self.peak and self.steady_seconds else None
+        tokens, seconds, flops = self.steady.tolist()
+        rate = tokens / seconds if seconds else self.rate
+        mfu = flops / seconds / self.peak if self.peak and seconds else None
         on_cuda = self.ranks.device.type == "cuda"
         memory = f"{torch.cuda.max_memory_allocated(self.ranks.device) / 2**30:.1f} GiB" if on_cuda else "n/a"
         spent = ", ".join(f"{name} {flops:.2e}" for name, flops in phases.items() if flops)

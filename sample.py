@@ -97,14 +97,11 @@ def is_jsonl(s) -> bool:
 
 def prompt_lines(s):
     """(number, line without its end) of --prompts. Blank lines of JSON are skipped."""
-    try:
-        with open(0 if s.prompts == "-" else s.prompts, "rb") as file:
-            for number, data in config.text_lines(file, s.prompts, longest=sys.maxsize):
-                line = data.decode()
-                if not is_jsonl(s) or line.strip():
-                    yield number, line[:-2] if line.endswith("\r\n") else line.removesuffix("\n")
-    except OSError as e:
-        raise UserError(f"cannot read {s.prompts} ({e.strerror}): give the path of a UTF-8 text file.") from None
+    with config.reading(s.prompts), open(0 if s.prompts == "-" else s.prompts, "rb") as file:
+        for number, data in config.text_lines(file, s.prompts, longest=sys.maxsize):
+            line = data.decode()
+            if not is_jsonl(s) or line.strip():
+                yield number, line[:-2] if line.endswith("\r\n") else line.removesuffix("\n")
 
 
 def read_prompt(s, number, line) -> Prompt:
@@ -130,12 +127,12 @@ if __name__ == "__main__":
 
 import torch
 
+from checkpoint import save_beside
 from config import short
 from decode import Decoder, Row, largest_batch, padded, row_key
 from device import out_of_memory, pick_device, pick_dtype
 from merge import exact_matmuls, prepare_model, replace_structured
 from model import load
-from checkpoint import save_beside
 from run import writing
 from tokenizer import saved_tokenizer
 
@@ -159,14 +156,12 @@ def encode(prompt, tokenizer, cfg) -> list:
 # Output
 
 def show(text):
-    """Prints at once. A full disk is one sentence. A closed pipe, as in `| head`, is a quiet end."""
+    """Prints at once. A closed pipe, as in `| head`, is a quiet end; config.run has a sentence for a full disk."""
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
         sys.exit(0)
-    except OSError as e:
-        raise UserError(f"standard output cannot be written ({e.strerror}): send it where all of it fits.") from None
 
 
 def stream(decoder, text, rows, tokenizer):
@@ -213,7 +208,7 @@ def line_writer(path):
             raise
 
 
-def write_json(decoder, prompts, rows, tokenizer, s):
+def write_samples(decoder, prompts, rows, tokenizer, s):
     """Decodes all rows and writes one JSON object each, in their order: a row waits for those before it."""
     began, written = time.perf_counter(), 0
     with line_writer(s.out) as write:
@@ -261,14 +256,6 @@ def write_merged(path, model, cfg, saved, prompt):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-def fit_batch(cfg, s, n_rows, length, device, dtype) -> int:
-    """Rows at a time: --batch_size, or up to 64 as memory allows."""
-    if s.batch_size:
-        return min(s.batch_size, n_rows)
-    fits = largest_batch(cfg, padded(length, cfg.block_size), device, dtype)
-    return max(1, min(64, n_rows, fits))
-
-
 def main(path, s, prompts):
     device = pick_device(s.device)
     if s.graphs is True and device.type != "cuda":
@@ -284,12 +271,15 @@ def main(path, s, prompts):
     prepare_model(model, s.decode, dtype, os.path.join(folder, "decode.json"))
     in_json = bool(s.prompts or s.out)
     length = min(cfg.block_size, max(map(len, encoded)) + s.max_new_tokens)
-    batch_size = fit_batch(cfg, s, len(rows), length, device, dtype) if in_json else 1
+    batch_size = 1
+    if in_json:
+        most = s.batch_size or min(64, largest_batch(cfg, padded(length, cfg.block_size), device, dtype))
+        batch_size = max(1, min(most, len(rows)))
     graphs = device.type == "cuda" and s.graphs is not False
     try:
         decoder = Decoder(model, s, batch_size, length, tokenizer.eos, tokenizer.vocab_size, graphs)
         if in_json:
-            write_json(decoder, prompts, rows, tokenizer, s)
+            write_samples(decoder, prompts, rows, tokenizer, s)
         else:
             stream(decoder, prompts[0].text, rows, tokenizer)
     except RuntimeError as e:

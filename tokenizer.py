@@ -12,10 +12,9 @@ import itertools
 import json
 import os
 import re
-import textwrap
 import threading
 
-from config import UserError
+from config import UserError, reading, reason
 
 
 class Tokenizer:
@@ -49,12 +48,8 @@ def load_tokenizer(name) -> Tokenizer:
         tokens = (gpt2.decode_single_token_bytes(i) for i in range(gpt2.eot_token))
         return tokenizer_from_blob("gpt2", "\n".join(map(bytes.hex, tokens)).encode())
     path = _llama_model() if name == "llama" else name
-    try:
-        with open(path, "rb") as f:
-            blob = f.read()
-    except OSError as e:
-        raise UserError(f"cannot read the tokenizer {path} ({e.strerror}): give the path of a .model or a "
-                        "tokenizer.json.") from None
+    with reading(f"the tokenizer {path}", "give the path of a .model or a tokenizer.json"), open(path, "rb") as f:
+        blob = f.read()
     blob = with_eos(blob, path) if path.endswith(".json") else blob
     return tokenizer_from_blob(pinned(name, blob), blob)
 
@@ -297,7 +292,3 @@ def remote(call, what, instead, seconds=40):
     if error:
         raise UserError(f"{what} cannot be downloaded ({error}); without network use {instead}.")
     return result
-
-
-def reason(e):
-    return textwrap.shorten(f"{type(e).__name__}: {e}", 120, placeholder=" ...")

@@ -27,6 +27,7 @@ import re
 import reprlib
 import signal
 import sys
+import textwrap
 import time
 import types
 import typing
@@ -177,10 +178,8 @@ def _fits(kind, value):
             return None
         items = tuple(_fits(k, v) for k, v in zip(kinds, value))
         return None if None in items else items
-    if kind is bool:
-        return value if isinstance(value, bool) else None
-    if kind is str:
-        return value if isinstance(value, str) else None
+    if kind in (bool, str):
+        return value if isinstance(value, kind) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:  # NaN too
         return None
     if kind is int:
@@ -213,6 +212,11 @@ def shown(value) -> str:
         return "a number of thousands of digits"
 
 
+def reason(e) -> str:
+    """The kind and the words of an exception of a library."""
+    return textwrap.shorten(f"{type(e).__name__}: {e}", 120, placeholder=" ...")
+
+
 def _unknown(name, known, where):
     near = difflib.get_close_matches(name[:80], known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "--help lists all settings."
@@ -230,6 +234,15 @@ def short(n) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Text files: one reader for presets, prompts and corpora
 
+@contextlib.contextmanager
+def reading(what, advice="give the path of a UTF-8 text file"):
+    """Turns a file that is missing or cannot be read into one sentence."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"cannot read {what} ({e.strerror}): {advice}.") from None
+
+
 def as_text(data: bytes, where) -> str:
     """UTF-8 text of the bytes of a file that errors call `where`. A byte order mark is dropped, line ends stay."""
     try:
@@ -243,11 +256,8 @@ def read_text(path, most=None) -> str:
 
     UserError above `most` bytes, where that is given.
     """
-    try:
-        with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
-            data = f.read(most and most + 1)
-    except OSError as e:
-        raise UserError(f"cannot read {path} ({e.strerror}): give the path of a UTF-8 text file.") from None
+    with reading(path), contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
+        data = f.read(most and most + 1)
     if most and len(data) > most:
         raise UserError(f"{path} is longer than {most} bytes, so it is not a file of its kind: give another one.")
     return as_text(data, "standard input" if path == "-" else path)
@@ -398,6 +408,7 @@ def load(argv, *settings, usage=""):
 def read_saved(folder) -> Config:
     """The settings of the run in a folder, from its config.json."""
     path = os.path.join(folder, "config.json")
+    _require(os.path.exists(path), f"{path} is missing: give the folder of a run.")
     return from_dict(read_json(path), path)
 
 
@@ -548,6 +559,9 @@ def _require(ok, sentence):
     if not ok:
         raise UserError(sentence)
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A script as a process
 
 def place_among_processes() -> tuple:
     """(rank, world size, rank on this machine) as torchrun gives them, (0, 1, 0) without it."""

@@ -192,7 +192,7 @@ NARROW = ["--n_head=3", "--n_kv_head=3", "--attn_dim=24"]
     ([LEARNED, "--n_kv_head=1"], "vllm", "spm", dict(n_head=4, n_kv_head=4))])
 def test_a_target_gets_the_heads_and_biases_it_needs(argv, target, kind, expected, transformers, tmp_path):
     ours = random_model(tiny(*argv))
-    name = export.choose_home(ours.cfg, target, kind)
+    name = export.find_architecture(ours.cfg, target, kind)
     wide = export.widened(ours.cfg, name, target)
     assert {key: getattr(wide, key) for key in expected} == expected
     values = export.hf_config(wide, name, 256, "float32")
@@ -220,7 +220,7 @@ def test_a_target_gets_the_heads_and_biases_it_needs(argv, target, kind, expecte
     ([LLAMA, SWIGLU], "gguf", "byte", ["llama", "byte"]), ([LEARNED, RELU2], "gguf", "gpt2", ["gpt2", "act=relu2"])])
 def test_what_none_expresses_or_its_reader_gets_wrong_is_refused(argv, target, kind, words):
     with pytest.raises(UserError) as e:
-        export.choose_home(tiny(*argv), target, kind)
+        export.find_architecture(tiny(*argv), target, kind)
     assert all(word in str(e.value) for word in words) and len(str(e.value)) < 400
 
 
@@ -262,10 +262,10 @@ def test_a_switch_that_is_not_known_is_refused_where_it_is_used():
     at = SWITCHES.index("norm")
     wider = dataclasses.make_dataclass("Wider", [*fields[:at], ("q_norm", float, 0.0), *fields[at:]])
     cfg = wider(**vars(tiny(LLAMA, SWIGLU)))
-    assert export.choose_home(cfg, "transformers", "spm") == "llama"
+    assert export.find_architecture(cfg, "transformers", "spm") == "llama"
     cfg.q_norm = 1.2
     with pytest.raises(UserError, match="expresses q_norm=1.2"):
-        export.choose_home(cfg, "transformers", "spm")
+        export.find_architecture(cfg, "transformers", "spm")
 
 
 def test_nothing_at_the_root_hides_a_package_that_they_look_for(tmp_path):

@@ -83,9 +83,8 @@ def test_a_setting_that_no_literal_can_be(without_torch):
 
 def test_json_of_settings_is_bounded(tmp_path):
     (tmp_path / "config.json").write_text("[" + "{}," * 400_000 + "{}]")
-    for read in (run.read_json, config.read_json):
-        with pytest.raises(UserError, match="longer than 1048576 bytes"):
-            read(str(tmp_path / "config.json"))
+    with pytest.raises(UserError, match="longer than 1048576 bytes"):
+        config.read_json(str(tmp_path / "config.json"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

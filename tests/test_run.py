@@ -97,7 +97,7 @@ def test_a_run_that_appears_meanwhile_is_not_touched(data, tmp_path, monkeypatch
 
     def open_data(cfg):
         opened = real(cfg)
-        run.save_config(cfg)  # another process began and ended
+        run.save_json(str(out / "config.json"), config.to_dict(cfg))  # another process began and ended
         (out / "ckpt.pt").write_text("theirs")
         return opened
     monkeypatch.setattr(train, "open_data", open_data)
