@@ -18,6 +18,49 @@ import torch.distributed as dist
 from config import UserError, place_among_processes, short
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Device and precision
+
+def pick_device(name):
+    """torch.device of Config's `device`; UserError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    there = {"cpu": True, "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+             "mps": torch.backends.mps.is_available()}[device.type]
+    if not there:
+        raise UserError(f"device={name} is not available here: use --device=cpu or leave it out.")
+    return device
+
+
+def pick_dtype(name, device):
+    """torch.dtype of a setting `dtype`: auto is bfloat16 on CUDA and float32 elsewhere."""
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H20": 148e12, "GH200": 989e12,
+              "B200": 2250e12, "A100": 312e12, "A800": 312e12, "A40": 150e12, "A10G": 70e12, "L40S": 362e12,
+              "L40": 181e12, "L4": 121e12, "RTX 6000 Ada": 364e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+              "V100": 125e12}
+
+
+def peak_flops(device):
+    """Data-sheet dense bf16 FLOP/s of a card (fp16 for the V100), None where it is not known."""
+    if device.type != "cuda":
+        return None
+    words = torch.cuda.get_device_name(device).replace("-", " ")
+    longest_first = sorted(PEAK_FLOPS, key=len, reverse=True)
+    return next((PEAK_FLOPS[name] for name in longest_first if f" {name} " in f" {words} "), None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks and their process group
+
 @dataclass
 class Ranks:
     """This process: its rank of `world`, its device and the dtype of its matmuls."""
@@ -84,28 +127,83 @@ class Ranks:
             dist.destroy_process_group()
 
 
-class Late:
-    """A device's value of each step on the host, `steps` steps later.
+def set_up(cfg) -> Ranks:
+    """Device, precision and, under torchrun, the process group (nccl on CUDA, gloo on CPU)."""
+    rank, world, local = place_among_processes()
+    if cfg.batch_size % (cfg.micro_batch_size * world):
+        raise UserError(f"batch_size={cfg.batch_size} does not divide among {world} processes x "
+                        f"micro_batch_size={cfg.micro_batch_size} = {cfg.micro_batch_size * world} sequences: "
+                        "change one of them.")
+    device = pick_device(cfg.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index if device.index is not None and world == 1 else local)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    patient = join(rank, world, device, cfg.timeout) if world > 1 else None
+    compile = device.type == "cuda" if cfg.compile == "auto" else cfg.compile
+    return Ranks(rank, world, device, pick_dtype(cfg.dtype, device), compile, patient)
 
-    This step's is ready only when the device has finished the step, and waiting for it would delay the next launches.
+
+def join(rank, world, device, minutes):
+    """The process group, and one whose waits have no limit; UserError where the others do not come in time."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # in here Python's handler of Ctrl-C would wait too
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))
+        # torchrun keeps its store when it starts processes again: there the addresses of dead ones must not be read
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        # a Watch ends a run before the group's own limit does: it knows who is missing
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=timedelta(minutes=minutes + 1))
+        return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    except RuntimeError as e:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"rank {rank} of {world} has not met the others at {where} within {minutes:g} minutes "
+                        f"({str(e).splitlines()[0]:.100}): start all of them, or raise --timeout.",
+                        alone=True) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# fsdp: parameters that are split among the ranks
+
+def split(model, ranks):
+    """fsdp: every rank keeps a share of each block's parameters, and of the rest (FSDP2, `fully_shard`).
+
+    They are gathered for a block's forward and again for its backward, in bf16 where the matmuls are, and the gradients
+    are averaged in float32, with each micro-batch. Scalars stay whole.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    policy = MixedPrecisionPolicy(None if ranks.dtype is torch.float32 else ranks.dtype, torch.float32,
+                                  cast_forward_inputs=False)
+    mesh, scalars = init_device_mesh(ranks.device.type, (ranks.world,)), {p for p in model.parameters() if not p.dim()}
+    tables = [block.attn.values for block in model.blocks if block.attn.values is not None]  # the model calls them
+    for module in (*tables, *model.blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=scalars, reshard_after_forward=True)
 
-    def __init__(self, device, steps):
-        self.on_cuda, self.steps, self.pending = device.type == "cuda", steps, collections.deque()
 
-    def __call__(self, value):
-        """value: a 0-d tensor -> the float of `steps` calls before, None in the first ones."""
-        new = torch.empty((), pin_memory=self.on_cuda).copy_(value, non_blocking=True)
-        self.pending.append((new, torch.cuda.current_stream().record_event() if self.on_cuda else None))
-        return self.next() if len(self.pending) > self.steps else None
+def full(t):
+    """The whole of a tensor that fsdp has split among the ranks, which all call this; another tensor as it is."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
-    def next(self):
-        """The oldest value that has not been returned, waited for."""
-        value, event = self.pending.popleft()
-        if event:
-            event.synchronize()
-        return value.item()
 
+def local(t):
+    """This rank's share of such a tensor, in the same memory."""
+    return t.detach().to_local() if hasattr(t, "to_local") else t
+
+
+def share_of(whole, t):
+    """A tensor like t, split or not, of the values `whole` that every rank has."""
+    whole = whole.to(t.device, copy=True)
+    if not hasattr(t, "to_local"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(whole, t.device_mesh, t.placements, src_data_rank=None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The end of a run: signals, processes that die, processes that stand still
 
 SAVED = 75  # exit status of a run that a signal ended after it was saved: EX_TEMPFAIL, the same command goes on
 
@@ -176,118 +274,6 @@ class Stop:
         signals = torch.full((1,), float(self.signal), device=self.ranks.device)
         dist.all_reduce(signals, op=dist.ReduceOp.MAX)
         return int(self.late(signals[0]) or 0)
-
-
-def pick_device(name):
-    """torch.device of Config's `device`; UserError if it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    there = {"cpu": True, "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-             "mps": torch.backends.mps.is_available()}[device.type]
-    if not there:
-        raise UserError(f"device={name} is not available here: use --device=cpu or leave it out.")
-    return device
-
-
-def pick_dtype(name, device):
-    """torch.dtype of a setting `dtype`: auto is bfloat16 on CUDA and float32 elsewhere."""
-    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-class ShapesOnly(torch.overrides.TorchFunctionMode):
-    """torch.nn.init does nothing, arange runs on the CPU, empty_like is empty.
-
-    On meta all three import parts of torch's compiler, which takes 1.5 s.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        if func is torch.empty_like:
-            return torch.empty(args[0].shape, **{"dtype": args[0].dtype, "device": args[0].device, **kwargs})
-        return func(*args, **({"device": "cpu", **kwargs} if func is torch.arange else kwargs))
-
-
-@contextlib.contextmanager
-def on_meta():
-    """A module built in here has shapes but no memory."""
-    with torch.device("meta"), ShapesOnly():
-        yield
-
-
-def set_up(cfg) -> Ranks:
-    """Device, precision and, under torchrun, the process group (nccl on CUDA, gloo on CPU)."""
-    rank, world, local = place_among_processes()
-    if cfg.batch_size % (cfg.micro_batch_size * world):
-        raise UserError(f"batch_size={cfg.batch_size} does not divide among {world} processes x "
-                        f"micro_batch_size={cfg.micro_batch_size} = {cfg.micro_batch_size * world} sequences: "
-                        "change one of them.")
-    device = pick_device(cfg.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index if device.index is not None and world == 1 else local)
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    patient = join(rank, world, device, cfg.timeout) if world > 1 else None
-    compile = device.type == "cuda" if cfg.compile == "auto" else cfg.compile
-    return Ranks(rank, world, device, pick_dtype(cfg.dtype, device), compile, patient)
-
-
-def join(rank, world, device, minutes):
-    """The process group, and one whose waits have no limit; UserError where the others do not come in time."""
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # in here Python's handler of Ctrl-C would wait too
-    try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))
-        # torchrun keeps its store when it starts processes again: there the addresses of dead ones must not be read
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        # a Watch ends a run before the group's own limit does: it knows who is missing
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world, timeout=timedelta(minutes=minutes + 1))
-        return dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    except RuntimeError as e:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"rank {rank} of {world} has not met the others at {where} within {minutes:g} minutes "
-                        f"({str(e).splitlines()[0]:.100}): start all of them, or raise --timeout.",
-                        alone=True) from None
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def full(t):
-    """The whole of a tensor that fsdp has split among the ranks, which all call this; another tensor as it is."""
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
-
-
-def local(t):
-    """This rank's share of such a tensor, in the same memory."""
-    return t.detach().to_local() if hasattr(t, "to_local") else t
-
-
-def share_of(whole, t):
-    """A tensor like t, split or not, of the values `whole` that every rank has."""
-    whole = whole.to(t.device, copy=True)
-    if not hasattr(t, "to_local"):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(whole, t.device_mesh, t.placements, src_data_rank=None)
-
-
-def split(model, ranks):
-    """fsdp: every rank keeps a share of each block's parameters, and of the rest (FSDP2, `fully_shard`).
-
-    They are gathered for a block's forward and again for its backward, in bf16 where the matmuls are, and the gradients
-    are averaged in float32, with each micro-batch. Scalars stay whole.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    policy = MixedPrecisionPolicy(None if ranks.dtype is torch.float32 else ranks.dtype, torch.float32,
-                                  cast_forward_inputs=False)
-    mesh, scalars = init_device_mesh(ranks.device.type, (ranks.world,)), {p for p in model.parameters() if not p.dim()}
-    tables = [block.attn.values for block in model.blocks if block.attn.values is not None]  # the model calls them
-    for module in (*tables, *model.blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=scalars, reshard_after_forward=True)
 
 
 @contextlib.contextmanager
@@ -383,24 +369,8 @@ class Watch:
         return rank, f"{where} {'does not answer' if silent else f'is stuck in {after[rank][4]}'}"
 
 
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H20": 148e12, "GH200": 989e12,
-              "B200": 2250e12, "A100": 312e12, "A800": 312e12, "A40": 150e12, "A10G": 70e12, "L40S": 362e12,
-              "L40": 181e12, "L4": 121e12, "RTX 6000 Ada": 364e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-              "V100": 125e12}
-
-
-def peak_flops(device):
-    """Data-sheet dense bf16 FLOP/s of a card (fp16 for the V100), None where it is not known."""
-    if device.type != "cuda":
-        return None
-    words = torch.cuda.get_device_name(device).replace("-", " ")
-    longest_first = sorted(PEAK_FLOPS, key=len, reverse=True)
-    return next((PEAK_FLOPS[name] for name in longest_first if f" {name} " in f" {words} "), None)
-
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory, and models without any
 
 def out_of_memory(error) -> bool:
     """torch has RuntimeErrors of several kinds for it, and a failed recording of a graph hides them behind its own."""
@@ -422,6 +392,54 @@ def in_memory(cfg, ranks, params):
                         f"micro-batches of {cfg.micro_batch_size} x {cfg.block_size} tokens: "
                         f"lower --micro_batch_size, {'give --recompute=wide, ' if can_recompute else ''}"
                         "or choose a smaller model.", alone=True) from None
+
+
+class ShapesOnly(torch.overrides.TorchFunctionMode):
+    """torch.nn.init does nothing, arange runs on the CPU, empty_like is empty.
+
+    On meta all three import parts of torch's compiler, which takes 1.5 s.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        if func is torch.empty_like:
+            return torch.empty(args[0].shape, **{"dtype": args[0].dtype, "device": args[0].device, **kwargs})
+        return func(*args, **({"device": "cpu", **kwargs} if func is torch.arange else kwargs))
+
+
+@contextlib.contextmanager
+def on_meta():
+    """A module built in here has shapes but no memory."""
+    with torch.device("meta"), ShapesOnly():
+        yield
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers and launches between host and device
+
+class Late:
+    """A device's value of each step on the host, `steps` steps later.
+
+    This step's is ready only when the device has finished the step, and waiting for it would delay the next launches.
+    """
+
+    def __init__(self, device, steps):
+        self.on_cuda, self.steps, self.pending = device.type == "cuda", steps, collections.deque()
+
+    def __call__(self, value):
+        """value: a 0-d tensor -> the float of `steps` calls before, None in the first ones."""
+        new = torch.empty((), pin_memory=self.on_cuda).copy_(value, non_blocking=True)
+        self.pending.append((new, torch.cuda.current_stream().record_event() if self.on_cuda else None))
+        return self.next() if len(self.pending) > self.steps else None
+
+    def next(self):
+        """The oldest value that has not been returned, waited for."""
+        value, event = self.pending.popleft()
+        if event:
+            event.synchronize()
+        return value.item()
 
 
 class Upload:
