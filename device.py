@@ -1,4 +1,8 @@
-"""Where a program runs: device, precision, ranks and their process group, signals, peak FLOP/s, out-of-memory."""
+"""Where a program runs: on which device and in which precision, beside which other processes, with how much memory.
+
+Also what ends it early (signals, processes that die or stand still), and what keeps the host from waiting for the
+device.
+"""
 import collections
 import contextlib
 import json
@@ -40,6 +44,7 @@ def pick_dtype(name, device):
 
 
 def device_name(device):
+    """The card's name, as NVIDIA H200; elsewhere the kind of device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -136,7 +141,8 @@ def set_up(cfg) -> Ranks:
                         "change one of them.")
     device = pick_device(cfg.device)
     if device.type == "cuda":
-        device = torch.device("cuda", device.index if device.index is not None and world == 1 else local)
+        index = local if world > 1 or device.index is None else device.index  # of several processes each has its card
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     patient = join(rank, world, device, cfg.timeout) if world > 1 else None
@@ -320,11 +326,11 @@ class Watch:
     def watch(self):
         while not self.ended.is_set():
             self.wait(1)
-            if not self.late():
+            if not self.stands_still():
                 continue
             self.ranks.ending = True
             rank, sentence = self.culprit()
-            self.ranks.ending = self.late() and not self.ended.is_set()
+            self.ranks.ending = self.stands_still() and not self.ended.is_set()
             if self.ranks.ending:
                 if self.ranks.rank == (0 if rank else 1):  # one speaks for all
                     print(f"error: {sentence}, nothing has moved for {self.limit / 60:g} minutes; the same command "
@@ -332,7 +338,7 @@ class Watch:
                 self.wait(4)
                 os._exit(2)
 
-    def late(self):
+    def stands_still(self):
         return time.monotonic() - self.ranks.now[2] > self.limit
 
     def wait(self, ticks):
@@ -364,19 +370,25 @@ class Watch:
         if after[mine] is None:
             return 0, "rank 0, or the torchrun that the processes share, does not answer"
         rank = silent[0] if silent else min(ranks, key=lambda rank: after[rank][3])
-        where = f"rank {rank} of {len(ranks)} (process {after[rank][1]} on {after[rank][2]})" if after[rank] else (
-            f"rank {rank} of {len(ranks)}")
-        return rank, f"{where} {'does not answer' if silent else f'is stuck in {after[rank][4]}'}"
+        name = f"rank {rank} of {len(ranks)}"
+        if after[rank]:
+            _, process, machine, _, words = after[rank]
+            name += f" (process {process} on {machine})"
+        return rank, f"{name} does not answer" if silent else f"{name} is stuck in {words}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory, and models without any
 
 def out_of_memory(error) -> bool:
-    """torch has RuntimeErrors of several kinds for it, and a failed recording of a graph hides them behind its own."""
-    return error is not None and (isinstance(error, MemoryError)
-                                  or any(words in str(error) for words in ("out of memory", "can't allocate memory"))
-                                  or out_of_memory(error.__context__))
+    """Whether an error, or one that it was raised after, is of memory that does not suffice.
+
+    torch has RuntimeErrors of several kinds for that, and a failed recording of a graph hides them behind its own.
+    """
+    if error is None:
+        return False
+    words = "out of memory" in str(error) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or words or out_of_memory(error.__context__)
 
 
 @contextlib.contextmanager
