@@ -8,6 +8,8 @@ Each replaces an nn.Linear (..., N) -> (..., M), has one bias after U and knows 
 In self-guided training it also holds a guide, a dense W: y = (alpha W + (1 - alpha) D) x, where alpha falls from 1 to
 0. Then W is dropped, and parameters and state dict are as if it had never been there.
 """
+import copy
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -55,6 +57,8 @@ def _block_linear_backward(ctx, grad):  # grad (T, B, q)
 
 
 block_linear.register_autograd(_block_linear_backward, setup_context=_block_linear_save)
+
+
 @register_flop_formula(torch.ops.structured.block_linear)
 def _block_linear_flops(x_shape, weight_shape, out_shape=None, **kwargs):
     return 2 * x_shape[0] * weight_shape[0] * weight_shape[1] * weight_shape[2]
@@ -110,8 +114,9 @@ class Structured(nn.Module):
     def start_guide(self, W=None):
         """Adds the guide, W (M, N); without one W = D, the dense equivalent: then it changes no output at first."""
         if W is None:
+            exact = copy.deepcopy(self).double()  # float64: never TF32
             with torch.autocast(self.V.device.type, enabled=False):
-                W = type(self).dense_weight(_Factors(self.V.double(), self.U.double()))  # float64: never TF32
+                W = exact.dense_weight()
         self.W = nn.Parameter(W.to(self.V.dtype))
 
     def end_guide(self):
@@ -122,13 +127,6 @@ class Structured(nn.Module):
         parts = [f"{self.in_features} -> {self.out_features}", f"V {tuple(self.V.shape)}", f"U {tuple(self.U.shape)}"]
         parts += [f"W {tuple(self.W.shape)}"] if self.W is not None else []
         return ", ".join(parts + [f"bias={self.bias is not None}"])
-
-
-class _Factors:
-    """V and U in another precision, for dense_weight."""
-
-    def __init__(self, V, U):
-        self.V, self.U = V, U
 
 
 class LowRank(Structured):
@@ -145,12 +143,12 @@ class LowRank(Structured):
         """Spectral: U V = P S Q^T, the best rank-R approximation of a dense N(0, std^2) matrix A; sqrt(S) to each side.
 
         Q holds the top R eigenvectors of A^T A, much faster than an SVD on a GPU. U V = (A Q) Q^T is the truncated SVD
-        whatever the precision of the eigenvalues.
+        whatever the precision of the eigenvalues. A is drawn tall: of a wide linear it is the transpose.
         """
         (M, R), N = self.U.shape, self.V.size(1)
         dtype = torch.promote_types(self.V.dtype, torch.float32)
         A = torch.randn(max(M, N), min(M, N), device=self.V.device, dtype=dtype) * std
-        Q = torch.linalg.eigh((A.double().T @ A.double()))[1][:, -R:].to(A.dtype)      # (min, R), ascending eigenvalues
+        Q = torch.linalg.eigh(A.double().T @ A.double())[1][:, -R:].to(A.dtype)      # (min, R), ascending eigenvalues
         AQ = A.double() @ Q.double()                                                   # (max, R)
         root = AQ.norm(dim=0).sqrt()                                                   # sqrt of the singular values
         tall, wide = AQ / root, (Q * root).T                                           # (max, R), (R, min)
@@ -230,8 +228,8 @@ class BlockDense(Structured):
 class FactoredQKV(nn.Module):
     """Queries U_q V_q x and keys U_k V_k x of one rank, and dense values: x (..., N) -> (..., q + 2 kv), side by side.
 
-    Of queries and keys a head uses products alone, x^T W_q^T W_k x', whose rank is at most the head's size. What
-    attention adds to the residual stream are values. There is no guide.
+    A head uses its queries and keys in products alone, x^T W_q^T W_k x', whose rank is at most the head's size. Values
+    are what attention adds to the residual stream, so they stay dense. There is no guide.
     """
 
     def __init__(self, in_features, q, kv, rank, bias=True):
@@ -248,6 +246,7 @@ class FactoredQKV(nn.Module):
 
     @property
     def bias(self):
+        """The three biases as one Parameter, which merge gives to the dense equivalent."""
         parts = self.q.bias, self.k.bias, self.v.bias
         return None if parts[0] is None else nn.Parameter(torch.cat(parts), requires_grad=False)
 
