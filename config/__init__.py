@@ -400,7 +400,8 @@ def load(argv, *settings, usage=""):
     extra = [cls() for cls in settings]
     for name, value in values.items():
         setattr(next(obj for obj in (cfg, *extra) if hasattr(obj, name)), name, value)
-    cfg.out_dir = cfg.out_dir or os.path.join("out", "-".join(os.path.basename(word)[:-3] for word in words) or "run")
+    presets = [os.path.basename(word).removesuffix(".py") for word in words]
+    cfg.out_dir = cfg.out_dir or os.path.join("out", "-".join(presets) or "run")
     check(cfg)
     return (cfg, *extra)
 
@@ -443,48 +444,20 @@ def to_dict(cfg) -> dict:
 # Combinations
 
 # A config may come from a file. What is far beyond any model is refused before it is built, which takes time and memory
-MOST = {"n_layer": 1000, **dict.fromkeys(("n_embd", "n_head", "n_kv_head", "attn_dim", "ffn_dim", "block_size",
-                                          "vocab_size", "rank", "qk_rank", "nblocks", "batch_size", "micro_batch_size"), 1 << 24)}
+SIZES = ("n_embd", "n_head", "n_kv_head", "attn_dim", "ffn_dim", "block_size", "vocab_size", "rank", "qk_rank",
+         "nblocks", "batch_size", "micro_batch_size")
+MOST = {"n_layer": 1000, **dict.fromkeys(SIZES, 1 << 24)}
 
 
 def check(cfg):
     """Fills in the sizes left 0 and refuses impossible combinations in one sentence. Needs neither data nor torch."""
-    for name in ("n_layer", "n_embd", "n_head", "block_size", "max_tokens", "batch_size", "micro_batch_size",
-                 "log_interval", "eval_tokens", "final_eval_tokens", "keep_checkpoints", "max_bad_steps"):
-        _require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)} must be at least 1.")
-    for name, most in MOST.items():
-        _require(getattr(cfg, name) <= most, f"{name}={getattr(cfg, name)} must be at most {most}.")
-    for name in ("n_kv_head", "attn_dim", "qk_rank", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval", "save_interval",
-                 "grad_clip", "seed", "warmup_steps", "qk_norm", "logit_softcap", "calibrate_tokens", "teacher_flops"):
-        _require(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)} must not be negative.")
-    for name, top in (("dropout", "below 1"), ("min_lr_ratio", "1"), ("warmup_ratio", "1"), ("decay_ratio", "1"),
-                      ("distill_share", "1")):
-        v = getattr(cfg, name)
-        _require(0 <= v <= 1 and (top == "1" or v < 1), f"{name}={v} must lie between 0 and {top}.")
-    _require(cfg.seed < 2**64, f"seed={cfg.seed} must be below 2^64.")
-    for name in ("rope_theta", "norm_eps", "timeout"):
-        _require(getattr(cfg, name) > 0, f"{name}={getattr(cfg, name)} must be positive.")
+    _check_ranges(cfg)
     _check_optimizer(cfg)
-    _require(all(0 <= b < 1 for b in cfg.betas), f"betas={cfg.betas} must lie in [0, 1).")
-    _require(re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", cfg.device),
-             f"device={cfg.device} is not one of auto, cpu, cuda, cuda:N, mps.")
-
-    cfg.n_kv_head = cfg.n_kv_head or cfg.n_head
-    cfg.attn_dim = cfg.attn_dim or cfg.n_embd
+    _check_attention(cfg)
     cfg.ffn_dim = cfg.ffn_dim or 4 * cfg.n_embd
-    _require(cfg.attn_dim % cfg.n_head == 0,
-             f"attn_dim={cfg.attn_dim} does not divide into n_head={cfg.n_head} heads of one size.")
-    _require(cfg.n_head % cfg.n_kv_head == 0,
-             f"n_head={cfg.n_head} does not divide into groups that share n_kv_head={cfg.n_kv_head} key heads.")
-    head_size = cfg.attn_dim // cfg.n_head
-    _require(cfg.pos != "rope" or head_size % 2 == 0,
-             f"the head size attn_dim / n_head = {head_size} is odd: rotary positions need an even one.")
-    smallest = min(cfg.n_embd, cfg.n_kv_head * head_size)
-    _require(cfg.qk_rank <= smallest, f"qk_rank={cfg.qk_rank} exceeds {smallest}, the smaller side of the keys' matrix: "
-                                      "choose a smaller rank.")
+    _check_ffn(cfg)
     _require(cfg.batch_size % cfg.micro_batch_size == 0,
              f"batch_size={cfg.batch_size} is not a multiple of micro_batch_size={cfg.micro_batch_size} sequences.")
-    _check_ffn(cfg)
     if cfg.guide != "off":
         _require(cfg.ffn != "dense",
                  f"guide={cfg.guide} needs a structured ffn (lowrank, blockshuffle, blockdense), this one is dense.")
@@ -493,6 +466,44 @@ def check(cfg):
                  f"{cfg.n_layer} dense.")
         _require(cfg.guide_ratio == "auto" or 0 < cfg.guide_ratio <= 1,
                  f"guide_ratio={cfg.guide_ratio} must be auto or lie in (0, 1].")
+
+
+def _check_ranges(cfg):
+    """Every value by itself."""
+    for name in ("n_layer", "n_embd", "n_head", "block_size", "max_tokens", "batch_size", "micro_batch_size",
+                 "log_interval", "eval_tokens", "final_eval_tokens", "keep_checkpoints", "max_bad_steps"):
+        _require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)} must be at least 1.")
+    for name, most in MOST.items():
+        _require(getattr(cfg, name) <= most, f"{name}={getattr(cfg, name)} must be at most {most}.")
+    for name in ("n_kv_head", "attn_dim", "qk_rank", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval",
+                 "save_interval", "grad_clip", "seed", "warmup_steps", "qk_norm", "logit_softcap", "calibrate_tokens",
+                 "teacher_flops"):
+        _require(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)} must not be negative.")
+    _require(0 <= cfg.dropout < 1, f"dropout={cfg.dropout} must lie between 0 and below 1.")
+    for name in ("min_lr_ratio", "warmup_ratio", "decay_ratio", "distill_share"):
+        _require(0 <= getattr(cfg, name) <= 1, f"{name}={getattr(cfg, name)} must lie between 0 and 1.")
+    for name in ("rope_theta", "norm_eps", "timeout"):
+        _require(getattr(cfg, name) > 0, f"{name}={getattr(cfg, name)} must be positive.")
+    _require(cfg.seed < 2**64, f"seed={cfg.seed} must be below 2^64.")
+    _require(all(0 <= b < 1 for b in cfg.betas), f"betas={cfg.betas} must lie in [0, 1).")
+    _require(re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", cfg.device),
+             f"device={cfg.device} is not one of auto, cpu, cuda, cuda:N, mps.")
+
+
+def _check_attention(cfg):
+    """Heads of one size, which share keys in groups of one size."""
+    cfg.n_kv_head = cfg.n_kv_head or cfg.n_head
+    cfg.attn_dim = cfg.attn_dim or cfg.n_embd
+    _require(cfg.attn_dim % cfg.n_head == 0,
+             f"attn_dim={cfg.attn_dim} does not divide into n_head={cfg.n_head} heads of one size.")
+    _require(cfg.n_head % cfg.n_kv_head == 0,
+             f"n_head={cfg.n_head} does not divide into groups that share n_kv_head={cfg.n_kv_head} key heads.")
+    head_size = cfg.attn_dim // cfg.n_head
+    _require(cfg.pos != "rope" or head_size % 2 == 0,
+             f"the head size attn_dim / n_head = {head_size} is odd: rotary positions need an even one.")
+    smallest = min(cfg.n_embd, cfg.n_kv_head * head_size)
+    _require(cfg.qk_rank <= smallest, f"qk_rank={cfg.qk_rank} exceeds {smallest}, the smaller side of the keys' "
+                                      "matrix: choose a smaller rank.")
 
 
 RATES = ("lr", "embed_lr", "head_lr", "vector_lr", "skip_lr", "weight_decay")
@@ -581,7 +592,7 @@ def place_among_processes() -> tuple:
     return rank, world, local
 
 
-PATIENCE = 10.0  # seconds
+PATIENCE = 10.0  # seconds that another rank leaves rank 0 to print an error
 
 
 def run(main):
@@ -595,7 +606,7 @@ def run(main):
             check_output()
             raise
         except OSError as e:
-            if e.filename is not None or e.errno not in UNWRITABLE:
+            if e.filename is not None or e.errno not in UNWRITABLE:  # a file's error, or not the output's
                 raise
             raise _unwritable(e)
         except UnicodeEncodeError as e:
