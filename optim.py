@@ -46,6 +46,14 @@ class Optimizer:
             for p in group["params"]:
                 p.grad = None
 
+    def drop(self, params):
+        """Forgets parameters that leave the model."""
+        for p in params:
+            self.state.pop(p, None)
+        gone = {id(p) for p in params}
+        for group in self.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
+
 
 class AdamW(Optimizer):
     """torch's fused AdamW whose step clips the global gradient norm to max_norm (0: no clipping) and returns it."""
@@ -88,7 +96,9 @@ class MixedAdamW(Optimizer):
 
     def __init__(self, params, lr, betas, weight_decay, eps=1e-8, mixed=True):
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
-        self.sums, self.tables = {}, {}  # tables: of the fused update, of each group's vectors and of its matrices
+        self.mixed = mixed
+        self.sums = {}    # {p: fp32 sum of its gradients} between the micro-batches of a step
+        self.tables = {}  # of the fused update: {(a group's number, matrices or not): AdamWTables}
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p].update(self.first_state(p, group))
@@ -102,6 +112,10 @@ class MixedAdamW(Optimizer):
     def master(self, p):
         """The fp32 tensor of a parameter."""
         return self.state[p].get("master", p)
+
+    def drop(self, params):
+        super().drop(params)
+        self.tables.clear()  # they hold addresses
 
     @torch.no_grad()
     def accumulate(self, last):
@@ -154,9 +168,9 @@ class MixedAdamW(Optimizer):
         return ops.ON and ops.can_adamw(local(self.param_groups[0]["params"][0]))
 
     def fused_parts(self, number, group):
-        """(a table's name, its parameters) for the vectors and the matrices of a group, where one has a gradient.
+        """(key in `tables`, parameters): the vectors of a group, then its matrices, where one of them has a gradient.
 
-        Those without (guides that a step skips) stand in the same tables.
+        Those without (guides that a step skips) stand in the same table.
         """
         for mixed in (False, True):
             params = [p for p in group["params"] if ("master" in self.state[p]) is mixed]
@@ -166,17 +180,21 @@ class MixedAdamW(Optimizer):
     def advance_group(self, number, group):
         for p in group["params"]:
             self.state[p]["step"] += p.grad is not None
-        for name, params in self.fused_parts(number, group) if self.is_fused() else ():
-            key = tuple(map(id, params))
-            if self.tables.get(name, (None,))[0] != key:  # at the start, and after the guides are dropped
-                states = [self.state[p] for p in params]
-                copies = [p.data for p in params] if name[1] else None
-                first, second = ([local(s[moment]) for s in states] for moment in ("exp_avg", "exp_avg_sq"))
-                masters = [local(self.master(p).data) for p in params]
-                self.tables[name] = key, ops.AdamWTables(masters, copies, first, second)
-            numbers = [(0.0, 1.0, 0.0) if p.grad is None else
-                       (*self.corrections(p, group), group["lr"] * group["weight_decay"]) for p in params]
-            self.tables[name][1].upload([p.grad if p.grad is None else local(p.grad) for p in params], numbers)
+        if self.is_fused():
+            for key, params in self.fused_parts(number, group):
+                if key not in self.tables:
+                    self.tables[key] = self.make_table(params)
+                grads = [None if p.grad is None else local(p.grad) for p in params]
+                numbers = [(0.0, 1.0, 0.0) if p.grad is None else
+                           (*self.corrections(p, group), group["lr"] * group["weight_decay"]) for p in params]
+                self.tables[key].upload(grads, numbers)
+
+    def make_table(self, params):
+        """All that the fused update reads of params, which are all matrices with masters or all without."""
+        states = [self.state[p] for p in params]
+        first, second = ([local(s[moment]) for s in states] for moment in ("exp_avg", "exp_avg_sq"))
+        weights = [local(self.master(p).data) for p in params]
+        return ops.AdamWTables(weights, [p.data for p in params] if "master" in states[0] else None, first, second)
 
     def corrections(self, p, group):
         """(lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)) of a parameter's own step count t."""
@@ -185,13 +203,13 @@ class MixedAdamW(Optimizer):
 
     def move_group(self, number, group, scale):
         if self.is_fused():
-            for name, _ in self.fused_parts(number, group):
-                ops.adamw(self.tables[name][1], scale, group["betas"], group["eps"])
+            for key, _ in self.fused_parts(number, group):
+                ops.adamw(self.tables[key], scale, group["betas"], group["eps"])
         else:
             self.update([p for p in group["params"] if p.grad is not None], scale, group)
 
     def update(self, params, scale, group):
-        """The same in plain torch."""
+        """AdamW in plain torch, where the fused kernel does not run."""
         beta1, beta2 = group["betas"]
         for p in params:
             weight, grad = local(self.master(p)), local(p.grad).float() * scale
@@ -241,10 +259,8 @@ def nesterov(grads, momentum, scale, mu, dtype):
 def descend(weights, step, rate, decay, scale):
     """weights -= rate step + decay weights, in place, all (K, m, n); no decay where the step leads away from 0.
 
-    With a negative scale nothing changes.
-
     The m rows of a tall step, or the n columns of a wide one, get one norm, which an orthogonal step has in the mean:
-    so every hidden unit moves alike.
+    so every hidden unit moves alike. With a negative scale nothing changes.
     """
     step = normed(step)
     weights.sub_(torch.where(scale >= 0, rate * step + decay * weights * (step * weights > 0), 0))
@@ -265,14 +281,14 @@ class Muon(MixedAdamW):
 
     Queries, keys and values are matrices of their own, and so is every block of a 3-D factor. Equal shapes are
     orthogonalised in one batch; of several ranks each takes its share of the batch, and all get all of it. state[p]
-    of a matrix: momentum, and with `mixed` master.
+    of a matrix: momentum, and with `mixed` master. dtype: of the orthogonalisation, without one bf16 with `mixed`.
     """
 
-    def __init__(self, model, cfg, mixed, compile=False):
+    def __init__(self, model, cfg, mixed, compile=False, dtype=None):
         heads = cfg.n_head, cfg.n_kv_head, cfg.n_kv_head
         self.rows = {block.attn.qkv.weight: [n * block.attn.head_size for n in heads] for block in model.blocks
                      if not cfg.qk_rank}
-        self.dtype = torch.bfloat16 if mixed else torch.float32
+        self.dtype = dtype or (torch.bfloat16 if mixed else torch.float32)
         self.nesterov, self.descend = (torch.compile(f, dynamic=False) if compile else f for f in (nesterov, descend))
         self.momentum, self.decay, self.rates = 0.95, cfg.weight_decay, None  # train moves the first two
         super().__init__(muon_groups(model, cfg), cfg.lr, cfg.betas, 0.0, eps=1e-10, mixed=mixed)
@@ -310,11 +326,11 @@ class Muon(MixedAdamW):
             self.descend(weight, step, lr * max(1, rows / columns) ** 0.5, decay, scale)
             torch._foreach_copy_(momenta, momentum.unbind())
             torch._foreach_copy_(weights, weight.unbind())
-            if self.dtype is torch.bfloat16:
+            if self.mixed:
                 torch._foreach_copy_(copies, weight.unbind())
 
     def update_split(self, group, scale):
-        """The same under fsdp: momenta and weights are this rank's shares, the steps between them are gathered."""
+        """move_group's work under fsdp: momenta and weights are this rank's shares, steps between them are gathered."""
         shapes, steps = {}, {}
         for p in group["params"]:
             if p.grad is not None:
@@ -359,16 +375,19 @@ def kind_of(name, p) -> str:
 
 
 def muon_groups(model, cfg):
-    """Groups of a model's parameters; ratio: of their rate to cfg.lr, which the schedule moves.
+    """Groups of a model's parameters. The schedule moves cfg.lr; `ratio` x that is the rate of a group.
 
     The embeddings' second moments are long, since most rows of a table have a gradient now and then only.
     """
     kinds = {}
     for name, p in model.named_parameters():
         kinds.setdefault(kind_of(name, p), []).append(p)
-    adamw = {"embed": (cfg.embed_lr, (0.8, 0.995), 0.0), "values": (0.5 * cfg.embed_lr, (0.8, 0.995), 0.01),
-             "head": (cfg.head_lr, (0.8, 0.96), 0.0), "vector": (cfg.vector_lr, (0.8, 0.95), 0.0),
-             "skip": (cfg.skip_lr, (0.96, 0.95), 0.0)}
+    of_adamw = {  # learning rate, betas, weight decay
+        "embed": (cfg.embed_lr, (0.8, 0.995), 0.0),
+        "values": (0.5 * cfg.embed_lr, (0.8, 0.995), 0.01),
+        "head": (cfg.head_lr, (0.8, 0.96), 0.0),
+        "vector": (cfg.vector_lr, (0.8, 0.95), 0.0),
+        "skip": (cfg.skip_lr, (0.96, 0.95), 0.0)}
     groups = [dict(params=kinds[kind], ratio=lr / cfg.lr, betas=betas, weight_decay=decay)
-              for kind, (lr, betas, decay) in adamw.items() if kind in kinds]
+              for kind, (lr, betas, decay) in of_adamw.items() if kind in kinds]
     return [dict(params=kinds["matrix"], ratio=1.0, muon=True), *groups]

@@ -71,9 +71,7 @@ def make_optimizer(cfg, model, ranks):
     fsdp = is_split(cfg, ranks)  # its shares are the masters
     settings = dict(lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
     if cfg.optimizer == "muon":
-        muon = Muon(model, cfg, half and not fsdp, ranks.compile)
-        muon.dtype = torch.bfloat16 if half else torch.float32
-        return muon
+        return Muon(model, cfg, half and not fsdp, ranks.compile, torch.bfloat16 if half else torch.float32)
     if half or fsdp:
         return MixedAdamW(model.parameters(), mixed=not fsdp, **settings)
     return AdamW(model.parameters(), **settings)
@@ -165,12 +163,10 @@ def end_guide(cfg, plan, ranks, model, optimizer):
         model, fresh, _ = assemble(cfg, plan, ranks, saved, teacher=model.teacher)
         fresh.before_update = optimizer.before_update
         return model, fresh
-    for _, module in model.structured_linears():
-        optimizer.state.pop(module.W, None)
+    guided = [module for _, module in model.structured_linears()]
+    optimizer.drop([module.W for module in guided])
+    for module in guided:
         module.end_guide()
-    kept = {id(p) for p in model.parameters()}
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) in kept]
     return model, optimizer
 
 
