@@ -6,8 +6,8 @@ A run is a folder: config.json, metrics.jsonl, ckpt.pt (all that an exact contin
 Which tokens a step sees, its learning rate and its guide are pure functions of (config, step). So a run can stop
 anywhere and continue elsewhere, on another number of processes too.
 
-The chapters: one step, the loop, the command. schedule.py has the plan and the data order, run.py the folder and the
-log, checkpoint.py what is saved.
+The chapters: model and optimiser, one step, the loop, the command. schedule.py has the plan and the data order, run.py
+the folder and the log, checkpoint.py what is saved.
 """
 import os
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ from tokenizer import nominal_vocabulary
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One step: model, optimiser, forward and backward
+# Model and optimiser: new, continued, and after the guide
 
 def make_optimizer(cfg, model, ranks):
     """AdamW or Muon; for bf16 on CUDA the model's matrices become bf16, cast once per step, not in every forward."""
@@ -127,14 +127,19 @@ def assemble(cfg, plan, ranks, saved=None, data=None, teacher=None):
     optimizer = make_optimizer(cfg, model, ranks)
     if saved:
         checkpoint.check_moments(saved, optimizer, model, path)
-        for name, p in model.named_parameters():
-            state = optimizer.state[p]
-            for k, v in saved["optimizer"].get(name, {}).items():
-                if v.dim():
-                    state[k] = share_of(v, p)
-                else:  # torch's fused AdamW counts steps on the device, ours on the host
-                    state[k] = v.to(state[k].device if k in state else ranks.device, copy=True)
+        load_moments(model, optimizer, saved["optimizer"], ranks)
     return model, optimizer, step
+
+
+def load_moments(model, optimizer, saved, ranks):
+    """The optimiser's state from that of a checkpoint, as `moments` has it."""
+    for name, p in model.named_parameters():
+        state = optimizer.state[p]
+        for k, v in saved.get(name, {}).items():
+            if v.dim():
+                state[k] = share_of(v, p)
+            else:  # torch's fused AdamW counts steps on the device, ours on the host
+                state[k] = v.to(state[k].device if k in state else ranks.device, copy=True)
 
 
 def is_split(cfg, ranks):
@@ -169,6 +174,9 @@ def end_guide(cfg, plan, ranks, model, optimizer):
         module.end_guide()
     return model, optimizer
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One step
 
 def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, guided=(), keys=None):
     """One optimiser step over (n_micro, micro_batch, T + 1) tokens -> (this rank's mean loss, gradient norm), both 0-d.
@@ -299,33 +307,6 @@ def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=(), sh
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
-def start_card(cfg, plan, ranks, data, sizes) -> str:
-    facts, peak, tokens = summary(cfg), peak_flops(ranks.device), cfg.block_size
-    ffn = {"dense": "dense", "lowrank": f"lowrank rank {cfg.rank}",
-           "blockshuffle": f"blockshuffle {cfg.nblocks} blocks",
-           "blockdense": f"blockdense rank {cfg.rank}, {cfg.nblocks} blocks"}[cfg.ffn]
-    replayed = f" + {plan.steps - plan.unique} steps replayed" if plan.steps > plan.unique else ""
-    lines = [f"model    {cfg.n_layer} layers x {cfg.n_embd}, FFN {cfg.ffn_dim} {ffn}; "
-             f"{short(facts['params'])} parameters, {short(facts['params_ffn'])} in FFNs"
-             f"{f'; queries and keys of rank {cfg.qk_rank}' if cfg.qk_rank else ''}"]
-    if plan.guided:
-        lines += [f"guide    {cfg.guide}, the first {plan.guided} steps of {plan.steps}, {cfg.guide_schedule}"
-                  f"{', skip' if cfg.guide_skip else ''}; +{short(facts['params_guide'])} parameters until then"]
-    if cfg.init_from:
-        lines += [f"weights  {cfg.init_from}"]
-    if cfg.distill:
-        lines += [f"teacher  {cfg.distill}; loss = {cfg.distill_share:g} KL + {1 - cfg.distill_share:g} cross-entropy"]
-    lines += [f"data     {config.data_dir(cfg)}: {short(data.train.count)} tokens, vocabulary {data.train.vocab_size}; "
-              f"validation on {short(data.n_val * tokens)}, at the end {short(data.n_final * tokens)}",
-              f"training {plan.steps} steps x {cfg.batch_size} x {cfg.block_size} = {short(facts['tokens'])} tokens, "
-              f"{plan.unique * cfg.batch_size / data.n_windows:.2f} epochs{replayed}, {facts['train_flops']:.2e} FLOPs",
-              f"device   {ranks.world} x {device_name(ranks.device)}, {str(ranks.dtype)[6:]}, "
-              f"peak {short(peak) + 'FLOP/s' if peak else 'n/a'}, {'compiled' if ranks.compile else 'not compiled'}",
-              f"folder   {cfg.out_dir}: {cfg.keep_checkpoints} checkpoints of {short(sizes[1])}B"
-              f"{', best.pt' if cfg.eval_interval else ''} and model.pt of {short(sizes[0])}B"]
-    return "\n".join(lines)
-
-
 def train(cfg, ranks, state, data):
     """The run, from its first or its checkpoint's step to model.pt."""
     plan = make_plan(cfg)
@@ -379,9 +360,7 @@ def train(cfg, ranks, state, data):
             if stopping or is_due(cfg.save_interval, step, plan) or step == plan.steps:
                 log.settle(step)
                 with log.pause():
-                    with ranks.agree():
-                        raise_damage()
-                    save(cfg, ranks, model, optimizer, data, log, saver, step)
+                    save_checkpoint(cfg, ranks, model, optimizer, data, log, saver, step, raise_damage)
             if stopping:
                 end_early(ranks, log, saver, step)
             ranks.note(f"reading the tokens of step {step + 1}")
@@ -410,21 +389,23 @@ def validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, step, a
             lowest = log.validation(step, loss)
         if ranks.any(lowest and ranks.master):
             best = checkpoint.entries(cfg, full_weights(model, optimizer), step, data.tokenizer, val_loss=loss)
-            store(cfg, ranks, saver, "best.pt", best)
+            save_file(cfg, ranks, saver, "best.pt", best)
     return False
 
 
-def save(cfg, ranks, model, optimizer, data, log, saver, step):
-    """ckpt.pt, with all that an exact continuation needs."""
+def save_checkpoint(cfg, ranks, model, optimizer, data, log, saver, step, raise_damage):
+    """ckpt.pt, with all that an exact continuation needs; none where the data have turned out to be damaged."""
+    with ranks.agree():
+        raise_damage()
     ranks.note(f"saving step {step}")
     log.saved = step
     tree = checkpoint.entries(cfg, full_weights(model, optimizer), step, data.tokenizer, data=data.train.checksum,
-                       optimizer=moments(model, optimizer))
-    store(cfg, ranks, saver, "ckpt.pt", tree, cfg.keep_checkpoints)
+                              optimizer=moments(model, optimizer))
+    save_file(cfg, ranks, saver, "ckpt.pt", tree, cfg.keep_checkpoints)
 
 
-def store(cfg, ranks, saver, name, tree, keep=1):
-    """Saves the entries `tree`, once the thread is free; it writes them after the rows of metrics.jsonl.
+def save_file(cfg, ranks, saver, name, tree, keep=1):
+    """Starts the saving of the entries `tree` in the background, after that of the last file and after the log's rows.
 
     Rank 0 writes. Of split tensors all give their shares, so no rank may have raised an error before.
     """
@@ -458,13 +439,41 @@ def finish(cfg, plan, ranks, model, optimizer, data, log, saver, stop):
     with ranks.agree():
         log.validation(plan.steps, val_loss)
     model_pt = checkpoint.entries(cfg, full_weights(model, optimizer), plan.steps, data.tokenizer, val_loss=val_loss)
-    store(cfg, ranks, saver, "model.pt", model_pt)
+    save_file(cfg, ranks, saver, "model.pt", model_pt)
     with ranks.agree():
         saver.wait()
     log.end_card(val_loss, data.n_final * cfg.block_size, train_flops(cfg, plan), saver.report())
     if log.lost:
         raise UserError(f"the output cannot be written ({log.lost}), but the run is finished: "
                         f"its model is in {cfg.out_dir}.")
+
+
+def start_card(cfg, plan, ranks, data, sizes) -> str:
+    """What a run prints first; sizes: of sizes_on_disk."""
+    facts, peak, tokens = summary(cfg), peak_flops(ranks.device), cfg.block_size
+    ffn = {"dense": "dense", "lowrank": f"lowrank rank {cfg.rank}",
+           "blockshuffle": f"blockshuffle {cfg.nblocks} blocks",
+           "blockdense": f"blockdense rank {cfg.rank}, {cfg.nblocks} blocks"}[cfg.ffn]
+    replayed = f" + {plan.steps - plan.unique} steps replayed" if plan.steps > plan.unique else ""
+    lines = [f"model    {cfg.n_layer} layers x {cfg.n_embd}, FFN {cfg.ffn_dim} {ffn}; "
+             f"{short(facts['params'])} parameters, {short(facts['params_ffn'])} in FFNs"
+             f"{f'; queries and keys of rank {cfg.qk_rank}' if cfg.qk_rank else ''}"]
+    if plan.guided:
+        lines += [f"guide    {cfg.guide}, the first {plan.guided} steps of {plan.steps}, {cfg.guide_schedule}"
+                  f"{', skip' if cfg.guide_skip else ''}; +{short(facts['params_guide'])} parameters until then"]
+    if cfg.init_from:
+        lines += [f"weights  {cfg.init_from}"]
+    if cfg.distill:
+        lines += [f"teacher  {cfg.distill}; loss = {cfg.distill_share:g} KL + {1 - cfg.distill_share:g} cross-entropy"]
+    lines += [f"data     {config.data_dir(cfg)}: {short(data.train.count)} tokens, vocabulary {data.train.vocab_size}; "
+              f"validation on {short(data.n_val * tokens)}, at the end {short(data.n_final * tokens)}",
+              f"training {plan.steps} steps x {cfg.batch_size} x {cfg.block_size} = {short(facts['tokens'])} tokens, "
+              f"{plan.unique * cfg.batch_size / data.n_windows:.2f} epochs{replayed}, {facts['train_flops']:.2e} FLOPs",
+              f"device   {ranks.world} x {device_name(ranks.device)}, {str(ranks.dtype)[6:]}, "
+              f"peak {short(peak) + 'FLOP/s' if peak else 'n/a'}, {'compiled' if ranks.compile else 'not compiled'}",
+              f"folder   {cfg.out_dir}: {cfg.keep_checkpoints} checkpoints of {short(sizes[1])}B"
+              f"{', best.pt' if cfg.eval_interval else ''} and model.pt of {short(sizes[0])}B"]
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
