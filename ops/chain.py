@@ -252,11 +252,7 @@ def launch(kernel, arguments, device):
 def of_norm(stage, norm, bias):
     """(2, all rows) in float32, by place: W gain, and W shift + bias."""
     shift = getattr(norm, "bias", None)
-    vectors = torch.stack([norm.weight, torch.zeros_like(norm.weight) if shift is None else shift]).double()
-    vectors = vectors.view(2, stage.blocks, stage.K).permute(1, 2, 0)                         # (blocks, K, 2)
-    rows = stage.by_block().split(1024, dim=1)                                                # in parts: less memory
-    products = torch.cat([w.double() @ vectors for w in rows], dim=1)
-    both = products.view(-1, stage.spread, 2).transpose(0, 1).reshape(-1, 2).T.contiguous()
+    both = stage.times(norm.weight, torch.zeros_like(norm.weight) if shift is None else shift).T.contiguous()
     if bias is not None:
         both[1] += bias
     return both.float()

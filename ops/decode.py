@@ -16,7 +16,7 @@ import triton.language as tl
 from ops import pointwise
 from ops.fallback import works
 from ops.pointwise import INTERPRET, TRIAL
-from structured import BlockDense, BlockShuffle, LowRank, active_linear
+from structured import BlockShuffle, Structured, active_linear
 
 MAX_TOKENS = 1  # of `linear`; above, cuBLAS is used: with 4, a step of xl took 2.16 ms instead of 1.55 on an H200
 # With programmatic dependent launch a kernel starts while its predecessor ends, and loads weights until
@@ -122,12 +122,9 @@ def _try_linear():
 
 def layer(module, x, norm=None, act="", residual=None):
     """A Dense or structured linear on few tokens, with what stands around it."""
-    if isinstance(module, LowRank):
-        return linear(linear(x, module.V, norm=norm), module.U, module.bias, act=act, residual=residual)
-    if isinstance(module, BlockShuffle):
-        return linear(linear(x, module.V, norm=norm), module.U, module.bias, act=act, residual=residual, shuffled=True)
-    if isinstance(module, BlockDense):
-        return linear(linear(x, module.V, norm=norm), module.U, module.bias, act=act, residual=residual)
+    if isinstance(module, Structured):
+        t = linear(x, module.V, norm=norm)
+        return linear(t, module.U, module.bias, act=act, residual=residual, shuffled=isinstance(module, BlockShuffle))
     return linear(x, module.weight, module.bias, norm, act, residual)
 
 

@@ -50,6 +50,13 @@ class Stage(NamedTuple):
             return self.weights.view(self.rows, self.blocks, self.K).transpose(0, 1)
         return self.weights.view(self.blocks, self.rows, self.K)
 
+    def times(self, *vectors):
+        """The products with n input vectors, in float64: (all rows, n), by the place of a row's output."""
+        x = torch.stack([v.double() for v in vectors]).view(-1, self.blocks, self.K).permute(1, 2, 0)  # (blocks, K, n)
+        rows = self.by_block().split(1024, dim=1)                                           # in parts: less memory
+        products = torch.cat([w.double() @ x for w in rows], dim=1)                         # (blocks, rows, n)
+        return products.reshape(-1, self.spread, len(vectors)).transpose(0, 1).flatten(0, 1)
+
 
 def matrices(linear, batch):
     """The `Stage`s of a linear, one or two.
@@ -285,16 +292,11 @@ class Step:
             return torch.zeros(linear.out_features, device=self.device) if linear.bias is None else linear.bias.float()
 
         def normed(norm, linear):
-            parts = matrices(linear, self.batch)
-            own = norm.weight, getattr(norm, "bias", None)
-            vectors = torch.stack([v.double() for v in own if v is not None])                   # (1 or 2, N)
-            vectors = vectors.view(-1, parts[0].blocks, parts[0].K).permute(1, 2, 0)            # (blocks, K, 1 or 2)
-            rows = parts[0].by_block().split(1024, dim=1)                                       # in parts: less memory
-            products = torch.cat([w.double() @ vectors for w in rows], dim=1)
-            by_place = products.reshape(-1, parts[0].spread, products.size(-1)).transpose(0, 1).flatten(0, 1)
-            of_gain, *of_shift = by_place.float().unbind(1)
-            own = bias(linear) if len(parts) == 1 else torch.zeros_like(of_gain)
-            return [norm.weight.float(), of_gain, sum(of_shift, own)] + [bias(linear)] * (len(parts) - 1)
+            first, *second = matrices(linear, self.batch)
+            shift = getattr(norm, "bias", None)
+            of_gain, *of_shift = first.times(norm.weight, *([] if shift is None else [shift])).float().unbind(1)
+            added = torch.zeros_like(of_gain) if second else bias(linear)
+            return [norm.weight.float(), of_gain, sum(of_shift, added)] + [bias(linear) for _ in second]
 
         layers = [[*normed(block.norm1, qkv), bias(proj), *normed(block.norm2, fc1), bias(fc2)]
                   for block, (qkv, proj, fc1, fc2) in zip(self.model.blocks, linears(self.model, self.batch))]

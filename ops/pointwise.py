@@ -190,8 +190,8 @@ def _add_norm_backward(grad_total, grad_normed, total, weight, grad, grad_weight
     sum_w, sum_b = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         at = tl.full((), N, tl.int64) * row + n
-        a, g = (tl.load(total + at, mask=ok, other=0.0).to(tl.float32),
-                tl.load(grad_normed + at, mask=ok, other=0.0).to(tl.float32))
+        a = tl.load(total + at, mask=ok, other=0.0).to(tl.float32)
+        g = tl.load(grad_normed + at, mask=ok, other=0.0).to(tl.float32)
         if not RMS:
             a = tl.where(ok, a - tl.sum(a, 0) / N, 0.0)
         scale = tl.rsqrt(tl.sum(a * a, 0) / N + eps)
