@@ -65,7 +65,7 @@ def rotate(x, cos, sin):
     return (x * cos + torch.cat((b, a), dim=-1) * sin).to(x.dtype)
 
 
-GATED = 16  # entries of x that the gate of the value embeddings reads
+GATE_WIDTH = 16  # the first entries of x: what the gates of the value embeddings and of smear read
 
 
 def has_values(cfg, layer) -> bool:
@@ -81,12 +81,14 @@ class Attention(nn.Module):
         self.n_head, self.n_kv_head, self.head_size = cfg.n_head, cfg.n_kv_head, cfg.attn_dim // cfg.n_head
         self.rope, self.qk_norm = cfg.pos == "rope", cfg.qk_norm
         q, kv = cfg.attn_dim, cfg.n_kv_head * self.head_size
-        self.qkv = (FactoredQKV(cfg.n_embd, q, kv, cfg.qk_rank, cfg.bias) if cfg.qk_rank else
-                    Dense(cfg.n_embd, q + 2 * kv, cfg.bias))
+        if cfg.qk_rank:
+            self.qkv = FactoredQKV(cfg.n_embd, q, kv, cfg.qk_rank, cfg.bias)
+        else:
+            self.qkv = Dense(cfg.n_embd, q + 2 * kv, cfg.bias)
         self.proj = Dense(cfg.attn_dim, cfg.n_embd, bias=cfg.bias)
         if has_values(cfg, layer):
-            self.values = nn.Embedding(cfg.vocab_size, cfg.n_kv_head * self.head_size)
-            self.gate = nn.Linear(GATED, cfg.n_kv_head, bias=False)
+            self.values = nn.Embedding(cfg.vocab_size, kv)
+            self.gate = nn.Linear(GATE_WIDTH, cfg.n_kv_head, bias=False)
         else:
             self.values = self.gate = None
 
@@ -104,7 +106,7 @@ class Attention(nn.Module):
             if self.rope:
                 q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if values is not None:
-            gate = 3 * torch.sigmoid(self.gate(x[..., :GATED]))                  # (B, T, n_kv_head)
+            gate = 3 * torch.sigmoid(self.gate(x[..., :GATE_WIDTH]))                  # (B, T, n_kv_head)
             v = v + (gate[..., None] * values.view_as(v)).to(v.dtype)
         if cache is not None:
             return self.proj(cache.attend(q, k, v).reshape(B, T, -1))
@@ -136,6 +138,7 @@ class FFN(nn.Module):
         return self.fc2(h, alpha)
 
 
+# Operations whose results a compiled block keeps: computing them again costs more time than reading them
 COSTLY = ("mm", "addmm", "bmm", "block_linear", "ffn", "split_rotated", "_scaled_dot_product_flash_attention",
           "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_efficient_attention",
           "_scaled_dot_product_flash_attention_for_cpu")
@@ -148,9 +151,10 @@ def what_to_keep(wide, ctx, op, *args, **kwargs):
     kept, unless `wide` is 0.
     """
     name = op._schema.name.partition("::")[2]
-    costly = name in COSTLY and not (wide and "mm" in name and args[-1].size(-1) >= wide)
-    weight = name == "_to_copy" and args[0].dim() == 2
-    return CheckpointPolicy.MUST_SAVE if costly or weight else CheckpointPolicy.PREFER_RECOMPUTE
+    too_wide = wide and name in ("mm", "addmm", "bmm") and args[-1].size(-1) >= wide  # columns of the last factor
+    cast_weight = name == "_to_copy" and args[0].dim() == 2
+    keep = name in COSTLY and not too_wide or cast_weight
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def scramble(x):
@@ -314,22 +318,25 @@ def token_mixture(logits, targets, scale, cap, theirs, share):
     exact = torch.promote_types(logits.dtype, torch.float32)
     capped = softcap(logits.to(exact), cap)
     logq, logp = capped.log_softmax(1), theirs.to(exact).log_softmax(1)
-    p, kept, index = logp.exp(), targets >= 0, targets.clamp(min=0)[:, None]
+    p = logp.exp()
+    kept = targets >= 0
+    index = targets.clamp(min=0)[:, None]                                        # (C, 1)
     loss = (share * (p * (logp - logq)).sum(1) - (1 - share) * logq.gather(1, index)[:, 0]) * kept
     one_hot = (torch.arange(logits.size(1), device=logits.device) == index).to(exact)
     grad = (logq.exp() - share * p - (1 - share) * one_hot) * (kept * scale)[:, None]
     if cap:
-        grad = grad * (1 - (capped / cap).square())
+        grad = grad * (1 - (capped / cap).square())  # the slope of tanh
     return loss, grad.to(logits.dtype)
 
 
 class LMLoss(torch.autograd.Function):
-    """Mean cross-entropy of h (T, d) with head weight (V, d) and targets (T,), negative targets left out; cap: of
-    softcap.
+    """Mean cross-entropy of h (T, d), head weight (V, d), targets (T,), those below 0 left out; cap: of softcap.
 
     The logits of a chunk of tokens live only while its share of both gradients is formed. So there is no (T, V) tensor,
-    and nothing is computed twice. With a teacher = (its h (T, d'), its head weight (V, d'), its cap, share) token_loss
-    is token_mixture; the teacher has no gradients.
+    and nothing is computed twice.
+
+    teacher: what a Teacher returns, its h (T, d'), its head weight (V, d'), its cap and its share of the loss. Then
+    token_loss is token_mixture. The teacher has no gradients.
     """
     CHUNK = 8192  # tokens; twice as many where the gradient overwrites the logits. Smaller chunks slow the matmuls down
 
@@ -377,12 +384,12 @@ class Smear(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.gate, self.scale = nn.Linear(GATED, 1, bias=False), nn.Parameter(torch.empty(()))
+        self.gate, self.scale = nn.Linear(GATE_WIDTH, 1, bias=False), nn.Parameter(torch.empty(()))
 
     def forward(self, x, first):
         """x (B, T + 1, n_embd), the first of which counts where `first` (B,) is true -> (B, T, n_embd)."""
         before = torch.cat((x[:, :1] * first[:, None, None], x[:, 1:-1]), 1)     # (B, T, n_embd)
-        gate = self.scale * torch.sigmoid(self.gate(x[:, 1:, :GATED]))           # (B, T, 1)
+        gate = self.scale * torch.sigmoid(self.gate(x[:, 1:, :GATE_WIDTH]))           # (B, T, 1)
         return x[:, 1:] + (gate * before).to(x.dtype)
 
 
@@ -467,7 +474,7 @@ class GPT(nn.Module):
     def hidden(self, tokens, alpha=None, guided=(), keys=None):
         """tokens (B, T) -> what the LM head reads, (B, T, n_embd). guided: the layers that use their guide.
 
-        keys (1 + 2 n_layer, B) int64: of the draws of each dropout in training: the embeddings', then two of a layer.
+        keys (1 + 2 n_layer, B) int64, with dropout in training: those of the embeddings, then two rows for each layer.
         """
         T = tokens.size(1)
         assert keys is not None or not (self.training and self.cfg.dropout), "dropout in training needs keys"
@@ -475,9 +482,9 @@ class GPT(nn.Module):
         x, values = self.embed(tokens)
         if self.wpe is not None:
             x = x + self.wpe.weight[:T]
-        kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))  # the residual stream in the matmuls' precision
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))  # the residual stream in the matmuls' precision
         if keys is not None:
             x = dropout(x, self.cfg.dropout, keys[0])
         cos, sin = self.cos[:T], self.sin[:T]
@@ -571,8 +578,10 @@ class Teacher:
 
 
 def build(cfg, device, seed=None, weights=None, path=""):
-    """A GPT whose weights are made on `device`: of the seed, or those of the file at path, which are checked before
-    memory is taken. Without either they are not initialised."""
+    """A GPT whose weights are made on `device`: drawn with the seed, or `weights`, which errors call those of `path`.
+
+    Weights are checked before memory is taken. Without a seed and weights the memory is left as it is.
+    """
     with on_meta():
         model = GPT(cfg)
     if weights is not None:
@@ -595,13 +604,16 @@ PRECISIONS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 def check_weights(model, weights, path):
     """UserError unless the weights of the file at path are those of a model, which may be on the meta device."""
-    mine = model.state_dict()
+    def shape(tensors, name):
+        return tuple(tensors[name].shape) if name in tensors else "none"
+
+    mine, refusal = model.state_dict(), f"the weights in {path} do not match its config"
     for name in sorted(mine.keys() | weights.keys()):
-        there, here = (tuple(tensors[name].shape) if name in tensors else "none" for tensors in (weights, mine))
-        if there != here or weights[name].dtype not in PRECISIONS:
-            what = f"the shape of {name} is {there}, expected {here}" if there != here else \
-                f"{name} is {weights[name].dtype}"
-            raise UserError(f"the weights in {path} do not match its config: {what}.")
+        there, expected = shape(weights, name), shape(mine, name)
+        if there != expected:
+            raise UserError(f"{refusal}: the shape of {name} is {there}, expected {expected}.")
+        if weights[name].dtype not in PRECISIONS:
+            raise UserError(f"{refusal}: {name} is {weights[name].dtype}.")
     positions = model.cos.numel()  # no weights, and yet memory
     if positions > (1 << 23) + sum(t.numel() for t in mine.values()):
         raise UserError(f"the config in {path} has block_size={model.cfg.block_size}, whose rotary positions take more "
@@ -645,9 +657,10 @@ def ffn_params(cfg, ffn=None):
 
 def flops_per_token(cfg, ffn=None):
     """FLOPs of the forward per token at block_size; times 3 for a training step."""
-    kv, kind = cfg.n_kv_head * cfg.attn_dim // cfg.n_head, "lowrank" if cfg.qk_rank else "dense"
+    kv = cfg.n_kv_head * cfg.attn_dim // cfg.n_head
+    kind = "lowrank" if cfg.qk_rank else "dense"
     queries_keys = sum(linear_params(kind, cfg.n_embd, m, cfg.qk_rank, 0) for m in (cfg.attn_dim, kv))
     attention = queries_keys + cfg.n_embd * (kv + cfg.attn_dim)                  # with values and output
     products = 2 * cfg.block_size * cfg.attn_dim                                 # scores and values
-    gates = GATED * (sum(has_values(cfg, layer) for layer in range(cfg.n_layer)) * cfg.n_kv_head + cfg.smear)
+    gates = GATE_WIDTH * (sum(has_values(cfg, layer) for layer in range(cfg.n_layer)) * cfg.n_kv_head + cfg.smear)
     return 2 * (cfg.n_layer * (attention + products) + gates + ffn_params(cfg, ffn) + cfg.vocab_size * cfg.n_embd)
