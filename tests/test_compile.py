@@ -84,9 +84,11 @@ def add_norm():
 
 
 def token_loss():
-    logits, targets = torch.empty(4, 32_000, dtype=BF16), torch.zeros(4, dtype=torch.long)
-    for gradient, cap in ((False, 0.0), (True, 0.0), (False, 15.0), (True, 15.0)):
-        pointwise.token_loss(logits, targets, torch.tensor(1.0), gradient, cap)
+    targets = torch.zeros(4, dtype=torch.long)
+    for vocabulary in (16_384, 32_000):  # a row in registers, and in a loop
+        logits = torch.empty(4, vocabulary, dtype=BF16)
+        for gradient, cap in ((False, 0.0), (True, 0.0), (False, 15.0), (True, 15.0)):
+            pointwise.token_loss(logits, targets, torch.tensor(1.0), gradient, cap)
 
 
 def adamw():
@@ -125,8 +127,15 @@ def sample():
         decode.sample(torch.empty(2, 32_000, dtype=BF16), s, zeros[:, 0], zeros[:, 0], zeros, zeros, zeros)
 
 
+def store():
+    for size in (64, 128):
+        k, cache = torch.empty(2, 8, 4, size, dtype=BF16), torch.empty(3, 4, 16, size, dtype=BF16)
+        decode.store(k, k, cache, cache, torch.zeros(2, dtype=torch.long))
+
+
 LAUNCHES = {rotate: {"_rotate"}, add_norm: {"_add_norm", "_add_norm_backward"}, token_loss: {"_token_loss"},
-            adamw: {"_adamw"}, fused_ffn: {"_matmul"}, decode_step: {"_linear", "_attention"}, sample: {"_sample"}}
+            adamw: {"_adamw"}, fused_ffn: {"_matmul"}, decode_step: {"_linear", "_attention"}, sample: {"_sample"},
+            store: {"_store"}}
 
 
 @pytest.mark.parametrize("capability", SHARED)
