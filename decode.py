@@ -226,16 +226,19 @@ class Decoder:
         All tokens of a prompt but the last are stored; the next step reads the last one with those of the other rows.
         An empty place takes part in the steps as a row of one token, so that its attention costs nothing.
         """
-        state = [(i, row.prompt[-1], len(row.prompt) - 1, row.prompt[-2:][0], row.key) if row else (i, 0, 0, 0, 0)
-                 for i, row in changes.items()]
-        index, *values = self.upload(list(zip(*state)))
+        state = []  # of each place: token, position, newest, key
+        for row in changes.values():
+            *stored, token = row.prompt if row else [0]
+            state.append((token, len(stored), stored[-1] if stored else 0, row.key if row else 0))
+        index, *values = self.upload([list(changes), *zip(*state)])
         for tensor, value in zip((self.token[:, 0], self.cache.position, self.cache.newest, self.key), values):
             tensor.index_copy_(0, index, value)
         prompts = [(row.prompt[:-1], i) for i, row in changes.items() if row and len(row.prompt) > 1]
         prompts.sort(key=lambda prompt: -len(prompt[0]))  # neighbours are of like length, so little is padded
         while prompts:
-            longest, graph = len(prompts[0][0]), self.graphs and len(prompts) <= 2 * FEW
-            width = min((width for width in self.widths if width >= longest), default=0) if graph else 0
+            longest, width = len(prompts[0][0]), 0
+            if self.graphs and len(prompts) <= 2 * FEW:
+                width = min((width for width in self.widths if width >= longest), default=0)
             n = max(1, min(FEW, GRAPHED // width) if width else PREFILL // longest)
             self.store(prompts[:n], width)
             prompts = prompts[n:]
@@ -254,9 +257,11 @@ class Decoder:
         def run():
             self.model.store(values[:, 1:], self.cache.rows(values[:, 0]))
 
+        if not width:
+            return run()
         shape = len(prompts), width
-        if not width or shape not in self.prefills:
-            self.prefills.update({shape: None} if width else {})
+        if shape not in self.prefills:
+            self.prefills[shape] = None
             return run()
         self.prefills[shape] = self.prefills[shape] or self.record(run)
         self.prefills[shape].replay()
