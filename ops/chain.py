@@ -277,8 +277,9 @@ class Step:
             return torch.zeros(self.tokens, width, device=self.device, dtype=dtype)
 
         rank = max([16] + [s.blocks * s.rows for layer in layers for m in layer for s in stages(m)[:-1]])
-        self.x, self.scaled, self.qkv = *(buffer(cfg.n_embd) for _ in range(2)), buffer(layers[0][0].out_features)
-        self.attended, self.hidden, self.rank = buffer(cfg.attn_dim), buffer(cfg.ffn_dim), buffer(rank)
+        self.x, self.scaled = buffer(cfg.n_embd), buffer(cfg.n_embd)
+        self.qkv, self.attended = buffer(layers[0][0].out_features), buffer(cfg.attn_dim)
+        self.hidden, self.rank = buffer(cfg.ffn_dim), buffer(rank)
         self.moments = buffer(cfg.n_embd // 8, torch.float32)
         self.first = embed_kernel(cfg, self.batch)
         attention = attention_kernel(cfg, self.batch, *attention_plan(cfg, self.batch, sms))
@@ -295,11 +296,13 @@ class Step:
         """The kernels of y = act(linear(norm(x))), or with the norm that follows y += linear(x)."""
         parts = stages(linear)
         for i, stage in enumerate(parts):
-            last, kind = i == len(parts) - 1, self.norm if norm is not None and i == 0 else "NO_NORM"
-            bias, add = linear.bias if last else None, following is not None and last
+            first, last = i == 0, i == len(parts) - 1
+            bias = linear.bias if last else None
+            add = last and following is not None
+            kind = self.norm if first and norm is not None else "NO_NORM"
             kernel = linear_kernel(stage, self.plan(stage, self.tokens), self.tokens, kind,
                                    act.upper() or "NONE" if last else "NONE", bias is not None, add)
-            vectors = of_norm(stage, norm, bias) if kind != "NO_NORM" else None
+            vectors = None if kind == "NO_NORM" else of_norm(stage, norm, bias)
             self.vectors.append(vectors)
             to = y if last else self.rank
             self.kernels.append((kernel, pointers(

@@ -317,11 +317,13 @@ def unfit(x, fc1, fc2, act):
     if act not in ("gelu", "relu2"):
         return f"activation {act}"
     weights = fc1.V, fc1.U, fc2.V, fc2.U
-    (_, r1, p1), (_, _, R1), (B, r2, p2), (_, s2, _) = (w.shape if w.dim() == 3 else (1, *w.shape) for w in weights)
+    V1, U1, V2, U2 = (w.shape if w.dim() == 3 else (1, *w.shape) for w in weights)     # (blocks, rows, columns)
+    (_, r1, p1), (_, _, R1), (B, r2, p2), (_, s2, _) = V1, U1, V2, U2
     shuffle = fc1.U.dim() == 3
-    if any(n % 32 for n in (R1, r2)) or (p2 // B if shuffle else p2) % 64 or p1 % 8 or s2 % 8:
+    chunk = p2 // B if shuffle else p2  # of hidden units that stay together
+    if R1 % 32 or r2 % 32 or chunk % 64 or p1 % 8 or s2 % 8:
         return f"widths and ranks that tiles do not divide, as in {tuple(fc1.V.shape)} and {tuple(fc2.V.shape)}"
-    if shuffle and any(n % 32 for n in (p1, s2)) or shuffle and any(n % 64 or n % (16 * B) for n in (r1, r2)):
+    if shuffle and (p1 % 32 or s2 % 32 or any(r % 64 or r % (16 * B) for r in (r1, r2))):
         return f"nblocks {B} that does not cut {r1} and {r2} into chunks of 16"
     return None
 
