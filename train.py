@@ -143,13 +143,12 @@ def is_split(cfg, ranks):
     return cfg.parallel == "fsdp" and ranks.world > 1
 
 
-def wrap_ddp(model, cfg, plan, step, ranks):
+def wrap_ddp(model, cfg, ranks):
     """The model as the step calls it: under DDP where there are several processes that each have all of it."""
     if ranks.world == 1 or is_split(cfg, ranks):
         return model
-    unused = cfg.guide_skip and step < plan.guided  # a skipped layer's guide gets no gradient
     return DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True, find_unused_parameters=unused)
+                                   gradient_as_bucket_view=True)
 
 
 def end_guide(cfg, plan, ranks, model, optimizer):
@@ -195,6 +194,7 @@ def set_rates(optimizer, lr):
 def form_gradients(wrapped, optimizer, micro_batches, cfg, ranks, alpha, guided, keys):
     """Forward and backward of all micro-batches -> this rank's mean loss."""
     n, total = len(micro_batches), 0.0
+    skipped = skipped_guides(wrapped.module, guided) if isinstance(wrapped, DistributedDataParallel) else []
     for i, batch in enumerate(micro_batches):
         last = i == n - 1
         if i:
@@ -205,9 +205,20 @@ def form_gradients(wrapped, optimizer, micro_batches, cfg, ranks, alpha, guided,
                 drawn = None if keys is None else keys[i]
                 loss = wrapped(batch[:, :-1], batch[:, 1:], alpha, guided, drawn) / n
             # a loss that is not finite makes all gradients so, on all ranks: then no rank updates its weights
-            (loss * (1 + 0 * loss.detach())).backward()
+            roots = [loss * (1 + 0 * loss.detach()), *(skipped if last else ())]
+            torch.autograd.backward(roots, [None, *(W.new_zeros(()).expand_as(W) for W in roots[1:])])
         total = total + loss.detach()
+    for W in skipped:
+        W.grad = None
     return total
+
+
+def skipped_guides(model, guided):
+    """The guides that a step does not use. DDP waits for a gradient of each: zeros, which the optimizer never sees.
+
+    Its find_unused_parameters would search the graph of every step for them, and warn where it finds none.
+    """
+    return [m.W for layer, m in model.structured_linears() if m.W is not None and layer not in guided]
 
 
 class RecordedStep:
@@ -334,7 +345,7 @@ def train(cfg, ranks, state, data):
     plan = make_plan(cfg)
     with ranks.agree():
         model, optimizer, step = start_or_continue(cfg, plan, ranks, state, data)
-    wrapped = wrap_ddp(model, cfg, plan, step, ranks)
+    wrapped = wrap_ddp(model, cfg, ranks)
     with ranks.agree():
         log = run.Log(cfg, ranks, step, step_flops(cfg, plan), plan.guided)
     log.show(start_card(cfg, plan, ranks, data, sizes_on_disk(model, optimizer)))
@@ -364,7 +375,7 @@ def train(cfg, ranks, state, data):
                 recorded.forget(optimizer)
                 model, optimizer = end_guide(cfg, plan, ranks, model, optimizer)
                 saver.forget()
-                wrapped = wrap_ddp(model, cfg, plan, step, ranks)  # DDP's buckets still hold the guides
+                wrapped = wrap_ddp(model, cfg, ranks)  # DDP's buckets still hold the guides
 
             # log
             ranks.note(f"the end of step {step}")

@@ -43,7 +43,8 @@ CASES = {  # name: (processes, flags)
     "plain": (1, []), "guided": (1, [*GUIDED, "--guide_schedule=linear"]), "dropout": (1, ["--dropout=0.2"]),
     "muon": (1, RUNS["muon"]), "keep 1": (1, ["--keep_checkpoints=1"]),
     "two ranks": (2, []), "two ranks, guided": (2, [*GUIDED, "--dropout=0.1"]), "two ranks, muon": (2, RUNS["muon"]),
-    "fsdp": (2, ["--parallel=fsdp"]), "fsdp, guided": (2, [*GUIDED, "--parallel=fsdp"])}
+    "fsdp": (2, ["--parallel=fsdp"]), "fsdp, guided": (2, [*GUIDED, "--parallel=fsdp"]),
+    "fsdp, muon": (2, [*RUNS["muon"], "--parallel=fsdp"])}
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 PATIENCE = 120  # seconds after which a process that should have ended hangs
 
