@@ -241,11 +241,15 @@ def study(name, folder, data, kills, power, seed):
     began = time.monotonic()
     check_end(reference, attempt(reference, data, world, flags))
     seconds = time.monotonic() - began
-    while (left := kills + power - sum(n for kind, n in counts.items() if kind != "runs")) > 0:
+
+    def left():
+        return kills + power - sum(n for kind, n in counts.items() if kind != "runs")
+
+    while left() > 0:
         out = folder / f"run{counts['runs']}"
         while not (out / "model.pt").exists():
             lost = counts.get("power", 0)
-            losing = rng.random() < (power - lost) / max(left, 1)
+            losing = rng.random() < (power - lost) / max(left(), 1)
             began = time.monotonic()
             hit = (lose_power(rng, out, data, world, flags) if losing else
                    kill_once(rng, out, data, world, flags, seconds))
