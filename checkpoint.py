@@ -231,8 +231,8 @@ class Saver:
     """Writes checkpoints in a thread while training goes on, one at a time, from a copy in host memory.
 
     On CUDA the copy runs beside the next step's forward and backward, on a stream of its own and into pinned memory.
-    The next update of the weights waits for its end on the device (`before_update`), the host waits for nothing. An
-    error of the thread, as of a full disk, is raised by the next `wait` or `raise_error`.
+    The next update of the weights waits for its end on the device (`before_update`), the host waits for nothing. A step
+    that is a CUDA graph waits as a whole. An error of the thread, as of a full disk, is raised by the next `wait` or `raise_error`.
     """
 
     def __init__(self, device, master=True):

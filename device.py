@@ -489,7 +489,8 @@ def record_graph(run, pool=None, warm=True):
         with torch.cuda.stream(side):
             run()
         torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads pin their memory
+    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    # torch.cuda.graph stays on its own stream where the end of a recording fails; other threads pin their memory
+    with torch.cuda.stream(here), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         run()
     return graph

@@ -51,8 +51,8 @@ import checkpoint
 import prepare
 import run
 from config import short
-from device import (SAVED, Stop, Watch, device_name, full, in_memory, lost_process, peak_flops, record_graph, set_up,
-                    share_of, split)
+from device import (SAVED, Stop, Watch, device_name, full, in_memory, lost_process, out_of_memory, peak_flops,
+                    record_graph, set_up, share_of, split)
 from model import build, load, load_weights
 from optim import AdamW, MixedAdamW, Muon
 from project import load_init, load_teacher, teacher_flops
@@ -146,13 +146,12 @@ def is_split(cfg, ranks):
     return cfg.parallel == "fsdp" and ranks.world > 1
 
 
-def wrap_ddp(model, cfg, plan, step, ranks):
+def wrap_ddp(model, cfg, ranks):
     """The model as the step calls it: under DDP where there are several processes that each have all of it."""
     if ranks.world == 1 or is_split(cfg, ranks):
         return model
-    unused = cfg.guide_skip and step < plan.guided  # a skipped layer's guide gets no gradient
     return DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True, find_unused_parameters=unused)
+                                   gradient_as_bucket_view=True)
 
 
 def end_guide(cfg, plan, ranks, model, optimizer):
@@ -199,6 +198,7 @@ def set_rates(optimizer, lr):
 def form_gradients(wrapped, optimizer, micro_batches, cfg, ranks, alpha, guided, keys):
     """Forward and backward of all micro-batches -> this rank's mean loss."""
     n, total = len(micro_batches), 0.0
+    skipped = skipped_guides(wrapped.module, guided) if isinstance(wrapped, DistributedDataParallel) else []
     for i, batch in enumerate(micro_batches):
         last = i == n - 1
         if i:
@@ -209,29 +209,40 @@ def form_gradients(wrapped, optimizer, micro_batches, cfg, ranks, alpha, guided,
                 drawn = None if keys is None else keys[i]
                 loss = wrapped(batch[:, :-1], batch[:, 1:], alpha, guided, drawn) / n
             # a loss that is not finite makes all gradients so, on all ranks: then no rank updates its weights
-            (loss * (1 + 0 * loss.detach())).backward()
+            roots = [loss * (1 + 0 * loss.detach()), *(skipped if last else ())]
+            torch.autograd.backward(roots, [None, *(W.new_zeros(()).expand_as(W) for W in roots[1:])])
         total = total + loss.detach()
+    for W in skipped:
+        W.grad = None
     return total
+
+
+def skipped_guides(model, guided):
+    """The guides that a step does not use. DDP waits for a gradient of each: zeros, which the optimizer never sees.
+
+    Its find_unused_parameters would search the graph of every step for them, and warn where it finds none.
+    """
+    return [m.W for layer, m in model.structured_linears() if m.W is not None and layer not in guided]
 
 
 class RecordedStep:
     """train_step; on one GPU from the fourth call on a CUDA graph of it, since small models wait for the host.
 
-    The graph repeats train_step's kernels, so the losses are the same to the bit. say(line) reports a recording that
-    fails; the steps are then launched one by one.
+    The graph repeats train_step's kernels, so the losses are the same to the bit. All calls have one `alpha`, which is
+    filled anew. say(line) reports a recording that fails; the steps are then launched one by one.
     """
-    EAGER = 3            # calls without a graph: after them everything is compiled
+    EAGER = 3            # calls without a graph: after them everything is compiled; twice as many after each recording
     MOST = 256           # micro-batches x layers of a graph: longer steps keep the device busy without one
 
     def __init__(self, say=print):
-        self.say, self.key, self.calls, self.graph, self.failed = say, None, 0, None, False
+        self.say, self.key, self.calls, self.graph, self.failed, self.eager = say, None, 0, None, False, self.EAGER
 
     def __call__(self, wrapped, optimizer, batch, cfg, ranks, lr, alpha=None, guided=(), keys=None):
         if self.key != (guided, batch.shape):  # other layers are guided: other kernels
             self.forget(optimizer)
             self.key = guided, batch.shape
         self.calls += 1
-        if self.graph is None and self.calls > self.EAGER and self.is_possible(optimizer, len(batch), cfg, ranks):
+        if self.graph is None and self.calls > self.eager and self.is_possible(optimizer, len(batch), cfg, ranks):
             self.record(wrapped, optimizer, batch, cfg, ranks, alpha, guided, keys)
         if self.graph is None:
             return train_step(wrapped, optimizer, batch, cfg, ranks, lr, alpha, guided, keys)
@@ -249,6 +260,7 @@ class RecordedStep:
 
     def record(self, wrapped, optimizer, batch, cfg, ranks, alpha, guided, keys):
         self.batch, self.keys = batch.clone(), None if keys is None else keys.clone()
+        self.eager *= 2  # a recording takes the time of many steps: with guide_skip a graph may serve only a few
 
         def run():
             self.loss = form_gradients(wrapped, optimizer, self.batch, cfg, ranks, alpha, guided, self.keys)
@@ -261,6 +273,18 @@ class RecordedStep:
             optimizer.sums.clear()  # of micro-batches
             self.forget(optimizer)
             self.failed = True
+
+    def beside(self, optimizer, run):
+        """run(), whose memory is not the graph's. Where there is not enough for both it runs again, without a graph."""
+        try:
+            return run()
+        except RuntimeError as e:
+            if self.graph is None or not out_of_memory(e):
+                raise
+        self.say("training without a CUDA graph: the memory does not hold it and a validation")
+        self.forget(optimizer)
+        self.failed = True
+        return run()
 
     def forget(self, optimizer):
         """Frees the graph and its memory; the next steps are launched one by one."""
@@ -312,7 +336,7 @@ def train(cfg, ranks, state, data):
     plan = make_plan(cfg)
     with ranks.agree():
         model, optimizer, step = start_or_continue(cfg, plan, ranks, state, data)
-    wrapped = wrap_ddp(model, cfg, plan, step, ranks)
+    wrapped = wrap_ddp(model, cfg, ranks)
     with ranks.agree():
         log = run.Log(cfg, ranks, step, step_flops(cfg, plan), plan.guided)
     log.show(start_card(cfg, plan, ranks, data, sizes_on_disk(model, optimizer)))
@@ -326,7 +350,7 @@ def train(cfg, ranks, state, data):
           Stop(ranks) as stop):
         optimizer.before_update = saver.before_update
         if is_due(cfg.eval_interval, step, plan) and ranks.any(ranks.master and log.validated < step) and validate(
-                cfg, plan, ranks, model, optimizer, data, log, saver, stop, step, alpha):
+                cfg, plan, ranks, model, optimizer, data, log, saver, stop, recorded, step, alpha):
             end_early(ranks, log, saver, step)  # again in a validation that a signal had ended
         for batch in batches(cfg, plan, data.train, data.n_windows, range(step, plan.steps), ranks):
             # one step
@@ -342,7 +366,7 @@ def train(cfg, ranks, state, data):
                 recorded.forget(optimizer)
                 model, optimizer = end_guide(cfg, plan, ranks, model, optimizer)
                 saver.forget()
-                wrapped = wrap_ddp(model, cfg, plan, step, ranks)  # DDP's buckets still hold the guides
+                wrapped = wrap_ddp(model, cfg, ranks)  # DDP's buckets still hold the guides
 
             # log
             ranks.note(f"the end of step {step}")
@@ -356,7 +380,7 @@ def train(cfg, ranks, state, data):
             stop.signal = stop.signal or (signal.SIGTERM if log.lost else 0)
             stopping = stop.agreed()
             if is_due(cfg.eval_interval, step, plan) and not stopping:
-                stopping = validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, step, alpha)
+                stopping = validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, recorded, step, alpha)
             if stopping or is_due(cfg.save_interval, step, plan) or step == plan.steps:
                 log.settle(step)
                 with log.pause():
@@ -366,7 +390,7 @@ def train(cfg, ranks, state, data):
             ranks.note(f"reading the tokens of step {step + 1}")
         with ranks.agree(patient=True):
             raise_damage(wait=True)
-        finish(cfg, plan, ranks, model, optimizer, data, log, saver, stop)
+        finish(cfg, plan, ranks, model, optimizer, data, log, saver, stop, recorded)
 
 
 def is_due(interval, step, plan):
@@ -374,7 +398,7 @@ def is_due(interval, step, plan):
     return bool(interval and step and step % interval == 0 and step < plan.steps)
 
 
-def validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, step, alpha):
+def validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, recorded, step, alpha):
     """A validation during the run, of the model as the next step uses it: with the guide while there is one.
 
     The best of those without a guide is kept as best.pt. Returns whether a signal has ended it.
@@ -382,7 +406,8 @@ def validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, step, a
     guided = tuple(range(cfg.n_dense_layers, cfg.n_layer)) if step < plan.guided else ()
     alpha.fill_(alpha_at(cfg, plan, step))
     with log.pause():
-        loss = evaluate(model, data.val, data.n_val, cfg, ranks, alpha, guided, stop=stop)
+        loss = recorded.beside(optimizer, lambda: evaluate(model, data.val, data.n_val, cfg, ranks, alpha, guided,
+                                                           stop=stop))
         if loss is None:
             return True
         with ranks.agree():
@@ -426,8 +451,9 @@ def end_early(ranks, log, saver, step):
     sys.exit(SAVED)
 
 
-def finish(cfg, plan, ranks, model, optimizer, data, log, saver, stop):
+def finish(cfg, plan, ranks, model, optimizer, data, log, saver, stop, recorded):
     """The final validation and model.pt. The last step is saved already: a signal ends the validation."""
+    recorded.forget(optimizer)  # no step follows, and the validation may need its memory
     val_loss = evaluate(model, data.val, data.n_final, cfg, ranks, show=log.final, stop=stop)
     ranks.note("the last checkpoint")
     with ranks.agree():

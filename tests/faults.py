@@ -43,7 +43,8 @@ CASES = {  # name: (processes, flags)
     "plain": (1, []), "guided": (1, [*GUIDED, "--guide_schedule=linear"]), "dropout": (1, ["--dropout=0.2"]),
     "muon": (1, RUNS["muon"]), "keep 1": (1, ["--keep_checkpoints=1"]),
     "two ranks": (2, []), "two ranks, guided": (2, [*GUIDED, "--dropout=0.1"]), "two ranks, muon": (2, RUNS["muon"]),
-    "fsdp": (2, ["--parallel=fsdp"]), "fsdp, guided": (2, [*GUIDED, "--parallel=fsdp"])}
+    "fsdp": (2, ["--parallel=fsdp"]), "fsdp, guided": (2, [*GUIDED, "--parallel=fsdp"]),
+    "fsdp, muon": (2, [*RUNS["muon"], "--parallel=fsdp"])}
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 PATIENCE = 120  # seconds after which a process that should have ended hangs
 
@@ -240,11 +241,15 @@ def study(name, folder, data, kills, power, seed):
     began = time.monotonic()
     check_end(reference, attempt(reference, data, world, flags))
     seconds = time.monotonic() - began
-    while (left := kills + power - sum(n for kind, n in counts.items() if kind != "runs")) > 0:
+
+    def left():
+        return kills + power - sum(n for kind, n in counts.items() if kind != "runs")
+
+    while left() > 0:
         out = folder / f"run{counts['runs']}"
         while not (out / "model.pt").exists():
             lost = counts.get("power", 0)
-            losing = rng.random() < (power - lost) / max(left, 1)
+            losing = rng.random() < (power - lost) / max(left(), 1)
             began = time.monotonic()
             hit = (lose_power(rng, out, data, world, flags) if losing else
                    kill_once(rng, out, data, world, flags, seconds))

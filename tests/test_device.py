@@ -110,7 +110,7 @@ def two_processes(data, tmp_path_factory, whole):
         out, err = torchrun.communicate()
     assert torchrun.returncode == 0, err[-3000:]
     refusals, ended, held = zip(*(json.loads((folder / f"runs.json{rank}").read_text()) for rank in range(2)))
-    return {name: folder / name for name in (*flags, "dropped")} | {"stdout": out, "refusals": refusals,
+    return {name: folder / name for name in (*flags, "dropped")} | {"stdout": out, "stderr": err, "refusals": refusals,
                                                                       "ended": ended, "held": held}
 
 
@@ -197,18 +197,39 @@ def test_one_two_and_one_processes_draw_the_same_dropout(two_processes, data, tm
     assert max(abs(rows[0][step] - without[step]) for step in without) > 1e-3  # dropout does something
 
 
-def test_unused_parameters_are_searched_for_only_with_guide_skip(monkeypatch):
-    calls = []
-    monkeypatch.setattr(train, "DistributedDataParallel", lambda model,
-                        **kw: calls.append(kw["find_unused_parameters"]))
-    for flags in (LOWRANK, [*LOWRANK, "--guide=fixedstep"], [*LOWRANK, "--guide=fixedstep", "--guide_skip=True"]):
-        cfg = tiny(*flags)
-        for step in (0, 3, 4):
-            train.wrap_ddp(None, cfg, train.make_plan(cfg), step, Ranks(0, 2, CPU, torch.float32, False))
-    assert calls == [False] * 6 + [True, True, False]
+@pytest.fixture
+def group_of_one():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
-def test_ddp_leaves_compiled_blocks_whole(monkeypatch):
+def test_ddp_leaves_a_skipped_guide_alone(group_of_one):
+    """Steps of two micro-batches that skip one, both and no guided layer, and one after the guides: as without DDP."""
+    cfg, ends = tiny(*LOWRANK, "--guide=fixedstep", "--guide_skip=True", "--vocab_size=61"), []
+    for world in (1, 2):
+        ranks, gpt, draw = dataclasses.replace(ALONE, world=world), build(cfg, CPU, seed=0), torch.manual_seed(1)
+        for _, linear in gpt.structured_linears():
+            linear.start_guide()
+        optimizer, wrapped, losses = train.make_optimizer(cfg, gpt, ranks), train.wrap_ddp(gpt, cfg, ranks), []
+        for guided in ((1, 2), (2,), (), (1, 2), (1,)):
+            batch = torch.randint(61, (2, 4, 17), generator=draw)
+            losses.append(train.train_step(wrapped, optimizer, batch, cfg, ranks, 1e-3, torch.tensor(0.5), guided))
+        counts = {name: int(optimizer.state[p]["step"]) for name, p in gpt.named_parameters()}
+        _, optimizer = train.end_guide(cfg, None, ranks, gpt, optimizer)
+        losses.append(train.train_step(train.wrap_ddp(gpt, cfg, ranks), optimizer, batch, cfg, ranks, 1e-3))
+        ends.append([torch.tensor(losses), counts, torch.nn.utils.parameters_to_vector(gpt.parameters())])
+    one, ddp = ends
+    assert torch.equal(one[0], ddp[0]) and one[1] == ddp[1] and torch.equal(one[2], ddp[2])
+    assert {name: n for name, n in ddp[1].items() if n < 5} == {f"blocks.{i}.ffn.fc{k}.W": 3 for i in (1, 2)
+                                                                for k in (1, 2)}
+
+
+def test_ddp_does_not_warn_of_parameters(two_processes):
+    assert "unused" not in two_processes["stderr"]
+
+
+def test_ddp_leaves_compiled_blocks_whole(group_of_one, monkeypatch):
     """However small DDP's buckets are, a graph is compiled for each kind of block, as without DDP."""
     graphs = []
     monkeypatch.setattr(torch, "compile", functools.partial(
@@ -216,20 +237,16 @@ def test_ddp_leaves_compiled_blocks_whole(monkeypatch):
     monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)
     monkeypatch.setattr(train, "DistributedDataParallel", functools.partial(
         train.DistributedDataParallel, bucket_cap_mb=0.001))
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        for world in (1, 2):
-            torch._dynamo.reset()
-            cfg = tiny(*LOWRANK, "--vocab_size=61")
-            gpt = build(cfg, CPU, seed=0)
-            gpt.compile_parts()
-            wrapped = train.wrap_ddp(gpt, cfg, train.make_plan(cfg), 0, Ranks(0, world, CPU, torch.float32, True))
-            tokens = torch.arange(16)[None]
-            wrapped(tokens, tokens).backward()
-            graphs.append(world)
-    finally:
-        torch.distributed.destroy_process_group()
+    for world in (1, 2):
         torch._dynamo.reset()
+        cfg = tiny(*LOWRANK, "--vocab_size=61")
+        gpt = build(cfg, CPU, seed=0)
+        gpt.compile_parts()
+        wrapped = train.wrap_ddp(gpt, cfg, Ranks(0, world, CPU, torch.float32, True))
+        tokens = torch.arange(16)[None]
+        wrapped(tokens, tokens).backward()
+        graphs.append(world)
+    torch._dynamo.reset()
     assert graphs.index(1) == len(graphs) - 2 - graphs.index(1) >= 4  # embeddings, a dense block, a LowRank one, loss
 
 

@@ -1,13 +1,21 @@
 """train.RecordedStep: the step as a CUDA graph is train_step, to the bit."""
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 
+import device
 import model as model_file
 import train
+from conftest import ROOT, train_run
 from device import Ranks, Upload
-from model import build
-from runs import ALONE, tiny
+from model import GPT, build
+from runs import ALONE, RUNS, assert_same_run, metrics, tiny
 
+POISON = 255  # a batch of this token alone has a loss of inf
 CUDA = torch.cuda.is_available()
 MUON = ["--optimizer=muon", "--lr=0.02", "--embed_lr=0.3", "--head_lr=0.008", "--vector_lr=0.005", "--skip_lr=0.5",
         "--norm=rmsnorm", "--bias=False", "--act=relu2", "--tie_embeddings=False", "--qk_norm=1.2", "--embed_norm=True",
@@ -16,21 +24,53 @@ GUIDED = ["--ffn=blockshuffle", "--nblocks=4", "--guide=fixedstep", "--guide_rat
 
 
 class Replay:
-    """Stands for a CUDA graph: recording leaves all numbers as they were, replaying writes gradients in place."""
+    """Stands for a CUDA graph: recording leaves all numbers as they were, a replay leaves its gradients where the first
+    one did."""
 
-    def __init__(self, run, tensors):
-        before = [t.clone() for t in tensors()]
-        run()
-        for t, old in zip(tensors(), before, strict=True):
+    def __init__(self, run, model, optimizer):
+        self.run, self.params, self.grads, self.replays = run, list(model.parameters()), {}, 0
+        states = [t for state in optimizer.state.values() for k, t in state.items() if k != "step"]
+        tensors = [t.data for t in (*self.params, *states)]
+        before = [t.clone() for t in tensors]
+        self.replay()
+        for t, old in zip(tensors, before, strict=True):
             t.copy_(old)
-        self.run, self.replays = run, 0
+        self.replays = 0
 
     def replay(self):
-        self.replays += 1
+        assert all(p.grad is self.grads.get(p) for p in self.params) or not self.replays, "a gradient has moved"
+        for p in self.params:
+            p.grad = None  # a graph overwrites
         self.run()
+        for p in self.params:
+            if p.grad is not None:
+                p.grad = self.grads[p] = self.grads[p].copy_(p.grad) if p in self.grads else p.grad
+        self.replays += 1
 
 
-def steps(cfg, ranks, call, n=12, switch=6, monkeypatch=None):
+@pytest.fixture
+def graphs(monkeypatch):
+    """Steps on the CPU are recorded by stand-ins, which are listed here. MixedAdamW stands for torch's AdamW."""
+    made, last, real = [], [], train.make_optimizer
+
+    def make_optimizer(cfg, model, ranks):
+        last[:] = model, real(cfg, model, ranks)
+        return last[1]
+
+    def record(run, warm):
+        assert not warm
+        made.append(Replay(run, *last))
+        return made[-1]
+
+    monkeypatch.setattr(model_file.ops, "ON", False)  # the stand-in's gradients are not where AdamW's kernel reads
+    monkeypatch.setattr(train, "AdamW", lambda *args, **kwargs: train.MixedAdamW(*args, mixed=False, **kwargs))
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+    monkeypatch.setattr(train, "record_graph", record)
+    monkeypatch.setattr(train.RecordedStep, "is_possible", lambda self, *_: not self.failed)
+    return made
+
+
+def steps(cfg, ranks, call, n=15, switch=6):
     """n steps, of which the first `switch` are guided -> (losses, norms, weights, the graphs)."""
     model = build(cfg, ranks.device, 1)
     guided = tuple(range(cfg.n_dense_layers, cfg.n_layer)) if cfg.guide != "off" else ()
@@ -38,24 +78,7 @@ def steps(cfg, ranks, call, n=12, switch=6, monkeypatch=None):
         module.start_guide()
     if ranks.compile:
         model.compile_parts()
-    optimizer, graphs, alpha = train.make_optimizer(cfg, model, ranks), [], torch.ones((), device=ranks.device)
-    if monkeypatch:
-        def record(run, warm):
-            assert not warm
-
-            def tensors():
-                with torch.no_grad():
-                    states = [t for s in optimizer.state.values() for k, t in s.items() if k != "step"]
-                    return [p.data for p in model.parameters()] + states
-
-            def once():
-                for p in model.parameters():
-                    p.grad = None  # a graph overwrites
-                run()
-            graphs.append(Replay(once, lambda: [t.detach() for t in tensors()]))
-            return graphs[-1]
-        monkeypatch.setattr(train, "record_graph", record)
-        monkeypatch.setattr(train.RecordedStep, "is_possible", lambda *_: True)
+    optimizer, alpha = train.make_optimizer(cfg, model, ranks), torch.ones((), device=ranks.device)
     recorded = train.RecordedStep()
     generator, losses, norms = torch.Generator().manual_seed(0), [], []
     for step in range(n):
@@ -83,14 +106,43 @@ def assert_equal(a, b):
 
 
 @pytest.mark.parametrize("flags", [MUON, [*GUIDED, "--dropout=0.1"], [*MUON, *GUIDED]], ids=["muon", "guided", "both"])
-def test_what_a_graph_repeats_is_the_step(flags, monkeypatch):
-    """On the CPU; a stand-in for the graph repeats the recorded function. Its gradients move, unlike a graph's."""
-    monkeypatch.setattr(model_file.ops, "ON", False)
+def test_what_a_graph_repeats_is_the_step(flags, graphs):
+    """On the CPU; a stand-in for the graph repeats the recorded function."""
     cfg = tiny(*flags, "--batch_size=4", "--micro_batch_size=2")
-    monkeypatch.setattr(train, "AdamW", lambda *args, **kwargs: train.MixedAdamW(*args, mixed=False, **kwargs))
-    plain, graph = steps(cfg, ALONE, "plain"), steps(cfg, ALONE, "recorded", monkeypatch=monkeypatch)
-    assert graph[4].replays == (3 if cfg.guide != "off" else 9)
+    plain, graph = steps(cfg, ALONE, "plain"), steps(cfg, ALONE, "recorded")
+    assert graph[4] is graphs[-1] and [g.replays for g in graphs] == ([3, 3] if cfg.guide != "off" else [12])
     assert_equal(graph, plain)
+
+
+@pytest.mark.parametrize("stop", [0, 9, 19], ids=["whole", "stopped while guided", "stopped after"])
+@pytest.mark.parametrize("name", ["always", "guided", "muon"])
+def test_a_run_of_graphs_is_the_run(name, stop, graphs, data, tmp_path, monkeypatch):
+    """36 steps; a checkpoint every 4, a validation every 5, dropout, a step that is not finite: to the bit."""
+    flags = [*RUNS[name], "--max_tokens=3072", "--dropout=0.1", "--save_interval=4", "--eval_interval=5",
+             "--resume=auto"]
+    real, loss_of, out = train.batches, GPT.forward, tmp_path / "run"
+
+    def batches(cfg, plan, token_file, n_windows, steps, ranks):
+        for step, batch in zip(steps, real(cfg, plan, token_file, n_windows, steps, ranks)):
+            if step == stop - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch if step not in (8, 22) else torch.full_like(batch, POISON)
+
+    def forward(self, tokens, *rest, **kw):
+        return loss_of(self, tokens, *rest, **kw) + torch.where((tokens == POISON).all(), torch.inf, 0.0)
+
+    monkeypatch.setattr(train, "batches", batches)
+    monkeypatch.setattr(GPT, "forward", forward)
+    if stop:
+        with pytest.raises(SystemExit):
+            train_run(out, data, *flags)
+        assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == stop
+        stop = 0  # no signal any more
+    train_run(out, data, *flags)
+    assert sum(g.replays for g in graphs) > 5
+    monkeypatch.setattr(train.RecordedStep, "is_possible", lambda *_: False)
+    assert_same_run(out, train_run(tmp_path / "plain", data, *flags))
+    assert [row["step"] for row in metrics(out) if "skipped" in row] == [9, 23]
 
 
 def test_when_a_step_is_recorded(monkeypatch):
@@ -113,6 +165,88 @@ def test_when_a_step_is_recorded(monkeypatch):
         recorded(model, optimizer, batch, cfg, ALONE, 1e-3)
     assert lines == ["training without a CUDA graph, whose recording failed: CUDA error: operation not permitted"]
     assert len(seen) == 11
+
+
+def test_a_validation_that_does_not_fit_beside_a_graph_ends_the_graph(graphs, data, tmp_path, monkeypatch, capsys):
+    """Once, after step 5 of 8; the final validation is without one in any case. The run is the same to the bit."""
+    kept, seen, real = [], [], train.evaluate
+
+    class Kept(train.RecordedStep):
+        def __init__(self, say):
+            super().__init__(say)
+            kept[:] = [self]
+
+    def evaluate(*args, **kw):
+        seen.append(kept[0].graph is not None)
+        if seen[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(*args, **kw)
+
+    monkeypatch.setattr(train, "RecordedStep", Kept)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", evaluate)
+        out = train_run(tmp_path / "run", data, "--eval_interval=5")
+    assert seen == [True, False, False] and [g.replays for g in graphs] == [2]
+    assert capsys.readouterr().out.count("training without a CUDA graph: the memory does not hold it") == 1
+    again = train_run(tmp_path / "again", data, "--eval_interval=5")
+    assert len(graphs) == 2 and graphs[1].replays == 5 and kept[0].graph is None
+    assert_same_run(out, again)
+
+
+def test_other_errors_of_a_validation_are_raised():
+    recorded, calls = train.RecordedStep(), []
+    recorded.graph = object()
+
+    def fail():
+        calls.append(1)
+        raise RuntimeError(words)
+
+    for words in ("CUDA error: an illegal memory access was encountered", "CUDA out of memory."):
+        with pytest.raises(RuntimeError, match=words):
+            recorded.beside(None, fail)
+        recorded.graph = None
+    assert len(calls) == 2
+
+
+def test_a_recording_whose_end_fails_leaves_the_stream_as_it_was(monkeypatch):
+    """torch.cuda.graph leaves its stream only after a good end: all further steps would run there."""
+    now = ["training"]
+
+    class Context:
+        def __init__(self, name, fails=False):
+            self.name, self.fails = name, fails
+
+        def __enter__(self):
+            self.before, now[0] = now[0], self.name
+
+        def __exit__(self, *_):
+            if self.fails:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            now[0] = self.before
+
+    for name, value in (("CUDAGraph", object), ("stream", Context), ("current_stream", lambda: now[0]),
+                        ("graph", lambda *_, **kw: Context("recording", fails=True))):
+        monkeypatch.setattr(torch.cuda, name, value)
+    with pytest.raises(RuntimeError, match="previous error"):
+        device.record_graph(lambda: now.append(now[0]), warm=False)
+    assert now == ["training", "recording"]
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA card")
+def test_on_a_card_a_failed_recording_leaves_the_stream_as_it_was():
+    """In a process of its own: torch's allocator takes the recording for one that goes on."""
+    script = """
+import torch, device
+here = torch.cuda.current_stream()
+try:
+    device.record_graph(lambda: torch.ones(3, device="cuda").sum().item(), warm=False)
+except RuntimeError:
+    assert torch.cuda.current_stream() == here
+    assert (2 * torch.ones(3, device="cuda")).sum().item() == 6
+    print("fine")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "fine\n", done.stderr
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA card")
