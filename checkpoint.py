@@ -232,7 +232,8 @@ class Saver:
 
     On CUDA the copy runs beside the next step's forward and backward, on a stream of its own and into pinned memory.
     The next update of the weights waits for its end on the device (`before_update`), the host waits for nothing. A step
-    that is a CUDA graph waits as a whole. An error of the thread, as of a full disk, is raised by the next `wait` or `raise_error`.
+    that is a CUDA graph waits as a whole. An error of the thread, as of a full disk, is raised by the next `wait` or
+    `raise_error`.
     """
 
     def __init__(self, device, master=True):
