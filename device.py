@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from config import UserError, place_among_processes, short
+from config import UserError, place_among_processes, reason, short
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def join(rank, world, device, minutes):
     except RuntimeError as e:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(f"rank {rank} of {world} has not met the others at {where} within {minutes:g} minutes "
-                        f"({str(e).splitlines()[0]:.100}): start all of them, or raise --timeout.",
+                        f"({reason(e)}): start all of them, or raise --timeout.",
                         alone=True) from None
     finally:
         signal.signal(signal.SIGINT, before)
@@ -293,9 +293,9 @@ def lost_process(ranks):
             raise
         if ranks.ending:
             time.sleep(60)  # its sentence says more
-        reason = next(word for word in (*words, type(e).__name__) if word in str(e) or word == type(e).__name__)
+        word = next((word for word in words if word in str(e)), type(e).__name__)
         raise UserError(f"rank {ranks.rank} of {ranks.world} has lost another process during {ranks.now[1]} "
-                        f"({reason}): look for its error; the same command with --resume=auto continues from the last "
+                        f"({word}): look for its error; the same command with --resume=auto continues from the last "
                         "checkpoint.", alone=True) from None
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import config
-from config import Config, UserError, short
+from config import Config, UserError, reason, short
 from device import Late, peak_flops
 
 
@@ -267,8 +267,7 @@ def start_wandb(cfg, new):
         return wandb.init(project=cfg.wandb_project, name=os.path.basename(os.path.abspath(cfg.out_dir)),
                           config=config.to_dict(cfg), dir=cfg.out_dir, id=wandb_id(cfg.out_dir, new), resume="allow")
     except Exception as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise UserError(f"wandb did not start ({reason:.200}): log in, set WANDB_MODE=offline, "
+        raise UserError(f"wandb did not start ({reason(e)}): log in, set WANDB_MODE=offline, "
                         "or use --wandb=False.") from e
 
 

@@ -50,7 +50,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import prepare
 import run
-from config import short
+from config import reason, short
 from device import (SAVED, Stop, Watch, device_name, full, in_memory, lost_process, out_of_memory, peak_flops,
                     record_graph, set_up, share_of, split)
 from model import build, load, load_weights
@@ -269,7 +269,7 @@ class RecordedStep:
         try:
             self.graph = record_graph(run, warm=False)
         except RuntimeError as e:  # memory that does not suffice is one too
-            self.say(f"training without a CUDA graph, whose recording failed: {str(e).splitlines()[0][:200]}")
+            self.say(f"training without a CUDA graph, whose recording failed: {reason(e)}")
             optimizer.sums.clear()  # of micro-batches
             self.forget(optimizer)
             self.failed = True

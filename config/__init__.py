@@ -213,8 +213,8 @@ def shown(value) -> str:
 
 
 def reason(e) -> str:
-    """The kind and the words of an exception of a library."""
-    return textwrap.shorten(f"{type(e).__name__}: {e}", 120, placeholder=" ...")
+    """The kind and the words of an exception of a library, of which some have none, on one line."""
+    return textwrap.shorten(f"{type(e).__name__}: {e}", 120, placeholder=" ...").rstrip(":")
 
 
 def _unknown(name, known, where):

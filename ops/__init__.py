@@ -15,6 +15,8 @@ import os
 
 import torch
 
+from config import reason
+
 # One switch for all kernels: tests and benchmarks turn it off to compare with plain torch.
 ON = (importlib.util.find_spec("triton") is not None
       and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"))
@@ -27,7 +29,7 @@ if ON:
         from ops.pointwise import (AdamWTables, adamw, add_norm, can_adamw, can_add_norm, can_rotate, can_token_loss,
                                    split_rotated, token_loss)
     except (ImportError, AttributeError, TypeError) as e:  # a version of torch or Triton that lacks what they use
-        from ops.fallback import log_once, reason
+        from ops.fallback import log_once
         ON = False
         log_once(f"plain torch instead of all fused kernels, which do not load here: {reason(e)}")
 

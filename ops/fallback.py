@@ -3,6 +3,8 @@ import logging
 
 import torch
 
+from config import reason
+
 _logged, _tried = set(), {}
 
 
@@ -27,9 +29,3 @@ def works(op, trial, *variant) -> bool:
             _tried[op, *variant] = False
             log_once(f"{op}: plain torch instead of a fused kernel, which fails here: {reason(e)}")
     return _tried[op, *variant]
-
-
-def reason(error) -> str:
-    """Type and first line of an error, at most 200 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]

@@ -357,6 +357,13 @@ def test_an_output_without_the_letters_is_one_sentence():
                            "cannot show '\\xe9' in its encoding ascii: set PYTHONIOENCODING=utf-8")
 
 
+@pytest.mark.parametrize("error, words", [
+    (MemoryError(), "MemoryError"), (RuntimeError("\n at 12:4:\n  no\n"), "RuntimeError: at 12:4: no"),
+    (ValueError("a " * 100), "ValueError: " + "a " * 52 + "...")])
+def test_the_reason_of_a_librarys_error_is_one_short_line(error, words):
+    assert config.reason(error) == words and len(words) <= 120
+
+
 def test_an_error_of_ours_stays_a_traceback():
     for code in ("open('/nowhere')", "'\\xe9'.encode('ascii')", "1 / 0"):
         done = subprocess.run([sys.executable, "-c", f"import config; config.run(lambda argv: {code})"],

@@ -44,11 +44,12 @@ def test_a_trial_runs_once_and_its_failure_is_one_line(lines):
 
     def trial():
         calls.append(1)
-        raise RuntimeError("\n  PassManager::run failed  \nat line 3" + 500 * "!")
+        raise RuntimeError("\n  PassManager::run failed  \nat line 3" + 50 * " !")
 
     assert not fallback.works("op", trial) and not fallback.works("op", trial) and len(calls) == 1
     assert fallback.works("op", lambda: None, 64) and not fallback.works("op", trial, 128)
-    assert lines() == [f"op: {FAILS}"]
+    line, = lines()
+    assert line.startswith(f"op: {FAILS} at line 3 ! !") and line.endswith("! ...") and len(line) < 200
 
 
 @pytest.mark.skipif(not TRITON, reason="needs triton")
