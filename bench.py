@@ -393,9 +393,8 @@ def train_row(row, cfg, plain, ranks, table, settings):
     size, device = (8, 1, cfg.micro_batch_size, cfg.block_size + 1), ranks.device
     batches = itertools.cycle(torch.randint(cfg.vocab_size, size, device=device))
     alpha = torch.full((), 0.5, device=device)
-    layers = tuple(range(cfg.n_dense_layers, cfg.n_layer)) if guided else ()
     keys = dropout_keys(cfg, 0, ranks).to(device) if cfg.dropout else None
-    given, recorded = (cfg, ranks, 1e-4, alpha, layers, keys), RecordedStep()
+    given, recorded = (cfg, ranks, 1e-4, alpha, model.layers_with_guide(), keys), RecordedStep()
 
     def step():
         recorded(wrapped, optimizer, next(batches), *given)

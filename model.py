@@ -563,6 +563,9 @@ class GPT(nn.Module):
         """[(layer, linear)] of the FFNs' structured linears: those that a guide can have."""
         return [(i, m) for i, block in enumerate(self.blocks) for m in block.ffn.modules() if isinstance(m, Structured)]
 
+    def layers_with_guide(self) -> tuple:
+        return tuple(dict.fromkeys(layer for layer, m in self.structured_linears() if m.W is not None))
+
 
 class Teacher:
     """A trained model that another one learns from, and no part of it: neither its parameters nor its state dict."""

@@ -403,7 +403,7 @@ def validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, recorde
 
     The best of those without a guide is kept as best.pt. Returns whether a signal has ended it.
     """
-    guided = tuple(range(cfg.n_dense_layers, cfg.n_layer)) if step < plan.guided else ()
+    guided = model.layers_with_guide()
     alpha.fill_(alpha_at(cfg, plan, step))
     with log.pause():
         loss = recorded.beside(optimizer, lambda: evaluate(model, data.val, data.n_val, cfg, ranks, alpha, guided,

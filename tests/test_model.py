@@ -174,8 +174,10 @@ def test_the_first_layers_ffn_stays_dense():
 def test_guided_layers_use_their_guide_and_only_they():
     cfg = tiny(*STRUCTURES["blockshuffle"])
     gpt = random_model(cfg)
+    assert gpt.layers_with_guide() == ()
     for _, m in gpt.structured_linears():
         m.start_guide()
+    assert gpt.layers_with_guide() == (1, 2)
     tokens, alpha = torch.randint(61, (2, 9)), torch.tensor(0.5, dtype=torch.float64)
     plain = gpt(tokens)
     torch.testing.assert_close(gpt(tokens, alpha=alpha, guided=(1, 2)), plain, rtol=0, atol=1e-9)  # W_0 = D
