@@ -254,21 +254,21 @@ class Saver:
                 os._exit(128 + (error.args[0] if error.args else 2))
             self.thread.join()
 
-    def save(self, files, after=()):
-        """files [(path, entries, keep)]: the entries' tensors are copied now, the thread writes them later.
+    def save(self, path, tree, keep=1, after=None):
+        """The tensors of the entries `tree` are copied now, the thread writes them to path later.
 
-        after: paths that the thread syncs first, so that no checkpoint is newer on the disk than they are. The thread
+        after: a file that the thread syncs first, so that no checkpoint is newer on the disk than it is. The thread
         writes nothing where a tensor is not finite.
         """
         began = time.monotonic()
         self.wait()
         with self.beside():
-            copies, peaks = {}, [peak_of([t for _, tree, _ in files for t in tensors_in(tree)])]
-            job = [(path, self.copy(tree, path, copies, peaks), keep) for path, tree, keep in files]
+            copies, peaks = {}, [peak_of(tensors_in(tree))]
+            tree = self.copy(tree, path, copies, peaks)
             peak = self.copy(torch.stack([peak for peak in peaks if peak is not None]).amax(), "peak", copies, peaks)
         if not self.master:
             return
-        self.thread = threading.Thread(target=self.write, args=(job, peak, self.copied, after), daemon=True)
+        self.thread = threading.Thread(target=self.write, args=(path, tree, keep, after, peak), daemon=True)
         self.thread.start()
         self.blocked += time.monotonic() - began
 
@@ -307,20 +307,19 @@ class Saver:
                 copies[key].copy_(whole, non_blocking=True)
         return copies[key]
 
-    def write(self, job, peak, copied, after):
+    def write(self, path, tree, keep, after, peak):
         began = time.monotonic()
         try:
-            if copied:
-                copied.synchronize()
+            if self.copied:
+                self.copied.synchronize()
             if not math.isfinite(peak.item()):
-                raise UserError(f"the weights or the optimizer's state after step {job[0][1]['step']} are not finite, "
-                                f"so {job[0][0]} is not written: start again with a lower lr, in another --out_dir.")
-            for path in after:
-                with writing(path):
-                    sync(path)
-            for path, tree, keep in job:
-                save_beside(tree, path, keep)
-                self.count, self.bytes = self.count + 1, self.bytes + size_of(tree)
+                raise UserError(f"the weights or the optimizer's state after step {tree['step']} are not finite, "
+                                f"so {path} is not written: start again with a lower lr, in another --out_dir.")
+            if after:
+                with writing(after):
+                    sync(after)
+            save_beside(tree, path, keep)
+            self.count, self.bytes = self.count + 1, self.bytes + size_of(tree)
         except BaseException as e:
             self.error = e
         self.written += time.monotonic() - began

@@ -390,7 +390,8 @@ def train(cfg, ranks, state, data):
             ranks.note(f"reading the tokens of step {step + 1}")
         with ranks.agree(patient=True):
             raise_damage(wait=True)
-        finish(cfg, plan, ranks, model, optimizer, data, log, saver, stop, recorded)
+        recorded.forget(optimizer)  # no step follows, and the validation may need its memory
+        finish(cfg, plan, ranks, model, optimizer, data, log, saver, stop)
 
 
 def is_due(interval, step, plan):
@@ -437,7 +438,7 @@ def save_file(cfg, ranks, saver, name, tree, keep=1):
     with ranks.agree():
         saver.wait()
     if ranks.master or is_split(cfg, ranks):
-        saver.save([(os.path.join(cfg.out_dir, name), tree, keep)], [os.path.join(cfg.out_dir, "metrics.jsonl")])
+        saver.save(os.path.join(cfg.out_dir, name), tree, keep, os.path.join(cfg.out_dir, "metrics.jsonl"))
 
 
 def end_early(ranks, log, saver, step):
@@ -451,9 +452,8 @@ def end_early(ranks, log, saver, step):
     sys.exit(SAVED)
 
 
-def finish(cfg, plan, ranks, model, optimizer, data, log, saver, stop, recorded):
+def finish(cfg, plan, ranks, model, optimizer, data, log, saver, stop):
     """The final validation and model.pt. The last step is saved already: a signal ends the validation."""
-    recorded.forget(optimizer)  # no step follows, and the validation may need its memory
     val_loss = evaluate(model, data.val, data.n_final, cfg, ranks, show=log.final, stop=stop)
     ranks.note("the last checkpoint")
     with ranks.agree():

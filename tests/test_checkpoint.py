@@ -192,7 +192,7 @@ def test_what_is_written_is_what_stood_there_when_it_was_saved(slow_disk, tmp_pa
     go, _ = slow_disk
     saver, t = checkpoint.Saver(CPU), torch.arange(4.0)
     tree = {"step": 1, "model": {"a": t, "b": t}, "n": torch.tensor(3)}
-    saver.save([(str(tmp_path / "x.pt"), tree, 1)])
+    saver.save(str(tmp_path / "x.pt"), tree)
     t.fill_(9)
     go.set()
     saver.wait()
@@ -200,11 +200,11 @@ def test_what_is_written_is_what_stood_there_when_it_was_saved(slow_disk, tmp_pa
     assert saved["model"]["a"].tolist() == saved["model"]["b"].tolist() == [0, 1, 2, 3] and saved["n"] == 3
     assert saved["model"]["a"].data_ptr() == saved["model"]["b"].data_ptr()
     buffers = set(map(id, saver.buffers.values()))
-    saver.save([(str(tmp_path / "x.pt"), tree, 1)])
+    saver.save(str(tmp_path / "x.pt"), tree)
     saver.wait()
     assert set(map(id, saver.buffers.values())) - buffers == set()
     tree["model"] = {"a": torch.ones(7)}
-    saver.save([(str(tmp_path / "x.pt"), tree, 1)])
+    saver.save(str(tmp_path / "x.pt"), tree)
     saver.wait()
     assert torch.load(tmp_path / "x.pt", weights_only=True)["model"]["a"].tolist() == [1] * 7
     assert saver.count == 3 and saver.report().startswith("saving   3 files, 84B;")
@@ -225,7 +225,7 @@ def test_the_report_says_how_long_the_loop_waited(monkeypatch, tmp_path):
     real = checkpoint.save_beside
     monkeypatch.setattr(checkpoint, "save_beside", lambda *args: (time.sleep(0.3), real(*args)))
     for _ in range(2):
-        saver.save([(str(tmp_path / "x.pt"), tree, 1)])  # the second one waits for the first
+        saver.save(str(tmp_path / "x.pt"), tree)  # the second one waits for the first
     saver.wait()
     assert 0.2 < saver.blocked < 0.5 and 0.6 <= saver.written < 1.0
     assert f"the loop waited {saver.blocked:.2f} s" in saver.report() and checkpoint.Saver(CPU).report() == ""
