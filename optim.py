@@ -98,7 +98,7 @@ class MixedAdamW(Optimizer):
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
         self.mixed = mixed
         self.sums = {}    # {p: fp32 sum of its gradients} between the micro-batches of a step
-        self.tables = {}  # of the fused update: {(a group's number, matrices or not): AdamWTables}
+        self.tables = {}  # of the fused update: {a group's number: [(parameters, their AdamWTables)]}
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p].update(self.first_state(p, group))
@@ -168,26 +168,24 @@ class MixedAdamW(Optimizer):
         return ops.ON and ops.can_adamw(local(self.param_groups[0]["params"][0]))
 
     def fused_parts(self, number, group):
-        """(key in `tables`, parameters): the vectors of a group, then its matrices, where one of them has a gradient.
+        """[(parameters, AdamWTables)]: the vectors of a group, then its matrices, where one of them has a gradient.
 
         Those without (guides that a step skips) stand in the same table.
         """
-        for mixed in (False, True):
-            params = [p for p in group["params"] if ("master" in self.state[p]) is mixed]
-            if any(p.grad is not None for p in params):
-                yield (number, mixed), params
+        if number not in self.tables:
+            kinds = ([p for p in group["params"] if ("master" in self.state[p]) is mixed] for mixed in (False, True))
+            self.tables[number] = [(params, self.make_table(params)) for params in kinds if params]
+        return [(params, table) for params, table in self.tables[number] if any(p.grad is not None for p in params)]
 
     def advance_group(self, number, group):
         for p in group["params"]:
             self.state[p]["step"] += p.grad is not None
         if self.is_fused():
-            for key, params in self.fused_parts(number, group):
-                if key not in self.tables:
-                    self.tables[key] = self.make_table(params)
+            for params, table in self.fused_parts(number, group):
                 grads = [None if p.grad is None else local(p.grad) for p in params]
                 numbers = [(0.0, 1.0, 0.0) if p.grad is None else
                            (*self.corrections(p, group), group["lr"] * group["weight_decay"]) for p in params]
-                self.tables[key].upload(grads, numbers)
+                table.upload(grads, numbers)
 
     def make_table(self, params):
         """All that the fused update reads of params, which are all matrices with masters or all without."""
@@ -203,8 +201,8 @@ class MixedAdamW(Optimizer):
 
     def move_group(self, number, group, scale):
         if self.is_fused():
-            for key, _ in self.fused_parts(number, group):
-                ops.adamw(self.tables[key], scale, group["betas"], group["eps"])
+            for _, table in self.fused_parts(number, group):
+                ops.adamw(table, scale, group["betas"], group["eps"])
         else:
             self.update([p for p in group["params"] if p.grad is not None], scale, group)
 
