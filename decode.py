@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from config import UserError
-from device import record_graph
+from device import Upload, record_graph
 from model import Cache, ops
 
 
@@ -156,7 +156,8 @@ class Decoder:
         self.new = torch.zeros(batch, length + 1, dtype=torch.long, device=device)          # those of the latest chunk
         self.count = torch.zeros(batch, 1, dtype=torch.long, device=device)                 # how many of `new` are set
         self.widths = sorted({min(bucket, length) for bucket in BUCKETS})
-        self.prompts = torch.zeros(FEW + max(GRAPHED, self.widths[-1]), dtype=torch.long, device=device)
+        most = max(5 * batch, 1 + length, 3 * PREFILL, FEW + GRAPHED)                       # of `prefill` and `store`
+        self.upload = Upload(torch.zeros(most, dtype=torch.long, device=device))
         self.recorded, self.prefills = {}, {}       # graphs: {cache.seen: of a step}, {(prompts, width): of prompts}
         self.pool = None
         with model.speeds.launched("graph"):
@@ -215,11 +216,6 @@ class Decoder:
 
     # Prompts
 
-    def upload(self, values):
-        """Lists of whole numbers as a tensor; from pinned memory, so that the host does not wait for the device."""
-        on_cuda = self.key.is_cuda
-        return torch.tensor(values, pin_memory=on_cuda).to(self.key.device, non_blocking=on_cuda)
-
     def prefill(self, changes):
         """changes {place in the batch: the Row that begins there, or None}.
 
@@ -250,9 +246,8 @@ class Decoder:
         has at most FEW graphs, of GRAPHED tokens at most, and all share one pool of memory.
         """
         wide = width or max(2, len(prompts[0][0]))  # a single token would be a decode step
+        # always to one place in memory, where a graph reads them: (n, 1 + wide)
         values = self.upload([[place, *tokens] + [0] * (wide - len(tokens)) for tokens, place in prompts])
-        if width:
-            values = self.prompts[:values.numel()].view(values.shape).copy_(values)       # (n, 1 + width)
 
         def run():
             self.model.store(values[:, 1:], self.cache.rows(values[:, 0]))

@@ -455,7 +455,7 @@ class Late:
 
 
 class Upload:
-    """Upload(tensor)(values): lists of numbers into the tensor, which the host does not wait for.
+    """Upload(tensor)(values): lists of numbers to the tensor's start, which the host does not wait for -> that part.
 
     Copies from other than pinned memory wait for the device, and so can pinning. So a few pinned tensors take turns;
     the event of each says when its last copy is over. They also bound how many steps the host is ahead.
@@ -468,14 +468,15 @@ class Upload:
         self.copied = [torch.cuda.Event() for _ in range(self.TURNS)] if on_cuda else None
 
     def __call__(self, values):
-        self.turn = (self.turn + 1) % self.TURNS
-        source = self.sources[self.turn]
+        self.turn, values = (self.turn + 1) % self.TURNS, torch.tensor(values, dtype=self.tensor.dtype)
+        source, part = (t.view(-1)[:values.numel()].view_as(values) for t in (self.sources[self.turn], self.tensor))
         if self.copied:
             self.copied[self.turn].synchronize()  # of an event that was never recorded it returns at once
-        source.copy_(torch.tensor(values, dtype=source.dtype))
-        self.tensor.copy_(source, non_blocking=True)
+        source.copy_(values)
+        part.copy_(source, non_blocking=True)
         if self.copied:
             self.copied[self.turn].record()
+        return part
 
 
 def record_graph(run, pool=None, warm=True):

@@ -264,10 +264,11 @@ def test_on_a_card_the_graph_is_the_step(flags):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason="no card"))])
 def test_numbers_reach_the_device_in_order(device):
     """Each before the next takes its place, also while the device is busy and the host ahead of it."""
-    upload, seen = Upload(torch.zeros(2, dtype=torch.int64, device=device)), []
+    upload, seen = Upload(torch.zeros(3, dtype=torch.int64, device=device)), []
     if device == "cuda":
         torch.cuda._sleep(10**8)
     for i in range(3 * Upload.TURNS):
-        upload([i, 2**40 - i])
-        seen.append(upload.tensor.clone())
-    assert [t.tolist() for t in seen] == [[i, 2**40 - i] for i in range(3 * Upload.TURNS)]
+        part = upload([[i], [2**40 - i]])
+        seen += [part.clone(), upload.tensor.clone()]
+    assert [t.tolist() for t in seen[::2]] == [[[i], [2**40 - i]] for i in range(3 * Upload.TURNS)]
+    assert [t.tolist() for t in seen[1::2]] == [[i, 2**40 - i, 0] for i in range(3 * Upload.TURNS)]
