@@ -123,7 +123,7 @@ def check_tensors(saved, size):
 def read_checkpoint(path, name):
     """The dict in a model.pt or ckpt.pt, as `name` says, on the CPU, mapped rather than read.
 
-    UserError if it is missing, damaged or another thing. Whether weights fit their config, load_weights checks.
+    UserError if it is missing, damaged or another thing. Whether weights fit their config, check_weights checks.
     """
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist: give a run folder such as out/quickstart or a model.pt.")

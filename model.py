@@ -624,7 +624,7 @@ def check_weights(model, weights, path):
 
 
 def load_weights(model, weights, path):
-    check_weights(model, weights, path)
+    """Weights of the file at path that check_weights has passed; UserError unless they are finite."""
     model.load_state_dict(dict(weights))
     for name, t in model.state_dict().items():
         if t.numel() and not all(map(math.isfinite, t.aminmax())):

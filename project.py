@@ -15,7 +15,7 @@ import config
 from config import UserError
 from merge import exact_matmuls
 from checkpoint import read_model
-from model import Teacher, build, flops_per_token, load, load_weights
+from model import Teacher, build, check_weights, flops_per_token, load, load_weights
 from structured import Dense, linear
 from tokenizer import saved_tokenizer
 
@@ -270,6 +270,7 @@ def load_init(cfg, model, data, ranks) -> dict:
         check_tokenizer(path, saved, cfg, data.tokenizer)
         check_fits(cfg, theirs, weights, model, ffns=not refit)
     if not refit:
+        check_weights(model, weights, path)
         load_weights(model, weights, path)
         return {}
     device = torch.device("cpu") if ranks.device.type == "mps" else ranks.device  # mps has no float64

@@ -53,7 +53,7 @@ import run
 from config import reason, short
 from device import (SAVED, Stop, Watch, device_name, full, in_memory, lost_process, out_of_memory, peak_flops,
                     record_graph, set_up, share_of, split)
-from model import build, load, load_weights
+from model import build, check_weights, load, load_weights
 from optim import AdamW, MixedAdamW, Muon
 from project import load_init, load_teacher, teacher_flops
 from run import perplexity
@@ -117,6 +117,7 @@ def assemble(cfg, plan, ranks, saved=None, data=None, teacher=None):
         for _, module in model.structured_linears():
             module.start_guide(originals.get(module))
     if saved:
+        check_weights(model, saved["model"], path)
         load_weights(model, saved["model"], path)
     if cfg.distill:
         model.teacher = teacher or load_teacher(cfg, data.tokenizer, ranks)

@@ -228,6 +228,7 @@ CHECKPOINTS = {
     "seed": (lambda s: s["config"].update(seed=7), "is of another run: it has seed=7"),
     "tokenizer": (lambda s: s["tokenizer"].update(identity="gpt2"), "another run: .*tokenizer gpt2, here byte"),
     "config": (lambda s: s.pop("config"), "lacks config"),
+    "weights": (lambda s: s["model"].update({P: s["model"][P][:1]}), rf"shape of {P} is \(1,\), expected \(32,\)"),
     "momentum": (state(MATRIX, momentum=lambda t: t[..., :1].clone()), f"momentum of {MATRIX}")}
 
 

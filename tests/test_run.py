@@ -383,6 +383,14 @@ def test_weights_of_another_shape_are_refused_by_name(flags, words, cli, finishe
     assert all(word in err for word in words) and len(err) < 400, err
 
 
+def test_first_weights_are_floating_point_numbers(finished, data, tmp_path):
+    saved = torch.load(finished / "model.pt", weights_only=True)
+    saved["model"]["norm.weight"] = saved["model"]["norm.weight"].char()
+    torch.save(saved, tmp_path / "model.pt")
+    with pytest.raises(UserError, match="norm.weight is torch.int8"):
+        train_run(tmp_path / "run", data, *LOWRANK, f"--init_from={tmp_path / 'model.pt'}")
+
+
 def test_weights_that_are_not_there_or_of_another_tokenizer_are_refused(cli, without_torch, finished, tmp_path):
     status, stdout, err = without_torch("train.py", *TINY, "--init_from=nowhere")
     assert_one_sentence(status, stdout, err)
