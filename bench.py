@@ -586,7 +586,7 @@ def bench_decode(cfg, settings):
 
     def largest():
         fresh(device)
-        return decode.largest_batch(cfg, length, device, dtype)
+        return decode.rows_that_fit(cfg, length, device, dtype)
 
     for kind in settings.kinds if cfg.ffn != "dense" else ["dense"]:
         model = random_model(dataclasses.replace(cfg, ffn="dense") if kind == "dense" else cfg, device)
@@ -638,7 +638,7 @@ def bench_crossover(cfg, settings):
     between = ((a + b) // 2 for a, b in itertools.pairwise(merge.TOKENS))
     sizes = sorted({*merge.TOKENS, *between})
     again = merge.measure(pairs, sizes)
-    of_step = merge.measure_few(model, pairs, [tokens for tokens in sizes if tokens <= max(merge.FEW)])
+    of_step = merge.measure_steps(model, pairs, [tokens for tokens in sizes if tokens <= max(merge.STEP_BATCHES)])
     for tokens, rows in of_step.items():
         for shape, ms in rows.items():
             again["graph"][shape][tokens] = ms

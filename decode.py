@@ -96,7 +96,7 @@ def free_bytes(device):
         return None
 
 
-def largest_batch(cfg, length, device, dtype) -> int:
+def rows_that_fit(cfg, length, device, dtype) -> int:
     """Rows of `length` tokens that fit into the memory that the weights leave; call it when the weights are loaded."""
     free = free_bytes(device)
     if free is None:
@@ -115,9 +115,9 @@ def padded(length, block_size) -> int:
 # The loop
 
 BUCKETS = 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048  # lengths of prompts that have a CUDA graph
-FEW = 8    # most prompts in such a graph
+GRAPH_PROMPTS = 8  # most prompts in such a graph
 CHUNK = 8  # steps between two looks at the new tokens
-SOON = 2   # the same while prompts wait, since a row that has ended keeps its place until then
+CHUNK_WHILE_WAITING = 2  # the same while prompts wait, since a row that has ended keeps its place until then
 
 
 @dataclass
@@ -143,7 +143,7 @@ class Decoder:
     def __init__(self, model, s, batch, length, eos=-1, n_tokens=0, graphs=None):
         cfg, weight = model.cfg, model.head.weight
         device, length = weight.device, padded(length, model.cfg.block_size)
-        fits = largest_batch(cfg, length, device, weight.dtype)
+        fits = rows_that_fit(cfg, length, device, weight.dtype)
         if batch > fits:
             needed, free = batch * row_bytes(cfg, length, weight.dtype) / 2**30, (free_bytes(device) or 0) / 2**30
             raise UserError(f"a batch of {batch} sequences of {length} tokens needs {needed:.1f} GiB, {free:.1f} are "
@@ -156,13 +156,13 @@ class Decoder:
         self.new = torch.zeros(batch, length + 1, dtype=torch.long, device=device)          # those of the latest chunk
         self.count = torch.zeros(batch, 1, dtype=torch.long, device=device)                 # how many of `new` are set
         self.widths = sorted({min(bucket, length) for bucket in BUCKETS})
-        most = max(5 * batch, 1 + length, 3 * PREFILL, FEW + GRAPHED)                       # of `prefill` and `store`
+        most = max(5 * batch, 1 + length, 3 * PREFILL, GRAPH_PROMPTS + GRAPHED)             # of `prefill` and `store`
         self.upload = Upload(torch.zeros(most, dtype=torch.long, device=device))
         self.recorded, self.prefills = {}, {}       # graphs: {cache.seen: of a step}, {(prompts, width): of prompts}
         self.pool = None
         with model.speeds.launched("graph"):
             self.forward = self.graphs and ops.ON and ops.fused_step(model, self.cache) or model.step
-        self.exact_length = self.forward != model.step  # fused attention reads the stored keys only, without cache.seen
+        self.ignores_seen = self.forward != model.step  # fused attention reads the stored keys only, without cache.seen
         self.fused_sample = ops.sample if self.graphs and ops.ON and ops.can_sample(self.token, s) else None
 
     # A step
@@ -183,7 +183,7 @@ class Decoder:
 
     def set_seen(self, tokens):
         """Attention reads at least the first `tokens` places of the cache. Few sizes, since each has its own graph."""
-        unit = self.cache.length if self.exact_length else max(64, -(-self.cache.length // 512) * 64)
+        unit = self.cache.length if self.ignores_seen else max(64, -(-self.cache.length // 512) * 64)
         self.cache.seen = min(-(-tokens // unit) * unit, self.cache.length)
 
     def advance(self, tokens):
@@ -233,9 +233,9 @@ class Decoder:
         prompts.sort(key=lambda prompt: -len(prompt[0]))  # neighbours are of like length, so little is padded
         while prompts:
             longest, width = len(prompts[0][0]), 0
-            if self.graphs and len(prompts) <= 2 * FEW:
+            if self.graphs and len(prompts) <= 2 * GRAPH_PROMPTS:
                 width = min((width for width in self.widths if width >= longest), default=0)
-            n = max(1, min(FEW, GRAPHED // width) if width else PREFILL // longest)
+            n = max(1, min(GRAPH_PROMPTS, GRAPHED // width) if width else PREFILL // longest)
             self.store(prompts[:n], width)
             prompts = prompts[n:]
 
@@ -243,7 +243,7 @@ class Decoder:
         """Stores prompts [(tokens, place)], longest first: padded to `width`, as a CUDA graph. 0: without a graph.
 
         A graph serves all places. The first prompts of a shape run without one: they are not worth a recording. A width
-        has at most FEW graphs, of GRAPHED tokens at most, and all share one pool of memory.
+        has at most GRAPH_PROMPTS graphs, of GRAPHED tokens at most, and all share one pool of memory.
         """
         wide = width or max(2, len(prompts[0][0]))  # a single token would be a decode step
         # always to one place in memory, where a graph reads them: (n, 1 + wide)
@@ -275,7 +275,7 @@ class Decoder:
         window = 4 * len(places)  # prompts that begin together are of like length; a text waits for few others
         waiting = deque(row for i in range(0, len(rows), window)
                         for row in sorted(rows[i:i + window], key=lambda row: -len(row.prompt)))
-        soon = min(chunk, max(SOON, len(places) // 32))  # a large batch collects prompts for one forward
+        soon = min(chunk, max(CHUNK_WHILE_WAITING, len(places) // 32))  # a large batch collects prompts for one forward
         while True:
             self.refill(places, waiting)
             left = max((row.limit - row.steps for row in places if row), default=0)

@@ -225,7 +225,7 @@ class Stop:
 
     def __init__(self, ranks):
         self.ranks, self.signal, self.first = ranks, 0, 0.0
-        self.late, self.ended = Late(ranks.device, 1), threading.Event()
+        self.delayed, self.ended = DelayedRead(ranks.device, 1), threading.Event()
 
     def __enter__(self):
         self.handlers = {s: signal.getsignal(s) for s in self.SIGNALS}
@@ -279,7 +279,7 @@ class Stop:
             return self.signal
         signals = torch.full((1,), float(self.signal), device=self.ranks.device)
         dist.all_reduce(signals, op=dist.ReduceOp.MAX)
-        return int(self.late(signals[0]) or 0)
+        return int(self.delayed(signals[0]) or 0)
 
 
 @contextlib.contextmanager
@@ -431,7 +431,7 @@ def on_meta():
 # ----------------------------------------------------------------------------------------------------------------------
 # Numbers and launches between host and device
 
-class Late:
+class DelayedRead:
     """A device's value of each step on the host, `steps` steps later.
 
     This step's is ready only when the device has finished the step, and waiting for it would delay the next launches.

@@ -118,9 +118,9 @@ def step_weights(model, tokens, launch) -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 # The table of speeds
 
-FEW = 1, 2, 4, 8, 16, 32, 64  # sequences whose step may be a single kernel or a chain of kernels
+STEP_BATCHES = 1, 2, 4, 8, 16, 32, 64  # sequences whose step may be a single kernel or a chain of kernels
 # Numbers of tokens that are timed; a matmul's time may jump between neighbours
-TOKENS = [*FEW, *(n << i for i in range(6) for n in (96, 128))]
+TOKENS = [*STEP_BATCHES, *(n << i for i in range(6) for n in (96, 128))]
 
 
 def launches(device) -> tuple:
@@ -204,7 +204,7 @@ def load_or_measure(model, pairs, path=None) -> dict:
     if {pair.shape for pair in pairs} <= known:
         return tables[key]
     new = measure(pairs)
-    for batch, rows in measure_few(model, pairs).items():
+    for batch, rows in measure_steps(model, pairs).items():
         for shape, ms in rows.items():
             new["graph"][shape][batch] = ms
     kept = tables.setdefault(key, {})
@@ -286,15 +286,15 @@ def use_everywhere(pairs, merged):
 
 
 @torch.no_grad()
-def measure_few(model, pairs, sizes=FEW) -> dict:
+def measure_steps(model, pairs, sizes=STEP_BATCHES) -> dict:
     """{batch: {shape: [factors, merged]}} where the step is a single kernel, or a chain of kernels that overlap.
 
     Only the whole step can be timed there; each linear gets an equal share of its milliseconds. So a model decodes with
     all its factors or with none.
     """
-    device, few = model.head.weight.device, {}
+    device, milliseconds = model.head.weight.device, {}
     if not ops.ON or device.type != "cuda":
-        return few
+        return milliseconds
     single, chain, length = ops.megakernel, ops.chain, min(256, model.cfg.block_size)
     use_everywhere(pairs, 0)
     sizes = [batch for batch in sizes if batch <= max(single.BATCHES) or chain.usable(model, batch)]
@@ -317,5 +317,5 @@ def measure_few(model, pairs, sizes=FEW) -> dict:
                 cache.position.zero_()
                 ten_steps = time_on_gpu(lambda: [found[batch, merged](token, cache) for _ in range(10)], True)
                 times[merged].append(ten_steps / 10 / len(pairs))
-            few[str(batch)] = {pair.shape: [min(ms) for ms in times] for pair in pairs}
-    return few
+            milliseconds[str(batch)] = {pair.shape: [min(ms) for ms in times] for pair in pairs}
+    return milliseconds

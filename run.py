@@ -20,7 +20,7 @@ import torch
 
 import config
 from config import Config, UserError, reason, short
-from device import Late, peak_flops
+from device import DelayedRead, peak_flops
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -232,8 +232,8 @@ def open_metrics(folder, rows):
     return open(path, "a")
 
 
-WINDOW = 20  # losses that a spike is compared with
-LATE = 4     # steps that the host may be ahead of the device
+WINDOW = 20      # losses that a spike is compared with
+STEPS_AHEAD = 4  # steps that the host may be ahead of the device
 
 
 def is_spike(losses, loss) -> bool:
@@ -286,7 +286,7 @@ class Log:
         self.flops = np.concatenate(([0.0], np.cumsum(flops)))  # until each step
         self.tokens_per_step = cfg.batch_size * cfg.block_size
         self.tty, self.next_step, self.next_time = sys.stdout.isatty(), 0, 0.0
-        self.norm, self.bad_steps = Late(ranks.device, LATE), 0
+        self.norm, self.bad_steps = DelayedRead(ranks.device, STEPS_AHEAD), 0
         self.losses, self.saved = collections.deque(maxlen=WINDOW), step
         self.guided, self.best, self.validated = guided, math.inf, 0  # best: the lowest validation loss without guide
         self.lost = None                                        # why standard output takes no more
@@ -360,10 +360,10 @@ class Log:
                       due=step >= self.next_step or step == self.steps)
 
     def watch(self, step, norm):
-        """After every step: notes a step whose update was skipped, LATE steps after it."""
-        late = self.norm(norm)
-        if late is not None:
-            self.note_bad(step - LATE, late)
+        """After every step: notes a step whose update was skipped, STEPS_AHEAD steps after it."""
+        earlier = self.norm(norm)
+        if earlier is not None:
+            self.note_bad(step - STEPS_AHEAD, earlier)
 
     def settle(self, step):
         """The same for all steps up to this one, which are waited for."""

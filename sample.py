@@ -129,7 +129,7 @@ import torch
 
 from checkpoint import save_beside
 from config import short
-from decode import Decoder, Row, largest_batch, padded, row_key
+from decode import Decoder, Row, padded, row_key, rows_that_fit
 from device import out_of_memory, pick_device, pick_dtype
 from merge import exact_matmuls, prepare_model, replace_structured
 from model import load
@@ -273,7 +273,7 @@ def main(path, s, prompts):
     length = min(cfg.block_size, max(map(len, encoded)) + s.max_new_tokens)
     batch_size = 1
     if in_json:
-        most = s.batch_size or min(64, largest_batch(cfg, padded(length, cfg.block_size), device, dtype))
+        most = s.batch_size or min(64, rows_that_fit(cfg, padded(length, cfg.block_size), device, dtype))
         batch_size = max(1, min(most, len(rows)))
     graphs = device.type == "cuda" and s.graphs is not False
     try:

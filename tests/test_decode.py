@@ -352,7 +352,7 @@ def test_prompts_in_half_precision_take_the_kernels_of_training(name, monkeypatc
 
 
 def test_the_shapes_of_prefills(fake_graphs, monkeypatch):
-    """Graphs take FEW prompts and GRAPHED tokens; longer prompts and many at a time are padded to the longest only."""
+    """Graphs take 8 prompts and GRAPHED tokens; longer prompts and many at a time are padded to the longest only."""
     monkeypatch.setattr(decode, "BUCKETS", (8, 16))
     monkeypatch.setattr(decode, "GRAPHED", 64)
     monkeypatch.setattr(decode, "PREFILL", 90)
@@ -493,7 +493,7 @@ def test_on_a_card_graphs_of_prompts_and_steps_serve_every_row(how, batch, fused
     prefills = {shape: graph for shape, graph in decoder.prefills.items() if graph}
     assert any(n > 1 for n, _ in prefills) == (batch > 1)
     assert all(isinstance(graph, torch.cuda.CUDAGraph) for graph in (*prefills.values(), *decoder.recorded.values()))
-    assert decoder.exact_length is fused and (type(decoder.forward).__name__ == "Step") == (batch <= 4)
+    assert decoder.ignores_seen is fused and (type(decoder.forward).__name__ == "Step") == (batch <= 4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -605,7 +605,7 @@ def test_draws_are_uniform_and_independent():
 def test_batch_beyond_memory_names_the_largest(monkeypatch):
     model = prepare_model(make(), "structured", torch.float32)
     monkeypatch.setattr(decode, "free_bytes", lambda device: 2**29)
-    fits = decode.largest_batch(model.cfg, 64, torch.device("cpu"), torch.float32)
+    fits = decode.rows_that_fit(model.cfg, 64, torch.device("cpu"), torch.float32)
     assert fits > 10
     cache = Cache(model.cfg, 3, 64, "cpu", torch.float32)
     stored = sum(t.nbytes for layer in cache.layers for t in layer)
@@ -681,7 +681,7 @@ def test_bench_crossover_shows_the_times_of_the_step_that_few_sequences_take(cli
         return {mode: {pair.shape: dict(row) for pair in pairs} for mode in ("eager", "graph")}
 
     monkeypatch.setattr(merge, "measure", measure)
-    monkeypatch.setattr(merge, "measure_few", lambda model, pairs, sizes=merge.FEW: {
+    monkeypatch.setattr(merge, "measure_steps", lambda model, pairs, sizes=merge.STEP_BATCHES: {
         str(few): {pair.shape: [0.4, 0.3] for pair in pairs if model.blocks[1].ffn.fc1 in pairs} for few in sizes})
     out = tmp_path / "rows.jsonl"
     assert cli("bench.py", "crossover", *SMALL, f"--json={out}")[0] == 0

@@ -288,7 +288,7 @@ def test_rows_that_end_are_replaced():
     for kernel in (False, True):
         decoder = Decoder(model, settings(max_new_tokens=6), 2 if kernel else 1, 64, graphs=False)
         if kernel:
-            decoder.forward, decoder.exact_length = make_step(model, decoder.cache), True
+            decoder.forward, decoder.ignores_seen = make_step(model, decoder.cache), True
         rows = [Row(prompt) for prompt in prompts]
         assert len(list(decoder.run(rows))) > 3
         found.append([row.new for row in rows])

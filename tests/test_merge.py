@@ -88,7 +88,7 @@ def test_merging_uses_no_tf32(monkeypatch):
 def test_the_form_that_is_always_faster_is_the_one_that_stays(faster, tmp_path, monkeypatch):
     times = [1.0, 2.0] if faster == "factors" else [2.0, 1.0]
     monkeypatch.setattr(merge, "measure", lambda pairs: {"eager": {p.shape: {"1": times, "16": times} for p in pairs}})
-    monkeypatch.setattr(merge, "measure_few", lambda model, pairs: {})
+    monkeypatch.setattr(merge, "measure_steps", lambda model, pairs: {})
     original = make(ffn="lowrank", rank=16)
     model = prepare_model(copy.deepcopy(original), "auto", torch.float32)
     assert not any(isinstance(m, FactorsOrMerged) for m in model.modules())
@@ -160,14 +160,14 @@ def test_auto_times_the_step_that_few_sequences_take(dtype):
     model = prepare_model(make("cuda", **MODELS["blockshuffle, one key head"]), "auto", dtype)
     rows = model.speeds.times["graph"]
     chain = dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] == 9
-    few = [str(tokens) for tokens in merge.FEW if tokens <= (64 if chain else 4)]
+    few = [str(tokens) for tokens in merge.STEP_BATCHES if tokens <= (64 if chain else 4)]
     for tokens in few:
         assert len({tuple(row[tokens]) for row in rows.values()}) == 1
     above = "96" if chain else "8"
     assert len({tuple(row[above]) for row in rows.values()}) == len(rows) == 2
     with model.speeds.launched("graph"):
         assert all(len({model.speeds.merged(shape, int(tokens)) for shape in rows}) == 1 for tokens in few)
-    assert merge.measure_few(model.cpu(), []) == {}
+    assert merge.measure_steps(model.cpu(), []) == {}
 
 
 def test_table_of_another_card_is_left_alone(tmp_path, monkeypatch):
