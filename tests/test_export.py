@@ -224,6 +224,13 @@ def test_what_none_expresses_or_its_reader_gets_wrong_is_refused(argv, target, k
     assert all(word in str(e.value) for word in words) and len(str(e.value)) < 400
 
 
+def test_the_preset_on_top_of_the_recipe_is_a_qwen3():
+    presets = [str(ROOT / "config" / f"{name}.py") for name in ("s", "recipe", "qwen3")]
+    assert export.find_architecture(config.load(presets)[0], "transformers", "spm") == "qwen3"
+    with pytest.raises(UserError, match="expresses smear=True"):
+        export.find_architecture(config.load(presets[:2])[0], "transformers", "spm")
+
+
 def test_every_switch_of_the_model_is_known_here():
     """A new one changes what the model computes: export.py has to express or refuse it before it is added there."""
     without_home = {"smear", "embed_skip", "value_embeddings", "logit_softcap"}
