@@ -597,6 +597,7 @@ PATIENCE = 10.0  # seconds that another rank leaves rank 0 to print an error
 
 def run(main):
     """main(argv) as a command: a user's mistake is one sentence on standard error and status 2, ours is a traceback."""
+    sys.excepthook = _report
     try:
         if sys.stdout is None:
             raise UserError("standard output is closed: send it somewhere, as with > log.txt or > /dev/null.")
@@ -627,6 +628,14 @@ def run(main):
     except KeyboardInterrupt as e:
         print("interrupted.", file=sys.stderr)
         sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
+
+
+def _report(kind, error, traceback):
+    """Of Ctrl-C while torch loads, between a script's two main blocks, one line; of all else Python's traceback."""
+    if kind is KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
 
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}  # a full disk, or `| head` ended

@@ -327,6 +327,15 @@ def test_an_interrupted_script_ends_with_the_signals_status(monkeypatch, capsys)
         assert capsys.readouterr().err == "interrupted.\n"
 
 
+@pytest.mark.parametrize("script, argv", [("train.py", ["--vocab_size=257", "--dry_run=True"]), ("bench.py", ["train"]),
+                                          ("sample.py", ["out/x"]), ("export.py", ["out/x", "--to=hf/x"])])
+def test_ctrl_c_while_torch_loads_is_one_line(script, argv, tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)")
+    done = subprocess.run([sys.executable, str(ROOT / script), *argv], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "interrupted.\n")
+
+
 FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
 
 
