@@ -55,7 +55,7 @@ from device import (SAVED, Stop, Watch, device_name, full, in_memory, lost_proce
                     record_graph, set_up, share_of, split)
 from model import build, check_weights, load, load_weights
 from optim import AdamW, MixedAdamW, Muon
-from project import load_init, load_teacher, teacher_flops
+from project import check_tokenizer, load_init, load_teacher, teacher_flops
 from run import perplexity
 from schedule import (alpha_at, batches, check_ids, count_windows, dropout_keys, guided_layers, lr_at, make_plan,
                       muon_at, read_windows, step_flops, summary, train_flops)
@@ -566,10 +566,7 @@ def score(cfg):
             block.ffn.kernels = cfg.kernels
         _, val_file, tokenizer = prepare.open_data(cfg)
         val_file.verify()
-        if tokenizer.identity != saved["tokenizer"]["identity"]:
-            raise UserError(f"the model in {cfg.out_dir} was trained with the tokenizer "
-                            f"{saved['tokenizer']['identity']}, {config.data_dir(cfg)} holds tokens of "
-                            f"{tokenizer.identity}: prepare the text with the model's.")
+        check_tokenizer(cfg.out_dir, saved, cfg, tokenizer)
         trained.micro_batch_size = cfg.micro_batch_size
         n = count_validation(trained, val_file, cfg.final_eval_tokens)
         memory.enter_context(in_memory(trained, ranks, summary(trained)["params"]))
