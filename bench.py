@@ -183,7 +183,7 @@ import torch.nn.functional as F
 import curves
 import decode
 import merge
-from device import out_of_memory, peak_flops, pick_device, pick_dtype, record_graph, set_up
+from device import enough_memory, peak_flops, pick_device, pick_dtype, record_graph, set_up
 from model import FFN, build, ffn_params, flops_per_token, linear_params, ops
 from report import (DRAW, Table, clocks, conditions, copies, copy_rate, draw_rows, fresh, header, laps, ratio,
                     timed, within_memory)
@@ -662,13 +662,9 @@ BENCHMARKS = {"kernel": bench_kernel, "ffn": bench_ffn, "train": bench_train, "p
 
 
 def main(command, subject, settings):
-    try:
+    with enough_memory(f"the memory does not hold what {command} needs here: give a smaller model, batch or number "
+                       "of tokens."):
         table = BENCHMARKS[command](subject, settings)
-    except RuntimeError as e:
-        if not out_of_memory(e):
-            raise
-        raise UserError(f"the memory does not hold what {command} needs here: give a smaller model, batch or number "
-                        "of tokens.") from None
     if table and settings.plot and table.rows:
         DRAW[command](settings.plot, table.rows)
 

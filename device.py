@@ -392,18 +392,22 @@ def out_of_memory(error) -> bool:
 
 
 @contextlib.contextmanager
-def in_memory(cfg, ranks, params):
+def enough_memory(sentence):
     """Turns out-of-memory into one sentence that says what does not fit."""
     try:
         yield
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e):
             raise
-        can_recompute = ranks.compile and cfg.recompute != "wide"
-        raise UserError(f"the memory of {ranks.device} does not hold this model of {short(params)} parameters with "
-                        f"micro-batches of {cfg.micro_batch_size} x {cfg.block_size} tokens: "
-                        f"lower --micro_batch_size, {'give --recompute=wide, ' if can_recompute else ''}"
-                        "or choose a smaller model.", alone=True) from None
+        raise UserError(sentence, alone=True) from None
+
+
+def in_memory(cfg, ranks, params):
+    """The same for the training or the validation of a model."""
+    recompute = "give --recompute=wide, " if ranks.compile and cfg.recompute != "wide" else ""
+    return enough_memory(f"the memory of {ranks.device} does not hold this model of {short(params)} parameters with "
+                         f"micro-batches of {cfg.micro_batch_size} x {cfg.block_size} tokens: "
+                         f"lower --micro_batch_size, {recompute}or choose a smaller model.")
 
 
 class ShapesOnly(torch.overrides.TorchFunctionMode):

@@ -130,7 +130,7 @@ import torch
 from checkpoint import save_beside
 from config import short
 from decode import Decoder, Row, padded, row_key, rows_that_fit
-from device import out_of_memory, pick_device, pick_dtype
+from device import enough_memory, pick_device, pick_dtype
 from merge import exact_matmuls, prepare_model, replace_structured
 from model import load
 from run import writing
@@ -171,7 +171,7 @@ def stream(decoder, text, rows, tokenizer):
         if len(rows) > 1:
             show(f"--- sample {n}\n")
         show(text)
-        for fresh in decoder.run([row], chunk=8):
+        for fresh in decoder.run([row]):
             for _, tokens in fresh:
                 show(characters.decode(tokenizer.decode_bytes(tokens)))
         show(characters.decode(b"", final=True) + "\n")
@@ -276,17 +276,13 @@ def main(path, s, prompts):
         most = s.batch_size or min(64, rows_that_fit(cfg, padded(length, cfg.block_size), device, dtype))
         batch_size = max(1, min(most, len(rows)))
     graphs = device.type == "cuda" and s.graphs is not False
-    try:
+    with enough_memory(f"the memory of {device} does not hold a batch of {batch_size} sequences of {length} tokens: "
+                       "give a smaller --batch_size."):
         decoder = Decoder(model, s, batch_size, length, tokenizer.eos, tokenizer.vocab_size, graphs)
         if in_json:
             write_samples(decoder, prompts, rows, tokenizer, s)
         else:
             stream(decoder, prompts[0].text, rows, tokenizer)
-    except RuntimeError as e:
-        if not out_of_memory(e):
-            raise
-        raise UserError(f"the memory of {device} does not hold a batch of {batch_size} sequences of {length} tokens: "
-                        "give a smaller --batch_size.") from None
 
 
 if __name__ == "__main__":

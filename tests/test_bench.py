@@ -610,8 +610,8 @@ def test_an_exhausted_memory_is_seen_through_what_it_causes():
         finally:
             raise RuntimeError("operation failed due to a previous error during capture")
     except RuntimeError as e:
-        assert bench.out_of_memory(e)
-    assert not bench.out_of_memory(RuntimeError("shapes"))
+        assert device.out_of_memory(e)
+    assert not device.out_of_memory(RuntimeError("shapes"))
 
 
 def test_what_cannot_be_written_is_an_error_before_anything_runs(without_torch, tmp_path, monkeypatch):
