@@ -12,7 +12,7 @@ import numpy as np
 import config
 from config import Config, UserError
 from model import ffn_params
-from report import Panel, Table, commit, draw_curves
+from report import Panel, Table, commit, draw_curves, grouped
 from run import MAY_CHANGE, read_metrics
 from schedule import make_plan, step_flops
 
@@ -83,7 +83,7 @@ def ffn_words(cfg) -> list:
 
 def name_runs(runs):
     """Gives every run a method and a label, made of the settings in which runs of one size differ."""
-    peers = {r.size: [p for p in runs if p.size == r.size] for r in runs}
+    peers = grouped(runs, lambda r: r.size)
     names = [f.name for f in dataclasses.fields(Config)
              if f.name not in NOT_LISTED and any(differs(f.name, group) for group in peers.values())]
 
@@ -105,8 +105,7 @@ def name_runs(runs):
         run.method = " ".join(parts + (["more tokens"] if tokens and one_more else tokens))
         seed = [f"seed {cfg.seed}"] * differs("seed", runs)
         run.label = " ".join([run.size] * (len(peers) > 1) + parts + tokens + seed)
-    for label in {r.label for r in runs}:
-        same = [r for r in runs if r.label == label]
+    for same in grouped(runs, lambda r: r.label).values():
         for run in same if len(same) > 1 else []:
             run.label += f" ({run.path})"
 
@@ -129,18 +128,15 @@ def fit_scaling(runs) -> list:
 
     -> [{method, runs, slope, std_error, at_1e18 (the loss that the fit gives there)}]
     """
-    methods, fits = {}, []
-    for r in runs:
-        if r.final is not None:
-            methods.setdefault(r.method, []).append((float(r.axes["training FLOPs"][-1]), r.final))
-    for method, points in methods.items():
-        flops, losses = map(np.array, zip(*points))
+    fits = []
+    for method, same in grouped((r for r in runs if r.final is not None), lambda r: r.method).items():
+        flops, losses = np.array([(r.axes["training FLOPs"][-1], r.final) for r in same]).T
         if flops.min() < flops.max():
             x, y, error = np.log(flops), np.log(losses), None
             slope, a = np.polyfit(x, y, 1)
-            if len(points) > 2:
+            if len(same) > 2:
                 error = float(np.polyfit(x, y, 1, cov=True)[1][0, 0] ** 0.5)
-            fits.append({"method": method, "runs": len(points), "slope": float(slope), "std_error": error,
+            fits.append({"method": method, "runs": len(same), "slope": float(slope), "std_error": error,
                          "at_1e18": math.exp(a + slope * math.log(1e18))})
     return fits
 
@@ -169,13 +165,12 @@ def above_dense(run, runs):
 def distance_panels(runs) -> list:
     """A panel per size: training loss minus dense's on the same batches, mean over seeds; else training loss."""
     panels = []
-    for size in dict.fromkeys(r.size for r in runs):
-        group = [r for r in runs if r.size == size]
+    for size, group in grouped(runs, lambda r: r.size).items():
         above = {id(r): above_dense(r, runs) for r in group}
         compared = any(above.values())
         lines = {}
-        for method in dict.fromkeys(r.method for r in group):
-            found = [(r, above[id(r)] if compared else smoothed(*r.train)) for r in group if r.method == method]
+        for method, same in grouped(group, lambda r: r.method).items():
+            found = [(r, above[id(r)] if compared else smoothed(*r.train)) for r in same]
             found = [(r, curve) for r, curve in found if curve]
             if found:
                 steps = [step for step, _ in min((curve for _, curve in found), key=lambda curve: curve[-1])]
