@@ -414,13 +414,13 @@ class GPT(nn.Module):
             self.head.weight = self.wte.weight
 
     @torch.no_grad()
-    def init_weights(self, std=0.02):
-        """As in the paper: matrices N(0, std^2), biases 0, norms 1, structured linears their own way.
+    def init_weights(self):
+        """As in the paper: matrices N(0, std^2) with std 0.02, biases 0, norms 1, structured linears their own way.
 
         With init=zero std is 1 / sqrt(n_embd), and init_zero changes some.
         """
         zero = self.cfg.init == "zero"
-        std = self.cfg.n_embd ** -0.5 if zero else std
+        std = self.cfg.n_embd ** -0.5 if zero else 0.02
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=std)
