@@ -538,11 +538,10 @@ def open_data(cfg):
 
 
 def ensure_data(cfg):
-    """open_data, after preparing the standard library into its own folder where only that is missing."""
+    """Prepares the standard library into its own folder where only that is missing; open_data opens what is there."""
     complete = os.path.exists(os.path.join(config.data_dir(cfg), "train.bin"))
     if cfg.dataset == "stdlib" and not cfg.data_dir and not complete:
         prepare(cfg, Settings())
-    return open_data(cfg)
 
 
 def next_command(preset, folder):

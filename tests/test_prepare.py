@@ -424,7 +424,7 @@ def test_open_data_without_and_with_the_wrong_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = "`python prepare.py --dataset=stdlib --tokenizer=spm:4096 --data_dir=data/typo`"
     with pytest.raises(UserError, match=f"data/typo holds no data: run {run}"):
-        prepare.ensure_data(Config(data_dir="data/typo"))
+        prepare.open_data(Config(data_dir="data/typo"))
     a, b = write_corpus(tmp_path / "a.txt", some_documents(200)), write_corpus(tmp_path / "b.txt", some_documents(210))
     cfg = Config(dataset="text", tokenizer="byte", input=str(a))
     prepare.prepare(cfg, Settings(workers=1))
@@ -442,11 +442,15 @@ def test_open_data_without_and_with_the_wrong_folder(tmp_path, monkeypatch):
 def test_ensure_data_prepares_the_standard_library_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = Config(tokenizer="byte")
-    train, val, tokenizer = prepare.ensure_data(cfg)
+    prepare.ensure_data(cfg)
+    train, val, tokenizer = prepare.open_data(cfg)
     assert os.path.dirname(train.path) == config.data_dir(cfg) == "data/stdlib-byte"
     assert tokenizer.decode(val.tokens[:-1].tolist()) and train.count > 5_000_000
     before = os.stat(train.path).st_mtime_ns
-    assert prepare.ensure_data(cfg)[0].checksum == train.checksum and os.stat(train.path).st_mtime_ns == before
+    prepare.ensure_data(cfg)
+    assert os.stat(train.path).st_mtime_ns == before
+    prepare.ensure_data(Config(data_dir="data/typo"))
+    assert os.listdir("data") == ["stdlib-byte"]
 
 
 def test_complete_already_compares_contents(tmp_path, capfd):
