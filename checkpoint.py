@@ -269,8 +269,9 @@ class Saver:
         if not self.master:
             return
         self.thread = threading.Thread(target=self.write, args=(path, tree, keep, after, peak), daemon=True)
+        self.began = time.monotonic()
         self.thread.start()
-        self.blocked += time.monotonic() - began
+        self.blocked += self.began - began
 
     @contextlib.contextmanager
     def beside(self):
@@ -323,6 +324,12 @@ class Saver:
         except BaseException as e:
             self.error = e
         self.written += time.monotonic() - began
+
+    def busy(self):
+        """Whether a file is still being written a second after its start. A quick one is waited for."""
+        if self.thread:
+            self.thread.join(max(0.0, self.began + 1 - time.monotonic()))
+        return bool(self.thread and self.thread.is_alive())
 
     def raise_error(self):
         error, self.error = self.error, None

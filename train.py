@@ -347,6 +347,7 @@ def train(cfg, ranks, state, data):
         log.say(f"continuing after step {step} of {plan.steps}")
     alpha = torch.ones((), device=ranks.device)  # a tensor, so that a new value compiles nothing
     recorded = RecordedStep(log.say)
+    due = False  # a checkpoint
     with (Watch(ranks, cfg.timeout), lost_process(ranks), checkpoint.Saver(ranks.device, ranks.master) as saver,
           Stop(ranks) as stop):
         optimizer.before_update = saver.before_update
@@ -382,7 +383,10 @@ def train(cfg, ranks, state, data):
             stopping = stop.agreed()
             if is_due(cfg.eval_interval, step, plan) and not stopping:
                 stopping = validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, recorded, step, alpha)
-            if stopping or is_due(cfg.save_interval, step, plan) or step == plan.steps:
+            due = due or is_due(cfg.save_interval, step, plan)
+            # a disk slower than save_interval delays the next checkpoint, not training
+            if stopping or step == plan.steps or due and not ranks.any(saver.busy()):
+                due = False
                 log.settle(step)
                 with log.pause():
                     save_checkpoint(cfg, ranks, model, optimizer, data, log, saver, step, raise_damage)

@@ -118,7 +118,7 @@ class Config:
     final_eval_tokens: int = 512_000 * 1024                  # tokens of the final validation, or all there are
     eval_only: bool = False              # score out_dir's finished model on data_dir, then stop
     log_interval: int = 10               # steps between log lines
-    save_interval: int = 1000            # steps between checkpoints; 0: only at the end
+    save_interval: int = 1000            # steps between checkpoints, more on a slow disk; 0: only at the end
     keep_checkpoints: int = 2            # checkpoints that stay: the newest, and those before it for when it is damaged
     max_bad_steps: int = 10              # end after so many steps in a row whose loss or gradient is not finite
     out_dir: str = ""                    # the run's folder; empty: out/<preset name>

@@ -164,6 +164,42 @@ def test_training_goes_on_while_a_checkpoint_is_written(slow_disk, whole_plain, 
         assert torch.equal(tensor, weights(out, "ckpt.3.pt")[name]), name
 
 
+def test_a_disk_slower_than_save_interval_delays_checkpoints_and_no_step(slow_disk, whole_plain, data, tmp_path,
+                                                                         monkeypatch):
+    """The checkpoint of step 2 is being written until step 5: that of step 4 comes after step 5 then."""
+    (go, done), real, steps = slow_disk, train.train_step, []
+
+    def step(*args):
+        steps.append(len(steps) + 1)
+        if len(steps) == 5:
+            assert done == [("begins", "ckpt.pt", 2)]
+            go.set()
+            until = time.monotonic() + 10
+            while len(done) < 2 and time.monotonic() < until:
+                time.sleep(0.01)
+        return real(*args)
+    monkeypatch.setattr(train, "train_step", step)
+    out = train_run(tmp_path / "run", data, "--save_interval=2", "--keep_checkpoints=9")
+    assert [step_of(path) for path in run.checkpoints(str(out))] == [8, 6, 5, 2]
+    assert_same_run(out, whole_plain)
+
+
+def test_busy_waits_for_the_first_second_of_a_file(slow_disk, tmp_path):
+    (go, _), saver = slow_disk, checkpoint.Saver(CPU)
+    assert not saver.busy()
+    saver.save(str(tmp_path / "x.pt"), {"step": 1, "model": {"a": torch.ones(8)}})
+    threading.Timer(0.2, go.set).start()
+    assert not saver.busy()
+    go.clear()
+    saver.save(str(tmp_path / "x.pt"), {"step": 2, "model": {"a": torch.ones(8)}})
+    began = time.monotonic()
+    assert saver.busy() and time.monotonic() - began > 0.9
+    began = time.monotonic()
+    assert saver.busy() and time.monotonic() - began < 0.5
+    go.set()
+    saver.wait()
+
+
 def test_a_disk_that_is_full_while_training_goes_on_is_one_sentence(data, tmp_path, monkeypatch):
     """The thread's error ends the run at the next step that logs; the checkpoint before stays."""
     real = checkpoint.save_beside
