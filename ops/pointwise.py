@@ -287,58 +287,66 @@ def add_norm(x, y, norm):
 # ----------------------------------------------------------------------------------------------------------------------
 # Cross-entropy and its gradient
 
-@triton.jit
-def _softcap(a, cap, CAPPED: tl.constexpr):
-    """cap tanh(a / cap). Divisions and exponentials take the most time of the kernel, so there are no more of them."""
-    return cap * (2 / (1 + tl.exp(a * (-2 / cap))) - 1) if CAPPED else a
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _loss_gradient(a, softmax, hit, factor, cap, CAPPED: tl.constexpr):
-    grad = (softmax - tl.where(hit, 1.0, 0.0)) * factor
-    return grad * (1 - a * a * (1 / (cap * cap))) if CAPPED else grad  # times the slope of tanh
+def _softcap(x, cap, CAPPED: tl.constexpr):
+    """c = cap tanh(x / cap) and its slope; c in units of log 2, since exponentials are to base 2.
+
+    s = 1 - tanh(x / cap) = 2 / (1 + exp(2 x / cap)). An inverse root is one instruction, a division ten of them.
+    """
+    if CAPPED:
+        s = tl.rsqrt(0.5 + tl.exp2(x * (2 * LOG2E / cap) - 1))
+        s *= s
+        return s * (-cap * LOG2E) + cap * LOG2E, s * (2 - s)
+    else:
+        return x * LOG2E, 1.0
 
 
 @triton.jit
-def _token_loss(logits, targets, scale, losses, V, cap, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
-                GRADIENT: tl.constexpr, CAPPED: tl.constexpr):
+def _token_loss(logits, targets, scale, losses, cap, V: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr,
+                CAPPED: tl.constexpr, BOUNDED: tl.constexpr):
     """One row: its loss; with GRADIENT, scale x the gradient replaces the logits.
 
-    WHOLE: one block is a row, which stays in registers. Otherwise its second reading is from L2.
+    A row of one block stays in registers. A longer one is read again, from L2. BOUNDED: no exponential overflows, so
+    the largest logit is not looked for.
     """
     row = tl.program_id(0)
     logits += row.to(tl.int64) * V
     target = tl.load(targets + row)
-    picked = _softcap(tl.load(logits + tl.maximum(target, 0)).to(tl.float32), cap, CAPPED)
+    own, own_slope = _softcap(tl.load(logits + tl.maximum(target, 0)).to(tl.float32), cap, CAPPED)
     factor = tl.where(target >= 0, tl.load(scale), 0.0) if GRADIENT else 0.0
-    top, total = -float("inf"), 0.0
-    if WHOLE:
+    top, total = 0.0 if BOUNDED else -float("inf"), 0.0
+    if V <= BLOCK:
         n = tl.arange(0, BLOCK)
-        a = _softcap(tl.load(logits + n, mask=n < V, other=0.0).to(tl.float32), cap, CAPPED)
-        top = tl.max(tl.where(n < V, a, top), 0)
-        softmax = tl.where(n < V, tl.exp(a - top), 0.0)
+        c, slope = _softcap(tl.load(logits + n, mask=n < V, other=-float("inf")).to(tl.float32), cap, CAPPED)
+        top = top if BOUNDED else tl.max(c, 0)
+        softmax = tl.where(n < V, tl.exp2(c - top), 0.0)
+        grad = softmax * slope
         total = tl.sum(softmax, 0)
         if GRADIENT:
             tl.debug_barrier()  # all have read the target's logit
-            grad = _loss_gradient(a, softmax * (1 / total), n == target, factor, cap, CAPPED)
-            tl.store(logits + n, grad.to(logits.dtype.element_ty), mask=n < V)
+            tl.store(logits + n, (grad * (factor / total)).to(logits.dtype.element_ty), mask=n < V)
     else:
         for start in range(0, V, BLOCK):
             n = start + tl.arange(0, BLOCK)
-            a = tl.load(logits + n, mask=n < V, other=0.0).to(tl.float32)
-            a = tl.where(n < V, _softcap(a, cap, CAPPED), -float("inf"))
-            new = tl.maximum(top, tl.max(a, 0))
-            total = total * tl.exp(top - new) + tl.sum(tl.exp(a - new), 0)
+            c, _ = _softcap(tl.load(logits + n, mask=n < V, other=-float("inf")).to(tl.float32), cap, CAPPED)
+            new = top if BOUNDED else tl.maximum(top, tl.max(c, 0))
+            total = total * tl.exp2(top - new) + tl.sum(tl.where(n < V, tl.exp2(c - new), 0.0), 0)
             top = new
         if GRADIENT:
-            logz = top + tl.log(total)
             tl.debug_barrier()  # all have read what the loop overwrites
             for start in range(0, V, BLOCK):
                 n = start + tl.arange(0, BLOCK)
-                a = _softcap(tl.load(logits + n, mask=n < V, other=0.0).to(tl.float32), cap, CAPPED)
-                grad = _loss_gradient(a, tl.exp(a - logz), n == target, factor, cap, CAPPED)
+                c, slope = _softcap(tl.load(logits + n, mask=n < V, other=-float("inf")).to(tl.float32), cap, CAPPED)
+                grad = tl.exp2(c - top) * slope * (factor / total)
                 tl.store(logits + n, grad.to(logits.dtype.element_ty), mask=n < V)
-    tl.store(losses + row, tl.where(target >= 0, top + tl.log(total) - picked, 0.0))
+    if GRADIENT:
+        tl.debug_barrier()  # the target's logit has its share of the softmax already
+        grad = (tl.exp2(own - top) / total - 1) * own_slope * factor
+        tl.store(logits + target, grad.to(logits.dtype.element_ty), mask=target >= 0)
+    tl.store(losses + row, tl.where(target >= 0, (top + tl.log2(total) - own) / LOG2E, 0.0))
 
 
 def token_loss(logits, targets, scale, gradient=True, cap=0.0):
@@ -346,8 +354,8 @@ def token_loss(logits, targets, scale, gradient=True, cap=0.0):
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     V, longest = logits.size(1), 1024 if INTERPRET else 16384  # what the registers of a thread block hold
     block = triton.next_power_of_2(V) if V <= longest else longest // 2
-    _token_loss[(len(logits),)](logits, targets.contiguous(), scale, losses, V, cap, block, V <= block, gradient,
-                                cap > 0, num_warps=8 if block <= 8192 else 16)
+    _token_loss[(len(logits),)](logits, targets.contiguous(), scale, losses, cap, V, block, gradient, cap > 0,
+                                0 < cap <= 60, num_warps=8 if block <= 8192 else 16)
     return losses, logits if gradient else None
 
 
