@@ -183,7 +183,7 @@ def _add_norm(x, y, weight, bias, total, normed, eps, N: tl.constexpr, BN: tl.co
 def _add_norm_backward(grad_total, grad_normed, total, weight, grad, grad_weight, grad_bias, rows, eps,
                        N: tl.constexpr, BN: tl.constexpr, RMS: tl.constexpr):
     """Rows pid, pid + grid, ...: the gradient of x and y, and this thread block's share (1, N) of those of weight and
-    bias."""
+    bias, which may be None."""
     n = tl.arange(0, BN)
     ok = n < N
     w = tl.load(weight + n, mask=ok, other=0.0).to(tl.float32)
@@ -197,14 +197,16 @@ def _add_norm_backward(grad_total, grad_normed, total, weight, grad, grad_weight
         scale = tl.rsqrt(tl.sum(a * a, 0) / N + eps)
         a *= scale
         sum_w += g * a
-        sum_b += g
+        if grad_bias is not None:
+            sum_b += g
         g *= w
         g = scale * (g - a * (tl.sum(g * a, 0) / N) - (0.0 if RMS else tl.sum(g, 0) / N))
         if grad_total is not None:
             g += tl.load(grad_total + at, mask=ok, other=0.0).to(tl.float32)
         tl.store(grad + at, g.to(grad.dtype.element_ty), mask=ok)
     tl.store(grad_weight + tl.program_id(0) * N + n, sum_w, mask=ok)
-    tl.store(grad_bias + tl.program_id(0) * N + n, sum_b, mask=ok)
+    if grad_bias is not None:
+        tl.store(grad_bias + tl.program_id(0) * N + n, sum_b, mask=ok)
 
 
 def _row_warps(N):
@@ -230,24 +232,24 @@ def _(x, y, weight, bias, eps, rms):
 
 @torch.library.custom_op("structured::add_norm_backward", mutates_args=())
 def add_norm_backward_op(grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float,
-                         rms: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x (and y), weight, bias."""
+                         rms: bool, biased: bool) -> tuple[Tensor, Tensor]:
+    """The gradient of x (and y), and (1, N) that of weight, or `biased` (2, N) those of weight and bias."""
     N, rows = total.size(-1), total.numel() // total.size(-1)
     grad_normed, total = grad_normed.contiguous(), total.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     BN = triton.next_power_of_2(N)
     warps, per_sm = (2, 8) if BN <= 1024 else (min(16, BN // 256), 4)
     grid = min(rows, per_sm * multiprocessors(total.device))
-    shares = total.new_empty(2, grid, N, dtype=torch.float32)
+    shares = total.new_empty(1 + biased, grid, N, dtype=torch.float32)
     grad = torch.empty_like(total)
-    _add_norm_backward[(grid,)](grad_total, grad_normed, total, weight, grad, shares[0], shares[1], rows, eps, N, BN,
-                                rms, num_warps=warps)
-    return grad, shares[0].sum(0).to(weight.dtype), shares[1].sum(0).to(weight.dtype)
+    _add_norm_backward[(grid,)](grad_total, grad_normed, total, weight, grad, shares[0], shares[1] if biased else None,
+                                rows, eps, N, BN, rms, num_warps=warps)
+    return grad, shares.sum(1).to(weight.dtype)
 
 
 @add_norm_backward_op.register_fake
-def _(grad_total, grad_normed, total, weight, eps, rms):
-    return total.new_empty(total.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+def _(grad_total, grad_normed, total, weight, eps, rms, biased):
+    return total.new_empty(total.shape), weight.new_empty(1 + biased, *weight.shape)
 
 
 def _save_total(ctx, inputs, output):
@@ -259,8 +261,8 @@ def _save_total(ctx, inputs, output):
 
 def _add_norm_grads(ctx, grad_total, grad_normed):
     grad_total = grad_total if ctx.added else None
-    grad, of_weight, of_bias = add_norm_backward_op(grad_total, grad_normed, *ctx.saved_tensors, ctx.eps, ctx.rms)
-    return grad, grad if ctx.added else None, of_weight, of_bias if ctx.biased else None, None, None
+    grad, sums = add_norm_backward_op(grad_total, grad_normed, *ctx.saved_tensors, ctx.eps, ctx.rms, ctx.biased)
+    return grad, grad if ctx.added else None, sums[0], sums[1] if ctx.biased else None, None, None
 
 
 add_norm_op.register_autograd(_add_norm_grads, setup_context=_save_total)
@@ -274,7 +276,7 @@ def can_add_norm(x) -> bool:
 def _try_add_norm():
     x, weight = torch.ones(1, 32, **TRIAL), torch.ones(32, device=TRIAL["device"])
     total, normed = add_norm_op(x, x, weight, None, 1e-5, False)
-    add_norm_backward_op(x, normed, total, weight, 1e-5, False)
+    add_norm_backward_op(x, normed, total, weight, 1e-5, False, True)
 
 
 def add_norm(x, y, norm):

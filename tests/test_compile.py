@@ -80,7 +80,8 @@ def add_norm():
         x = torch.empty(4, *norm.normalized_shape, dtype=BF16)
         for pending in (None, x):
             pointwise.add_norm(x, pending, norm)
-            pointwise.add_norm_backward_op(pending, x, x, norm.weight, norm.eps, isinstance(norm, nn.RMSNorm))
+            rms, biased = isinstance(norm, nn.RMSNorm), getattr(norm, "bias", None) is not None
+            pointwise.add_norm_backward_op(pending, x, x, norm.weight, norm.eps, rms, biased)
 
 
 def token_loss():
