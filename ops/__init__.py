@@ -25,7 +25,7 @@ if ON:
         from ops.decode import can_layer, can_sample, can_step, can_store, layer, sample, step, store
         from ops.ffn import can_ffn, fused_ffn
         from ops.pointwise import (AdamWTables, adamw, add_norm, can_adamw, can_add_norm, can_rotate, can_token_loss,
-                                   split_rotated, token_loss)
+                                   skip_norm, split_rotated, token_loss)
     except (ImportError, AttributeError, TypeError) as e:  # a version of torch or Triton that lacks what they use
         from ops.fallback import log_once, reason
         ON = False

@@ -159,54 +159,70 @@ split_rotated.register_autograd(_rotated_grads, setup_context=_save_rotated)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# x + y and its layer or RMS norm
+# x + y, or a (x + y) + b x0, and its layer or RMS norm
 
 @triton.jit
-def _add_norm(x, y, weight, bias, total, normed, eps, N: tl.constexpr, BN: tl.constexpr, RMS: tl.constexpr):
-    """One row: total = x + y, normed = norm(total)."""
+def _add_norm(x, y, x0, a, b, weight, bias, total, normed, eps, N: tl.constexpr, BN: tl.constexpr, RMS: tl.constexpr):
+    """One row: total = x + y, with x0 a (x + y) + b x0, and normed = norm(total)."""
     n = tl.arange(0, BN)
     ok, at = n < N, tl.program_id(0).to(tl.int64) * N + n
-    a = tl.load(x + at, mask=ok, other=0.0)
+    t = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
     if y is not None:
-        a = (a.to(tl.float32) + tl.load(y + at, mask=ok, other=0.0).to(tl.float32)).to(x.dtype.element_ty)
-        tl.store(total + at, a, mask=ok)
-    a = a.to(tl.float32)
+        t += tl.load(y + at, mask=ok, other=0.0).to(tl.float32)
+        if x0 is not None:
+            t *= tl.load(a).to(tl.float32)
+            t += tl.load(b).to(tl.float32) * tl.load(x0 + at, mask=ok, other=0.0).to(tl.float32)
+        t = t.to(total.dtype.element_ty)
+        tl.store(total + at, t, mask=ok)
+        t = t.to(tl.float32)
     if not RMS:
-        a = tl.where(ok, a - tl.sum(a, 0) / N, 0.0)
-    out = a * tl.rsqrt(tl.sum(a * a, 0) / N + eps) * tl.load(weight + n, mask=ok, other=0.0).to(tl.float32)
+        t = tl.where(ok, t - tl.sum(t, 0) / N, 0.0)
+    out = t * tl.rsqrt(tl.sum(t * t, 0) / N + eps) * tl.load(weight + n, mask=ok, other=0.0).to(tl.float32)
     if bias is not None:
         out += tl.load(bias + n, mask=ok, other=0.0).to(tl.float32)
     tl.store(normed + at, out.to(normed.dtype.element_ty), mask=ok)
 
 
 @triton.jit
-def _add_norm_backward(grad_total, grad_normed, total, weight, grad, grad_weight, grad_bias, rows, eps,
-                       N: tl.constexpr, BN: tl.constexpr, RMS: tl.constexpr):
-    """Rows pid, pid + grid, ...: the gradient of x and y, and this thread block's share (1, N) of those of weight and
-    bias, which may be None."""
+def _add_norm_backward(grad_total, grad_normed, total, x0, grad_x0, a, b, weight, grad, new_grad_x0, shares, rows, eps,
+                       N: tl.constexpr, BN: tl.constexpr, RMS: tl.constexpr, BIASED: tl.constexpr, L: tl.constexpr):
+    """Rows pid, pid + grid, ...: the gradient of x and y, with x0 its own added to grad_x0, and this thread block's
+    share (1, L) of the gradients of weight, with BIASED of bias, with x0 of a and b."""
     n = tl.arange(0, BN)
     ok = n < N
     w = tl.load(weight + n, mask=ok, other=0.0).to(tl.float32)
     sum_w, sum_b = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
+    if x0 is not None:
+        factor, factor0, of_a, of_b = tl.load(a).to(tl.float32), tl.load(b).to(tl.float32), 0.0, 0.0
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         at = tl.full((), N, tl.int64) * row + n
-        a = tl.load(total + at, mask=ok, other=0.0).to(tl.float32)
+        t = tl.load(total + at, mask=ok, other=0.0).to(tl.float32)
         g = tl.load(grad_normed + at, mask=ok, other=0.0).to(tl.float32)
-        if not RMS:
-            a = tl.where(ok, a - tl.sum(a, 0) / N, 0.0)
-        scale = tl.rsqrt(tl.sum(a * a, 0) / N + eps)
-        a *= scale
-        sum_w += g * a
-        if grad_bias is not None:
+        c = t if RMS else tl.where(ok, t - tl.sum(t, 0) / N, 0.0)
+        scale = tl.rsqrt(tl.sum(c * c, 0) / N + eps)
+        c *= scale
+        sum_w += g * c
+        if BIASED:
             sum_b += g
         g *= w
-        g = scale * (g - a * (tl.sum(g * a, 0) / N) - (0.0 if RMS else tl.sum(g, 0) / N))
+        g = scale * (g - c * (tl.sum(g * c, 0) / N) - (0.0 if RMS else tl.sum(g, 0) / N))
         if grad_total is not None:
             g += tl.load(grad_total + at, mask=ok, other=0.0).to(tl.float32)
+        if x0 is not None:
+            e = tl.load(x0 + at, mask=ok, other=0.0).to(tl.float32)
+            of_a += tl.sum(g * (t - factor0 * e), 0)  # a times that of a: x + y is not read again
+            of_b += tl.sum(g * e, 0)
+            old = tl.load(grad_x0 + at, mask=ok, other=0.0).to(tl.float32)
+            tl.store(new_grad_x0 + at, (old + factor0 * g).to(grad.dtype.element_ty), mask=ok)
+            g *= factor
         tl.store(grad + at, g.to(grad.dtype.element_ty), mask=ok)
-    tl.store(grad_weight + tl.program_id(0) * N + n, sum_w, mask=ok)
-    if grad_bias is not None:
-        tl.store(grad_bias + tl.program_id(0) * N + n, sum_b, mask=ok)
+    shares += tl.program_id(0) * L
+    tl.store(shares + n, sum_w, mask=ok)
+    if BIASED:
+        tl.store(shares + N + n, sum_b, mask=ok)
+    if x0 is not None:
+        tl.store(shares + L - 2, tl.where(factor == 0, 0.0, of_a / factor))
+        tl.store(shares + L - 1, of_b)
 
 
 def _row_warps(N):
@@ -214,58 +230,87 @@ def _row_warps(N):
 
 
 @torch.library.custom_op("structured::add_norm", mutates_args=())
-def add_norm_op(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
-                ) -> tuple[Tensor, Tensor]:
-    """x, y (..., N) -> x + y and its norm; without y the first is empty."""
-    x, N = x.contiguous(), x.size(-1)
-    y = None if y is None else y.contiguous()
+def add_norm_op(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool,
+                x0: Tensor | None = None, a: Tensor | None = None, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x, y (..., N) -> x + y, with x0 a (x + y) + b x0, and its norm; without y the first is empty."""
+    N = x.size(-1)
+    x, y, x0 = (t if t is None else t.contiguous() for t in (x, y, x0))
     total, normed = x.new_empty(0) if y is None else torch.empty_like(x), torch.empty_like(x)
-    _add_norm[(x.numel() // N,)](x, y, weight, bias, total, normed, eps, N, triton.next_power_of_2(N), rms,
+    _add_norm[(x.numel() // N,)](x, y, x0, a, b, weight, bias, total, normed, eps, N, triton.next_power_of_2(N), rms,
                                  num_warps=_row_warps(N))
     return total, normed
 
 
 @add_norm_op.register_fake
-def _(x, y, weight, bias, eps, rms):
+def _(x, y, weight, bias, eps, rms, x0=None, a=None, b=None):
     return x.new_empty(0 if y is None else x.shape), x.new_empty(x.shape)
 
 
 @torch.library.custom_op("structured::add_norm_backward", mutates_args=())
 def add_norm_backward_op(grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float,
-                         rms: bool, biased: bool) -> tuple[Tensor, Tensor]:
-    """The gradient of x (and y), and (1, N) that of weight, or `biased` (2, N) those of weight and bias."""
+                         rms: bool, biased: bool, grad_x0: Tensor | None = None, x0: Tensor | None = None,
+                         a: Tensor | None = None, b: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of x (and y); grad_x0 + that of x0, or nothing; those of weight, bias, a and b in a row."""
     N, rows = total.size(-1), total.numel() // total.size(-1)
-    grad_normed, total = grad_normed.contiguous(), total.contiguous()
-    grad_total = None if grad_total is None else grad_total.contiguous()
+    grad_total, grad_normed, total, grad_x0, x0 = (t if t is None else t.contiguous()
+                                                   for t in (grad_total, grad_normed, total, grad_x0, x0))
     BN = triton.next_power_of_2(N)
     warps, per_sm = (2, 8) if BN <= 1024 else (min(16, BN // 256), 4)
-    grid = min(rows, per_sm * multiprocessors(total.device))
-    shares = total.new_empty(1 + biased, grid, N, dtype=torch.float32)
-    grad = torch.empty_like(total)
-    _add_norm_backward[(grid,)](grad_total, grad_normed, total, weight, grad, shares[0], shares[1] if biased else None,
-                                rows, eps, N, BN, rms, num_warps=warps)
-    return grad, shares.sum(1).to(weight.dtype)
+    grid, L = min(rows, per_sm * multiprocessors(total.device)), _sums(N, biased, x0)
+    shares = total.new_empty(grid, L, dtype=torch.float32)
+    grad, new_grad_x0 = torch.empty_like(total), total.new_empty(0 if x0 is None else total.shape)
+    _add_norm_backward[(grid,)](grad_total, grad_normed, total, x0, grad_x0, a, b, weight, grad, new_grad_x0, shares,
+                                rows, eps, N, BN, rms, biased, L, num_warps=warps)
+    return grad, new_grad_x0, shares.sum(0).to(weight.dtype)
+
+
+def _sums(N, biased, x0):
+    return N * (1 + biased) + (0 if x0 is None else 2)
 
 
 @add_norm_backward_op.register_fake
-def _(grad_total, grad_normed, total, weight, eps, rms, biased):
-    return total.new_empty(total.shape), weight.new_empty(1 + biased, *weight.shape)
+def _(grad_total, grad_normed, total, weight, eps, rms, biased, grad_x0=None, x0=None, a=None, b=None):
+    of_x0 = total.new_empty(0 if x0 is None else total.shape)
+    return total.new_empty(total.shape), of_x0, weight.new_empty(_sums(total.size(-1), biased, x0))
 
 
 def _save_total(ctx, inputs, output):
-    x, y, weight, bias, ctx.eps, ctx.rms = inputs
+    x, y, weight, bias, ctx.eps, ctx.rms, *_ = inputs
     ctx.set_materialize_grads(False)
     ctx.added, ctx.biased = y is not None, bias is not None
     ctx.save_for_backward(output[0] if ctx.added else x, weight)
 
 
 def _add_norm_grads(ctx, grad_total, grad_normed):
-    grad_total = grad_total if ctx.added else None
-    grad, sums = add_norm_backward_op(grad_total, grad_normed, *ctx.saved_tensors, ctx.eps, ctx.rms, ctx.biased)
-    return grad, grad if ctx.added else None, sums[0], sums[1] if ctx.biased else None, None, None
+    grad_total, N = grad_total if ctx.added else None, grad_normed.size(-1)
+    grad, _, sums = add_norm_backward_op(grad_total, grad_normed, *ctx.saved_tensors, ctx.eps, ctx.rms, ctx.biased)
+    return grad, grad if ctx.added else None, sums[:N], sums[N:] if ctx.biased else None, *5 * [None]
 
 
 add_norm_op.register_autograd(_add_norm_grads, setup_context=_save_total)
+
+
+class SkipNorm(torch.autograd.Function):
+    """x, y, x0 -> a (x + y) + b x0, its norm, and x0 itself. a is not 0.
+
+    Every block hands x0 on to the next. So its gradient is one tensor that each of them adds to in passing, instead of
+    a tensor of each and their sums.
+    """
+    @staticmethod
+    def forward(ctx, x, y, x0, a, b, weight, bias, eps, rms):
+        total, normed = add_norm_op(x, y, weight, bias, eps, rms, x0, a, b)
+        ctx.eps, ctx.rms, ctx.biased = eps, rms, bias is not None
+        ctx.save_for_backward(total, weight, x0, a, b)
+        return total, normed, x0.view_as(x0)
+
+    @staticmethod
+    def backward(ctx, grad_total, grad_normed, grad_x0):
+        total, weight, x0, a, b = ctx.saved_tensors
+        N = total.size(-1)
+        grad, grad_x0, sums = add_norm_backward_op(grad_total, grad_normed, total, weight, ctx.eps, ctx.rms, ctx.biased,
+                                                   grad_x0, x0, a, b)
+        of_bias = sums[N:2 * N] if ctx.biased else None
+        return grad, grad, grad_x0, sums[-2].to(a.dtype), sums[-1].to(b.dtype), sums[:N], of_bias, None, None
 
 
 def can_add_norm(x) -> bool:
@@ -277,6 +322,8 @@ def _try_add_norm():
     x, weight = torch.ones(1, 32, **TRIAL), torch.ones(32, device=TRIAL["device"])
     total, normed = add_norm_op(x, x, weight, None, 1e-5, False)
     add_norm_backward_op(x, normed, total, weight, 1e-5, False, True)
+    add_norm_op(x, x, weight, None, 1e-5, False, x, weight[0], weight[0])
+    add_norm_backward_op(x, normed, total, weight, 1e-5, False, False, x, x, weight[0], weight[0])
 
 
 def add_norm(x, y, norm):
@@ -284,6 +331,12 @@ def add_norm(x, y, norm):
     rms, bias = isinstance(norm, torch.nn.RMSNorm), getattr(norm, "bias", None)
     total, normed = add_norm_op(x, y, norm.weight, bias, norm.eps, rms)
     return x if y is None else total, normed
+
+
+def skip_norm(x, y, x0, a, b, norm):
+    """(a (x + y) + b x0, its norm, x0 for the next block); a and b are 0-d."""
+    rms, bias = isinstance(norm, torch.nn.RMSNorm), getattr(norm, "bias", None)
+    return SkipNorm.apply(x, y, x0, a, b, norm.weight, bias, norm.eps, rms)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -82,6 +82,9 @@ def add_norm():
             pointwise.add_norm(x, pending, norm)
             rms, biased = isinstance(norm, nn.RMSNorm), getattr(norm, "bias", None) is not None
             pointwise.add_norm_backward_op(pending, x, x, norm.weight, norm.eps, rms, biased)
+        a = torch.tensor(1.0)
+        pointwise.skip_norm(x, x, x, a, a, norm)
+        pointwise.add_norm_backward_op(x, x, x, norm.weight, norm.eps, rms, biased, x, x, a, a)
 
 
 def token_loss():
