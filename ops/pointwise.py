@@ -1,7 +1,7 @@
 """Triton kernels of training around the matmuls, each one pass over memory.
 
 Rotary positions on the way into attention and out of it, the residual add with the norm that follows it, cross-entropy
-with its gradient, and the optimiser's update of all parameters in one launch.
+with its gradient, AdamW's update of all parameters in one launch, and Muon's of all matrices of one shape in two.
 """
 import functools
 
@@ -509,3 +509,104 @@ def _try_adamw():
     tables = AdamWTables([weight], [copy], [weight], [weight])
     tables.upload([copy], [(0.0, 1.0, 0.0)])
     adamw(tables, torch.ones((), device=device), (0.9, 0.95), 1e-8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Muon before and after the orthogonalisation: equal matrices lie anywhere, their steps are one batch
+
+@triton.jit
+def _matrix(addresses, number, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer to what stands in column `number` for this thread block's matrix."""
+    pointer = tl.load(addresses + 4 * tl.program_id(1) + number).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit
+def _nesterov(addresses, step, rates, scale, size, MIXED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """One chunk of one matrix of MuonTable. step (K, size), rates (3,): see `nesterov`."""
+    grad = _matrix(addresses, 0, tl.bfloat16 if MIXED else tl.float32, ALIGNED)
+    momentum = _matrix(addresses, 1, tl.float32, ALIGNED)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    factor, mu = tl.load(scale), tl.load(rates + 1)
+    g = tl.load(grad + at, mask=at < size).to(tl.float32) * factor
+    m = tl.load(momentum + at, mask=at < size)
+    m += tl.where(factor >= 0, (1 - mu) * (g - m), 0.0)  # else the step is not used either
+    tl.store(momentum + at, m, mask=at < size)
+    step += tl.program_id(1).to(tl.int64) * size
+    tl.store(step + at, (g + mu * (m - g)).to(step.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _descend(addresses, step, norms, rates, scale, gain, size, COLUMNS: tl.constexpr, TALL: tl.constexpr,
+             MIXED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """One chunk of one matrix. norms (K, rows or columns): of step's rows if they are TALL, else of its columns."""
+    weight = _matrix(addresses, 2, tl.float32, ALIGNED)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    norms += tl.program_id(1) * (size // COLUMNS if TALL else COLUMNS)
+    norm = tl.load(norms + (at // COLUMNS if TALL else at % COLUMNS), mask=at < size, other=1.0)
+    s = tl.load(step + tl.program_id(1).to(tl.int64) * size + at, mask=at < size).to(tl.float32)
+    s *= gain / tl.maximum(norm, 1e-7)
+    w = tl.load(weight + at, mask=at < size)
+    change = tl.load(rates) * s + tl.where(s * w > 0, tl.load(rates + 2) * w, 0.0)
+    w -= tl.where(tl.load(scale) >= 0, change, 0.0)
+    tl.store(weight + at, w, mask=at < size)
+    if MIXED:
+        tl.store(_matrix(addresses, 3, tl.bfloat16, ALIGNED) + at, w.to(tl.bfloat16), mask=at < size)
+
+
+MUON_BLOCK = 2048
+
+
+class MuonTable:
+    """Where K matrices (m, n) lie: addresses (K, 4) of gradients, momenta, fp32 weights and their bf16 copies."""
+
+    def __init__(self, matrices):
+        """matrices: as in `upload`. With fp32 gradients there are no copies, and the last tensor is not used."""
+        K, grad = len(matrices), matrices[0][0]
+        self.shape, self.grid = (K, *grad.shape), (triton.cdiv(grad.numel(), MUON_BLOCK), K)
+        self.mixed, self.last = grad.dtype is torch.bfloat16, None
+        self.addresses = Upload(torch.zeros(K, 4, dtype=torch.int64, device=grad.device))
+
+    def upload(self, matrices):
+        """matrices: K tuples (gradient, momentum, fp32 weight, bf16 copy)."""
+        assert all(t.is_contiguous() for tensors in matrices for t in tensors)
+        addresses = [[t.data_ptr() for t in tensors] for tensors in matrices]
+        if addresses != self.last:  # the gradients of a CUDA graph stay where they are
+            self.last, self.aligned = addresses, all(a % 16 == 0 for row in addresses for a in row)
+            self.addresses(addresses)
+
+
+def nesterov(table, rates, scale, dtype):
+    """optim.nesterov of the table's matrices -> step (K, m, n).
+
+    rates (3,): learning rate, mu, learning rate x decay. scale: a 0-d tensor that multiplies the gradients; where it is
+    negative, no momentum changes, and `descend` changes no weight.
+    """
+    step, (_, m, n) = torch.empty(table.shape, dtype=dtype, device=rates.device), table.shape
+    _nesterov[table.grid](table.addresses.tensor, step, rates, scale, m * n, table.mixed, table.aligned, MUON_BLOCK,
+                          num_warps=8)
+    return step
+
+
+def descend(table, step, rates, scale):
+    """optim.descend of the table's fp32 weights, with the rate x sqrt(max(1, m / n)); the copies become what they are.
+
+    step (K, m, n): whose rows or columns get one norm.
+    """
+    _, m, n = table.shape
+    norms = torch.linalg.vector_norm(step, dim=2 if m >= n else 1, dtype=torch.float32)
+    gain = min(1, m / n) ** 0.5  # that norm, sqrt(min(m, n) / max(m, n)), x sqrt(max(1, m / n))
+    _descend[table.grid](table.addresses.tensor, step.contiguous(), norms, rates, scale, gain, m * n, n, m >= n,
+                         table.mixed, table.aligned, MUON_BLOCK, num_warps=8)
+
+
+def can_muon(tensor) -> bool:
+    return (tensor.is_cuda or INTERPRET) and works("Muon", _try_muon)
+
+
+def _try_muon():
+    weight, rates, scale = (torch.zeros(shape, device=TRIAL["device"]) for shape in ((4, 8), 3, ()))
+    copy = weight.to(torch.bfloat16)
+    table = MuonTable([(copy, weight, weight, copy)])
+    table.upload([(copy, weight, weight, copy)])
+    descend(table, nesterov(table, rates, scale, torch.bfloat16), rates, scale)

@@ -104,6 +104,17 @@ def adamw():
             pointwise.adamw(tables, torch.tensor(1.0), (0.9, 0.95), 1e-8)
 
 
+def muon():
+    for m, n in ((96, 64), (64, 96), (33, 7)):  # the last fills no 16 bytes
+        weight = torch.empty(m, n)
+        for copy in (weight.to(BF16), weight):
+            table, numbers = pointwise.MuonTable([(copy, weight, weight, copy)]), torch.zeros(3)
+            table.upload([(copy, weight, weight, copy)])
+            for dtype in (BF16, torch.float32):
+                step = pointwise.nesterov(table, numbers, numbers[0], dtype)
+                pointwise.descend(table, step, numbers, numbers[0])
+
+
 def fused_ffn():
     kinds = ("lowrank", 128, 0), ("blockdense", 128, 2), ("blockshuffle", 0, 2), ("blockshuffle", 0, 4)
     for kind, rank, nblocks in kinds:
@@ -138,8 +149,8 @@ def store():
 
 
 LAUNCHES = {rotate: {"_rotate"}, add_norm: {"_add_norm", "_add_norm_backward"}, token_loss: {"_token_loss"},
-            adamw: {"_adamw"}, fused_ffn: {"_matmul"}, decode_step: {"_linear", "_attention"}, sample: {"_sample"},
-            store: {"_store"}}
+            adamw: {"_adamw"}, muon: {"_nesterov", "_descend"}, fused_ffn: {"_matmul"},
+            decode_step: {"_linear", "_attention"}, sample: {"_sample"}, store: {"_store"}}
 
 
 @pytest.mark.parametrize("capability", SHARED)
