@@ -235,9 +235,14 @@ POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
                  (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 
 
-def polar(x, polynomials=POLAR_EXPRESS, margin=1.02):
+def unit(x, margin):
+    """x (K, m, n) with no singular value above 1 / margin."""
+    return x / (x.norm(dim=(-2, -1), keepdim=True) * margin + 1e-7)
+
+
+def polar(x, polynomials=POLAR_EXPRESS, margin=1.02, unit=unit):
     """x (K, m, n) = U S V^T -> about U V^T, matrix by matrix, in x's precision; the margin covers bf16's rounding."""
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * margin + 1e-7)
+    x = unit(x, margin)
     tall = x.size(-2) > x.size(-1)
     for a, b, c in polynomials:
         gram = x.mT @ x if tall else x @ x.mT  # of the smaller side
@@ -289,7 +294,8 @@ class Muon(MixedAdamW):
         self.rows = {block.attn.qkv.weight: [n * block.attn.head_size for n in heads] for block in model.blocks
                      if not cfg.qk_rank}
         self.dtype = dtype or (torch.bfloat16 if mixed else torch.float32)
-        self.nesterov, self.descend = (torch.compile(f, dynamic=False) if compile else f for f in (nesterov, descend))
+        self.nesterov, self.unit, self.descend = (torch.compile(f, dynamic=False) if compile else f
+                                                  for f in (nesterov, unit, descend))
         self.momentum, self.decay, self.rates = 0.95, cfg.weight_decay, None  # train moves the first two
         super().__init__(muon_groups(model, cfg), cfg.lr, cfg.betas, 0.0, eps=1e-10, mixed=mixed)
 
@@ -374,11 +380,11 @@ class Muon(MixedAdamW):
     def shared_polar(self, x):
         """polar(x) (K, m, n), of which every rank computes K / world matrices."""
         if not dist.is_initialized():
-            return polar(x)
+            return polar(x, unit=self.unit)
         each = -(-len(x) // dist.get_world_size())
         mine = x[dist.get_rank() * each:][:each]
         part, whole = x.new_zeros(each, *x.shape[1:]), x.new_empty(each * dist.get_world_size(), *x.shape[1:])
-        part[:len(mine)] = polar(mine)
+        part[:len(mine)] = polar(mine, unit=self.unit)
         dist.all_gather_into_tensor(whole, part)
         return whole[:len(x)]
 

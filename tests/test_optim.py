@@ -1,6 +1,7 @@
 """optim: clipping, AdamW on fp32 masters against AdamW in float64, sums over micro-batches; the fused update in Triton's interpreter or on CUDA."""
 import importlib.util
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,7 +209,7 @@ def test_momentum_and_polar_are_torchs_muon(shape):
 def test_a_step_of_muon_matrix_by_matrix_in_float64(structure, mixed, fused, monkeypatch):
     """Queries, keys, values and every block of a factor apart, against the update written with an SVD."""
     polar = optim.polar
-    monkeypatch.setattr(optim, "polar", lambda x: polar(x.double(), EXACT).float())
+    monkeypatch.setattr(optim, "polar", lambda x, **_: polar(x.double(), EXACT).float())
     if not fused:
         monkeypatch.setattr("optim.ops.ON", False)
     cfg, model = muon_model(*structure)
@@ -337,7 +338,7 @@ def test_mixed_muon_keeps_masters_and_leaves_parameters_without_gradient_alone()
 def share(rank, path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
     x = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(0))
-    torch.save(optim.Muon.shared_polar(None, x), f"{path}/{rank}")
+    torch.save(optim.Muon.shared_polar(SimpleNamespace(unit=optim.unit), x), f"{path}/{rank}")
     torch.distributed.destroy_process_group()
 
 
