@@ -48,6 +48,14 @@ def add_norm(x, pending, norm):
     return x, norm(x).to(x.dtype)
 
 
+def skip_norm(x, pending, x0, a, b, norm):
+    """(a (x + pending) + b x0, its norm, x0 for the next block), as add_norm."""
+    if pending is not None and ops.ON and ops.can_add_norm(x):
+        return ops.skip_norm(x, pending, x0, a, b, norm)
+    x = a * (x if pending is None else x + pending) + b * x0
+    return *add_norm(x, None, norm), x0
+
+
 def rotary_table(block_size, head_size, theta=10_000.0):
     """cos and sin (block_size, 1, head_size) for rotary positions with base theta, halves not interleaved.
 
@@ -187,7 +195,7 @@ class Block(nn.Module):
         self.wide = cfg.n_hidden if cfg.recompute == "wide" else 0
 
     def forward(self, x, pending, cos, sin, alpha=None, values=None, x0=None, cache=None, keys=None):
-        """x + pending is the residual stream (B, T, n_embd); returns the next x and pending. In plain form:
+        """x + pending is the residual stream (B, T, n_embd); returns the next x and pending, and x0. In plain form:
 
             x = x + attn(norm1(x))
             x = x + ffn(norm2(x))
@@ -199,14 +207,15 @@ class Block(nn.Module):
         value embeddings. x0 (B, T, n_embd): the token embeddings, for embed_skip. keys (2, B): of the dropout, if any.
         """
         if self.a is not None:
-            x, pending = self.a * (x if pending is None else x + pending) + self.b * x0, None
-        x, h = add_norm(x, pending, self.norm1)
+            x, h, x0 = skip_norm(x, pending, x0, self.a, self.b, self.norm1)
+        else:
+            x, h = add_norm(x, pending, self.norm1)
         if torch.compiler.is_compiling() and self.recompute != "off" and torch.is_grad_enabled():
             policy = functools.partial(what_to_keep, self.wide)
             contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-            return checkpoint(self.body, x, h, cos, sin, alpha, values, None, keys, use_reentrant=False,
-                              context_fn=contexts)
-        return self.body(x, h, cos, sin, alpha, values, cache, keys)
+            return *checkpoint(self.body, x, h, cos, sin, alpha, values, None, keys, use_reentrant=False,
+                               context_fn=contexts), x0
+        return *self.body(x, h, cos, sin, alpha, values, cache, keys), x0
 
     def body(self, x, h, cos, sin, alpha=None, values=None, cache=None, keys=None):
         """x and h = norm1(x) -> x + attn(h), and ffn of its norm, which is still to be added."""
@@ -491,7 +500,8 @@ class GPT(nn.Module):
         x0, pending = x if self.cfg.embed_skip else None, None
         for layer, block in enumerate(self.blocks):
             drawn = None if keys is None else keys[1 + 2 * layer:3 + 2 * layer]
-            x, pending = block(x, pending, cos, sin, alpha if layer in guided else None, values[layer], x0, keys=drawn)
+            given = alpha if layer in guided else None
+            x, pending, x0 = block(x, pending, cos, sin, given, values[layer], x0, keys=drawn)
         return add_norm(x, pending, self.norm)[1]
 
     def logits(self, h):
@@ -542,7 +552,7 @@ class GPT(nn.Module):
         x0, pending = x if self.cfg.embed_skip else None, None
         for block, layer, value in zip(self.blocks, cache.layers, values):
             kept = LayerCache(*layer, cache.index, cache.position, mask)
-            x, pending = block(x, pending, cos, sin, values=value, x0=x0, cache=kept)
+            x, pending, x0 = block(x, pending, cos, sin, values=value, x0=x0, cache=kept)
         return x, pending
 
     def compile_parts(self):

@@ -98,7 +98,8 @@ class MixedAdamW(Optimizer):
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
         self.mixed = mixed
         self.sums = {}    # {p: fp32 sum of its gradients} between the micro-batches of a step
-        self.tables = {}  # of the fused update: {a group's number: [(parameters, their AdamWTables)]}
+        # of the fused updates: {a group's number: [(parameters, their AdamWTables)]}, {a shape: Muon's table}
+        self.tables = {}
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p].update(self.first_state(p, group))
@@ -233,9 +234,14 @@ POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
                  (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 
 
-def polar(x, polynomials=POLAR_EXPRESS, margin=1.02):
+def unit(x, margin):
+    """x (K, m, n) with no singular value above 1 / margin."""
+    return x / (x.norm(dim=(-2, -1), keepdim=True) * margin + 1e-7)
+
+
+def polar(x, polynomials=POLAR_EXPRESS, margin=1.02, unit=unit):
     """x (K, m, n) = U S V^T -> about U V^T, matrix by matrix, in x's precision; the margin covers bf16's rounding."""
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * margin + 1e-7)
+    x = unit(x, margin)
     tall = x.size(-2) > x.size(-1)
     for a, b, c in polynomials:
         gram = x.mT @ x if tall else x @ x.mT  # of the smaller side
@@ -287,7 +293,8 @@ class Muon(MixedAdamW):
         self.rows = {block.attn.qkv.weight: [n * block.attn.head_size for n in heads] for block in model.blocks
                      if not cfg.qk_rank}
         self.dtype = dtype or (torch.bfloat16 if mixed else torch.float32)
-        self.nesterov, self.descend = (torch.compile(f, dynamic=False) if compile else f for f in (nesterov, descend))
+        self.nesterov, self.unit, self.descend = (torch.compile(f, dynamic=False) if compile else f
+                                                  for f in (nesterov, unit, descend))
         self.momentum, self.decay, self.rates = 0.95, cfg.weight_decay, None  # train moves the first two
         super().__init__(muon_groups(model, cfg), cfg.lr, cfg.betas, 0.0, eps=1e-10, mixed=mixed)
 
@@ -304,28 +311,50 @@ class Muon(MixedAdamW):
         if self.rates is None:
             self.rates = Upload(torch.zeros(3, device=group["params"][0].device))
         self.rates([group["lr"], self.momentum, group["lr"] * self.decay])
+        for key, matrices in self.equal_matrices(group).items() if self.is_gathered(group) else ():
+            if key not in self.tables:
+                self.tables[key] = ops.MuonTable(matrices)
+            self.tables[key].upload(matrices)
 
     def move_group(self, number, group, scale):
         if not group.get("muon"):
             return super().move_group(number, group, scale)
         if any(hasattr(p, "to_local") for p in group["params"]):
             return self.update_split(group, scale)
+        for key, matrices in self.equal_matrices(group).items():
+            if self.is_gathered(group):
+                table, rates = self.tables[key], self.rates.tensor
+                ops.descend(table, self.shared_polar(ops.nesterov(table, rates, scale, self.dtype)), rates, scale)
+            else:
+                self.update_equal(matrices, scale)
+
+    def is_gathered(self, group):
+        """Whether kernels read and write the matrices where they lie. Under fsdp they are shares of matrices."""
+        p = group["params"][0]
+        return ops.ON and not hasattr(p, "to_local") and ops.can_muon(p)
+
+    def equal_matrices(self, group):
+        """{(rows, columns, count): [(gradient, momentum, fp32 weight, weight)]} of the matrices with a gradient."""
         shapes = {}
         for p in group["params"]:
             if p.grad is not None:
                 tensors = p.grad, self.state[p]["momentum"], self.master(p), p
                 for pieces in zip(*(self.matrices(p, t.detach()) for t in tensors)):
                     shapes.setdefault(pieces[0].shape, []).append(pieces)
+        return {(*shape, len(matrices)): matrices for shape, matrices in shapes.items()}
+
+    def update_equal(self, matrices, scale):
+        """One step of equal matrices in plain torch, where the kernels do not run."""
         lr, mu, decay = self.rates.tensor.unbind()  # tensors: a new number would be a new compilation
-        for (rows, columns), pieces in shapes.items():
-            grads, momenta, weights, copies = (list(tensors) for tensors in zip(*pieces))
-            momentum, weight = torch.stack(momenta), torch.stack(weights)
-            step = self.shared_polar(self.nesterov(torch.stack(grads), momentum, scale, mu, self.dtype))
-            self.descend(weight, step, lr * max(1, rows / columns) ** 0.5, decay, scale)
-            torch._foreach_copy_(momenta, momentum.unbind())
-            torch._foreach_copy_(weights, weight.unbind())
-            if self.mixed:
-                torch._foreach_copy_(copies, weight.unbind())
+        grads, momenta, weights, copies = (list(tensors) for tensors in zip(*matrices))
+        momentum, weight = torch.stack(momenta), torch.stack(weights)
+        _, rows, columns = weight.shape
+        step = self.shared_polar(self.nesterov(torch.stack(grads), momentum, scale, mu, self.dtype))
+        self.descend(weight, step, lr * max(1, rows / columns) ** 0.5, decay, scale)
+        torch._foreach_copy_(momenta, momentum.unbind())
+        torch._foreach_copy_(weights, weight.unbind())
+        if self.mixed:
+            torch._foreach_copy_(copies, weight.unbind())
 
     def update_split(self, group, scale):
         """move_group's work under fsdp: momenta and weights are this rank's shares, steps between them are gathered."""
@@ -350,11 +379,11 @@ class Muon(MixedAdamW):
     def shared_polar(self, x):
         """polar(x) (K, m, n), of which every rank computes K / world matrices."""
         if not dist.is_initialized():
-            return polar(x)
+            return polar(x, unit=self.unit)
         each = -(-len(x) // dist.get_world_size())
         mine = x[dist.get_rank() * each:][:each]
         part, whole = x.new_zeros(each, *x.shape[1:]), x.new_empty(each * dist.get_world_size(), *x.shape[1:])
-        part[:len(mine)] = polar(mine)
+        part[:len(mine)] = polar(mine, unit=self.unit)
         dist.all_gather_into_tensor(whole, part)
         return whole[:len(x)]
 

@@ -164,8 +164,7 @@ def project_model(model, cfg, batches=(), show=print) -> list:
         ffn = block.ffn
         ffn.kernels = False  # so that the linears are called
         moments = {name: Moments(getattr(ffn, name)) for name in ("fc1", "fc2")}
-        streams = [(*block(x, pending, model.cos[:x.size(1)], model.sin[:x.size(1)], None, values[layer], x0),
-                    x0, values)
+        streams = [(*block(x, pending, model.cos[:x.size(1)], model.sin[:x.size(1)], None, values[layer], x0), values)
                    for x, pending, x0, values in streams]
         for moment in moments.values():
             moment.hook.remove()

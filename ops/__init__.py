@@ -1,6 +1,6 @@
 """Fused kernels, optional: delete this folder, or run without a CUDA card or Triton, and everything works, slower.
 
-    pointwise   Triton: rotary positions, residual add + norm, cross-entropy, AdamW       (training)
+    pointwise   Triton: rotary positions, residual add + norm, cross-entropy, AdamW, Muon (training)
     ffn         Triton: the structured FFN on Hopper                                      (training)
     decode      Triton: linears, attention and sampling on a few tokens                   (decoding)
     megakernel  CUDA: the whole step of up to four sequences as one kernel                (decoding)
@@ -26,8 +26,8 @@ if ON:
         from ops import chain, megakernel
         from ops.decode import can_layer, can_sample, can_step, can_store, layer, sample, step, store
         from ops.ffn import can_ffn, fused_ffn
-        from ops.pointwise import (AdamWTables, adamw, add_norm, can_adamw, can_add_norm, can_rotate, can_token_loss,
-                                   split_rotated, token_loss)
+        from ops.pointwise import (AdamWTables, MuonTable, adamw, add_norm, can_adamw, can_add_norm, can_muon,
+                                   can_rotate, can_token_loss, descend, nesterov, skip_norm, split_rotated, token_loss)
     except (ImportError, AttributeError, TypeError) as e:  # a version of torch or Triton that lacks what they use
         from ops.fallback import log_once
         ON = False

@@ -1,7 +1,7 @@
 """Triton kernels of training around the matmuls, each one pass over memory.
 
 Rotary positions on the way into attention and out of it, the residual add with the norm that follows it, cross-entropy
-with its gradient, and the optimiser's update of all parameters in one launch.
+with its gradient, AdamW's update of all parameters in one launch, and Muon's of all matrices of one shape in two.
 """
 import functools
 
@@ -159,52 +159,70 @@ split_rotated.register_autograd(_rotated_grads, setup_context=_save_rotated)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# x + y and its layer or RMS norm
+# x + y, or a (x + y) + b x0, and its layer or RMS norm
 
 @triton.jit
-def _add_norm(x, y, weight, bias, total, normed, eps, N: tl.constexpr, BN: tl.constexpr, RMS: tl.constexpr):
-    """One row: total = x + y, normed = norm(total)."""
+def _add_norm(x, y, x0, a, b, weight, bias, total, normed, eps, N: tl.constexpr, BN: tl.constexpr, RMS: tl.constexpr):
+    """One row: total = x + y, with x0 a (x + y) + b x0, and normed = norm(total)."""
     n = tl.arange(0, BN)
     ok, at = n < N, tl.program_id(0).to(tl.int64) * N + n
-    a = tl.load(x + at, mask=ok, other=0.0)
+    t = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
     if y is not None:
-        a = (a.to(tl.float32) + tl.load(y + at, mask=ok, other=0.0).to(tl.float32)).to(x.dtype.element_ty)
-        tl.store(total + at, a, mask=ok)
-    a = a.to(tl.float32)
+        t += tl.load(y + at, mask=ok, other=0.0).to(tl.float32)
+        if x0 is not None:
+            t *= tl.load(a).to(tl.float32)
+            t += tl.load(b).to(tl.float32) * tl.load(x0 + at, mask=ok, other=0.0).to(tl.float32)
+        t = t.to(total.dtype.element_ty)
+        tl.store(total + at, t, mask=ok)
+        t = t.to(tl.float32)
     if not RMS:
-        a = tl.where(ok, a - tl.sum(a, 0) / N, 0.0)
-    out = a * tl.rsqrt(tl.sum(a * a, 0) / N + eps) * tl.load(weight + n, mask=ok, other=0.0).to(tl.float32)
+        t = tl.where(ok, t - tl.sum(t, 0) / N, 0.0)
+    out = t * tl.rsqrt(tl.sum(t * t, 0) / N + eps) * tl.load(weight + n, mask=ok, other=0.0).to(tl.float32)
     if bias is not None:
         out += tl.load(bias + n, mask=ok, other=0.0).to(tl.float32)
     tl.store(normed + at, out.to(normed.dtype.element_ty), mask=ok)
 
 
 @triton.jit
-def _add_norm_backward(grad_total, grad_normed, total, weight, grad, grad_weight, grad_bias, rows, eps,
-                       N: tl.constexpr, BN: tl.constexpr, RMS: tl.constexpr):
-    """Rows pid, pid + grid, ...: the gradient of x and y, and this thread block's share (1, N) of those of weight and
-    bias."""
+def _add_norm_backward(grad_total, grad_normed, total, x0, grad_x0, a, b, weight, grad, new_grad_x0, shares, rows, eps,
+                       N: tl.constexpr, BN: tl.constexpr, RMS: tl.constexpr, BIASED: tl.constexpr, L: tl.constexpr):
+    """Rows pid, pid + grid, ...: the gradient of x and y, with x0 its own added to grad_x0, and this thread block's
+    share (1, L) of the gradients of weight, with BIASED of bias, with x0 of a and b."""
     n = tl.arange(0, BN)
     ok = n < N
     w = tl.load(weight + n, mask=ok, other=0.0).to(tl.float32)
     sum_w, sum_b = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
+    if x0 is not None:
+        factor, factor0, of_a, of_b = tl.load(a).to(tl.float32), tl.load(b).to(tl.float32), 0.0, 0.0
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         at = tl.full((), N, tl.int64) * row + n
-        a = tl.load(total + at, mask=ok, other=0.0).to(tl.float32)
+        t = tl.load(total + at, mask=ok, other=0.0).to(tl.float32)
         g = tl.load(grad_normed + at, mask=ok, other=0.0).to(tl.float32)
-        if not RMS:
-            a = tl.where(ok, a - tl.sum(a, 0) / N, 0.0)
-        scale = tl.rsqrt(tl.sum(a * a, 0) / N + eps)
-        a *= scale
-        sum_w += g * a
-        sum_b += g
+        c = t if RMS else tl.where(ok, t - tl.sum(t, 0) / N, 0.0)
+        scale = tl.rsqrt(tl.sum(c * c, 0) / N + eps)
+        c *= scale
+        sum_w += g * c
+        if BIASED:
+            sum_b += g
         g *= w
-        g = scale * (g - a * (tl.sum(g * a, 0) / N) - (0.0 if RMS else tl.sum(g, 0) / N))
+        g = scale * (g - c * (tl.sum(g * c, 0) / N) - (0.0 if RMS else tl.sum(g, 0) / N))
         if grad_total is not None:
             g += tl.load(grad_total + at, mask=ok, other=0.0).to(tl.float32)
+        if x0 is not None:
+            e = tl.load(x0 + at, mask=ok, other=0.0).to(tl.float32)
+            of_a += tl.sum(g * (t - factor0 * e), 0)  # a times that of a: x + y is not read again
+            of_b += tl.sum(g * e, 0)
+            old = tl.load(grad_x0 + at, mask=ok, other=0.0).to(tl.float32)
+            tl.store(new_grad_x0 + at, (old + factor0 * g).to(grad.dtype.element_ty), mask=ok)
+            g *= factor
         tl.store(grad + at, g.to(grad.dtype.element_ty), mask=ok)
-    tl.store(grad_weight + tl.program_id(0) * N + n, sum_w, mask=ok)
-    tl.store(grad_bias + tl.program_id(0) * N + n, sum_b, mask=ok)
+    shares += tl.program_id(0) * L
+    tl.store(shares + n, sum_w, mask=ok)
+    if BIASED:
+        tl.store(shares + N + n, sum_b, mask=ok)
+    if x0 is not None:
+        tl.store(shares + L - 2, tl.where(factor == 0, 0.0, of_a / factor))
+        tl.store(shares + L - 1, of_b)
 
 
 def _row_warps(N):
@@ -212,58 +230,87 @@ def _row_warps(N):
 
 
 @torch.library.custom_op("structured::add_norm", mutates_args=())
-def add_norm_op(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
-                ) -> tuple[Tensor, Tensor]:
-    """x, y (..., N) -> x + y and its norm; without y the first is empty."""
-    x, N = x.contiguous(), x.size(-1)
-    y = None if y is None else y.contiguous()
+def add_norm_op(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool,
+                x0: Tensor | None = None, a: Tensor | None = None, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x, y (..., N) -> x + y, with x0 a (x + y) + b x0, and its norm; without y the first is empty."""
+    N = x.size(-1)
+    x, y, x0 = (t if t is None else t.contiguous() for t in (x, y, x0))
     total, normed = x.new_empty(0) if y is None else torch.empty_like(x), torch.empty_like(x)
-    _add_norm[(x.numel() // N,)](x, y, weight, bias, total, normed, eps, N, triton.next_power_of_2(N), rms,
+    _add_norm[(x.numel() // N,)](x, y, x0, a, b, weight, bias, total, normed, eps, N, triton.next_power_of_2(N), rms,
                                  num_warps=_row_warps(N))
     return total, normed
 
 
 @add_norm_op.register_fake
-def _(x, y, weight, bias, eps, rms):
+def _(x, y, weight, bias, eps, rms, x0=None, a=None, b=None):
     return x.new_empty(0 if y is None else x.shape), x.new_empty(x.shape)
 
 
 @torch.library.custom_op("structured::add_norm_backward", mutates_args=())
 def add_norm_backward_op(grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float,
-                         rms: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x (and y), weight, bias."""
+                         rms: bool, biased: bool, grad_x0: Tensor | None = None, x0: Tensor | None = None,
+                         a: Tensor | None = None, b: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of x (and y); grad_x0 + that of x0, or nothing; those of weight, bias, a and b in a row."""
     N, rows = total.size(-1), total.numel() // total.size(-1)
-    grad_normed, total = grad_normed.contiguous(), total.contiguous()
-    grad_total = None if grad_total is None else grad_total.contiguous()
+    grad_total, grad_normed, total, grad_x0, x0 = (t if t is None else t.contiguous()
+                                                   for t in (grad_total, grad_normed, total, grad_x0, x0))
     BN = triton.next_power_of_2(N)
     warps, per_sm = (2, 8) if BN <= 1024 else (min(16, BN // 256), 4)
-    grid = min(rows, per_sm * multiprocessors(total.device))
-    shares = total.new_empty(2, grid, N, dtype=torch.float32)
-    grad = torch.empty_like(total)
-    _add_norm_backward[(grid,)](grad_total, grad_normed, total, weight, grad, shares[0], shares[1], rows, eps, N, BN,
-                                rms, num_warps=warps)
-    return grad, shares[0].sum(0).to(weight.dtype), shares[1].sum(0).to(weight.dtype)
+    grid, L = min(rows, per_sm * multiprocessors(total.device)), _sums(N, biased, x0)
+    shares = total.new_empty(grid, L, dtype=torch.float32)
+    grad, new_grad_x0 = torch.empty_like(total), total.new_empty(0 if x0 is None else total.shape)
+    _add_norm_backward[(grid,)](grad_total, grad_normed, total, x0, grad_x0, a, b, weight, grad, new_grad_x0, shares,
+                                rows, eps, N, BN, rms, biased, L, num_warps=warps)
+    return grad, new_grad_x0, shares.sum(0).to(weight.dtype)
+
+
+def _sums(N, biased, x0):
+    return N * (1 + biased) + (0 if x0 is None else 2)
 
 
 @add_norm_backward_op.register_fake
-def _(grad_total, grad_normed, total, weight, eps, rms):
-    return total.new_empty(total.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+def _(grad_total, grad_normed, total, weight, eps, rms, biased, grad_x0=None, x0=None, a=None, b=None):
+    of_x0 = total.new_empty(0 if x0 is None else total.shape)
+    return total.new_empty(total.shape), of_x0, weight.new_empty(_sums(total.size(-1), biased, x0))
 
 
 def _save_total(ctx, inputs, output):
-    x, y, weight, bias, ctx.eps, ctx.rms = inputs
+    x, y, weight, bias, ctx.eps, ctx.rms, *_ = inputs
     ctx.set_materialize_grads(False)
     ctx.added, ctx.biased = y is not None, bias is not None
     ctx.save_for_backward(output[0] if ctx.added else x, weight)
 
 
 def _add_norm_grads(ctx, grad_total, grad_normed):
-    grad_total = grad_total if ctx.added else None
-    grad, of_weight, of_bias = add_norm_backward_op(grad_total, grad_normed, *ctx.saved_tensors, ctx.eps, ctx.rms)
-    return grad, grad if ctx.added else None, of_weight, of_bias if ctx.biased else None, None, None
+    grad_total, N = grad_total if ctx.added else None, grad_normed.size(-1)
+    grad, _, sums = add_norm_backward_op(grad_total, grad_normed, *ctx.saved_tensors, ctx.eps, ctx.rms, ctx.biased)
+    return grad, grad if ctx.added else None, sums[:N], sums[N:] if ctx.biased else None, *5 * [None]
 
 
 add_norm_op.register_autograd(_add_norm_grads, setup_context=_save_total)
+
+
+class SkipNorm(torch.autograd.Function):
+    """x, y, x0 -> a (x + y) + b x0, its norm, and x0 itself. a is not 0.
+
+    Every block hands x0 on to the next. So its gradient is one tensor that each of them adds to in passing, instead of
+    a tensor of each and their sums.
+    """
+    @staticmethod
+    def forward(ctx, x, y, x0, a, b, weight, bias, eps, rms):
+        total, normed = add_norm_op(x, y, weight, bias, eps, rms, x0, a, b)
+        ctx.eps, ctx.rms, ctx.biased = eps, rms, bias is not None
+        ctx.save_for_backward(total, weight, x0, a, b)
+        return total, normed, x0.view_as(x0)
+
+    @staticmethod
+    def backward(ctx, grad_total, grad_normed, grad_x0):
+        total, weight, x0, a, b = ctx.saved_tensors
+        N = total.size(-1)
+        grad, grad_x0, sums = add_norm_backward_op(grad_total, grad_normed, total, weight, ctx.eps, ctx.rms, ctx.biased,
+                                                   grad_x0, x0, a, b)
+        of_bias = sums[N:2 * N] if ctx.biased else None
+        return grad, grad, grad_x0, sums[-2].to(a.dtype), sums[-1].to(b.dtype), sums[:N], of_bias, None, None
 
 
 def can_add_norm(x) -> bool:
@@ -274,7 +321,9 @@ def can_add_norm(x) -> bool:
 def _try_add_norm():
     x, weight = torch.ones(1, 32, **TRIAL), torch.ones(32, device=TRIAL["device"])
     total, normed = add_norm_op(x, x, weight, None, 1e-5, False)
-    add_norm_backward_op(x, normed, total, weight, 1e-5, False)
+    add_norm_backward_op(x, normed, total, weight, 1e-5, False, True)
+    add_norm_op(x, x, weight, None, 1e-5, False, x, weight[0], weight[0])
+    add_norm_backward_op(x, normed, total, weight, 1e-5, False, False, x, x, weight[0], weight[0])
 
 
 def add_norm(x, y, norm):
@@ -284,61 +333,75 @@ def add_norm(x, y, norm):
     return x if y is None else total, normed
 
 
+def skip_norm(x, y, x0, a, b, norm):
+    """(a (x + y) + b x0, its norm, x0 for the next block); a and b are 0-d."""
+    rms, bias = isinstance(norm, torch.nn.RMSNorm), getattr(norm, "bias", None)
+    return SkipNorm.apply(x, y, x0, a, b, norm.weight, bias, norm.eps, rms)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Cross-entropy and its gradient
 
-@triton.jit
-def _softcap(a, cap, CAPPED: tl.constexpr):
-    """cap tanh(a / cap). Divisions and exponentials take the most time of the kernel, so there are no more of them."""
-    return cap * (2 / (1 + tl.exp(a * (-2 / cap))) - 1) if CAPPED else a
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _loss_gradient(a, softmax, hit, factor, cap, CAPPED: tl.constexpr):
-    grad = (softmax - tl.where(hit, 1.0, 0.0)) * factor
-    return grad * (1 - a * a * (1 / (cap * cap))) if CAPPED else grad  # times the slope of tanh
+def _softcap(x, cap, CAPPED: tl.constexpr):
+    """c = cap tanh(x / cap) and its slope; c in units of log 2, since exponentials are to base 2.
+
+    s = 1 - tanh(x / cap) = 2 / (1 + exp(2 x / cap)). An inverse root is one instruction, a division ten of them.
+    """
+    if CAPPED:
+        s = tl.rsqrt(0.5 + tl.exp2(x * (2 * LOG2E / cap) - 1))
+        s *= s
+        return s * (-cap * LOG2E) + cap * LOG2E, s * (2 - s)
+    else:
+        return x * LOG2E, 1.0
 
 
 @triton.jit
-def _token_loss(logits, targets, scale, losses, V, cap, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
-                GRADIENT: tl.constexpr, CAPPED: tl.constexpr):
+def _token_loss(logits, targets, scale, losses, cap, V: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr,
+                CAPPED: tl.constexpr, BOUNDED: tl.constexpr):
     """One row: its loss; with GRADIENT, scale x the gradient replaces the logits.
 
-    WHOLE: one block is a row, which stays in registers. Otherwise its second reading is from L2.
+    A row of one block stays in registers. A longer one is read again, from L2. BOUNDED: no exponential overflows, so
+    the largest logit is not looked for.
     """
     row = tl.program_id(0)
     logits += row.to(tl.int64) * V
     target = tl.load(targets + row)
-    picked = _softcap(tl.load(logits + tl.maximum(target, 0)).to(tl.float32), cap, CAPPED)
+    own, own_slope = _softcap(tl.load(logits + tl.maximum(target, 0)).to(tl.float32), cap, CAPPED)
     factor = tl.where(target >= 0, tl.load(scale), 0.0) if GRADIENT else 0.0
-    top, total = -float("inf"), 0.0
-    if WHOLE:
+    top, total = 0.0 if BOUNDED else -float("inf"), 0.0
+    if V <= BLOCK:
         n = tl.arange(0, BLOCK)
-        a = _softcap(tl.load(logits + n, mask=n < V, other=0.0).to(tl.float32), cap, CAPPED)
-        top = tl.max(tl.where(n < V, a, top), 0)
-        softmax = tl.where(n < V, tl.exp(a - top), 0.0)
+        c, slope = _softcap(tl.load(logits + n, mask=n < V, other=-float("inf")).to(tl.float32), cap, CAPPED)
+        top = top if BOUNDED else tl.max(c, 0)
+        softmax = tl.where(n < V, tl.exp2(c - top), 0.0)
+        grad = softmax * slope
         total = tl.sum(softmax, 0)
         if GRADIENT:
             tl.debug_barrier()  # all have read the target's logit
-            grad = _loss_gradient(a, softmax * (1 / total), n == target, factor, cap, CAPPED)
-            tl.store(logits + n, grad.to(logits.dtype.element_ty), mask=n < V)
+            tl.store(logits + n, (grad * (factor / total)).to(logits.dtype.element_ty), mask=n < V)
     else:
         for start in range(0, V, BLOCK):
             n = start + tl.arange(0, BLOCK)
-            a = tl.load(logits + n, mask=n < V, other=0.0).to(tl.float32)
-            a = tl.where(n < V, _softcap(a, cap, CAPPED), -float("inf"))
-            new = tl.maximum(top, tl.max(a, 0))
-            total = total * tl.exp(top - new) + tl.sum(tl.exp(a - new), 0)
+            c, _ = _softcap(tl.load(logits + n, mask=n < V, other=-float("inf")).to(tl.float32), cap, CAPPED)
+            new = top if BOUNDED else tl.maximum(top, tl.max(c, 0))
+            total = total * tl.exp2(top - new) + tl.sum(tl.where(n < V, tl.exp2(c - new), 0.0), 0)
             top = new
         if GRADIENT:
-            logz = top + tl.log(total)
             tl.debug_barrier()  # all have read what the loop overwrites
             for start in range(0, V, BLOCK):
                 n = start + tl.arange(0, BLOCK)
-                a = _softcap(tl.load(logits + n, mask=n < V, other=0.0).to(tl.float32), cap, CAPPED)
-                grad = _loss_gradient(a, tl.exp(a - logz), n == target, factor, cap, CAPPED)
+                c, slope = _softcap(tl.load(logits + n, mask=n < V, other=-float("inf")).to(tl.float32), cap, CAPPED)
+                grad = tl.exp2(c - top) * slope * (factor / total)
                 tl.store(logits + n, grad.to(logits.dtype.element_ty), mask=n < V)
-    tl.store(losses + row, tl.where(target >= 0, top + tl.log(total) - picked, 0.0))
+    if GRADIENT:
+        tl.debug_barrier()  # the target's logit has its share of the softmax already
+        grad = (tl.exp2(own - top) / total - 1) * own_slope * factor
+        tl.store(logits + target, grad.to(logits.dtype.element_ty), mask=target >= 0)
+    tl.store(losses + row, tl.where(target >= 0, (top + tl.log2(total) - own) / LOG2E, 0.0))
 
 
 def token_loss(logits, targets, scale, gradient=True, cap=0.0):
@@ -346,8 +409,8 @@ def token_loss(logits, targets, scale, gradient=True, cap=0.0):
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     V, longest = logits.size(1), 1024 if INTERPRET else 16384  # what the registers of a thread block hold
     block = triton.next_power_of_2(V) if V <= longest else longest // 2
-    _token_loss[(len(logits),)](logits, targets.contiguous(), scale, losses, V, cap, block, V <= block, gradient,
-                                cap > 0, num_warps=8 if block <= 8192 else 16)
+    _token_loss[(len(logits),)](logits, targets.contiguous(), scale, losses, cap, V, block, gradient, cap > 0,
+                                0 < cap <= 60, num_warps=8 if block <= 8192 else 16)
     return losses, logits if gradient else None
 
 
@@ -446,3 +509,104 @@ def _try_adamw():
     tables = AdamWTables([weight], [copy], [weight], [weight])
     tables.upload([copy], [(0.0, 1.0, 0.0)])
     adamw(tables, torch.ones((), device=device), (0.9, 0.95), 1e-8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Muon before and after the orthogonalisation: equal matrices lie anywhere, their steps are one batch
+
+@triton.jit
+def _matrix(addresses, number, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer to what stands in column `number` for this thread block's matrix."""
+    pointer = tl.load(addresses + 4 * tl.program_id(1) + number).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit
+def _nesterov(addresses, step, rates, scale, size, MIXED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """One chunk of one matrix of MuonTable. step (K, size), rates (3,): see `nesterov`."""
+    grad = _matrix(addresses, 0, tl.bfloat16 if MIXED else tl.float32, ALIGNED)
+    momentum = _matrix(addresses, 1, tl.float32, ALIGNED)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    factor, mu = tl.load(scale), tl.load(rates + 1)
+    g = tl.load(grad + at, mask=at < size).to(tl.float32) * factor
+    m = tl.load(momentum + at, mask=at < size)
+    m += tl.where(factor >= 0, (1 - mu) * (g - m), 0.0)  # else the step is not used either
+    tl.store(momentum + at, m, mask=at < size)
+    step += tl.program_id(1).to(tl.int64) * size
+    tl.store(step + at, (g + mu * (m - g)).to(step.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _descend(addresses, step, norms, rates, scale, gain, size, COLUMNS: tl.constexpr, TALL: tl.constexpr,
+             MIXED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """One chunk of one matrix. norms (K, rows or columns): of step's rows if they are TALL, else of its columns."""
+    weight = _matrix(addresses, 2, tl.float32, ALIGNED)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    norms += tl.program_id(1) * (size // COLUMNS if TALL else COLUMNS)
+    norm = tl.load(norms + (at // COLUMNS if TALL else at % COLUMNS), mask=at < size, other=1.0)
+    s = tl.load(step + tl.program_id(1).to(tl.int64) * size + at, mask=at < size).to(tl.float32)
+    s *= gain / tl.maximum(norm, 1e-7)
+    w = tl.load(weight + at, mask=at < size)
+    change = tl.load(rates) * s + tl.where(s * w > 0, tl.load(rates + 2) * w, 0.0)
+    w -= tl.where(tl.load(scale) >= 0, change, 0.0)
+    tl.store(weight + at, w, mask=at < size)
+    if MIXED:
+        tl.store(_matrix(addresses, 3, tl.bfloat16, ALIGNED) + at, w.to(tl.bfloat16), mask=at < size)
+
+
+MUON_BLOCK = 2048
+
+
+class MuonTable:
+    """Where K matrices (m, n) lie: addresses (K, 4) of gradients, momenta, fp32 weights and their bf16 copies."""
+
+    def __init__(self, matrices):
+        """matrices: as in `upload`. With fp32 gradients there are no copies, and the last tensor is not used."""
+        K, grad = len(matrices), matrices[0][0]
+        self.shape, self.grid = (K, *grad.shape), (triton.cdiv(grad.numel(), MUON_BLOCK), K)
+        self.mixed, self.last = grad.dtype is torch.bfloat16, None
+        self.addresses = Upload(torch.zeros(K, 4, dtype=torch.int64, device=grad.device))
+
+    def upload(self, matrices):
+        """matrices: K tuples (gradient, momentum, fp32 weight, bf16 copy)."""
+        assert all(t.is_contiguous() for tensors in matrices for t in tensors)
+        addresses = [[t.data_ptr() for t in tensors] for tensors in matrices]
+        if addresses != self.last:  # the gradients of a CUDA graph stay where they are
+            self.last, self.aligned = addresses, all(a % 16 == 0 for row in addresses for a in row)
+            self.addresses(addresses)
+
+
+def nesterov(table, rates, scale, dtype):
+    """optim.nesterov of the table's matrices -> step (K, m, n).
+
+    rates (3,): learning rate, mu, learning rate x decay. scale: a 0-d tensor that multiplies the gradients; where it is
+    negative, no momentum changes, and `descend` changes no weight.
+    """
+    step, (_, m, n) = torch.empty(table.shape, dtype=dtype, device=rates.device), table.shape
+    _nesterov[table.grid](table.addresses.tensor, step, rates, scale, m * n, table.mixed, table.aligned, MUON_BLOCK,
+                          num_warps=8)
+    return step
+
+
+def descend(table, step, rates, scale):
+    """optim.descend of the table's fp32 weights, with the rate x sqrt(max(1, m / n)); the copies become what they are.
+
+    step (K, m, n): whose rows or columns get one norm.
+    """
+    _, m, n = table.shape
+    norms = torch.linalg.vector_norm(step, dim=2 if m >= n else 1, dtype=torch.float32)
+    gain = min(1, m / n) ** 0.5  # that norm, sqrt(min(m, n) / max(m, n)), x sqrt(max(1, m / n))
+    _descend[table.grid](table.addresses.tensor, step.contiguous(), norms, rates, scale, gain, m * n, n, m >= n,
+                         table.mixed, table.aligned, MUON_BLOCK, num_warps=8)
+
+
+def can_muon(tensor) -> bool:
+    return (tensor.is_cuda or INTERPRET) and works("Muon", _try_muon)
+
+
+def _try_muon():
+    weight, rates, scale = (torch.zeros(shape, device=TRIAL["device"]) for shape in ((4, 8), 3, ()))
+    copy = weight.to(torch.bfloat16)
+    table = MuonTable([(copy, weight, weight, copy)])
+    table.upload([(copy, weight, weight, copy)])
+    descend(table, nesterov(table, rates, scale, torch.bfloat16), rates, scale)

@@ -80,7 +80,11 @@ def add_norm():
         x = torch.empty(4, *norm.normalized_shape, dtype=BF16)
         for pending in (None, x):
             pointwise.add_norm(x, pending, norm)
-            pointwise.add_norm_backward_op(pending, x, x, norm.weight, norm.eps, isinstance(norm, nn.RMSNorm))
+            rms, biased = isinstance(norm, nn.RMSNorm), getattr(norm, "bias", None) is not None
+            pointwise.add_norm_backward_op(pending, x, x, norm.weight, norm.eps, rms, biased)
+        a = torch.tensor(1.0)
+        pointwise.skip_norm(x, x, x, a, a, norm)
+        pointwise.add_norm_backward_op(x, x, x, norm.weight, norm.eps, rms, biased, x, x, a, a)
 
 
 def token_loss():
@@ -98,6 +102,17 @@ def adamw():
             tables = pointwise.AdamWTables([weight], copies, [weight], [weight])
             tables.upload([grad], [(1e-3, 1.0, 1e-4)])
             pointwise.adamw(tables, torch.tensor(1.0), (0.9, 0.95), 1e-8)
+
+
+def muon():
+    for m, n in ((96, 64), (64, 96), (33, 7)):  # the last fills no 16 bytes
+        weight = torch.empty(m, n)
+        for copy in (weight.to(BF16), weight):
+            table, numbers = pointwise.MuonTable([(copy, weight, weight, copy)]), torch.zeros(3)
+            table.upload([(copy, weight, weight, copy)])
+            for dtype in (BF16, torch.float32):
+                step = pointwise.nesterov(table, numbers, numbers[0], dtype)
+                pointwise.descend(table, step, numbers, numbers[0])
 
 
 def fused_ffn():
@@ -134,8 +149,8 @@ def store():
 
 
 LAUNCHES = {rotate: {"_rotate"}, add_norm: {"_add_norm", "_add_norm_backward"}, token_loss: {"_token_loss"},
-            adamw: {"_adamw"}, fused_ffn: {"_matmul"}, decode_step: {"_linear", "_attention"}, sample: {"_sample"},
-            store: {"_store"}}
+            adamw: {"_adamw"}, muon: {"_nesterov", "_descend"}, fused_ffn: {"_matmul"},
+            decode_step: {"_linear", "_attention"}, sample: {"_sample"}, store: {"_store"}}
 
 
 @pytest.mark.parametrize("capability", SHARED)

@@ -15,7 +15,7 @@ from config import Config
 from conftest import ROOT
 from model import Cache, build
 from ops import chain, fallback, megakernel
-from optim import MixedAdamW
+from optim import MixedAdamW, Muon
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
@@ -154,6 +154,22 @@ def test_training_goes_on_without_a_kernel_that_fails(op, kernels, monkeypatch, 
     assert len(lines()) == len(kernels) and all(line.endswith(FAILS) for line in lines())
     assert all(line.startswith(op) for line in lines())
     assert len(fallback._tried) == 5 and ops.ON
+
+
+@KERNELS
+@pytest.mark.parametrize("kernel", ["_nesterov", "_descend"])
+def test_muon_goes_on_without_a_kernel_that_fails(kernel, monkeypatch, lines):
+    cfg, = config.load(["--n_layer=1", "--n_embd=64", "--n_head=2", "--vocab_size=61", "--optimizer=muon", "--lr=0.1"])
+    model = build(cfg, torch.device(DEVICE), seed=1)
+    optimizer, weight = Muon(model, cfg, mixed=True), model.blocks[0].attn.proj.weight
+    before = optimizer.master(weight).clone()
+    monkeypatch.setattr(f"ops.pointwise.{kernel}", Broken())
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step(1.0)
+    assert ((optimizer.master(weight) - before).norm() / 0.2).item() == pytest.approx(8, rel=1e-2)  # of 64 rows
+    assert lines() == [f"Muon: {FAILS}"]
 
 
 @KERNELS

@@ -196,11 +196,39 @@ def test_add_norm_is_an_addition_and_a_norm(width, rms, bias, add):
     assert error(gradient, expected) < 2e-2
 
 
+@pytest.mark.parametrize("width, rms, bias", [(96, False, True), (256, True, False), (768, False, False)])
+def test_skip_norm_adds_the_embeddings_and_their_gradients(width, rms, bias):
+    """Three blocks hand x0 on, whose gradient is the sum of theirs and of what else reads it."""
+    torch.manual_seed(0)
+    norms = [torch.nn.RMSNorm(width, eps=1e-5) if rms else torch.nn.LayerNorm(width, bias=bias) for _ in range(3)]
+    for p in (p for norm in norms for p in norm.parameters()):
+        torch.nn.init.normal_(p, mean=0.5)
+    norms, exact = torch.nn.ModuleList(norms).to(DEVICE), copy.deepcopy(torch.nn.ModuleList(norms)).to(DEVICE).double()
+    inputs = [torch.randn(3, 41, width, device=DEVICE).to(DTYPE).requires_grad_() for _ in range(5)]
+    factors = [torch.tensor(v, device=DEVICE, requires_grad=True) for v in (1.15, 0.2, -0.7, 0.4, 0.9, -0.3)]
+    refs, ref_factors = ([t.detach().double().requires_grad_() for t in ts] for ts in (inputs, factors))
+    poison()
+    (x, x0, *added), (ref, ref0, *ref_added), pairs = inputs, refs, []
+    for i, (norm, plain) in enumerate(zip(norms, exact)):
+        x, h, x0 = pointwise.skip_norm(x, added[i], x0, factors[2 * i], factors[2 * i + 1], norm)
+        ref = ref_factors[2 * i] * (ref + ref_added[i]) + ref_factors[2 * i + 1] * ref0
+        pairs += [(h, plain(ref))]
+    pairs += [(x, ref), (x0, ref0)]
+    grads = [torch.randn_like(inputs[0]) for _ in pairs]
+    torch.autograd.backward([a for a, _ in pairs], grads)
+    torch.autograd.backward([b for _, b in pairs], [g.double() for g in grads])
+    pairs += [(p.grad, q.grad) for p, q in zip((*inputs, *factors, *norms.parameters()),
+                                               (*refs, *ref_factors, *exact.parameters()))]
+    for a, b in pairs:  # a and b of a block: a sum of x.numel() products, each near 1
+        assert error(a, b) < 1e-2 if a.dim() else abs(a.item() - b.item()) < 5e-3 * x.numel() ** 0.5
+
+
 @pytest.mark.parametrize("vocab, cap", [(61, 0.0), (61, 4.0), (1024, 0.0), (2500, 0.0), (2500, 4.0),
-                                        (17000, 0.0), (17000, 4.0)])
+                                        (61, 100.0), (2500, 100.0), (17000, 0.0), (17000, 4.0)])
 def test_token_loss_is_cross_entropy(vocab, cap):
     torch.manual_seed(0)
     logits = (torch.randn(13, vocab, device=DEVICE) * 5).to(DTYPE)
+    logits[3] -= 300  # far below the others, and below what exp can do
     targets = torch.randint(vocab, (13,), device=DEVICE)
     targets[[0, 7]] = -1
     exact, scale = logits.double().requires_grad_(), torch.tensor(0.3, device=DEVICE)
@@ -216,13 +244,14 @@ def test_token_loss_is_cross_entropy(vocab, cap):
     assert error(grad, wanted) < 4e-3 and not grad[[0, 7]].any()
 
 
-@pytest.mark.parametrize("norm, recompute", [("layernorm", "cheap"), ("rmsnorm", "off"), ("layernorm", "wide")])
-def test_a_compiled_model_with_kernels_is_the_model(norm, recompute, monkeypatch):
+@pytest.mark.parametrize("norm, recompute, skip", [("layernorm", "cheap", False), ("rmsnorm", "off", True),
+                                                   ("rmsnorm", "cheap", True), ("layernorm", "wide", False)])
+def test_a_compiled_model_with_kernels_is_the_model(norm, recompute, skip, monkeypatch):
     """Loss and all gradients, block by block compiled, against the plain model in float32."""
     if INTERPRET and recompute == "wide":
         pytest.skip("slow in the interpreter")
     cfg = Config(n_layer=2, n_embd=128, n_head=4, n_kv_head=2, block_size=128, vocab_size=61, ffn="lowrank", rank=64,
-                 norm=norm, recompute=recompute)
+                 norm=norm, recompute=recompute, embed_skip=skip)
     config.check(cfg)
     torch._dynamo.reset()
     ours = build(cfg, torch.device(DEVICE), seed=1)
