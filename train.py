@@ -355,7 +355,6 @@ def train(cfg, ranks, state, data):
                 cfg, plan, ranks, model, optimizer, data, log, saver, stop, recorded, step, alpha):
             end_early(ranks, log, saver, step)  # again in a validation that a signal had ended
         for batch in batches(cfg, plan, data.train, data.n_windows, range(step, plan.steps), ranks):
-            # one step
             ranks.note(f"step {step + 1}")
             lr, a, guided = lr_at(cfg, plan, step), alpha_at(cfg, plan, step), guided_layers(cfg, plan, step)
             keys = dropout_keys(cfg, step, ranks).to(ranks.device) if cfg.dropout else None
