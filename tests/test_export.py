@@ -325,10 +325,16 @@ def test_nothing_at_the_root_hides_a_package_that_they_look_for(tmp_path):
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=56,
              vocab_size=410, max_position_embeddings=64)
+HEADS = dict(head_dim=12, query_pre_attn_scalar=12, hidden_activation="silu", rms_norm_eps=1e-5)
 FOREIGN = {
     "llama": ("LlamaConfig", dict(SHAPE, rms_norm_eps=1e-3, head_dim=12, attention_bias=True)),
     "mistral": ("MistralConfig", dict(SHAPE, sliding_window=4096)),
     "qwen2": ("Qwen2Config", dict(SHAPE, tie_word_embeddings=True)),
+    "gemma3_text": ("Gemma3TextConfig", dict(SHAPE, **HEADS, layer_types=["full_attention"] * 2, rope_theta=500.0,
+                                             final_logit_softcapping=3.0)),
+    "gemma3_text, windows, untied": ("Gemma3TextConfig", dict(
+        SHAPE, **HEADS, layer_types=["sliding_attention", "full_attention"], sliding_window=64, rope_theta=500.0,
+        rope_local_base_freq=500.0, tie_word_embeddings=False)),
     "starcoder2": ("Starcoder2Config", dict(SHAPE, use_bias=False, sliding_window=None)),
     "arcee": ("ArceeConfig", dict(SHAPE, hidden_act="relu2")),
     "stablelm": ("StableLmConfig", dict(SHAPE, partial_rotary_factor=1.0, use_qkv_bias=True)),
@@ -346,8 +352,8 @@ def foreign(transformers, name, folder, **changes):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**{**values, **changes}))
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.15 * torch.randn_like(p))
+        for key, p in model.named_parameters():
+            p.add_(0.2 if key.endswith(("q_norm.weight", "k_norm.weight")) else 0.15 * torch.randn_like(p))
     byte_level(folder)
     model.save_pretrained(folder)
     return model.eval()
@@ -379,6 +385,41 @@ def test_train_scores_a_model_that_came_in_on_text_of_its_tokenizer(transformers
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(model(windows[:, :-1]).logits.flatten(0, 1), windows[:, 1:].flatten())
     assert n and f"loss {loss.item():.4f}" in out
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(layer_types=None), ["layer_types=None", "full_attention"]), (dict(layer_types=["chunked"]), ["chunked"]),
+    (dict(layer_types=[[1]]), ["[[1]]"]), (dict(layer_types=[]), ["layer_types=[]"]),
+    (dict(rope_parameters=7), ["rotary settings 7"]),
+    (dict(rope_parameters={"full_attention": [1]}), ["rotary settings", "[1]"]),
+    (dict(rope_parameters={"full_attention": {"rope_type": "linear", "factor": 2.0}}), ["linear"]),
+    (dict(rope_parameters=None, rope_scaling={"rope_type": "linear", "factor": 2.0}), ["linear"]),
+    (dict(final_logit_softcapping="much"), ["logit_softcap='much'"]),
+    (dict(hidden_activation=7), ["hidden_activation=7"])])
+def test_settings_of_a_gemma_that_cannot_be_read_are_one_sentence(changes, words, tmp_path):
+    path, cfg = tmp_path / "config.json", tiny(*GEMMA)
+    path.write_text(json.dumps(export.hf_config(cfg, "gemma3_text", 0, "float32") | changes))
+    with pytest.raises(UserError) as e:
+        export.read_hf_config(str(path))
+    assert all(word in str(e.value) for word in words), e.value
+
+
+def test_gemmas_settings_are_read_in_both_spellings(tmp_path):
+    """transformers 4 has rotary bases side by side, 5 one set for each type of layer."""
+    path, first, second = tmp_path / "config.json", "full_attention", "sliding_attention"
+    values = export.hf_config(tiny(*GEMMA), "gemma3_text", 0, "float32")
+    for changes, theta in (
+            (dict(rope_parameters=None, rope_theta=300.0), 300), (dict(rope_parameters=None, rope_theta=None), 1e6),
+            (dict(rope_parameters={first: {"rope_theta": 200.0}}, rope_theta=300.0), 200),
+            (dict(rope_parameters={second: {"rope_theta": 200.0}}, layer_types=[second] * 2, sliding_window=48), 200),
+            (dict(rope_parameters=None, layer_types=[second] * 2, rope_local_base_freq=100.0), 100)):
+        path.write_text(json.dumps({key: v for key, v in (values | changes).items() if v is not None}))
+        name, cfg = export.read_hf_config(str(path))
+        assert (name, cfg.rope_theta, cfg.logit_softcap, cfg.post_norm) == ("gemma3_text", theta, 15, 1)
+    for key in ("head_dim", "query_pre_attn_scalar"):  # 256, where they are left out
+        path.write_text(json.dumps({k: v for k, v in values.items() if k != key}))
+        with pytest.raises(UserError, match="query_pre_attn_scalar"):
+            export.read_hf_config(str(path))
 
 
 def test_theta_and_scaling_are_read_in_both_spellings(transformers, cli, tmp_path):
@@ -416,6 +457,13 @@ def test_base_models_without_prefix_and_with_buffers_come_in(transformers, cli, 
     ("llama", dict(hidden_act="gelu"), [], ["hidden_act=gelu", "silu"]),
     ("stablelm", dict(partial_rotary_factor=0.25), [], ["partial_rotary_factor=0.25"]),
     ("gpt_bigcode", dict(multi_query=False), [], ["multi_query=False"]),
+    ("gemma3_text", dict(hidden_activation="gelu_pytorch_tanh"), [], ["hidden_activation=gelu_pytorch_tanh", "silu"]),
+    ("gemma3_text", dict(query_pre_attn_scalar=16), [], ["query_pre_attn_scalar=16", "head_dim=12"]),
+    ("gemma3_text", dict(use_bidirectional_attention=True), [], ["use_bidirectional_attention=True"]),
+    ("gemma3_text", dict(attn_logit_softcapping=50.0), [], ["attn_logit_softcapping=50.0"]),
+    ("gemma3_text", dict(rms_norm_eps=1e-6), [], ["rms_norm_eps=1e-06"]),
+    ("gemma3_text, windows, untied", dict(sliding_window=32), [], ["sliding_window=32", "--block_size=32"]),
+    ("gemma3_text, windows, untied", dict(rope_local_base_freq=400.0), [], ["rotary settings for sliding_attention"]),
     ("gpt2", {}, ["--block_size=65"], ["block_size=65", "64"])])
 def test_what_ours_does_not_compute_is_refused(name, changes, argv, words, transformers, cli, tmp_path):
     foreign(transformers, name, tmp_path / "hf", **changes)
@@ -425,7 +473,8 @@ def test_what_ours_does_not_compute_is_refused(name, changes, argv, words, trans
 
 
 def test_a_shorter_context_makes_windows_and_positions_fit(transformers, cli, tmp_path):
-    for name, changes in (("mistral", dict(sliding_window=40)), ("gpt2", {})):
+    for name, changes in (("mistral", dict(sliding_window=40)), ("gpt2", {}),
+                          ("gemma3_text, windows, untied", dict(sliding_window=40))):
         model = foreign(transformers, name, tmp_path / name, **changes)
         assert cli("export.py", tmp_path / name, f"--out_dir={tmp_path}/in {name}", "--block_size=40")[0] == 0
         ours, cfg, _ = load(str(tmp_path / f"in {name}"), CPU)
