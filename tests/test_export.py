@@ -330,8 +330,8 @@ FOREIGN = {
     "llama": ("LlamaConfig", dict(SHAPE, rms_norm_eps=1e-3, head_dim=12, attention_bias=True)),
     "mistral": ("MistralConfig", dict(SHAPE, sliding_window=4096)),
     "qwen2": ("Qwen2Config", dict(SHAPE, tie_word_embeddings=True)),
-    "gemma3_text": ("Gemma3TextConfig", dict(SHAPE, **HEADS, layer_types=["full_attention"] * 2, rope_theta=500.0,
-                                             final_logit_softcapping=3.0)),
+    "gemma3_text": ("Gemma3TextConfig", dict(SHAPE, **HEADS, layer_types=["full_attention"] * 2, sliding_window=32,
+                                             rope_theta=500.0, final_logit_softcapping=3.0)),
     "gemma3_text, windows, untied": ("Gemma3TextConfig", dict(
         SHAPE, **HEADS, layer_types=["sliding_attention", "full_attention"], sliding_window=64, rope_theta=500.0,
         rope_local_base_freq=500.0, tie_word_embeddings=False)),
