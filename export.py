@@ -565,9 +565,9 @@ def plain_gemma(path, data) -> dict:
         raise UserError(f"{path} has rotary settings {config.shown(rope)}: expected names with values.")
     settings = [{"rope_theta": theta[t], **(rope.get(t) or {})} for t in types]
     if any(other != settings[0] for other in settings):
-        raise UserError(f"{path} has rotary settings for sliding_attention alone: only one for all layers can be "
-                        "computed here.")
-    data = {"head_dim": 256, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
+        raise UserError(f"{path} has rotary settings for sliding_attention that differ from those of full_attention: "
+                        "only one for all layers can be computed here.")
+    data = {"head_dim": 256, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096,
             "hidden_activation": "gelu_pytorch_tanh", **data, "rope_parameters": settings[0]}
     if data["query_pre_attn_scalar"] != data["head_dim"]:
         raise UserError(f"{path} has query_pre_attn_scalar={config.shown(data['query_pre_attn_scalar'])}: only "

@@ -416,9 +416,12 @@ def test_gemmas_settings_are_read_in_both_spellings(tmp_path):
         path.write_text(json.dumps({key: v for key, v in (values | changes).items() if v is not None}))
         name, cfg = export.read_hf_config(str(path))
         assert (name, cfg.rope_theta, cfg.logit_softcap, cfg.post_norm) == ("gemma3_text", theta, 15, 1)
-    for key in ("head_dim", "query_pre_attn_scalar"):  # 256, where they are left out
-        path.write_text(json.dumps({k: v for k, v in values.items() if k != key}))
-        with pytest.raises(UserError, match="query_pre_attn_scalar"):
+    long = values | dict(max_position_embeddings=5000, layer_types=[second] * 2)
+    for key, words in (("head_dim", "query_pre_attn_scalar=8: only head_dim=256"), ("sliding_window", "window=4096"),
+                       ("query_pre_attn_scalar", "query_pre_attn_scalar=256: only head_dim=8"),
+                       ("hidden_activation", "gelu_pytorch_tanh")):  # what transformers takes where they are left out
+        path.write_text(json.dumps({k: v for k, v in long.items() if k != key}))
+        with pytest.raises(UserError, match=words):
             export.read_hf_config(str(path))
 
 
