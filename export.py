@@ -116,6 +116,7 @@ class Family(NamedTuple):
     qkv: tuple
     proj: str
     norm: str
+    post_norms: tuple = ()               # of attention, of FFN
 
 
 class Architecture(NamedTuple):
@@ -134,6 +135,8 @@ LLAMA = Family("rope", False, ("num_hidden_layers", "hidden_size", "num_attentio
                                "intermediate_size", "hidden_act"),
                "model.", "embed_tokens", "layers", "input_layernorm", "post_attention_layernorm",
                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj", "norm")
+GEMMA = LLAMA._replace(sizes=(*LLAMA.sizes[:-1], "hidden_activation"), norm2="pre_feedforward_layernorm",
+                       post_norms=("post_attention_layernorm", "post_feedforward_layernorm"))
 GPT = Family("absolute", True, ("n_layer", "n_embd", "n_head", "n_positions", "n_inner", "activation_function"),
              "transformer.", "wte", "h", "ln_1", "ln_2", ("attn.c_attn",), "attn.c_proj", "ln_f")
 GATED, PLAIN = {"swiglu": "silu"}, {"gelu": "gelu_pytorch_tanh", "relu2": "relu2"}
@@ -144,6 +147,7 @@ ARCHITECTURES = {
     "mistral": Architecture("MistralForCausalLM", LLAMA, "rmsnorm", GATED, GATE_UP, "rms_norm_eps", 1e-6),
     "qwen2": Architecture("Qwen2ForCausalLM", LLAMA, "rmsnorm", GATED, GATE_UP, "rms_norm_eps", 1e-6),
     "qwen3": Architecture("Qwen3ForCausalLM", LLAMA, "rmsnorm", GATED, GATE_UP, "rms_norm_eps", 1e-6),
+    "gemma3_text": Architecture("Gemma3ForCausalLM", GEMMA, "rmsnorm", GATED, GATE_UP, "rms_norm_eps", 1e-6, tied=True),
     "starcoder2": Architecture("Starcoder2ForCausalLM", LLAMA, "layernorm", PLAIN, FC, "norm_epsilon", tied=True),
     "arcee": Architecture("ArceeForCausalLM", LLAMA, "rmsnorm", PLAIN, UP, "rms_norm_eps"),
     "stablelm": Architecture("StableLmForCausalLM", LLAMA, "layernorm", GATED, GATE_UP, "layer_norm_eps"),
@@ -164,23 +168,31 @@ def can_add_heads(cfg):
 
 # What an architecture cannot do, or its reader for some targets: (architectures, targets or "" for all, what must hold
 # of the Config c and the kind of tokenizer t, why). The first of ARCHITECTURES without an obstacle is used.
+QK_NORMED = {"qwen3", "gemma3_text"}
 WHOLE = "needs n_embd to be made up of heads, attn_dim stands in the way"
 LIMITS = (
     ("qwen2", "", lambda c, t: False, "is read only"),
-    (" ".join(ARCHITECTURES.keys() - {"qwen3"}), "", lambda c, t: not c.qk_norm,
+    (" ".join(ARCHITECTURES.keys() - QK_NORMED), "", lambda c, t: not c.qk_norm,
      "norms no queries and keys, qk_norm stands in the way"),
-    ("qwen3", "", lambda c, t: c.qk_norm, "norms queries and keys, qk_norm=0 stands in the way"),
-    ("qwen3", "", lambda c, t: c.norm_eps == 1e-5, "has one epsilon for all norms, which must be norm_eps=1e-05"),
+    (" ".join(ARCHITECTURES.keys() - {"gemma3_text"}), "", lambda c, t: not c.post_norm,
+     "norms before attention and FFN only, post_norm stands in the way"),
+    (" ".join(ARCHITECTURES.keys() - {"gemma3_text"}), "", lambda c, t: not c.logit_softcap,
+     "caps no logits, logit_softcap stands in the way"),
+    ("gemma3_text", "", lambda c, t: c.post_norm, "norms after attention and FFN too, post_norm=0 stands in the way"),
+    (" ".join(QK_NORMED), "", lambda c, t: c.qk_norm, "norms queries and keys, qk_norm=0 stands in the way"),
+    (" ".join(QK_NORMED), "", lambda c, t: c.norm_eps == 1e-5,
+     "has one epsilon for all norms, which must be norm_eps=1e-05"),
     (" ".join(ARCHITECTURES), "", lambda c, t: not (c.embed_norm and c.tie_embeddings),
      "norms no embeddings: embed_norm with tie_embeddings stands in the way"),
-    ("llama arcee", "", lambda c, t: c.n_embd % c.n_head == 0, "needs n_embd to be a multiple of n_head"),
-    ("mistral stablelm qwen3", "", lambda c, t: not c.bias, "has no biases, bias=True stands in the way"),
+    ("llama arcee gemma3_text", "", lambda c, t: c.n_embd % c.n_head == 0, "needs n_embd to be a multiple of n_head"),
+    ("mistral stablelm qwen3 gemma3_text", "", lambda c, t: not c.bias, "has no biases, bias=True stands in the way"),
     ("gpt_bigcode", "", lambda c, t: (c.n_kv_head, c.attn_dim) == (1, c.n_embd), "needs n_kv_head=1, attn_dim=n_embd"),
     ("gpt_bigcode", "vllm gguf", lambda c, t: False, "was not tried there"),
     ("stablelm gpt2", "", lambda c, t: can_add_heads(c), WHOLE),
     ("starcoder2", "vllm gguf", lambda c, t: can_add_heads(c), WHOLE),
     ("starcoder2 gpt2", "gguf", lambda c, t: c.act == "gelu", "computes gelu there, act=relu2 stands in the way"),
     ("arcee", "vllm gguf", lambda c, t: c.act == "relu2", "computes relu2 there, act=gelu stands in the way"),
+    ("gemma3_text", "gguf", lambda c, t: False, "computes gelu there, act=swiglu stands in the way"),
     ("arcee", "gguf", lambda c, t: not c.bias, "has no biases there, bias=True stands in the way"),
     ("stablelm", "gguf", lambda c, t: not c.tie_embeddings, "is untied there, tie_embeddings=True stands in the way"),
     ("gpt2", "gguf", lambda c, t: c.ffn_dim == 4 * c.n_embd, "needs ffn_dim = 4 n_embd there"),
@@ -192,7 +204,8 @@ LIMITS = (
 
 # The switches of Config, down to dropout, that the architectures above express or LIMITS refuses.
 KNOWN = {"n_layer", "n_embd", "n_head", "n_kv_head", "attn_dim", "qk_rank", "ffn_dim", "block_size", "vocab_size",
-         "norm", "act", "pos", "bias", "tie_embeddings", "rope_theta", "norm_eps", "qk_norm", "embed_norm", "init"}
+         "norm", "act", "pos", "bias", "tie_embeddings", "rope_theta", "norm_eps", "qk_norm", "post_norm", "embed_norm",
+         "logit_softcap", "init"}
 
 
 def find_architecture(cfg, target, kind) -> str:
@@ -238,9 +251,14 @@ def hf_config(cfg, name, eos, dtype) -> dict:
         values |= {"n_ctx": cfg.block_size, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
         return values | ({"multi_query": True} if name == "gpt_bigcode" else {})
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
-    biases = {"attention_bias": cfg.bias, "mlp_bias": cfg.bias}
+    biases, every = {"attention_bias": cfg.bias, "mlp_bias": cfg.bias}, ["full_attention"] * cfg.n_layer
     own = {"llama": biases, "arcee": biases, "mistral": {"sliding_window": None},
            "qwen3": {"attention_bias": False, "use_sliding_window": False, "sliding_window": None},
+           "gemma3_text": {"attention_bias": False, "query_pre_attn_scalar": head_size(cfg), "layer_types": every,
+                           "final_logit_softcapping": cfg.logit_softcap or None, "pad_token_id": None,
+                           "sliding_window": cfg.block_size,  # of no layer, but read
+                           "rope_local_base_freq": cfg.rope_theta,
+                           "rope_parameters": {"full_attention": rope, "sliding_attention": rope}},
            "starcoder2": {"use_bias": cfg.bias, "sliding_window": None, "embedding_dropout": 0.0,
                           "residual_dropout": 0.0},
            "stablelm": {"use_qkv_bias": False, "qk_layernorm": False, "use_parallel_residual": False,
@@ -268,6 +286,8 @@ def modules(cfg, name):
         yield f"blocks.{i}.norm2", [theirs + family.norm2], None
         yield f"blocks.{i}.ffn.fc1", [theirs + part for part in arch.ffn[:-1]], [cfg.ffn_dim] * 2
         yield f"blocks.{i}.ffn.fc2", [theirs + arch.ffn[-1]], None
+        for ours, norm in zip(("post_norm1", "post_norm2"), family.post_norms):
+            yield f"blocks.{i}.{ours}", [theirs + norm], None
     yield "norm", [family.root + family.norm], None
     if not cfg.tie_embeddings:
         yield "head", ["lm_head"], None
@@ -324,7 +344,23 @@ def to_hf(weights, cfg, name) -> dict:
         for kind in ("weight", "bias") if biased else ("weight",):
             for module, part in zip(theirs, parts[kind].split(rows) if len(theirs) > 1 else [parts[kind]]):
                 out[f"{module}.{kind}"] = part.T if kind == "weight" and is_turned(ours, name) else part
-    return out
+    return as_gemma(out, cfg) if name == "gemma3_text" else out
+
+
+def as_gemma(tensors, cfg, back=False) -> dict:
+    """Tensors for Gemma's modules, which norm x to x (1 + weight) and multiply embeddings by sqrt(n_embd); or back.
+
+    A tied table is divided by sqrt(n_embd) for the head too. So the last norm is multiplied by it.
+    """
+    scale, new = cfg.n_embd ** 0.5, {}
+    for key, t in tensors.items():
+        if key == GEMMA.root + GEMMA.wte + ".weight":
+            t = t.float() * scale if back else t / scale
+        elif key.endswith("norm.weight"):
+            by = scale if cfg.tie_embeddings and key == f"{GEMMA.root}{GEMMA.norm}.weight" else 1
+            t = (1 + t.float()) / by if back else t * by - 1
+        new[key] = t
+    return new
 
 
 def from_hf(tensors, cfg, name) -> dict:
@@ -491,14 +527,14 @@ def write_hf(folder, model, cfg, saved, s):
 # Settings of config.json without a switch of ours: {name: the value that we compute}. Left out they mean it too.
 ONLY = {"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True, "add_cross_attention": False,
         "multi_query": True, "use_parallel_residual": False, "qk_layernorm": False, "partial_rotary_factor": 1.0,
-        "auto_map": None}
+        "use_bidirectional_attention": False, "attn_logit_softcapping": None, "auto_map": None}
 ACTS = {"silu": "swiglu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu2": "relu2"}
 
 
 def check_hf_config(path, data, name, rope):
     """Refuses what our model does not compute."""
     sizes = (*LLAMA.sizes[:-1], *GPT.sizes[:-1], "vocab_size", "head_dim", "num_key_value_heads", "sliding_window")
-    kinds = dict.fromkeys(sizes, int) | {"hidden_act": str, "activation_function": str}
+    kinds = dict.fromkeys(sizes, int) | {"hidden_act": str, "hidden_activation": str, "activation_function": str}
     for key, kind in kinds.items():
         value = data.get(key)
         if value is not None and (type(value) is not kind or kind is int and value < 1):
@@ -517,12 +553,35 @@ def check_hf_config(path, data, name, rope):
             raise UserError(f"{path} has no {key}: it is not the config.json of a {name} model.")
 
 
+def plain_gemma(path, data) -> dict:
+    """The config.json of a gemma3_text as others are: rotary settings of all layers, no window that no layer has."""
+    types, rope = data.get("layer_types"), data.get("rope_parameters") or data.get("rope_scaling") or {}
+    theta = {"full_attention": data.get("rope_theta", 1e6), "sliding_attention": data.get("rope_local_base_freq", 1e4)}
+    if not isinstance(types, list) or not types or not all(isinstance(t, str) and t in theta for t in types):
+        raise UserError(f"{path} has layer_types={config.shown(types)}: expected a list of {' and '.join(theta)}.")
+    if isinstance(rope, dict) and not rope.keys() & theta.keys():  # as version 4 writes it
+        rope = {"full_attention": rope}
+    if not isinstance(rope, dict) or not all(isinstance(rope.get(t) or {}, dict) for t in types):
+        raise UserError(f"{path} has rotary settings {config.shown(rope)}: expected names with values.")
+    settings = [{"rope_theta": theta[t], **(rope.get(t) or {})} for t in types]
+    if any(other != settings[0] for other in settings):
+        raise UserError(f"{path} has rotary settings for sliding_attention that differ from those of full_attention: "
+                        "only one for all layers can be computed here.")
+    data = {"head_dim": 256, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+            "hidden_activation": "gelu_pytorch_tanh", **data, "rope_parameters": settings[0]}
+    if data["query_pre_attn_scalar"] != data["head_dim"]:
+        raise UserError(f"{path} has query_pre_attn_scalar={config.shown(data['query_pre_attn_scalar'])}: only "
+                        f"head_dim={config.shown(data['head_dim'])} can be computed here.")
+    return data if "sliding_attention" in types else data | {"sliding_window": None}
+
+
 def read_hf_config(path, block_size=0):
     """config.json -> (architecture, Config; whether it has biases, the weights say)."""
     data = config.read_json(path)
     name = data.get("model_type") if isinstance(data, dict) else None
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UserError(f"{path} has model_type={config.shown(name)}: {', '.join(ARCHITECTURES)} are read.")
+    data = plain_gemma(path, data) if name == "gemma3_text" else data
     arch, rope = ARCHITECTURES[name], data.get("rope_parameters") or data.get("rope_scaling") or {}
     check_hf_config(path, data, name, rope)
     n_layer, n_embd, n_head, context, ffn_dim, act = map(data.get, arch.family.sizes)
@@ -542,6 +601,8 @@ def read_hf_config(path, block_size=0):
         norm=arch.norm, pos=arch.family.pos, act=ACTS[act] if act else "gelu",
         norm_eps=data.get(arch.eps, arch.default_eps), tie_embeddings=data.get("tie_word_embeddings", arch.tied),
         rope_theta=rope.get("rope_theta", data.get("rope_theta", 10_000.0)))
+    if name == "gemma3_text":
+        values |= {"post_norm": 1.0, "logit_softcap": data.get("final_logit_softcapping") or 0.0}
     return name, config.from_dict(values, path)
 
 
@@ -594,7 +655,9 @@ def read_hf(folder, block_size=0):
         raise UserError(f"{cfg.tokenizer} has {tokenizer.vocab_size} tokens, the model {cfg.vocab_size}: "
                         "give the tokenizer that belongs to the model.")
     cfg.bias = any(t.any().item() for key, t in tensors.items() if key.endswith(".bias"))
-    if name == "qwen3":
+    if name == "gemma3_text":
+        tensors = as_gemma(tensors, cfg, back=True)
+    if name in QK_NORMED:
         if cfg.norm_eps != 1e-5:
             raise UserError(f"{folder} has {ARCHITECTURES[name].eps}={cfg.norm_eps}: "
                             "here queries and keys are normed with 1e-05.")

@@ -191,6 +191,7 @@ class Block(nn.Module):
         self.a, self.b = (nn.Parameter(torch.empty(())) for _ in range(2)) if cfg.embed_skip else (None, None)
         self.norm1, self.attn = make_norm(cfg), Attention(cfg, layer)
         self.norm2, self.ffn = make_norm(cfg), FFN(cfg, "dense" if layer < cfg.n_dense_layers else cfg.ffn)
+        self.post_norm1, self.post_norm2 = (make_norm(cfg) if cfg.post_norm else None for _ in range(2))
         self.dropout, self.recompute = cfg.dropout, cfg.recompute
         self.wide = cfg.n_hidden if cfg.recompute == "wide" else 0
 
@@ -199,6 +200,8 @@ class Block(nn.Module):
 
             x = x + attn(norm1(x))
             x = x + ffn(norm2(x))
+
+        With post_norm attn's and ffn's outputs are normed before they are added.
 
         The last addition is deferred: ffn's output is returned as `pending`, and the next block adds it. So every
         residual add fuses with the norm that follows it. pending is None before the first block.
@@ -220,10 +223,14 @@ class Block(nn.Module):
     def body(self, x, h, cos, sin, alpha=None, values=None, cache=None, keys=None):
         """x and h = norm1(x) -> x + attn(h), and ffn of its norm, which is still to be added."""
         attended = self.attn(h, cos, sin, values, cache)
+        if self.post_norm1 is not None:
+            attended = add_norm(attended, None, self.post_norm1)[1]
         if keys is not None:
             attended = dropout(attended, self.dropout, keys[0])
         x, h = add_norm(x, attended, self.norm2)
         h = self.ffn(h, alpha)
+        if self.post_norm2 is not None:
+            h = add_norm(h, None, self.post_norm2)[1]
         return x, h if keys is None else dropout(h, self.dropout, keys[1])
 
 
@@ -424,21 +431,23 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """As in the paper: matrices N(0, std^2) with std 0.02, biases 0, norms 1, structured linears their own way.
+        """As in the paper: matrices N(0, std^2) with std 0.02, biases 0, norms 1 (those of post_norm: its value),
+        structured linears their own way.
 
         With init=zero std is 1 / sqrt(n_embd), and init_zero changes some.
         """
         zero = self.cfg.init == "zero"
         std = self.cfg.n_embd ** -0.5 if zero else 0.02
+        small = ".ffn.fc1" if self.cfg.post_norm else ".ffn."
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=std)
             if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-                nn.init.ones_(module.weight)
+                nn.init.constant_(module.weight, self.cfg.post_norm if ".post_norm" in name else 1)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
             if isinstance(module, Structured):
-                module.reset_parameters(0.4 * std if zero and ".ffn." in name else std)
+                module.reset_parameters(0.4 * std if zero and small in name else std)
         if self.smear is not None:
             nn.init.zeros_(self.smear.scale)
         for layer, block in enumerate(self.blocks if self.cfg.embed_skip else ()):
@@ -451,11 +460,16 @@ class GPT(nn.Module):
 
     def init_zero(self):
         """The last matrix or factor of attention and FFN is 0, so a block adds nothing at first; so are the gates, and
-        almost the head: the first loss is log(vocab_size)."""
+        almost the head: the first loss is log(vocab_size).
+
+        With post_norm the last matrices stay random, since a norm of zeros has no direction: at first a block adds
+        vectors of that root mean square.
+        """
         for block in self.blocks:
             fc1, fc2 = block.ffn.fc1, block.ffn.fc2
-            for last in (block.attn.proj.weight, fc2.U if isinstance(fc2, Structured) else fc2.weight):
-                nn.init.zeros_(last)
+            last = block.attn.proj.weight, fc2.U if isinstance(fc2, Structured) else fc2.weight
+            for weight in () if self.cfg.post_norm else last:
+                nn.init.zeros_(weight)
             if not isinstance(fc1, Structured):
                 fc1.weight.mul_(0.4)
             if block.attn.gate is not None:

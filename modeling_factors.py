@@ -9,7 +9,7 @@ class; y = W x + bias of the structured linears ("Building on Efficient Foundati
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import ArceeForCausalLM, GPT2LMHeadModel, GPTBigCodeForCausalLM, LlamaForCausalLM
+from transformers import ArceeForCausalLM, Gemma3ForCausalLM, GPT2LMHeadModel, GPTBigCodeForCausalLM, LlamaForCausalLM
 from transformers import MistralForCausalLM, Qwen3ForCausalLM, StableLmForCausalLM, Starcoder2ForCausalLM
 
 
@@ -63,6 +63,7 @@ def with_factors(stock):
 
 
 ArceeForCausalLMWithFactors = with_factors(ArceeForCausalLM)
+Gemma3ForCausalLMWithFactors = with_factors(Gemma3ForCausalLM)
 GPT2LMHeadModelWithFactors = with_factors(GPT2LMHeadModel)
 GPTBigCodeForCausalLMWithFactors = with_factors(GPTBigCodeForCausalLM)
 LlamaForCausalLMWithFactors = with_factors(LlamaForCausalLM)

@@ -68,6 +68,7 @@ class Config:
     bias: bool = True                    # biases in linears and layer norms (the LM head never has one)
     tie_embeddings: bool = True          # LM head = token embedding
     qk_norm: float = 0.0                 # RMS norm of every head's queries and keys, times this; 0: none
+    post_norm: float = 0.0               # norms after attention and FFN too, whose weights start at this; 0: none
     embed_norm: bool = False             # RMS norm of the token embeddings
     smear: bool = False                  # a token's embedding adds a gated share of the one before it
     embed_skip: bool = False             # before every block x <- a x + b (token embeddings), a and b learned
@@ -141,8 +142,8 @@ class Config:
     @property
     def extras(self) -> list:
         """Names of the parts that the paper's model lacks: the decoding kernels know none of them."""
-        return [name for name in ("qk_norm", "embed_norm", "smear", "embed_skip", "value_embeddings", "logit_softcap")
-                if getattr(self, name)]
+        return [name for name in ("qk_norm", "post_norm", "embed_norm", "smear", "embed_skip", "value_embeddings",
+                                  "logit_softcap") if getattr(self, name)]
 
     @property
     def n_hidden(self) -> int:
@@ -476,8 +477,8 @@ def _check_ranges(cfg):
     for name, most in MOST.items():
         _require(getattr(cfg, name) <= most, f"{name}={getattr(cfg, name)} must be at most {most}.")
     for name in ("n_kv_head", "attn_dim", "qk_rank", "ffn_dim", "vocab_size", "n_dense_layers", "eval_interval",
-                 "save_interval", "grad_clip", "seed", "warmup_steps", "qk_norm", "logit_softcap", "calibrate_tokens",
-                 "teacher_flops"):
+                 "save_interval", "grad_clip", "seed", "warmup_steps", "qk_norm", "post_norm", "logit_softcap",
+                 "calibrate_tokens", "teacher_flops"):
         _require(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)} must not be negative.")
     _require(0 <= cfg.dropout < 1, f"dropout={cfg.dropout} must lie between 0 and below 1.")
     for name in ("min_lr_ratio", "warmup_ratio", "decay_ratio", "distill_share"):

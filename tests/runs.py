@@ -24,7 +24,7 @@ RUNS = {"plain": [],
         # small rates: at large ones such a small model makes differences of rounding grow
         "muon": [*GUIDED, "--optimizer=muon", "--lr=0.002", "--embed_lr=0.09", "--head_lr=0.0025", "--vector_lr=0.0003",
                  "--skip_lr=0.03", "--weight_decay=auto", "--schedule=linear", "--warmup_steps=2",
-                 "--qk_norm=1.2", "--embed_skip=True", "--value_embeddings=True"]}
+                 "--qk_norm=1.2", "--post_norm=0.3", "--embed_skip=True", "--value_embeddings=True"]}
 
 
 def configure(*argv):

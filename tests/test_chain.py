@@ -227,7 +227,8 @@ def test_what_fits():
     factors = meta(**kinds[0])
     assert not chain.fits(factors, 4, 132) and not chain.fits(factors, 65, 132)
     assert not chain.fits(factors.float(), 8, 132)
-    for other in (dict(qk_norm=1.2), dict(n_head=32, attn_dim=1536), dict(n_embd=2056, n_head=8, attn_dim=512)):
+    for other in (dict(qk_norm=1.2), dict(post_norm=0.3), dict(n_head=32, attn_dim=1536),
+                  dict(n_embd=2056, n_head=8, attn_dim=512)):
         assert not chain.fits(meta(**other), 8, 132), other
     for (rows, K, tokens), tiles in chain.TUNED.items():
         assert chain.possible(Stage(None, rows, K, 1, rows), tiles, tokens)

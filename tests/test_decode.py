@@ -34,7 +34,9 @@ MODELS = {
 # The kernels of decoding have none of these parts
 WITH_EXTRAS = {**MODELS, "recipe": dict(
     norm="rmsnorm", act="relu2", bias=False, tie_embeddings=False, qk_norm=1.2, rope_theta=100_000.0, embed_norm=True,
-    smear=True, embed_skip=True, value_embeddings=True, logit_softcap=5.0, ffn="lowrank", rank=16, n_kv_head=2)}
+    smear=True, embed_skip=True, value_embeddings=True, logit_softcap=5.0, ffn="lowrank", rank=16, n_kv_head=2),
+    "post norms": dict(norm="rmsnorm", act="swiglu", bias=False, qk_norm=1.2, post_norm=0.3, logit_softcap=5.0,
+                       ffn="blockshuffle", nblocks=4, n_kv_head=2)}
 
 
 def make(device="cpu", block_size=64, **kw):

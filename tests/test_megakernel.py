@@ -254,8 +254,8 @@ def test_a_compiled_kernel_is_kept(tmp_path, monkeypatch):
     kernels.binary.cache_clear()
 
 
-@pytest.mark.parametrize("part", [dict(qk_norm=1.2), dict(embed_norm=True), dict(logit_softcap=15.0),
-                                  dict(smear=True), dict(embed_skip=True),
+@pytest.mark.parametrize("part", [dict(qk_norm=1.2), dict(post_norm=0.3), dict(embed_norm=True),
+                                  dict(logit_softcap=15.0), dict(smear=True), dict(embed_skip=True),
                                   dict(value_embeddings=True)], ids=str)
 def test_parts_that_no_decoding_kernel_has_are_left_to_plain_torch(part, caplog, monkeypatch):
     can_step = pytest.importorskip("ops.decode").can_step

@@ -106,8 +106,10 @@ def reference_logits(cfg, params, tokens, dense=None):
     for i in range(cfg.n_layer):
         if cfg.embed_skip:
             x = params[f"blocks.{i}.a"] * x + params[f"blocks.{i}.b"] * x0
-        x = x + attention(norm(x, f"blocks.{i}.norm1."), f"blocks.{i}.attn.")
-        x = x + ffn(norm(x, f"blocks.{i}.norm2."), f"blocks.{i}.ffn.")
+        a = attention(norm(x, f"blocks.{i}.norm1."), f"blocks.{i}.attn.")
+        x = x + (norm(a, f"blocks.{i}.post_norm1.") if cfg.post_norm else a)
+        b = ffn(norm(x, f"blocks.{i}.norm2."), f"blocks.{i}.ffn.")
+        x = x + (norm(b, f"blocks.{i}.post_norm2.") if cfg.post_norm else b)
     logits = norm(x, "norm.") @ params["wte.weight" if cfg.tie_embeddings else "head.weight"].T
     return cfg.logit_softcap * torch.tanh(logits / cfg.logit_softcap) if cfg.logit_softcap else logits
 
@@ -136,6 +138,8 @@ SWITCHES = {
     "recipe": RECIPE,
     "recipe in parts": ["--qk_norm=0.7", "--value_embeddings=True", "--n_kv_head=2", "--attn_dim=16",
                         "--rope_theta=500"],
+    "post norms": ["--post_norm=0.3", "--tie_embeddings=False", *STRUCTURES["blockdense"]],
+    "gemma": [*RECIPE, "--post_norm=0.3", "--act=swiglu", "--n_kv_head=2", "--smear=False", *STRUCTURES["lowrank"]],
     "absolute recipe": [*RECIPE, "--pos=absolute", *STRUCTURES["lowrank"]],
     "swiglu shuffle": ["--act=swiglu", "--n_dense_layers=2", "--norm=layernorm", "--bias=False", *STRUCTURES["blockshuffle"]],
 }
@@ -244,7 +248,41 @@ def test_blocks_of_init_zero_add_nothing_at_first_and_then_learn(kind):
         assert p.grad is not None and bool(p.grad.any()) >= last, name
 
 
-@pytest.mark.parametrize("name", ["recipe", "recipe in parts", "absolute recipe"])
+@pytest.mark.parametrize("kind", ["dense", *STRUCTURES])
+def test_blocks_with_post_norms_add_vectors_of_that_size_at_first(kind):
+    shape = ["--n_layer=3", "--n_embd=128", "--n_head=4", "--block_size=16", "--vocab_size=500", *RECIPE,
+             "--embed_skip=False", "--smear=False", "--norm_eps=1e-9", *STRUCTURES.get(kind, [])]
+    gpt, tokens = build(configure(*shape, "--post_norm=0.3"), CPU, seed=5), torch.randint(500, (2, 9))
+    before = None
+    for x, pending in streams(gpt, tokens):
+        for added in () if before is None else (x - before, pending):
+            size = added.square().mean(-1).sqrt()
+            torch.testing.assert_close(size, torch.full_like(size, 0.3), rtol=0.01, atol=0)
+        before = x if pending is None else x + pending
+    for block in gpt.blocks:  # as wide as the others, whatever the structure; fc1 is narrower
+        assert abs(block.attn.proj.weight.std() * 128**0.5 - 1) < 0.02
+        if kind in ("dense", "lowrank"):
+            fc1, fc2 = (torch.linalg.matrix_norm(fc.dense_weight(), 2).item() for fc in (block.ffn.fc1, block.ffn.fc2))
+            assert abs(fc2 / fc1 - 2.5) < 0.3  # both 3 sigma, sigma 0.4 and 1 times 1 / sqrt(128)
+    gpt(tokens, torch.randint(500, (2, 9))).backward()
+    lacking = [name for name, p in gpt.named_parameters() if not p.grad.any()]
+    assert all(name.endswith(".values.weight") for name in lacking), lacking  # their gates begin at 0: see init_zero
+    count, of_plain = (sum(p.numel() for p in m.parameters()) for m in (gpt, GPT(configure(*shape))))
+    assert count - of_plain == 3 * 2 * 128
+
+
+@torch.no_grad()
+def streams(gpt, tokens):
+    """x and pending before the first block and after every block."""
+    (x, values), pending, T = gpt.embed(tokens), None, tokens.size(1)
+    found = [(x, pending)]
+    for block, value in zip(gpt.blocks, values):
+        x, pending = block(x, pending, gpt.cos[:T], gpt.sin[:T], values=value)
+        found.append((x, pending))
+    return found
+
+
+@pytest.mark.parametrize("name", ["recipe", "recipe in parts", "absolute recipe", "post norms", "gemma"])
 def test_decoding_step_by_step_equals_the_forward(name):
     gpt = random_model(tiny(*SWITCHES[name])).eval()
     tokens = torch.randint(61, (2, 9))

@@ -307,13 +307,14 @@ def test_muon_skips_what_is_not_finite(mixed, fused, monkeypatch):
 
 
 def test_every_parameter_has_one_group_and_its_rate():
-    cfg, model = muon_model("--value_embeddings=True", "--embed_skip=True", "--pos=absolute", "--embed_lr=0.3",
-                            "--head_lr=0.008", "--vector_lr=0.005", "--skip_lr=0.5")
+    cfg, model = muon_model("--value_embeddings=True", "--embed_skip=True", "--pos=absolute", "--post_norm=0.3",
+                            "--embed_lr=0.3", "--head_lr=0.008", "--vector_lr=0.005", "--skip_lr=0.5")
     groups, names = optim.muon_groups(model, cfg), {p: n for n, p in model.named_parameters()}
     rate = {names[p]: group["ratio"] * cfg.lr for group in groups for p in group["params"]}
     assert sorted(rate) == sorted(names.values()) and sum(len(g["params"]) for g in groups) == len(names)
     expected = {"wte.weight": 0.3, "wpe.weight": 0.3, "blocks.1.attn.values.weight": 0.15, "head.weight": 0.008,
-                "norm.weight": 0.005, "blocks.0.attn.qkv.bias": 0.005, "blocks.1.attn.gate.weight": 0.005,
+                "norm.weight": 0.005, "blocks.0.post_norm2.weight": 0.005,
+                "blocks.0.attn.qkv.bias": 0.005, "blocks.1.attn.gate.weight": 0.005,
                 "blocks.0.a": 0.005, "blocks.0.b": 0.5, "blocks.0.attn.qkv.weight": 0.01,
                 "blocks.0.ffn.fc2.weight": 0.01}
     assert {n: rate[n] for n in expected} == pytest.approx(expected)
