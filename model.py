@@ -20,7 +20,7 @@ import config
 from config import Config, UserError
 from device import ShapesOnly, on_meta
 from checkpoint import read_model
-from structured import Dense, FactoredQKV, Structured, linear
+from structured import Dense, FactoredQKV, Structured, linear, linear_gelu
 
 # Fused kernels: without the folder all of the model is plain torch.
 ops = importlib.import_module("ops") if importlib.util.find_spec("ops") else SimpleNamespace(ON=False)
@@ -127,13 +127,12 @@ class FFN(nn.Module):
     def forward(self, x, alpha=None):
         if alpha is None and self.kernels and ops.ON and ops.can_ffn(x, self.fc1, self.fc2, self.act):
             return ops.fused_ffn(x, self.fc1, self.fc2, self.act, self.recompute)
-        h = self.fc1(x, alpha)
         if self.act == "gelu":
-            h = F.gelu(h, approximate="tanh")
+            h = linear_gelu(self.fc1, x, alpha)
         elif self.act == "relu2":
-            h = F.relu(h).square()
+            h = F.relu(self.fc1(x, alpha)).square()
         else:
-            gate, value = h.chunk(2, dim=-1)
+            gate, value = self.fc1(x, alpha).chunk(2, dim=-1)
             h = F.silu(gate) * value
         return self.fc2(h, alpha)
 
