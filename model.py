@@ -226,21 +226,27 @@ class Cache:
     layers: of each layer k and v (B, n_kv_head, length, head_size). position (B,): the tokens that each row holds.
     newest (B,): the last of them, for smear.
     seen: a step reads the first `seen` places only. The host sets it, knowing that no row holds more.
+    spare: more rows of k and v, after the B that take part in steps; `every` (n_layer, 2, B + spare, ...) holds them.
     """
 
-    def __init__(self, cfg, batch, length, device, dtype):
-        shape = batch, cfg.n_kv_head, length, cfg.attn_dim // cfg.n_head
-        self.layers = [tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-                       for _ in range(cfg.n_layer)]
+    def __init__(self, cfg, batch, length, device, dtype, spare=0):
+        shape = cfg.n_layer, 2, batch + spare, cfg.n_kv_head, length, cfg.attn_dim // cfg.n_head
+        self.every = torch.zeros(shape, device=device, dtype=dtype)
+        self.layers = [(k[:batch], v[:batch]) for k, v in self.every]
         self.position, self.newest = torch.zeros(2, batch, device=device, dtype=torch.long)
         self.index = torch.arange(batch, device=device)
         self.length = self.seen = length
 
     def rows(self, index):
-        """The same buffers, for prompts that go to the rows index (n,). A CUDA graph reads index anew each time."""
+        """All buffers, for prompts that go to the rows index (n,). A CUDA graph reads index anew each time."""
         view = copy.copy(self)
+        view.layers = [(k, v) for k, v in self.every]
         view.index, view.position, view.newest = index, torch.zeros_like(index), torch.zeros_like(index)
         return view
+
+    def move(self, source, to, tokens):
+        """The first `tokens` keys and values of one row to another row."""
+        self.every[:, :, to, :, :tokens] = self.every[:, :, source, :, :tokens]
 
     def mask(self):
         """(B, 1, 1, seen), added to the scores of a step: a row sees its own tokens and the new one."""
