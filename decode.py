@@ -275,13 +275,15 @@ class Decoder:
     @torch.no_grad()
     def run(self, rows, chunk=CHUNK):
         """Continues rows, `batch` at a time; where one ends, the next begins. Yields [(row, its latest tokens)] after
-        the first step and then every `chunk` steps, or sooner. Of every 4 x batch rows the longest prompts begin first.
+        the first step and then every `chunk` steps, or sooner. Of every 4 x batch rows, or 8 x AHEAD if that is more,
+        the longest prompts begin first.
 
         With CUDA graphs a chunk is launched before the tokens of the one before are read: the device does not wait for
         the host. So an EOS is seen one chunk late. Ends by length are known beforehand.
         """
         places, stored, launched, steps, ahead = [None] * len(self.key), deque(), deque(), 1, 0
-        window = 4 * len(places)  # prompts that are stored together are of like length; a text waits for few others
+        # of many prompts some are of like length, and those are stored together; yet a text waits for few others
+        window = max(4 * len(places), 8 * self.spare)
         waiting = deque(row for i in range(0, len(rows), window)
                         for row in sorted(rows[i:i + window], key=lambda row: -len(row.prompt)))
         while True:

@@ -136,10 +136,11 @@ def test_factors_merged_auto_and_graphs_give_the_same_greedy_text(name, device, 
 
 def test_prompts_in_slices_and_a_half_full_batch(monkeypatch):
     model = prepare_model(make(ffn="lowrank", rank=16), "structured", torch.float32)
-    prompts = prompts_of([9, 3, 12, 5, 20])
+    prompts = prompts_of([9, 3, 12, 5, 20, 2])
     one_by_one = [texts(model, [p], settings(), 1)[0] for p in prompts]
     monkeypatch.setattr(decode, "PREFILL", 25)
     assert texts(model, prompts, settings(), 3) == one_by_one
+    assert texts(model, prompts[-1:], settings(), 3) == one_by_one[-1:]  # one token to store, which is no decode step
 
 
 def test_a_step_looks_at_few_places_and_at_all_that_count():
@@ -426,10 +427,21 @@ def test_as_many_prompts_are_stored_ahead_as_a_forward_holds(monkeypatch):
     model, groups = prepare_model(make(n_layer=1), "structured", torch.float32), []
     monkeypatch.setattr(decode, "PREFILL", 100)
     decoder = Decoder(model, settings(max_new_tokens=2), 2, 64)
-    decoder.store = lambda part, width, store=decoder.store: (groups.append(len(part)), store(part, width))
+    decoder.prefill = lambda changes, prefill=decoder.prefill: (
+        groups.append(sum(row is not None and row.at < 0 for row in changes.values())), prefill(changes))
     for _ in decoder.run([Row(p) for p in prompts_of([60, 60, 33, 33, 33, 25, 25, 25] + 4 * [20])]):
         pass
-    assert groups == [1, 1, 3, 4, 3]  # places take two at least; of 33 fit 3, of 25 4, of 20 5
+    assert [n for n in groups if n] == [2, 3, 4, 3]  # two places are free; of 33 tokens fit 3 prompts, of 25 4
+
+
+def test_prompts_that_are_stored_together_are_of_like_length():
+    model, parts = prepare_model(make(n_layer=1), "structured", torch.float32), []
+    decoder = Decoder(model, settings(max_new_tokens=2), 2, 64)
+    decoder.store = lambda part, width, store=decoder.store: (parts.append([len(tokens) for tokens, _ in part]),
+                                                              store(part, width))
+    for _ in decoder.run([Row(p) for p in prompts_of([2 + i * 7 % 60 for i in range(150)])]):
+        pass
+    assert sum(parts, []) == sorted(sum(parts, []), reverse=True) and len(parts) == 5
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -447,7 +459,8 @@ def test_a_place_is_taken_after_the_last_step_of_its_row(graphs, fake_graphs):
         assert [(at, new) for at, new in began if new] == expected
 
 
-def test_the_longest_of_a_window_begin_first():
+def test_the_longest_of_a_window_begin_first(monkeypatch):
+    monkeypatch.setattr(decode, "AHEAD", 1)
     model = prepare_model(make(n_layer=1), "structured", torch.float32)
     decoder, began = Decoder(model, settings(max_new_tokens=2), 2, 64), []
     decoder.append = lambda row, *given, call=decoder.append: (began.append(row), call(row, *given))[1]
