@@ -118,7 +118,7 @@ BUCKETS = 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048  # lengths 
 GRAPH_PROMPTS = 8  # most prompts in such a graph
 CHUNK = 8  # steps between two looks at the new tokens
 CHUNK_WHILE_WAITING = 2  # the same while prompts wait, since a row that has ended keeps its place until then
-AHEAD = 32  # most prompts that are stored before places are free for them, so that a forward has many
+AHEAD = 32  # most prompts that are stored before places are free for them, two for each place: so a forward has many
 
 
 @dataclass
@@ -152,7 +152,7 @@ class Decoder:
                             f"free: the largest that fits is {fits}.")
         self.model, self.s, self.eos, self.n_tokens = model, s, eos, n_tokens or cfg.vocab_size
         self.graphs = device.type == "cuda" if graphs is None else graphs
-        self.spare = min(AHEAD, fits - batch) if batch > 1 else 0
+        self.spare = min(AHEAD, 2 * batch, fits - batch)
         self.cache = Cache(cfg, batch, length, device, weight.dtype, self.spare)
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)                 # the newest of every row
         self.key = torch.zeros(batch, dtype=torch.long, device=device)
@@ -275,8 +275,8 @@ class Decoder:
     @torch.no_grad()
     def run(self, rows, chunk=CHUNK):
         """Continues rows, `batch` at a time; where one ends, the next begins. Yields [(row, its latest tokens)] after
-        the first step and then every `chunk` steps, or sooner. Of every 4 x batch rows, or 8 x AHEAD if that is more,
-        the longest prompts begin first.
+        the first step and then every `chunk` steps, or sooner. Of every 16 x batch rows (4 x in large batches) the
+        longest prompts begin first.
 
         With CUDA graphs a chunk is launched before the tokens of the one before are read: the device does not wait for
         the host. So an EOS is seen one chunk late. Ends by length are known beforehand.

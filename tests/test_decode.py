@@ -395,7 +395,7 @@ def test_rows_that_end_are_replaced_and_no_text_changes(how, graphs, batch, chun
         assert len(fake_graphs) == len(decoder.recorded) + sum(map(bool, decoder.prefills.values()))
 
 
-@pytest.mark.parametrize("batch, ahead", [(2, 12), (8, 5), (8, 0), (16, 16), (1, 0)])
+@pytest.mark.parametrize("batch, ahead", [(2, 4), (8, 5), (8, 0), (16, 16), (1, 2)])
 @pytest.mark.parametrize("graphs", [False, True])
 def test_prompts_are_stored_ahead_of_free_places(batch, ahead, graphs, fake_graphs, monkeypatch):
     """Texts of different lengths leave their places one by one. None changes, whatever group its prompt is in."""
@@ -436,10 +436,10 @@ def test_as_many_prompts_are_stored_ahead_as_a_forward_holds(monkeypatch):
 
 def test_prompts_that_are_stored_together_are_of_like_length():
     model, parts = prepare_model(make(n_layer=1), "structured", torch.float32), []
-    decoder = Decoder(model, settings(max_new_tokens=2), 2, 64)
+    decoder = Decoder(model, settings(max_new_tokens=2), 4, 64)
     decoder.store = lambda part, width, store=decoder.store: (parts.append([len(tokens) for tokens, _ in part]),
                                                               store(part, width))
-    for _ in decoder.run([Row(p) for p in prompts_of([2 + i * 7 % 60 for i in range(150)])]):
+    for _ in decoder.run([Row(p) for p in prompts_of([2 + i * 7 % 60 for i in range(60)])]):
         pass
     assert sum(parts, []) == sorted(sum(parts, []), reverse=True) and len(parts) == 5
 
@@ -517,7 +517,7 @@ def test_on_a_card_graphs_of_prompts_and_steps_serve_every_row(how, batch, fused
             pass
         assert [(row.new, row.finish) for row in again] == [(row.new, row.finish) for row in alone]
     prefills = {shape: graph for shape, graph in decoder.prefills.items() if graph}
-    assert any(n > 1 for n, _ in prefills) == (batch > 1)
+    assert any(n > 1 for n, _ in prefills)
     assert all(isinstance(graph, torch.cuda.CUDAGraph) for graph in (*prefills.values(), *decoder.recorded.values()))
     assert decoder.ignores_seen is fused and (type(decoder.forward).__name__ == "Step") == (batch <= 4)
 
@@ -640,7 +640,7 @@ def test_batch_beyond_memory_names_the_largest(monkeypatch):
     with pytest.raises(UserError, match=f"largest that fits is {fits}"):
         Decoder(model, settings(), fits + 1, 64)
     # rows of prompts that are stored ahead take what is left
-    assert [Decoder(model, settings(), batch, 64).spare for batch in (fits, fits - 3, 2, 1)] == [0, 3, 32, 0]
+    assert [Decoder(model, settings(), batch, 64).spare for batch in (fits, fits - 3, 16, 1)] == [0, 3, 32, 2]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
