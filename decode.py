@@ -118,7 +118,7 @@ BUCKETS = 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048  # lengths 
 GRAPH_PROMPTS = 8  # most prompts in such a graph
 CHUNK = 8  # steps between two looks at the new tokens
 CHUNK_WHILE_WAITING = 2  # the same while prompts wait, since a row that has ended keeps its place until then
-AHEAD = 32  # most prompts that are stored before places are free for them, two for each place: so a forward has many
+AHEAD = 32  # most prompts that are stored ahead of free places, in spare rows of the cache; at most two for each place
 
 
 @dataclass
@@ -295,14 +295,13 @@ class Decoder:
                 launched.append(self.launch(places, min(steps, left)))
             if not left or len(launched) > ahead:
                 yield self.read(*launched.popleft())
-            steps = min(chunk, CHUNK_WHILE_WAITING) if stored or waiting else chunk
-            ahead = int(self.graphs)
+            steps, ahead = min(chunk, CHUNK_WHILE_WAITING) if stored or waiting else chunk, int(self.graphs)
 
     def refill(self, places, stored, waiting):
         """Rows that have ended leave their places [Row or None] to those of `stored`, then to those of `waiting`.
 
-        No row goes on during a forward of prompts, and one with many tokens takes half the time for each that one with
-        few does. So it also stores prompts for which no place is free. Their rows begin when one is, at a copy's cost.
+        No row goes on during a forward of prompts, and a large forward takes about half as long for each token as a
+        small one. So prompts are also stored in spare rows, ahead of free places, and move to a place at a copy's cost.
         """
         changes, now = {}, time.perf_counter()
         for i, row in enumerate(places):
