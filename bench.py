@@ -536,8 +536,9 @@ def serve_row(model, cfg, kind, launch, batch, table, settings):
     """Times prompts of 16 to 512 tokens, refilled and in static batches; returns the tokens/s of the former.
 
     Each new token is drawn evenly from 256, of which one ends the text. cold: the very first run, which records
-    graphs. steady: tokens/s of a full batch that no text leaves, after its prompts. Its rows hold `cached` tokens on
-    average, as a text does at its steps. So of_steady counts prompts, empty places and steps past an end as losses.
+    graphs. steady: tokens/s of a full batch that no text leaves, after its prompts. Its rows are of one length, and
+    hold `cached` tokens on average, as a text does at its steps. So of_steady counts as losses: prompts, steps past an
+    end, steps that wait for the longest row, and empty places, most of which are those of the last texts.
     """
     fresh(model.head.weight.device)
     torch.manual_seed(cfg.seed)  # the same prompts for all rows

@@ -70,7 +70,7 @@ def sample_token(logits, s, draw=None):
 # Memory
 
 PREFILL = 8192  # most prompt tokens in one forward, padding included: enough to fill a large GPU
-GRAPHED = 4096  # most in a CUDA graph; more fill the device while their kernels are launched
+GRAPHED = 4096  # most that go as CUDA graphs; more fill the device while their kernels are launched
 
 
 def token_bytes(cfg, dtype) -> int:
@@ -118,6 +118,7 @@ BUCKETS = 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048  # lengths 
 GRAPH_PROMPTS = 8  # most prompts in such a graph
 CHUNK = 8  # steps between two looks at the new tokens
 CHUNK_WHILE_WAITING = 2  # the same while prompts wait, since a row that has ended keeps its place until then
+AHEAD = 32  # most prompts that are stored ahead of free places, in spare rows of the cache; at most two for each place
 
 
 @dataclass
@@ -127,10 +128,11 @@ class Row:
     key: int = 0
     new: list = field(default_factory=list)
     finish: str = ""                     # eos | length (max_new_tokens) | context (block_size)
-    seconds: float = 0.0                 # from the start of its prefill to its end
+    seconds: float = 0.0                 # from when it takes its place to its end
     began: float = 0.0
     limit: int = 0                       # new tokens at most
     steps: int = 0                       # steps launched so far; the host reads their tokens later
+    at: int = -1                         # the row of the cache that holds its prompt
 
 
 class Decoder:
@@ -150,7 +152,8 @@ class Decoder:
                             f"free: the largest that fits is {fits}.")
         self.model, self.s, self.eos, self.n_tokens = model, s, eos, n_tokens or cfg.vocab_size
         self.graphs = device.type == "cuda" if graphs is None else graphs
-        self.cache = Cache(cfg, batch, length, device, weight.dtype)
+        self.spare = min(AHEAD, 2 * batch, fits - batch)
+        self.cache = Cache(cfg, batch, length, device, weight.dtype, self.spare)
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)                 # the newest of every row
         self.key = torch.zeros(batch, dtype=torch.long, device=device)
         self.new = torch.zeros(batch, length + 1, dtype=torch.long, device=device)          # those of the latest chunk
@@ -217,23 +220,29 @@ class Decoder:
     # Prompts
 
     def prefill(self, changes):
-        """changes {place in the batch: the Row that begins there, or None}.
+        """changes {row of the cache: the Row that begins there, or None}; the rows after the places are spare.
 
         All tokens of a prompt but the last are stored; the next step reads the last one with those of the other rows.
         An empty place takes part in the steps as a row of one token, so that its attention costs nothing.
         """
-        state = []  # of each place: token, position, newest, key
-        for row in changes.values():
-            *stored, token = row.prompt if row else [0]
-            state.append((token, len(stored), stored[-1] if stored else 0, row.key if row else 0))
-        index, *values = self.upload([list(changes), *zip(*state)])
+        state, prompts = {}, []  # state: of each place token, position, newest, key
+        for i, row in changes.items():
+            *tokens, last = row.prompt if row else [0]
+            if i < len(self.key):
+                state[i] = last, len(tokens), tokens[-1] if tokens else 0, row.key if row else 0
+            if row and row.at >= 0:
+                self.cache.move(row.at, i, len(tokens))
+            elif tokens:
+                prompts.append((tokens, i))
+            if row:
+                row.at = i
+        index, *values = self.upload([list(state), *zip(*state.values())])
         for tensor, value in zip((self.token[:, 0], self.cache.position, self.cache.newest, self.key), values):
             tensor.index_copy_(0, index, value)
-        prompts = [(row.prompt[:-1], i) for i, row in changes.items() if row and len(row.prompt) > 1]
         prompts.sort(key=lambda prompt: -len(prompt[0]))  # neighbours are of like length, so little is padded
         while prompts:
             longest, width = len(prompts[0][0]), 0
-            if self.graphs and len(prompts) <= 2 * GRAPH_PROMPTS:
+            if self.graphs and sum(len(tokens) for tokens, _ in prompts) <= GRAPHED:
                 width = min((width for width in self.widths if width >= longest), default=0)
             n = max(1, min(GRAPH_PROMPTS, GRAPHED // width) if width else PREFILL // longest)
             self.store(prompts[:n], width)
@@ -266,18 +275,19 @@ class Decoder:
     @torch.no_grad()
     def run(self, rows, chunk=CHUNK):
         """Continues rows, `batch` at a time; where one ends, the next begins. Yields [(row, its latest tokens)] after
-        the first step and then every `chunk` steps, or sooner. Of every 4 x batch rows the longest prompts begin first.
+        the first step and then every `chunk` steps, or sooner. Of every 16 x batch rows (4 x in large batches) the
+        longest prompts begin first.
 
         With CUDA graphs a chunk is launched before the tokens of the one before are read: the device does not wait for
         the host. So an EOS is seen one chunk late. Ends by length are known beforehand.
         """
-        places, launched, steps, ahead = [None] * len(self.key), deque(), 1, 0
-        window = 4 * len(places)  # prompts that begin together are of like length; a text waits for few others
+        places, stored, launched, steps, ahead = [None] * len(self.key), deque(), deque(), 1, 0
+        # of many prompts some are of like length, and those are stored together; yet a text waits for few others
+        window = max(4 * len(places), 8 * self.spare)
         waiting = deque(row for i in range(0, len(rows), window)
                         for row in sorted(rows[i:i + window], key=lambda row: -len(row.prompt)))
-        soon = min(chunk, max(CHUNK_WHILE_WAITING, len(places) // 32))  # a large batch collects prompts for one forward
         while True:
-            self.refill(places, waiting)
+            self.refill(places, stored, waiting)
             left = max((row.limit - row.steps for row in places if row), default=0)
             if not left and not launched:
                 return
@@ -285,24 +295,28 @@ class Decoder:
                 launched.append(self.launch(places, min(steps, left)))
             if not left or len(launched) > ahead:
                 yield self.read(*launched.popleft())
-            steps, ahead = soon if waiting else chunk, int(self.graphs)
+            steps, ahead = min(chunk, CHUNK_WHILE_WAITING) if stored or waiting else chunk, int(self.graphs)
 
-    def refill(self, places, waiting):
-        """Rows that have ended leave their places [Row or None] to those that wait, when a few places are free.
+    def refill(self, places, stored, waiting):
+        """Rows that have ended leave their places [Row or None] to those of `stored`, then to those of `waiting`.
 
-        A prefill of one prompt takes about as long as one of two or four, and meanwhile no row goes on. In a small
-        batch an empty place would lose more than that saves.
+        No row goes on during a forward of prompts, and a large forward takes about half as long for each token as a
+        small one. So prompts are also stored in spare rows, ahead of free places, and move to a place at a copy's cost.
         """
         changes, now = {}, time.perf_counter()
         for i, row in enumerate(places):
             if row and (row.finish or row.steps == row.limit):
                 places[i] = changes[i] = None
         free = [i for i, row in enumerate(places) if row is None]
-        if len(free) >= min(max(1, min(4, len(places) // 8)), len(waiting)):
-            for i in free[:len(waiting)]:
-                places[i] = changes[i] = new = waiting.popleft()
-                new.limit = min(self.s.max_new_tokens, self.model.cfg.block_size - len(new.prompt))
-                new.began = now
+        new = len(free) - len(stored)
+        if new > 0 and waiting:
+            new = max(new, min(new + self.spare, PREFILL // len(waiting[0].prompt)))
+            stored.extend(waiting.popleft() for _ in range(min(new, len(waiting))))
+        for i in free[:len(stored)]:
+            places[i] = changes[i] = row = stored.popleft()
+            row.limit = min(self.s.max_new_tokens, self.model.cfg.block_size - len(row.prompt))
+            row.began = now
+        changes |= {len(places) + i: row for i, row in enumerate(stored) if row.at < 0}
         if changes:
             self.prefill(changes)
 

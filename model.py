@@ -20,7 +20,7 @@ import config
 from config import Config, UserError
 from device import ShapesOnly, on_meta
 from checkpoint import read_model
-from structured import Dense, FactoredQKV, Structured, linear
+from structured import Dense, FactoredQKV, Structured, linear, linear_gelu
 
 # Fused kernels: without the folder all of the model is plain torch.
 ops = importlib.import_module("ops") if importlib.util.find_spec("ops") else SimpleNamespace(ON=False)
@@ -135,13 +135,12 @@ class FFN(nn.Module):
     def forward(self, x, alpha=None):
         if alpha is None and self.kernels and ops.ON and ops.can_ffn(x, self.fc1, self.fc2, self.act):
             return ops.fused_ffn(x, self.fc1, self.fc2, self.act, self.recompute)
-        h = self.fc1(x, alpha)
         if self.act == "gelu":
-            h = F.gelu(h, approximate="tanh")
+            h = linear_gelu(self.fc1, x, alpha)
         elif self.act == "relu2":
-            h = F.relu(h).square()
+            h = F.relu(self.fc1(x, alpha)).square()
         else:
-            gate, value = h.chunk(2, dim=-1)
+            gate, value = self.fc1(x, alpha).chunk(2, dim=-1)
             h = F.silu(gate) * value
         return self.fc2(h, alpha)
 
@@ -243,21 +242,27 @@ class Cache:
     layers: of each layer k and v (B, n_kv_head, length, head_size). position (B,): the tokens that each row holds.
     newest (B,): the last of them, for smear.
     seen: a step reads the first `seen` places only. The host sets it, knowing that no row holds more.
+    spare: more rows of k and v, after the B that take part in steps; `every` (n_layer, 2, B + spare, ...) holds them.
     """
 
-    def __init__(self, cfg, batch, length, device, dtype):
-        shape = batch, cfg.n_kv_head, length, cfg.attn_dim // cfg.n_head
-        self.layers = [tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-                       for _ in range(cfg.n_layer)]
+    def __init__(self, cfg, batch, length, device, dtype, spare=0):
+        shape = cfg.n_layer, 2, batch + spare, cfg.n_kv_head, length, cfg.attn_dim // cfg.n_head
+        self.every = torch.zeros(shape, device=device, dtype=dtype)
+        self.layers = [(k[:batch], v[:batch]) for k, v in self.every]
         self.position, self.newest = torch.zeros(2, batch, device=device, dtype=torch.long)
         self.index = torch.arange(batch, device=device)
         self.length = self.seen = length
 
     def rows(self, index):
-        """The same buffers, for prompts that go to the rows index (n,). A CUDA graph reads index anew each time."""
+        """All buffers, for prompts that go to the rows index (n,). A CUDA graph reads index anew each time."""
         view = copy.copy(self)
+        view.layers = [(k, v) for k, v in self.every]
         view.index, view.position, view.newest = index, torch.zeros_like(index), torch.zeros_like(index)
         return view
+
+    def move(self, source, to, tokens):
+        """The first `tokens` keys and values of one row to another row."""
+        self.every[:, :, to, :, :tokens] = self.every[:, :, source, :, :tokens]
 
     def mask(self):
         """(B, 1, 1, seen), added to the scores of a step: a row sees its own tokens and the new one."""

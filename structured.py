@@ -78,6 +78,9 @@ class Dense(nn.Linear):
         assert alpha is None, "a dense linear has no guide"
         return super().forward(x)
 
+    def last_product(self, x):
+        return x, self.weight, self.bias
+
     def dense_weight(self):
         return self.weight
 
@@ -156,8 +159,12 @@ class LowRank(Structured):
         self.U.copy_(U)
         self.V.copy_(V)
 
+    def last_product(self, x):
+        """x, weight and bias of the product that comes last."""
+        return F.linear(x, self.V), self.U, self.bias
+
     def factors(self, x):
-        return F.linear(F.linear(x, self.V), self.U, self.bias)
+        return F.linear(*self.last_product(x))
 
     def dense_weight(self):
         """D = U V (M, N)."""
@@ -213,10 +220,14 @@ class BlockDense(Structured):
         for matrix in (*self.V, self.U):
             nn.init.orthogonal_(matrix)
 
-    def factors(self, x):
+    def last_product(self, x):
+        """x, weight and bias of the product that comes last."""
         B, r, p = self.V.shape
         t = block_linear(x.reshape(-1, B, p), self.V)                                  # (T, B, r)
-        return F.linear(t.view(*x.shape[:-1], B * r), self.U, self.bias)
+        return t.view(*x.shape[:-1], B * r), self.U, self.bias
+
+    def factors(self, x):
+        return F.linear(*self.last_product(x))
 
     def dense_weight(self):
         """D (M, N): block b of its columns is U's block b of columns times V[b]."""
@@ -263,7 +274,7 @@ def linear(ffn, in_features, out_features, rank=0, nblocks=0, bias=True):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Factors beside their dense equivalent
+# Factors beside their dense equivalent; a linear with gelu
 
 class FactorsOrMerged(nn.Module):
     """A structured linear beside its dense equivalent; the table `speeds` (merge.SpeedTable) decides per call."""
@@ -282,6 +293,25 @@ class FactorsOrMerged(nn.Module):
 def active_linear(module, tokens):
     """The linear to use for this many tokens: of a FactorsOrMerged the faster one, else the module itself."""
     return module.active(tokens) if isinstance(module, FactorsOrMerged) else module
+
+
+def can_fuse_gelu(x, linear) -> bool:
+    """Whether `linear_gelu` has no pass of its own for gelu: for bf16 without gradients, of which it keeps nothing."""
+    return (x.is_cuda and x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and linear.bias is not None
+            and linear.bias.dtype == x.dtype and hasattr(linear, "last_product"))
+
+
+def linear_gelu(linear, x, alpha=None):
+    """gelu(linear(x)), the form with tanh, x (..., N) -> (..., M). The last product applies it where that is possible.
+
+    There gelu reads float32 sums. By itself it reads what was rounded to bf16.
+    """
+    linear = active_linear(linear, x.numel() // x.size(-1))
+    if alpha is not None or not can_fuse_gelu(x, linear):
+        return F.gelu(linear(x, alpha), approximate="tanh")
+    x, weight, bias = linear.last_product(x)
+    y = torch._addmm_activation(bias, x.flatten(0, -2), weight.T, use_gelu=True)  # on CUDA with tanh, on a CPU with erf
+    return y.view(*x.shape[:-1], -1)                                                   # (..., M)
 
 
 def shape_of(linear) -> str:

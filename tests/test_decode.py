@@ -138,10 +138,11 @@ def test_factors_merged_auto_and_graphs_give_the_same_greedy_text(name, device, 
 
 def test_prompts_in_slices_and_a_half_full_batch(monkeypatch):
     model = prepare_model(make(ffn="lowrank", rank=16), "structured", torch.float32)
-    prompts = prompts_of([9, 3, 12, 5, 20])
+    prompts = prompts_of([9, 3, 12, 5, 20, 2])
     one_by_one = [texts(model, [p], settings(), 1)[0] for p in prompts]
     monkeypatch.setattr(decode, "PREFILL", 25)
     assert texts(model, prompts, settings(), 3) == one_by_one
+    assert texts(model, prompts[-1:], settings(), 3) == one_by_one[-1:]  # one token to store, which is no decode step
 
 
 def test_a_step_looks_at_few_places_and_at_all_that_count():
@@ -354,7 +355,7 @@ def test_prompts_in_half_precision_take_the_kernels_of_training(name, monkeypatc
 
 
 def test_the_shapes_of_prefills(fake_graphs, monkeypatch):
-    """Graphs take 8 prompts and GRAPHED tokens; longer prompts and many at a time are padded to the longest only."""
+    """Graphs take 8 prompts and GRAPHED tokens; longer prompts and more tokens are padded to the longest only."""
     monkeypatch.setattr(decode, "BUCKETS", (8, 16))
     monkeypatch.setattr(decode, "GRAPHED", 64)
     monkeypatch.setattr(decode, "PREFILL", 90)
@@ -365,7 +366,7 @@ def test_the_shapes_of_prefills(fake_graphs, monkeypatch):
     for lengths, expected in (([18, 17], [(2, 17)]), ([3, 2, 9, 1, 4, 6], [(5, 8)]), ([2], [(1, 8)]), ([1], []),
                               ([4] * 6 + [9] * 5, [(8, 8), (3, 8)]), ([17, 4, 5, 15, 16, 3], [(4, 16), (2, 8)]),
                               ([18, 3], [(2, 17)]), ([60, 3], [(1, 59), (1, 8)]), ([7] * 17, [(15, 6), (2, 8)]),
-                              ([2] * 17, [(17, 2)])):
+                              ([2] * 11, [(8, 8), (3, 8)]), ([9] * 9, [(9, 8)])):
         shapes.clear()
         decoder = Decoder(model, settings(), len(lengths), 64, graphs=True)
         decoder.prefill({i: Row(p) for i, p in enumerate(prompts_of(lengths))})
@@ -396,47 +397,72 @@ def test_rows_that_end_are_replaced_and_no_text_changes(how, graphs, batch, chun
         assert len(fake_graphs) == len(decoder.recorded) + sum(map(bool, decoder.prefills.values()))
 
 
-@pytest.mark.parametrize("batch, few", [(8, 1), (16, 2), (24, 3), (40, 4)])
+@pytest.mark.parametrize("batch, ahead", [(2, 4), (8, 5), (8, 0), (16, 16), (1, 2)])
 @pytest.mark.parametrize("graphs", [False, True])
-def test_prompts_begin_a_few_at_a_time(batch, few, graphs, fake_graphs, monkeypatch):
+def test_prompts_are_stored_ahead_of_free_places(batch, ahead, graphs, fake_graphs, monkeypatch):
     """Texts of different lengths leave their places one by one. None changes, whatever group its prompt is in."""
-    model = prepare_model(make(n_layer=1, ffn="lowrank", rank=16), "structured", torch.float32)
+    model = prepare_model(make(n_layer=2, ffn="lowrank", rank=16), "structured", torch.float32)
     s, ends = settings(max_new_tokens=40, temperature=1.5), dict(eos=3, n_tokens=24)
-    prompts = prompts_of(torch.randint(1, 50, (3 * batch - 1,), generator=torch.Generator().manual_seed(5)).tolist())
+    prompts = prompts_of(torch.randint(2, 50, (3 * batch + 21,), generator=torch.Generator().manual_seed(5)).tolist())
     alone = [serve(model, [p], s, 1, graphs=False, **ends)[1][0].new for p in prompts]
-    began, prefill = [], Decoder.prefill
+    monkeypatch.setattr(decode, "AHEAD", ahead)
+    groups, stored, prefill, store = [], [], Decoder.prefill, Decoder.store
 
     def note(decoder, changes):
-        new = sorted((len(row.prompt) for row in changes.values() if row), reverse=True)
-        began.extend([new] if new else [])
+        groups.append(sum(row is not None and row.at < 0 for row in changes.values()))
+        assert all(i < batch or row.at < 0 for i, row in changes.items())
         prefill(decoder, changes)
 
     monkeypatch.setattr(Decoder, "prefill", note)
+    monkeypatch.setattr(Decoder, "store", lambda decoder, part, width: (stored.extend(part),
+                                                                       store(decoder, part, width)))
     decoder, rows = serve(model, prompts, s, batch, chunk=1, graphs=graphs, **ends)
     assert [row.new for row in rows] == alone
-    assert sum(map(len, began)) == len(prompts) and len(began[0]) == batch and len(began) > 3
-    assert min(map(len, began[1:-1])) == few
-    assert sum(began, []) == sorted(map(len, prompts), reverse=True)  # all are in one window
+    assert sorted(tokens for tokens, _ in stored) == sorted(prompt[:-1] for prompt in prompts)  # each once
+    groups = [n for n in groups if n]
+    assert groups[0] == min(batch + ahead, len(prompts)) and sum(groups) == len(prompts)
+    assert all(ahead < n <= ahead + batch for n in groups[1:-1])
+    assert max(i for _, i in stored) == batch + ahead - 1 and decoder.spare == ahead
+
+
+def test_as_many_prompts_are_stored_ahead_as_a_forward_holds(monkeypatch):
+    model, groups = prepare_model(make(n_layer=1), "structured", torch.float32), []
+    monkeypatch.setattr(decode, "PREFILL", 100)
+    decoder = Decoder(model, settings(max_new_tokens=2), 2, 64)
+    decoder.prefill = lambda changes, prefill=decoder.prefill: (
+        groups.append(sum(row is not None and row.at < 0 for row in changes.values())), prefill(changes))
+    for _ in decoder.run([Row(p) for p in prompts_of([60, 60, 33, 33, 33, 25, 25, 25] + 4 * [20])]):
+        pass
+    assert [n for n in groups if n] == [2, 3, 4, 3]  # two places are free; of 33 tokens fit 3 prompts, of 25 4
+
+
+def test_prompts_that_are_stored_together_are_of_like_length():
+    model, parts = prepare_model(make(n_layer=1), "structured", torch.float32), []
+    decoder = Decoder(model, settings(max_new_tokens=2), 4, 64)
+    decoder.store = lambda part, width, store=decoder.store: (parts.append([len(tokens) for tokens, _ in part]),
+                                                              store(part, width))
+    for _ in decoder.run([Row(p) for p in prompts_of([2 + i * 7 % 60 for i in range(60)])]):
+        pass
+    assert sum(parts, []) == sorted(sum(parts, []), reverse=True) and len(parts) == 5
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-def test_the_last_prompts_wait_for_no_other(graphs, fake_graphs):
-    """16 places, whose texts end one after the other, by context: an 18th prompt may wait for a 17th, but it for none.
-    These ends are known before their tokens are read.
-    """
+def test_a_place_is_taken_after_the_last_step_of_its_row(graphs, fake_graphs):
+    """16 places, whose texts end one after the other, by context. That is known before their tokens are read."""
     model = prepare_model(make(n_layer=1), "structured", torch.float32)
-    for n, expected in ((17, [(0, 16), (1, 1)]), (18, [(0, 16), (3, 2)]), (19, [(0, 16), (3, 2), (5, 1)])):
+    for n, expected in ((17, [(0, 16), (1, 1)]), (19, [(0, 16), (1, 1), (3, 1), (5, 1)])):
         decoder, steps, began = Decoder(model, settings(max_new_tokens=40), 16, 64, graphs=graphs), [], []
         launch, prefill = decoder.launch, decoder.prefill
         decoder.launch = lambda places, more: (steps.append(more), launch(places, more))[1]
-        decoder.prefill = lambda changes: (began.append((sum(steps), sum(map(bool, changes.values())))),
-                                           prefill(changes))
+        decoder.prefill = lambda changes: (began.append((sum(steps), sum(i < 16 and row is not None for i, row in
+                                                                         changes.items()))), prefill(changes))
         for _ in decoder.run([Row(p) for p in prompts_of(range(63, 63 - 2 * n, -2))], chunk=1):
             pass
         assert [(at, new) for at, new in began if new] == expected
 
 
-def test_the_longest_of_a_window_begin_first():
+def test_the_longest_of_a_window_begin_first(monkeypatch):
+    monkeypatch.setattr(decode, "AHEAD", 1)
     model = prepare_model(make(n_layer=1), "structured", torch.float32)
     decoder, began = Decoder(model, settings(max_new_tokens=2), 2, 64), []
     decoder.append = lambda row, *given, call=decoder.append: (began.append(row), call(row, *given))[1]
@@ -493,7 +519,7 @@ def test_on_a_card_graphs_of_prompts_and_steps_serve_every_row(how, batch, fused
             pass
         assert [(row.new, row.finish) for row in again] == [(row.new, row.finish) for row in alone]
     prefills = {shape: graph for shape, graph in decoder.prefills.items() if graph}
-    assert any(n > 1 for n, _ in prefills) == (batch > 1)
+    assert any(n > 1 for n, _ in prefills)
     assert all(isinstance(graph, torch.cuda.CUDAGraph) for graph in (*prefills.values(), *decoder.recorded.values()))
     assert decoder.ignores_seen is fused and (type(decoder.forward).__name__ == "Step") == (batch <= 4)
 
@@ -615,6 +641,8 @@ def test_batch_beyond_memory_names_the_largest(monkeypatch):
     Decoder(model, settings(), fits, 64)
     with pytest.raises(UserError, match=f"largest that fits is {fits}"):
         Decoder(model, settings(), fits + 1, 64)
+    # rows of prompts that are stored ahead take what is left
+    assert [Decoder(model, settings(), batch, 64).spare for batch in (fits, fits - 3, 16, 1)] == [0, 3, 32, 2]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

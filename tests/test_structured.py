@@ -299,3 +299,58 @@ def test_cuda_guide_begins_exact_in_spite_of_tf32():
     layer.start_guide()
     exact = (layer.U.double() @ layer.V.double()).float()
     torch.testing.assert_close(layer.W, exact, rtol=1e-6, atol=1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# gelu in a linear's last product
+
+LINEARS = {"dense": lambda **kw: Dense(12, 20, **kw), "lowrank": lambda **kw: LowRank(12, 20, 5, **kw),
+           "blockdense": lambda **kw: BlockDense(12, 20, 6, 3, **kw),
+           "blockshuffle": lambda **kw: BlockShuffle(12, 20, 4, **kw)}
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_gelu_is_applied_by_the_last_product_where_it_can(name, monkeypatch):
+    """As on CUDA in bf16. There the product's gelu is the form with tanh, on a CPU it is not."""
+    calls = []
+
+    def product(bias, x, weight, use_gelu=False):
+        calls.append((x.dim(), use_gelu))
+        return F.gelu(torch.addmm(bias, x, weight), approximate="tanh")
+
+    monkeypatch.setattr(torch, "_addmm_activation", product)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    with torch.no_grad():
+        layer, x = LINEARS[name]().bfloat16(), torch.randn(2, 3, 12).bfloat16()
+        torch.nn.init.normal_(layer.bias)
+        expected = F.gelu(layer(x), approximate="tanh")
+        assert torch.equal(structured.linear_gelu(layer, x), expected)
+        assert calls == ([] if name == "blockshuffle" else [(2, True)])
+        if name != "dense":
+            both = structured.FactorsOrMerged(layer, None, SimpleNamespace(merged=lambda shape, tokens: tokens != 6))
+            assert torch.equal(structured.linear_gelu(both, x), expected)
+            layer.start_guide(torch.randn(20, 12))
+            alpha = torch.tensor(0.5)
+            with torch.autocast("cpu", torch.bfloat16):
+                guided = F.gelu(layer(x, alpha), approximate="tanh")
+                assert torch.equal(structured.linear_gelu(layer, x, alpha), guided)
+        structured.linear_gelu(LINEARS[name](bias=False).bfloat16(), x)
+        structured.linear_gelu(LINEARS[name](), x.float())  # other texts would be greedy then
+    assert structured.linear_gelu(layer, x).requires_grad and len(calls) <= 2
+
+
+@cuda
+@pytest.mark.parametrize("name", LINEARS)
+@torch.no_grad()
+def test_cuda_gelu_in_the_product_is_nearer_to_float32_than_a_pass_of_its_own(name):
+    torch.manual_seed(0)
+    maps = {"dense": Dense(256, 512), "lowrank": LowRank(256, 512, 64), "blockdense": BlockDense(256, 512, 64, 2),
+            "blockshuffle": BlockShuffle(256, 512, 4)}
+    layer = maps[name].cuda().bfloat16()
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=p.size(-1) ** -0.5 if p.dim() > 1 else 1.0)
+    x = torch.randn(3, 70, 256, device="cuda").bfloat16()
+    fused, apart = structured.linear_gelu(layer, x).float(), F.gelu(layer(x), approximate="tanh").float()
+    exact = F.gelu(layer.double()(x.double()), approximate="tanh")
+    assert structured.can_fuse_gelu(x, layer.bfloat16()) == (name != "blockshuffle")
+    assert (fused - exact).norm() < 1.05 * (apart - exact).norm() < 0.01 * exact.norm()
