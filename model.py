@@ -436,10 +436,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """As in the paper: matrices N(0, std^2) with std 0.02, biases 0, norms 1 (those of post_norm: its value),
-        structured linears their own way.
+        """As in the paper: matrices N(0, 0.02^2), biases 0, norms 1 or post_norm, structured linears their own way.
 
-        With init=zero std is 1 / sqrt(n_embd), and init_zero changes some.
+        With init=zero the matrices' deviation is 1 / sqrt(n_embd), and init_zero changes some.
         """
         zero = self.cfg.init == "zero"
         std = self.cfg.n_embd ** -0.5 if zero else 0.02
