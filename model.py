@@ -248,7 +248,7 @@ class Cache:
     def __init__(self, cfg, batch, length, device, dtype, spare=0):
         shape = cfg.n_layer, 2, batch + spare, cfg.n_kv_head, length, cfg.attn_dim // cfg.n_head
         self.every = torch.zeros(shape, device=device, dtype=dtype)
-        self.layers = [(k[:batch], v[:batch]) for k, v in self.every]
+        self.layers = [(self.every[i, 0, :batch], self.every[i, 1, :batch]) for i in range(cfg.n_layer)]
         self.position, self.newest = torch.zeros(2, batch, device=device, dtype=torch.long)
         self.index = torch.arange(batch, device=device)
         self.length = self.seen = length

@@ -277,7 +277,7 @@ def streams(gpt, tokens):
     (x, values), pending, T = gpt.embed(tokens), None, tokens.size(1)
     found = [(x, pending)]
     for block, value in zip(gpt.blocks, values):
-        x, pending = block(x, pending, gpt.cos[:T], gpt.sin[:T], values=value)
+        x, pending, _ = block(x, pending, gpt.cos[:T], gpt.sin[:T], values=value)
         found.append((x, pending))
     return found
 
