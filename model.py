@@ -541,6 +541,7 @@ class GPT(nn.Module):
         weight = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()
         return LMLoss.apply(h.flatten(0, 1), weight, targets.flatten(), self.token_loss, self.cfg.logit_softcap)
 
+    @torch.no_grad()
     def step(self, tokens, cache, lengths=None):
         """A prefill or a decode step: each row's next tokens (B, T) -> logits (B, vocab_size) of what follows them.
 
@@ -554,6 +555,7 @@ class GPT(nn.Module):
         cache.advance(1 if lengths is None else lengths, tokens[row, last])
         return self.logits(add_norm(x[row, last], pending[row, last], self.norm)[1])
 
+    @torch.no_grad()
     def store(self, tokens, cache):
         """A step without the head: stores keys and values of tokens (B, T) -> x and pending of the last block.
 
