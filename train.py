@@ -347,7 +347,6 @@ def train(cfg, ranks, state, data):
         log.say(f"continuing after step {step} of {plan.steps}")
     alpha = torch.ones((), device=ranks.device)  # a tensor, so that a new value compiles nothing
     recorded = RecordedStep(log.say)
-    due = False  # a checkpoint
     with (Watch(ranks, cfg.timeout), lost_process(ranks), checkpoint.Saver(ranks.device, ranks.master) as saver,
           Stop(ranks) as stop):
         optimizer.before_update = saver.before_update
@@ -382,10 +381,7 @@ def train(cfg, ranks, state, data):
             stopping = stop.agreed()
             if is_due(cfg.eval_interval, step, plan) and not stopping:
                 stopping = validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, recorded, step, alpha)
-            due = due or is_due(cfg.save_interval, step, plan)
-            # a disk slower than save_interval delays the next checkpoint, not training
-            if stopping or step == plan.steps or due and not ranks.any(saver.busy()):
-                due = False
+            if stopping or step == plan.steps or may_save(cfg, ranks, log, saver, step):
                 log.settle(step)
                 with log.pause():
                     save_checkpoint(cfg, ranks, model, optimizer, data, log, saver, step, raise_damage)
@@ -401,6 +397,13 @@ def train(cfg, ranks, state, data):
 def is_due(interval, step, plan):
     """Whether something that happens every `interval` steps (0: never) is due after a step, the last one left out."""
     return bool(interval and step and step % interval == 0 and step < plan.steps)
+
+
+def may_save(cfg, ranks, log, saver, step):
+    """Whether save_interval asks for a checkpoint and none is being written: a slow disk delays the next checkpoint,
+    not training."""
+    due = cfg.save_interval and step // cfg.save_interval > log.saved // cfg.save_interval
+    return due and not ranks.any(saver.busy())
 
 
 def validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, recorded, step, alpha):
