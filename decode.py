@@ -249,9 +249,9 @@ class Decoder:
             prompts = prompts[n:]
 
     def store(self, prompts, width):
-        """Stores prompts [(tokens, place)], longest first: padded to `width`, as a CUDA graph. 0: without a graph.
+        """Stores prompts [(tokens, row of the cache)], longest first: padded to `width`, as a CUDA graph; 0: without one.
 
-        A graph serves all places. The first prompts of a shape run without one: they are not worth a recording. A width
+        A graph serves all rows. The first prompts of a shape run without one: they are not worth a recording. A width
         has at most GRAPH_PROMPTS graphs, of GRAPHED tokens at most, and all share one pool of memory.
         """
         wide = width or max(2, len(prompts[0][0]))  # a single token would be a decode step
@@ -275,8 +275,8 @@ class Decoder:
     @torch.no_grad()
     def run(self, rows, chunk=CHUNK):
         """Continues rows, `batch` at a time; where one ends, the next begins. Yields [(row, its latest tokens)] after
-        the first step and then every `chunk` steps, or sooner. Of every 16 x batch rows (4 x in large batches) the
-        longest prompts begin first.
+        the first step and then every `chunk` steps, or sooner. Of every max(4 x batch, 8 x spare) rows the longest
+        prompts begin first.
 
         With CUDA graphs a chunk is launched before the tokens of the one before are read: the device does not wait for
         the host. So an EOS is seen one chunk late. Ends by length are known beforehand.

@@ -463,11 +463,10 @@ class GPT(nn.Module):
         return self
 
     def init_zero(self):
-        """The last matrix or factor of attention and FFN is 0, so a block adds nothing at first; so are the gates, and
-        almost the head: the first loss is log(vocab_size).
+        """The last matrix or factor of attention and FFN is 0, so a block adds nothing at first. With post_norm it stays
+        random, since a norm of zeros has no direction: a block adds vectors of root mean square post_norm.
 
-        With post_norm the last matrices stay random, since a norm of zeros has no direction: at first a block adds
-        vectors of that root mean square.
+        The gates are 0, an untied head almost: the first loss is then log(vocab_size).
         """
         for block in self.blocks:
             fc1, fc2 = block.ffn.fc1, block.ffn.fc2

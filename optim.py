@@ -283,9 +283,10 @@ class Muon(MixedAdamW):
 
         M <- mu M + (1 - mu) G        W <- W - lr sqrt(max(1, rows / columns)) polar(mu M + (1 - mu) G) - lr decay W
 
+    The rows of polar's result, of a wide one the columns, get one norm; decay acts only where the step leads towards 0.
     Queries, keys and values are matrices of their own, and so is every block of a 3-D factor. Equal shapes are
     orthogonalised in one batch; of several ranks each takes its share of the batch, and all get all of it. state[p]
-    of a matrix: momentum, and with `mixed` master. dtype: of the orthogonalisation, without one bf16 with `mixed`.
+    of a matrix: momentum, and with `mixed` master. dtype: of the orthogonalisation; by default bf16 with `mixed`.
     """
 
     def __init__(self, model, cfg, mixed, compile=False, dtype=None):
@@ -311,7 +312,7 @@ class Muon(MixedAdamW):
         if self.rates is None:
             self.rates = Upload(torch.zeros(3, device=group["params"][0].device))
         self.rates([group["lr"], self.momentum, group["lr"] * self.decay])
-        for key, matrices in self.equal_matrices(group).items() if self.is_gathered(group) else ():
+        for key, matrices in self.equal_matrices(group).items() if self.is_in_place(group) else ():
             if key not in self.tables:
                 self.tables[key] = ops.MuonTable(matrices)
             self.tables[key].upload(matrices)
@@ -322,13 +323,13 @@ class Muon(MixedAdamW):
         if any(hasattr(p, "to_local") for p in group["params"]):
             return self.update_split(group, scale)
         for key, matrices in self.equal_matrices(group).items():
-            if self.is_gathered(group):
+            if self.is_in_place(group):
                 table, rates = self.tables[key], self.rates.tensor
                 ops.descend(table, self.shared_polar(ops.nesterov(table, rates, scale, self.dtype)), rates, scale)
             else:
                 self.update_equal(matrices, scale)
 
-    def is_gathered(self, group):
+    def is_in_place(self, group):
         """Whether kernels read and write the matrices where they lie. Under fsdp they are shares of matrices."""
         p = group["params"][0]
         return ops.ON and not hasattr(p, "to_local") and ops.can_muon(p)
@@ -357,7 +358,7 @@ class Muon(MixedAdamW):
             torch._foreach_copy_(copies, weight.unbind())
 
     def update_split(self, group, scale):
-        """move_group's work under fsdp: momenta and weights are this rank's shares, steps between them are gathered."""
+        """The same under fsdp: momenta and weights are shares; a step is gathered, and each rank applies its share."""
         shapes, steps = {}, {}
         for p in group["params"]:
             if p.grad is not None:

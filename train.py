@@ -400,8 +400,8 @@ def is_due(interval, step, plan):
 
 
 def may_save(cfg, ranks, log, saver, step):
-    """Whether save_interval asks for a checkpoint and none is being written: a slow disk delays the next checkpoint,
-    not training."""
+    """Whether a checkpoint is due and no file is being written. So a slow disk delays the next checkpoint and not
+    training, which waits for best.pt and the last one only."""
     due = cfg.save_interval and step // cfg.save_interval > log.saved // cfg.save_interval
     return due and not ranks.any(saver.busy())
 

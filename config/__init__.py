@@ -538,8 +538,9 @@ def muon_rates(cfg) -> dict:
         weight_decay  14 / (lr steps)             a weight decays by 1/e over a 14th of the run
 
     Initialisation follows the width too (init=zero in model.py). At 2^19 tokens a step the constants are nanochat's,
-    tuned there at 12 to 26 layers. At 2^15, 8 layers x 768 and 60M tokens, the best of four multiples of them lie at
-    0.53 and 0.70 (docs/experiments.md), and b is 0.57. Everything else is extrapolation.
+    tuned there at 12 to 26 layers. At 2^15, 8 layers x 768 and 60M tokens, b is 0.57, and the best of four multiples of
+    them lie at 0.53 and 0.70 by dense's training loss. Of lr alone LowRank and BlockDense are better at 0.40
+    (docs/experiments.md). Everything else is extrapolation.
     """
     tokens = cfg.batch_size * cfg.block_size
     b, width, steps = (tokens / 2**19) ** (1 / 5), (768 / cfg.n_embd) ** 0.5, max(1, cfg.max_tokens // tokens)

@@ -6,8 +6,8 @@ ffn_dim: 8/3 of the width, so that SwiGLU's three matrices have the parameters o
 keeps logit_softcap, which qwen3 lacks. As in qwen3 the norm of the embeddings goes into their table, qk_norm into the
 weights of the q and k norms.
 """
-act = "swiglu"               # Gemma 3 is gated with gelu; its readers take silu too
+act = "swiglu"               # Gemma 3 is gated with gelu; transformers reads silu too, llama.cpp does not
 smear = False                # it has neither this nor the next two
 embed_skip = False
 value_embeddings = False
-post_norm = 0.3              # it has these norms; above 0, where a block's matrices would have no gradient at first
+post_norm = 0.3              # the start of its norms' weights; from 0 a block's matrices would have no gradient at first

@@ -13,7 +13,7 @@ smear = True                 # bigrams from the first layer on; 0.01 nats at 60M
 embed_skip = True            # 16 numbers in 8 layers; without them 0.03 nats behind at half of a run of 60M tokens
 value_embeddings = True      # n_layer / 2 further tables and hardly a FLOP; without them 0.09 nats behind at a third
 logit_softcap = 15           # keeps the head from growing sure too early; without it 0.018 nats behind at 60M tokens
-init = "zero"                # every block starts as the identity, whatever the depth
+init = "zero"                # attention and FFN add nothing at first, whatever the depth
 
 optimizer = "muon"           # not measured apart from the parts above (docs/experiments.md)
 lr = "auto"                  # and all other rates: muon_rates in config/__init__.py

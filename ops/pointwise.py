@@ -1,7 +1,8 @@
 """Triton kernels of training around the matmuls, each one pass over memory.
 
 Rotary positions on the way into attention and out of it, the residual add with the norm that follows it, cross-entropy
-with its gradient, AdamW's update of all parameters in one launch, and Muon's of all matrices of one shape in two.
+with its gradient, AdamW's update of a group's vectors or matrices in one launch, Muon's of all matrices of one shape
+in two.
 """
 import functools
 
@@ -365,7 +366,7 @@ def _token_loss(logits, targets, scale, losses, cap, V: tl.constexpr, BLOCK: tl.
     """One row: its loss; with GRADIENT, scale x the gradient replaces the logits.
 
     A row of one block stays in registers. A longer one is read again, from L2. BOUNDED: no exponential overflows, so
-    the largest logit is not looked for.
+    the largest logit is not computed.
     """
     row = tl.program_id(0)
     logits += row.to(tl.int64) * V
@@ -589,7 +590,7 @@ def nesterov(table, rates, scale, dtype):
 
 
 def descend(table, step, rates, scale):
-    """optim.descend of the table's fp32 weights, with the rate x sqrt(max(1, m / n)); the copies become what they are.
+    """optim.descend of the table's fp32 weights, the rate times sqrt(max(1, m / n)); then their bf16 copies are new too.
 
     step (K, m, n): whose rows or columns get one norm.
     """
