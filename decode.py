@@ -249,7 +249,7 @@ class Decoder:
             prompts = prompts[n:]
 
     def store(self, prompts, width):
-        """Stores prompts [(tokens, row of the cache)], longest first: padded to `width`, as a CUDA graph; 0: without one.
+        """Stores prompts [(tokens, row of the cache)], longest first, padded to `width` as a CUDA graph; 0: without.
 
         A graph serves all rows. The first prompts of a shape run without one: they are not worth a recording. A width
         has at most GRAPH_PROMPTS graphs, of GRAPHED tokens at most, and all share one pool of memory.

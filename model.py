@@ -463,8 +463,8 @@ class GPT(nn.Module):
         return self
 
     def init_zero(self):
-        """The last matrix or factor of attention and FFN is 0, so a block adds nothing at first. With post_norm it stays
-        random, since a norm of zeros has no direction: a block adds vectors of root mean square post_norm.
+        """The last matrix or factor of attention and FFN is 0, so a block adds nothing at first. With post_norm it
+        stays random, since a norm of zeros has no direction: a block adds vectors of root mean square post_norm.
 
         The gates are 0, an untied head almost: the first loss is then log(vocab_size).
         """

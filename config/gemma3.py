@@ -10,4 +10,4 @@ act = "swiglu"               # Gemma 3 is gated with gelu; transformers reads si
 smear = False                # it has neither this nor the next two
 embed_skip = False
 value_embeddings = False
-post_norm = 0.3              # the start of its norms' weights; from 0 a block's matrices would have no gradient at first
+post_norm = 0.3              # the start of its norms' weights; from 0 a block's matrices had no gradient at first

@@ -590,7 +590,7 @@ def nesterov(table, rates, scale, dtype):
 
 
 def descend(table, step, rates, scale):
-    """optim.descend of the table's fp32 weights, the rate times sqrt(max(1, m / n)); then their bf16 copies are new too.
+    """optim.descend of the table's fp32 weights, the rate times sqrt(max(1, m / n)), then of their copies.
 
     step (K, m, n): whose rows or columns get one norm.
     """
