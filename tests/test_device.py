@@ -378,6 +378,19 @@ def test_a_stuck_rank_says_where(data, tmp_path, port):
         finish_all(processes)
 
 
+def test_a_start_does_not_see_what_an_earlier_one_wrote(monkeypatch):
+    """torchrun's store outlives the processes, with the addresses of dead ones in it."""
+    stores, of_torchrun = [], torch.distributed.HashStore()
+    monkeypatch.setattr(device.dist, "rendezvous", lambda *args, **more: iter([(of_torchrun, 0, 1)]))
+    monkeypatch.setattr(device.dist, "init_process_group", lambda *args, store, **more: stores.append(store))
+    monkeypatch.setattr(device.dist, "new_group", lambda **more: None)
+    for start in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", start)
+        device.join(0, 1, CPU, 1)
+    stores[0].set("address of rank 0", "10.0.0.1")
+    assert stores[0].check(["address of rank 0"]) and not stores[1].check(["address of rank 0"])
+
+
 def test_torchrun_starts_a_run_again_from_its_last_checkpoint(data, tmp_path, whole_plain):
     """Without --resume=auto. Rank 1 is killed in the fourth step of the first start, the second one finishes."""
     code = ("import os, runpy, signal, sys; sys.path.insert(0, os.getcwd()); import schedule; real = schedule.batches\n"
