@@ -470,9 +470,9 @@ class GPT(nn.Module):
         """
         for block in self.blocks:
             fc1, fc2 = block.ffn.fc1, block.ffn.fc2
-            last = block.attn.proj.weight, fc2.U if isinstance(fc2, Structured) else fc2.weight
-            for weight in () if self.cfg.post_norm else last:
-                nn.init.zeros_(weight)
+            if not self.cfg.post_norm:
+                nn.init.zeros_(block.attn.proj.weight)
+                nn.init.zeros_(fc2.U if isinstance(fc2, Structured) else fc2.weight)
             if not isinstance(fc1, Structured):
                 fc1.weight.mul_(0.4)
             if block.attn.gate is not None:
