@@ -250,7 +250,10 @@ class FactoredQKV(nn.Module):
         self.v = Dense(in_features, kv, bias)
 
     def forward(self, x):
-        return torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
+        flat = x.reshape(-1, self.in_features)    # 2-D: compiled, matmuls write straight into what cat and split join
+        h = F.linear(flat, torch.cat((self.q.V, self.k.V))).chunk(2, dim=1)                       # twice (tokens, R)
+        q, k = (F.linear(part, m.U, m.bias) for part, m in zip(h, (self.q, self.k)))
+        return torch.cat((q, k, self.v(flat)), dim=1).view(*x.shape[:-1], self.out_features)
 
     def dense_weight(self):
         return torch.cat([part.dense_weight() for part in (self.q, self.k, self.v)])
