@@ -206,7 +206,13 @@ def data_checksum(folder):
 
 def size_of(tree) -> int:
     """Bytes of the tensors in nested dicts."""
-    return sum(t.numel() * t.element_size() for t in {local(t).data_ptr(): t for t in tensors_in(tree)}.values())
+    return sum(t.numel() * t.element_size() for t in {identity(t): t for t in tensors_in(tree)}.values())
+
+
+def identity(t):
+    """What two names of one tensor share. Its storage, not its address: all empty shares of a split one have one."""
+    mine = local(t)
+    return mine.untyped_storage()._cdata, mine.storage_offset(), t.shape, t.dtype
 
 
 def tensors_in(tree) -> list:
@@ -241,7 +247,8 @@ class Saver:
         self.master, self.on_cuda = master, device.type == "cuda"
         self.stream = torch.cuda.Stream() if self.on_cuda else None
         self.thread = self.error = self.copied = None
-        self.buffers = {}                         # of the copies, used again: pinning memory takes longer than a copy
+        self.buffers = {}   # {(shape, dtype): [tensors]} of the copies, used again: pinning takes longer than copying
+        self.free = {}      # those that the copy under way has not taken yet
         self.count, self.bytes, self.blocked, self.written = 0, 0, 0.0, 0.0  # files, bytes, seconds
 
     def __enter__(self):
@@ -264,14 +271,26 @@ class Saver:
         self.wait()
         with self.beside():
             copies, peaks = {}, [peak_of(tensors_in(tree))]
-            tree = self.copy(tree, path, copies, peaks)
-            peak = self.copy(torch.stack([peak for peak in peaks if peak is not None]).amax(), "peak", copies, peaks)
-        if not self.master:
-            return
-        self.thread = threading.Thread(target=self.write, args=(path, tree, keep, after, peak), daemon=True)
-        self.began = time.monotonic()
+            self.free = {kind: list(buffers) for kind, buffers in self.buffers.items()}
+            tree = self.copy(tree, copies, peaks)
+            peak = self.copy(torch.stack([peak for peak in peaks if peak is not None]).amax(), copies, peaks)
+        if self.master:
+            self.start(self.write, path, tree, keep, after, peak)
+            self.blocked += self.began - began
+
+    def prepare(self, tree):
+        """Memory for the copies of `tree`, in a thread: pinning takes 0.6 s a GB, which the first steps hide."""
+        if self.master:
+            self.start(lambda: [self.buffer(t) for t in {identity(t): t for t in tensors_in(tree)}.values()])
+
+    def start(self, work, *args):
+        def guarded():
+            try:
+                work(*args)
+            except BaseException as e:
+                self.error = e
+        self.thread, self.began = threading.Thread(target=guarded, daemon=True), time.monotonic()
         self.thread.start()
-        self.blocked += self.began - began
 
     @contextlib.contextmanager
     def beside(self):
@@ -289,40 +308,42 @@ class Saver:
         if self.copied:
             torch.cuda.current_stream().wait_event(self.copied)
 
-    def copy(self, tree, name, copies, peaks):
+    def copy(self, tree, copies, peaks):
         """Nested dicts with their tensors in host memory; one that stands in several places is copied once."""
         if isinstance(tree, dict):
-            return {key: self.copy(value, f"{name}/{key}", copies, peaks) for key, value in tree.items()}
+            return {key: self.copy(value, copies, peaks) for key, value in tree.items()}
         if not torch.is_tensor(tree):
             return tree
-        mine = local(tree)  # its storage, not its address: all empty shares have one
-        key = mine.untyped_storage()._cdata, mine.storage_offset(), tree.shape, tree.dtype
+        key = identity(tree)
         if key not in copies:
-            whole, copies[key] = full(tree), self.buffers.get(name)
+            whole, copies[key] = full(tree), None
             if whole is not tree:
                 peaks.append(peak_of([whole]))
             if self.master:
-                if copies[key] is None or (copies[key].shape, copies[key].dtype) != key[2:]:
-                    copies[key] = self.buffers[name] = torch.empty(whole.shape, dtype=whole.dtype,
-                                                                   pin_memory=self.on_cuda)
-                copies[key].copy_(whole, non_blocking=True)
+                copies[key] = self.buffer(whole).copy_(whole, non_blocking=True)
         return copies[key]
+
+    def buffer(self, t):
+        """Host memory for a copy of t: of an earlier copy, or new."""
+        kind = t.shape, t.dtype
+        if self.free.get(kind):
+            return self.free[kind].pop()
+        new = torch.empty(t.shape, dtype=t.dtype, pin_memory=self.on_cuda)
+        self.buffers.setdefault(kind, []).append(new)
+        return new
 
     def write(self, path, tree, keep, after, peak):
         began = time.monotonic()
-        try:
-            if self.copied:
-                self.copied.synchronize()
-            if not math.isfinite(peak.item()):
-                raise UserError(f"the weights or the optimizer's state after step {tree['step']} are not finite, "
-                                f"so {path} is not written: start again with a lower lr, in another --out_dir.")
-            if after:
-                with writing(after):
-                    sync(after)
-            save_beside(tree, path, keep)
-            self.count, self.bytes = self.count + 1, self.bytes + size_of(tree)
-        except BaseException as e:
-            self.error = e
+        if self.copied:
+            self.copied.synchronize()
+        if not math.isfinite(peak.item()):
+            raise UserError(f"the weights or the optimizer's state after step {tree['step']} are not finite, "
+                            f"so {path} is not written: start again with a lower lr, in another --out_dir.")
+        if after:
+            with writing(after):
+                sync(after)
+        save_beside(tree, path, keep)
+        self.count, self.bytes = self.count + 1, self.bytes + size_of(tree)
         self.written += time.monotonic() - began
 
     def busy(self):
@@ -345,6 +366,7 @@ class Saver:
 
     def forget(self):
         """Gives the copies' memory back, where other tensors follow."""
+        self.wait()
         self.buffers.clear()
 
     def report(self) -> str:

@@ -350,6 +350,7 @@ def train(cfg, ranks, state, data):
     with (Watch(ranks, cfg.timeout), lost_process(ranks), checkpoint.Saver(ranks.device, ranks.master) as saver,
           Stop(ranks) as stop):
         optimizer.before_update = saver.before_update
+        saver.prepare({"model": full_weights(model, optimizer), "optimizer": moments(model, optimizer)})
         if is_due(cfg.eval_interval, step, plan) and ranks.any(ranks.master and log.validated < step) and validate(
                 cfg, plan, ranks, model, optimizer, data, log, saver, stop, recorded, step, alpha):
             end_early(ranks, log, saver, step)  # again in a validation that a signal had ended

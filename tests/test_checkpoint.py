@@ -235,15 +235,29 @@ def test_what_is_written_is_what_stood_there_when_it_was_saved(slow_disk, tmp_pa
     saved = torch.load(tmp_path / "x.pt", weights_only=True)
     assert saved["model"]["a"].tolist() == saved["model"]["b"].tolist() == [0, 1, 2, 3] and saved["n"] == 3
     assert saved["model"]["a"].data_ptr() == saved["model"]["b"].data_ptr()
-    buffers = set(map(id, saver.buffers.values()))
+    buffers = {t.data_ptr() for t in sum(saver.buffers.values(), [])}
     saver.save(str(tmp_path / "x.pt"), tree)
     saver.wait()
-    assert set(map(id, saver.buffers.values())) - buffers == set()
+    assert {t.data_ptr() for t in sum(saver.buffers.values(), [])} == buffers
     tree["model"] = {"a": torch.ones(7)}
     saver.save(str(tmp_path / "x.pt"), tree)
     saver.wait()
     assert torch.load(tmp_path / "x.pt", weights_only=True)["model"]["a"].tolist() == [1] * 7
     assert saver.count == 3 and saver.report().startswith("saving   3 files, 84B;")
+
+
+def test_memory_for_the_copies_is_taken_beforehand(tmp_path):
+    """One buffer for each tensor, however many names it has; another checkpoint's file uses the same ones."""
+    saver, t = checkpoint.Saver(CPU), torch.arange(4.0)
+    saver.prepare({"model": {"a": t, "b": t, "c": t + 1}, "optimizer": {"a": {"step": torch.tensor(2.0)}}})
+    saver.wait()
+    taken = {kind: [t.data_ptr() for t in buffers] for kind, buffers in saver.buffers.items()}
+    assert {kind: len(buffers) for kind, buffers in taken.items()} == {((4,), torch.float32): 2, ((), torch.float32): 1}
+    for name in ("ckpt.pt", "best.pt"):
+        saver.save(str(tmp_path / name), {"step": 1, "model": {"a": t, "b": t, "c": t + 1}})
+        saver.wait()
+        assert torch.load(tmp_path / name, weights_only=True)["model"]["c"].tolist() == [1, 2, 3, 4]
+        assert {kind: [t.data_ptr() for t in buffers] for kind, buffers in saver.buffers.items()} == taken
 
 
 def test_the_rows_of_the_log_are_synced_before_the_checkpoint_appears(data, tmp_path, monkeypatch):
