@@ -154,8 +154,7 @@ def check_subject(command, cfg, settings):
 
 
 def check_paths(settings):
-    """Expands ~ in the output paths; UserError for a file that cannot be written."""
-    settings.json, settings.plot = map(os.path.expanduser, (settings.json, settings.plot))
+    """UserError for a file that cannot be written."""
     for path in filter(None, (settings.json, settings.plot)):
         folder = os.path.dirname(path) or "."
         if not os.path.isdir(folder):

@@ -33,9 +33,9 @@ class Optimizer:
     before_update() is called where weights are about to change.
     """
 
-    def __init__(self, params, **defaults):
-        """params: tensors, or groups {"params": tensors, name: what differs from the defaults}."""
-        params = list(params)
+    def __init__(self, params, lr, betas, weight_decay, eps=1e-8):
+        """params: tensors, or groups {"params": tensors, name: what differs from the other arguments}."""
+        params, defaults = list(params), dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
         groups = params if isinstance(params[0], dict) else [{"params": params}]
         self.param_groups = [{**defaults, **group, "params": list(group["params"])} for group in groups]
         self.state = collections.defaultdict(dict)
@@ -57,9 +57,6 @@ class Optimizer:
 
 class AdamW(Optimizer):
     """torch's fused AdamW whose step clips the global gradient norm to max_norm (0: no clipping) and returns it."""
-
-    def __init__(self, params, lr, betas, weight_decay, eps=1e-8):
-        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
 
     def accumulate(self, last):
         """Nothing to do between micro-batches: fp32 gradients add up in place."""
@@ -95,7 +92,7 @@ class MixedAdamW(Optimizer):
     """
 
     def __init__(self, params, lr, betas, weight_decay, eps=1e-8, mixed=True):
-        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
+        super().__init__(params, lr, betas, weight_decay, eps)
         self.mixed = mixed
         self.sums = {}    # {p: fp32 sum of its gradients} between the micro-batches of a step
         # of the fused updates: {a group's number: [(parameters, their AdamWTables)]}, {a shape: Muon's table}

@@ -88,11 +88,11 @@ class Dense(nn.Linear):
 class Structured(nn.Module):
     """What the three parametrizations share: the bias, the guide, and the forward through factors or blended matrix.
 
-    A subclass gives the shapes of V and U and defines `factors` (the map through them, bias included), `dense_weight`
-    (the matrix D of that map) and `reset_parameters`.
+    A subclass gives the shapes of V and U and defines `dense_weight` (the matrix D of the map through them),
+    `reset_parameters`, and `last_product`, or `factors` where something follows U's product.
     """
 
-    def __init__(self, in_features, out_features, V, U, bias, std):
+    def __init__(self, in_features, out_features, V, U, bias):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.V = nn.Parameter(torch.empty(V))
@@ -100,7 +100,7 @@ class Structured(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
         self.register_parameter("W", None)
         if not self.V.is_meta:
-            self.reset_parameters(std)
+            self.reset_parameters()
 
     def forward(self, x, alpha=None):
         """x (..., N) -> (..., M): D x + bias; with alpha (a 0-d tensor) guided: (alpha W + (1 - alpha) D) x + bias.
@@ -112,6 +112,10 @@ class Structured(nn.Module):
             exact = torch.promote_types(self.W.dtype, torch.float32)
             return F.linear(x, torch.lerp(self.dense_weight().to(exact), self.W.to(exact), alpha.to(exact)), self.bias)
         return self.factors(x)
+
+    def factors(self, x):
+        """D x + bias, through V and U."""
+        return F.linear(*self.last_product(x))
 
     @torch.no_grad()
     def start_guide(self, W=None):
@@ -135,11 +139,11 @@ class Structured(nn.Module):
 class LowRank(Structured):
     """y = U (V x) + bias; V (R, N), U (M, R): R (N + M) parameters."""
 
-    def __init__(self, in_features, out_features, rank, bias=True, std=0.02):
+    def __init__(self, in_features, out_features, rank, bias=True):
         if not 1 <= rank <= min(in_features, out_features):
             raise ValueError(f"rank {rank} must lie between 1 and the smaller of in {in_features} and "
                              f"out {out_features}")
-        super().__init__(in_features, out_features, (rank, in_features), (out_features, rank), bias, std)
+        super().__init__(in_features, out_features, (rank, in_features), (out_features, rank), bias)
 
     @torch.no_grad()
     def reset_parameters(self, std=0.02):
@@ -163,9 +167,6 @@ class LowRank(Structured):
         """x, weight and bias of the product that comes last."""
         return F.linear(x, self.V), self.U, self.bias
 
-    def factors(self, x):
-        return F.linear(*self.last_product(x))
-
     def dense_weight(self):
         """D = U V (M, N)."""
         return self.U @ self.V
@@ -178,11 +179,11 @@ class BlockShuffle(Structured):
     f^-1 is its inverse on the B s outputs: entry i of block l becomes y[i B + l]. min(N, M) (N + M) / B parameters.
     """
 
-    def __init__(self, in_features, out_features, nblocks, bias=True, std=0.02):
+    def __init__(self, in_features, out_features, nblocks, bias=True):
         if nblocks < 1 or in_features % nblocks or out_features % nblocks:
             raise ValueError(f"nblocks {nblocks} must divide both in {in_features} and out {out_features}")
         p, q, s = in_features // nblocks, min(in_features, out_features) // nblocks, out_features // nblocks
-        super().__init__(in_features, out_features, (nblocks, q, p), (nblocks, s, q), bias, std)
+        super().__init__(in_features, out_features, (nblocks, q, p), (nblocks, s, q), bias)
 
     @torch.no_grad()
     def reset_parameters(self, std=0.02):
@@ -208,11 +209,11 @@ class BlockShuffle(Structured):
 class BlockDense(Structured):
     """y = U (V x) + bias; V (B, R/B, N/B), U (M, R): R (M + N/B) parameters."""
 
-    def __init__(self, in_features, out_features, rank, nblocks, bias=True, std=0.02):
+    def __init__(self, in_features, out_features, rank, nblocks, bias=True):
         if nblocks < 1 or rank < 1 or in_features % nblocks or rank % nblocks:
             raise ValueError(f"nblocks {nblocks} must divide both in {in_features} and rank {rank}")
         V, U = (nblocks, rank // nblocks, in_features // nblocks), (out_features, rank)
-        super().__init__(in_features, out_features, V, U, bias, std)
+        super().__init__(in_features, out_features, V, U, bias)
 
     @torch.no_grad()
     def reset_parameters(self, std=0.02):
@@ -225,9 +226,6 @@ class BlockDense(Structured):
         B, r, p = self.V.shape
         t = block_linear(x.reshape(-1, B, p), self.V)                                  # (T, B, r)
         return t.view(*x.shape[:-1], B * r), self.U, self.bias
-
-    def factors(self, x):
-        return F.linear(*self.last_product(x))
 
     def dense_weight(self):
         """D (M, N): block b of its columns is U's block b of columns times V[b]."""

@@ -332,42 +332,49 @@ def evaluate(model, token_file, n_windows, cfg, ranks, alpha=None, guided=(), sh
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
-def train(cfg, ranks, state, data):
-    """The run, from its first or its checkpoint's step to model.pt."""
-    plan = make_plan(cfg)
-    with ranks.agree():
-        model, optimizer, step = start_or_continue(cfg, plan, ranks, state, data)
-    wrapped = wrap_ddp(model, cfg, ranks)
-    with ranks.agree():
-        log = run.Log(cfg, ranks, step, step_flops(cfg, plan), plan.guided)
-    log.show(start_card(cfg, plan, ranks, data, sizes_on_disk(model, optimizer)))
-    # checksums of large files take minutes: a thread finds damage during the first steps, before the next checkpoint
-    raise_damage = prepare.verify_in_background(*(data.train, data.val) if ranks.master else ())
-    if step:
-        log.say(f"continuing after step {step} of {plan.steps}")
-    alpha = torch.ones((), device=ranks.device)  # a tensor, so that a new value compiles nothing
-    recorded = RecordedStep(log.say)
-    with (Watch(ranks, cfg.timeout), lost_process(ranks), checkpoint.Saver(ranks.device, ranks.master) as saver,
-          Stop(ranks) as stop):
-        optimizer.before_update = saver.before_update
-        saver.prepare({"model": full_weights(model, optimizer), "optimizer": moments(model, optimizer)})
-        if is_due(cfg.eval_interval, step, plan) and ranks.any(ranks.master and log.validated < step) and validate(
-                cfg, plan, ranks, model, optimizer, data, log, saver, stop, recorded, step, alpha):
-            end_early(ranks, log, saver, step)  # again in a validation that a signal had ended
-        for batch in batches(cfg, plan, data.train, data.n_windows, range(step, plan.steps), ranks):
+class Training:
+    """A run under way: what its steps, validations and checkpoints share."""
+
+    def __init__(self, cfg, ranks, state, data):
+        self.cfg, self.ranks, self.data, self.plan = cfg, ranks, data, make_plan(cfg)
+        with ranks.agree():
+            self.model, self.optimizer, self.step = start_or_continue(cfg, self.plan, ranks, state, data)
+        self.wrapped = wrap_ddp(self.model, cfg, ranks)
+        with ranks.agree():
+            self.log = run.Log(cfg, ranks, self.step, step_flops(cfg, self.plan), self.plan.guided)
+        self.log.show(start_card(cfg, self.plan, ranks, data, sizes_on_disk(self.model, self.optimizer)))
+        # checksums of large files take minutes: a thread finds damage during the first steps, before a checkpoint
+        self.raise_damage = prepare.verify_in_background(*(data.train, data.val) if ranks.master else ())
+        self.alpha = torch.ones((), device=ranks.device)  # a tensor, so that a new value compiles nothing
+        self.recorded = RecordedStep(self.log.say)
+        self.saver, self.stop = checkpoint.Saver(ranks.device, ranks.master), Stop(ranks)
+        self.optimizer.before_update = self.saver.before_update
+
+    def loop(self):
+        """From the first or the checkpoint's step to model.pt; self.step counts the finished steps."""
+        cfg, plan, ranks, data, log, saver = self.cfg, self.plan, self.ranks, self.data, self.log, self.saver
+        if self.step:
+            log.say(f"continuing after step {self.step} of {plan.steps}")
+        saver.prepare({"model": full_weights(self.model, self.optimizer),
+                       "optimizer": moments(self.model, self.optimizer)})
+        if self.validation_is_due() and ranks.any(ranks.master and log.validated < self.step) and self.validate():
+            self.end_early()  # again in a validation that a signal had ended
+        for batch in batches(cfg, plan, data.train, data.n_windows, range(self.step, plan.steps), ranks):
+            step = self.step
             ranks.note(f"step {step + 1}")
-            lr, a, guided = lr_at(cfg, plan, step), alpha_at(cfg, plan, step), guided_layers(cfg, plan, step)
+            lr, alpha, guided = lr_at(cfg, plan, step), alpha_at(cfg, plan, step), guided_layers(cfg, plan, step)
             keys = dropout_keys(cfg, step, ranks).to(ranks.device) if cfg.dropout else None
             if cfg.optimizer == "muon":
-                optimizer.momentum, optimizer.decay = muon_at(cfg, plan, step)
+                self.optimizer.momentum, self.optimizer.decay = muon_at(cfg, plan, step)
             batch = batch.to(ranks.device, non_blocking=True)
-            loss, norm = recorded(wrapped, optimizer, batch, cfg, ranks, lr, alpha.fill_(a), guided, keys)
-            step += 1
+            loss, norm = self.recorded(self.wrapped, self.optimizer, batch, cfg, ranks, lr, self.alpha.fill_(alpha),
+                                       guided, keys)
+            self.step = step = step + 1
             if step == plan.guided:
-                recorded.forget(optimizer)
-                model, optimizer = end_guide(cfg, plan, ranks, model, optimizer)
+                self.recorded.forget(self.optimizer)
+                self.model, self.optimizer = end_guide(cfg, plan, ranks, self.model, self.optimizer)
                 saver.forget()
-                wrapped = wrap_ddp(model, cfg, ranks)  # DDP's buckets still hold the guides
+                self.wrapped = wrap_ddp(self.model, cfg, ranks)  # DDP's buckets still hold the guides
 
             # log
             ranks.note(f"the end of step {step}")
@@ -375,111 +382,114 @@ def train(cfg, ranks, state, data):
             if step % cfg.log_interval == 0 or step in (1, plan.steps):
                 with ranks.agree():
                     saver.raise_error()
-                    log.step(step, loss, lr, norm, a)
+                    log.step(step, loss, lr, norm, alpha)
 
             # validate and save
-            stop.signal = stop.signal or (signal.SIGTERM if log.lost else 0)
-            stopping = stop.agreed()
-            if is_due(cfg.eval_interval, step, plan) and not stopping:
-                stopping = validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, recorded, step, alpha)
-            if stopping or step == plan.steps or may_save(cfg, ranks, log, saver, step):
+            self.stop.signal = self.stop.signal or (signal.SIGTERM if log.lost else 0)
+            stopping = self.stop.agreed()
+            if self.validation_is_due() and not stopping:
+                stopping = self.validate()
+            if stopping or step == plan.steps or self.may_save():
                 log.settle(step)
                 with log.pause():
-                    save_checkpoint(cfg, ranks, model, optimizer, data, log, saver, step, raise_damage)
+                    self.save_checkpoint()
             if stopping:
-                end_early(ranks, log, saver, step)
+                self.end_early()
             ranks.note(f"reading the tokens of step {step + 1}")
-        with ranks.agree(patient=True):
-            raise_damage(wait=True)
-        recorded.forget(optimizer)  # no step follows, and the validation may need its memory
-        finish(cfg, plan, ranks, model, optimizer, data, log, saver, stop)
+        self.finish()
 
+    def validation_is_due(self):
+        """Whether the run is validated after this step; the last one's validation is the final one."""
+        return bool(self.cfg.eval_interval and 0 < self.step < self.plan.steps
+                    and self.step % self.cfg.eval_interval == 0)
 
-def is_due(interval, step, plan):
-    """Whether something that happens every `interval` steps (0: never) is due after a step, the last one left out."""
-    return bool(interval and step and step % interval == 0 and step < plan.steps)
+    def may_save(self):
+        """Whether a checkpoint is due and no file is being written. So a slow disk delays the next checkpoint and not
+        training, which waits for best.pt and the last one only."""
+        interval = self.cfg.save_interval
+        due = interval and self.step // interval > self.log.saved // interval
+        return due and not self.ranks.any(self.saver.busy())
 
+    def validate(self):
+        """A validation during the run, of the model as the next step uses it: with the guide while there is one.
 
-def may_save(cfg, ranks, log, saver, step):
-    """Whether a checkpoint is due and no file is being written. So a slow disk delays the next checkpoint and not
-    training, which waits for best.pt and the last one only."""
-    due = cfg.save_interval and step // cfg.save_interval > log.saved // cfg.save_interval
-    return due and not ranks.any(saver.busy())
+        The best of those without a guide is kept as best.pt. Returns whether a signal has ended it.
+        """
+        guided = self.model.layers_with_guide()
+        self.alpha.fill_(alpha_at(self.cfg, self.plan, self.step))
+        with self.log.pause():
+            loss = self.recorded.beside(self.optimizer, lambda: evaluate(
+                self.model, self.data.val, self.data.n_val, self.cfg, self.ranks, self.alpha, guided, stop=self.stop))
+            if loss is None:
+                return True
+            with self.ranks.agree():
+                lowest = self.log.validation(self.step, loss)
+            if self.ranks.any(lowest and self.ranks.master):
+                self.save("best.pt", val_loss=loss)
+        return False
 
+    def save_checkpoint(self):
+        """ckpt.pt, with all that an exact continuation needs; none where the data have turned out to be damaged."""
+        with self.ranks.agree():
+            self.raise_damage()
+        self.ranks.note(f"saving step {self.step}")
+        self.log.saved = self.step
+        self.save("ckpt.pt", self.cfg.keep_checkpoints, data=self.data.train.checksum,
+                  optimizer=moments(self.model, self.optimizer))
 
-def validate(cfg, plan, ranks, model, optimizer, data, log, saver, stop, recorded, step, alpha):
-    """A validation during the run, of the model as the next step uses it: with the guide while there is one.
+    def save(self, name, keep=1, **more):
+        """Starts writing a file in the background: after the file before it, and after the log's rows so far.
 
-    The best of those without a guide is kept as best.pt. Returns whether a signal has ended it.
-    """
-    guided = model.layers_with_guide()
-    alpha.fill_(alpha_at(cfg, plan, step))
-    with log.pause():
-        loss = recorded.beside(optimizer, lambda: evaluate(model, data.val, data.n_val, cfg, ranks, alpha, guided,
-                                                           stop=stop))
-        if loss is None:
-            return True
-        with ranks.agree():
-            lowest = log.validation(step, loss)
-        if ranks.any(lowest and ranks.master):
-            best = checkpoint.entries(cfg, full_weights(model, optimizer), step, data.tokenizer, val_loss=loss)
-            save_file(cfg, ranks, saver, "best.pt", best)
-    return False
+        Rank 0 writes. Of split tensors all give their shares, so no rank may have raised an error before.
+        """
+        cfg = self.cfg
+        tree = checkpoint.entries(cfg, full_weights(self.model, self.optimizer), self.step, self.data.tokenizer, **more)
+        with self.ranks.agree():
+            self.saver.wait()
+        if self.ranks.master or is_split(cfg, self.ranks):
+            self.saver.save(os.path.join(cfg.out_dir, name), tree, keep, os.path.join(cfg.out_dir, "metrics.jsonl"))
 
-
-def save_checkpoint(cfg, ranks, model, optimizer, data, log, saver, step, raise_damage):
-    """ckpt.pt, with all that an exact continuation needs; none where the data have turned out to be damaged."""
-    with ranks.agree():
-        raise_damage()
-    ranks.note(f"saving step {step}")
-    log.saved = step
-    tree = checkpoint.entries(cfg, full_weights(model, optimizer), step, data.tokenizer, data=data.train.checksum,
-                              optimizer=moments(model, optimizer))
-    save_file(cfg, ranks, saver, "ckpt.pt", tree, cfg.keep_checkpoints)
-
-
-def save_file(cfg, ranks, saver, name, tree, keep=1):
-    """Starts the saving of the entries `tree` in the background, after that of the last file and after the log's rows.
-
-    Rank 0 writes. Of split tensors all give their shares, so no rank may have raised an error before.
-    """
-    with ranks.agree():
-        saver.wait()
-    if ranks.master or is_split(cfg, ranks):
-        saver.save(os.path.join(cfg.out_dir, name), tree, keep, os.path.join(cfg.out_dir, "metrics.jsonl"))
-
-
-def end_early(ranks, log, saver, step):
-    """After a signal and its checkpoint: status SAVED, on which a scheduler may give the same command again."""
-    with ranks.agree():
-        saver.wait()
-    again = "the same command with --resume=auto continues it"
-    if log.lost:
-        raise UserError(f"the output cannot be written ({log.lost}): the run is saved after step {step}, {again}.")
-    log.say(f"stopped after step {step} and saved; {again}")
-    sys.exit(SAVED)
-
-
-def finish(cfg, plan, ranks, model, optimizer, data, log, saver, stop):
-    """The final validation and model.pt. The last step is saved already: a signal ends the validation."""
-    val_loss = evaluate(model, data.val, data.n_final, cfg, ranks, show=log.final, stop=stop)
-    ranks.note("the last checkpoint")
-    with ranks.agree():
-        saver.wait()
-    if val_loss is None:
-        log.say(f"stopped in the final validation; all {plan.steps} steps are saved, "
-                "the same command with --resume=auto repeats it")
+    def end_early(self):
+        """After a signal and its checkpoint: status SAVED, on which a scheduler may give the same command again."""
+        with self.ranks.agree():
+            self.saver.wait()
+        again = "the same command with --resume=auto continues it"
+        if self.log.lost:
+            raise UserError(f"the output cannot be written ({self.log.lost}): the run is saved after step {self.step}, "
+                            f"{again}.")
+        self.log.say(f"stopped after step {self.step} and saved; {again}")
         sys.exit(SAVED)
-    with ranks.agree():
-        log.validation(plan.steps, val_loss)
-    model_pt = checkpoint.entries(cfg, full_weights(model, optimizer), plan.steps, data.tokenizer, val_loss=val_loss)
-    save_file(cfg, ranks, saver, "model.pt", model_pt)
-    with ranks.agree():
-        saver.wait()
-    log.end_card(val_loss, data.n_final * cfg.block_size, train_flops(cfg, plan), saver.report())
-    if log.lost:
-        raise UserError(f"the output cannot be written ({log.lost}), but the run is finished: "
-                        f"its model is in {cfg.out_dir}.")
+
+    def finish(self):
+        """The final validation and model.pt. The last step is saved already: a signal ends the validation."""
+        cfg, ranks, data, log = self.cfg, self.ranks, self.data, self.log
+        with ranks.agree(patient=True):
+            self.raise_damage(wait=True)
+        self.recorded.forget(self.optimizer)  # no step follows, and the validation may need its memory
+        val_loss = evaluate(self.model, data.val, data.n_final, cfg, ranks, show=log.final, stop=self.stop)
+        ranks.note("the last checkpoint")
+        with ranks.agree():
+            self.saver.wait()
+        if val_loss is None:
+            log.say(f"stopped in the final validation; all {self.step} steps are saved, "
+                    "the same command with --resume=auto repeats it")
+            sys.exit(SAVED)
+        with ranks.agree():
+            log.validation(self.step, val_loss)
+        self.save("model.pt", val_loss=val_loss)
+        with ranks.agree():
+            self.saver.wait()
+        log.end_card(val_loss, data.n_final * cfg.block_size, train_flops(cfg, self.plan), self.saver.report())
+        if log.lost:
+            raise UserError(f"the output cannot be written ({log.lost}), but the run is finished: "
+                            f"its model is in {cfg.out_dir}.")
+
+
+def train(cfg, ranks, state, data):
+    """The run, from its first or its checkpoint's step to model.pt."""
+    training = Training(cfg, ranks, state, data)
+    with Watch(ranks, cfg.timeout), lost_process(ranks), training.saver, training.stop:
+        training.loop()
 
 
 def start_card(cfg, plan, ranks, data, sizes) -> str:

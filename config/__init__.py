@@ -514,7 +514,8 @@ def _check_optimizer(cfg):
     """Positive rates; with muon `auto` is filled in by the rule, adamw has one rate for all."""
     if cfg.optimizer == "muon":
         for name, value in muon_rates(cfg).items():
-            setattr(cfg, name, value if getattr(cfg, name) == "auto" else getattr(cfg, name))
+            if getattr(cfg, name) == "auto":
+                setattr(cfg, name, value)
     for name in RATES:
         value = getattr(cfg, name)
         if cfg.optimizer == "adamw" and name not in ("lr", "weight_decay"):
@@ -601,24 +602,8 @@ def run(main):
     """main(argv) as a command: a user's mistake is one sentence on standard error and status 2, ours is a traceback."""
     sys.excepthook = _report
     try:
-        if sys.stdout is None:
-            raise UserError("standard output is closed: send it somewhere, as with > log.txt or > /dev/null.")
-        try:
-            result = main(sys.argv[1:])
-        except SystemExit:
-            check_output()
-            raise
-        except OSError as e:
-            if e.filename is not None or e.errno not in UNWRITABLE:  # a file's error, or not the output's
-                raise
-            raise _unwritable(e)
-        except UnicodeEncodeError as e:
-            if e.encoding != sys.stdout.encoding or "utf" in e.encoding:
-                raise
-            raise UserError(f"standard output cannot show {e.object[e.start]!a} in its encoding {e.encoding}: "
-                            "set PYTHONIOENCODING=utf-8.")
-        check_output()
-        return result
+        with _output():
+            return main(sys.argv[1:])
     except UserError as e:
         with contextlib.suppress(UserError):
             check_output()
@@ -643,9 +628,26 @@ def _report(kind, error, traceback):
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}  # a full disk, or `| head` ended
 
 
-def _unwritable(error):
-    return UserError(f"the output cannot be written ({error.strerror}): "
-                     "send it where all of it fits, as with > log.txt.")
+@contextlib.contextmanager
+def _output():
+    """Turns what standard output does not take into one sentence."""
+    if sys.stdout is None:
+        raise UserError("standard output is closed: send it somewhere, as with > log.txt or > /dev/null.")
+    try:
+        yield
+    except SystemExit:
+        check_output()
+        raise
+    except OSError as e:
+        if e.filename is not None or e.errno not in UNWRITABLE:  # a file's error, or not the output's
+            raise
+        raise _unwritable(e)
+    except UnicodeEncodeError as e:
+        if e.encoding != sys.stdout.encoding or "utf" in e.encoding:
+            raise
+        raise UserError(f"standard output cannot show {e.object[e.start]!a} in its encoding {e.encoding}: "
+                        "set PYTHONIOENCODING=utf-8.")
+    check_output()
 
 
 def check_output():
@@ -656,3 +658,8 @@ def check_output():
     except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
         raise _unwritable(e) from None
+
+
+def _unwritable(error):
+    return UserError(f"the output cannot be written ({error.strerror}): "
+                     "send it where all of it fits, as with > log.txt.")

@@ -500,7 +500,8 @@ class Clock:
 def test_rates_are_those_of_training_alone(data, tmp_path, monkeypatch, capsys):
     """A step takes 2 s, a validation 100 s, a checkpoint 50 s; 128 tokens a step are 64 tokens/s, on any wall clock."""
     clock = Clock(monkeypatch)
-    for module, name, seconds in ((train, "train_step", 2), (train, "evaluate", 100), (train, "save_checkpoint", 50)):
+    for module, name, seconds in ((train, "train_step", 2), (train, "evaluate", 100),
+                                  (train.Training, "save_checkpoint", 50)):
         clock.takes(monkeypatch, module, name, seconds)
     out = train_run(tmp_path / "run", data, "--eval_interval=3", "--save_interval=4", "--log_interval=2")
     rows = metrics(out)

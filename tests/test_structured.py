@@ -132,8 +132,9 @@ def test_linear_builds_what_ffn_names(kind, cls):
 
 @pytest.mark.parametrize("n, m, rank, std", [(24, 40, 7, 0.02), (40, 24, 24, 0.02), (16, 16, 5, 0.5)])
 def test_spectral_init_is_the_truncated_svd_of_a_normal_matrix(n, m, rank, std):
+    layer = LowRank(n, m, rank)
     torch.manual_seed(3)
-    layer = LowRank(n, m, rank, std=std)
+    layer.reset_parameters(std)
     torch.manual_seed(3)
     A = (torch.randn(max(n, m), min(n, m)) * std).double()
     P, S, Qh = torch.linalg.svd(A if m >= n else A.T, full_matrices=False)
