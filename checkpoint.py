@@ -215,6 +215,18 @@ def identity(t):
     return mine.untyped_storage()._cdata, mine.storage_offset(), t.shape, t.dtype
 
 
+def twins(tree, found):
+    """Nested dicts with copies of their tensors; one that stands in several places is copied once."""
+    if isinstance(tree, dict):
+        return {key: twins(value, found) for key, value in tree.items()}
+    if not torch.is_tensor(tree):
+        return tree
+    key = identity(tree)
+    if key not in found:
+        found[key] = tree.clone()
+    return found[key]
+
+
 def tensors_in(tree) -> list:
     if isinstance(tree, dict):
         return [t for branch in tree.values() for t in tensors_in(branch)]
@@ -236,9 +248,10 @@ def peak_of(tensors):
 class Saver:
     """Writes checkpoints in a thread while training goes on, one at a time, from a copy in host memory.
 
-    On CUDA the copy runs beside the next step's forward and backward, on a stream of its own and into pinned memory.
-    The next update of the weights waits for its end on the device (`before_update`), the host waits for nothing. A step
-    that is a CUDA graph waits as a whole. An error of the thread, as of a full disk, is raised by the next `wait` or
+    On CUDA the copy runs beside the next steps, on a stream of its own and into pinned memory. Where the device has
+    room the tensors are copied there first: 8.9 GB take 4 ms there and 160 ms to the host, a step of xl. The next
+    update of the weights waits on the device for that first copy (`before_update`), a step that is a CUDA graph waits
+    as a whole, the host waits for nothing. An error of the thread, as of a full disk, is raised by the next `wait` or
     `raise_error`.
     """
 
@@ -246,7 +259,9 @@ class Saver:
         """master: this rank writes; of tensors that are split the others only give their shares."""
         self.master, self.on_cuda = master, device.type == "cuda"
         self.stream = torch.cuda.Stream() if self.on_cuda else None
-        self.thread = self.error = self.copied = None
+        self.thread = self.error = None
+        self.taken = self.copied = None  # events: weights may change; all is in host memory
+        self.room = 0       # bytes of tensors that the device has held twice
         self.buffers = {}   # {(shape, dtype): [tensors]} of the copies, used again: pinning takes longer than copying
         self.free = {}      # those that the copy under way has not taken yet
         self.count, self.bytes, self.blocked, self.written = 0, 0, 0.0, 0.0  # files, bytes, seconds
@@ -272,6 +287,9 @@ class Saver:
         with self.beside():
             copies, peaks = {}, [peak_of(tensors_in(tree))]
             self.free = {kind: list(buffers) for kind, buffers in self.buffers.items()}
+            if self.has_room(tree):
+                tree = twins(tree, {})
+                self.taken = self.stream.record_event()
             tree = self.copy(tree, copies, peaks)
             peak = self.copy(torch.stack([peak for peak in peaks if peak is not None]).amax(), copies, peaks)
         if self.master:
@@ -299,14 +317,25 @@ class Saver:
             yield
             return
         self.stream.wait_stream(torch.cuda.current_stream())
+        self.taken = None
         with torch.cuda.stream(self.stream):
             yield
             self.copied = self.stream.record_event()
+            self.taken = self.taken or self.copied
+
+    def has_room(self, tree):
+        """Whether the device takes a copy of the tensors and leaves as much free. Split ones are gathered anyway."""
+        if not self.on_cuda or any(local(t) is not t for t in tensors_in(tree)):
+            return False
+        size = size_of(tree)
+        if self.room < size < torch.cuda.mem_get_info()[0] / 2:
+            self.room = size
+        return size <= self.room
 
     def before_update(self):
         """On the device: the weights may change once they are copied."""
-        if self.copied:
-            torch.cuda.current_stream().wait_event(self.copied)
+        if self.taken:
+            torch.cuda.current_stream().wait_event(self.taken)
 
     def copy(self, tree, copies, peaks):
         """Nested dicts with their tensors in host memory; one that stands in several places is copied once."""

@@ -260,6 +260,33 @@ def test_memory_for_the_copies_is_taken_beforehand(tmp_path):
         assert {kind: [t.data_ptr() for t in buffers] for kind, buffers in saver.buffers.items()} == taken
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no card")
+@pytest.mark.parametrize("room", [True, False])
+def test_weights_may_change_while_they_are_on_their_way_to_the_host(room, tmp_path, monkeypatch):
+    """64 tensors of 16 MB take milliseconds; the change comes at once, and waits on the device. The file has the old
+    values, two names of one tensor are one. A full device copies straight to the host."""
+    if not room:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**20, 2**40))
+    saver, t = checkpoint.Saver(torch.device("cuda")), [torch.full((2**22,), float(i), device="cuda") for i in range(64)]
+    saver.save(str(tmp_path / "x.pt"), {"step": 1, "model": {**{str(i): x for i, x in enumerate(t)}, "again": t[0]}})
+    assert saver.room == room * 2**30 and (saver.taken is saver.copied) is not room
+    saver.before_update()
+    for x in t:
+        x.fill_(-1.0)
+    saver.wait()
+    saved = torch.load(tmp_path / "x.pt", weights_only=True)["model"]
+    assert all(saved[str(i)].min() == saved[str(i)].max() == i for i in range(64))
+    assert saved["again"].data_ptr() == saved["0"].data_ptr() and t[5].max() == -1
+
+
+def test_twins_are_copies_and_one_tensor_stays_one():
+    t = torch.arange(3.0)
+    found = checkpoint.twins({"a": t, "b": {"c": t, "d": t + 1}, "n": 4}, {})
+    t.fill_(9)
+    assert found["a"].tolist() == [0, 1, 2] and found["b"]["c"] is found["a"] and found["n"] == 4
+    assert found["b"]["d"].tolist() == [1, 2, 3]
+
+
 def test_the_rows_of_the_log_are_synced_before_the_checkpoint_appears(data, tmp_path, monkeypatch):
     """After a power loss metrics.jsonl has all rows until the checkpoint's step."""
     events, fsync, replace = [], os.fsync, os.replace
