@@ -11,6 +11,7 @@ import math
 import os
 import re
 import secrets
+import statistics
 import sys
 import time
 
@@ -240,9 +241,7 @@ def is_spike(losses, loss) -> bool:
     """Whether a loss stands far above the WINDOW logged before it: 6 standard deviations, and 0.1 nats."""
     if len(losses) < WINDOW:
         return False
-    mean = math.fsum(losses) / len(losses)
-    deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in losses) / len(losses))
-    return loss - mean > max(6 * deviation, 0.1)
+    return loss - statistics.fmean(losses) > max(6 * statistics.pstdev(losses), 0.1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -281,19 +280,21 @@ class Log:
     def __init__(self, cfg, ranks, step, flops, guided=0):
         """step: finished before; flops (steps,): of every step of the run; guided: how many have a guide."""
         self.cfg, self.ranks, self.steps = cfg, ranks, len(flops)
+        self.tty, self.next_step, self.next_time = sys.stdout.isatty(), 0, 0.0  # when a log file gets its next line
+        self.lost = None                                        # why standard output takes no more
+        self.saved = step                                       # the step of the last checkpoint
+        # rates: of what came after the mark, which is the last log step
         peak = peak_flops(ranks.device)
         self.peak = peak and peak * ranks.world
         self.flops = np.concatenate(([0.0], np.cumsum(flops)))  # until each step
         self.tokens_per_step = cfg.batch_size * cfg.block_size
-        self.tty, self.next_step, self.next_time = sys.stdout.isatty(), 0, 0.0
-        self.norm, self.bad_steps = DelayedRead(ranks.device, STEPS_AHEAD), 0
-        self.losses, self.saved = collections.deque(maxlen=WINDOW), step
-        self.guided, self.best, self.validated = guided, math.inf, 0  # best: the lowest validation loss without guide
-        self.lost = None                                        # why standard output takes no more
         self.began = self.mark = time.monotonic()
         self.first = self.mark_step = step
-        self.rate = None
-        self.steady = np.zeros(3)                               # tokens, seconds and FLOPs without the first steps
+        self.rate, self.steady = None, np.zeros(3)              # steady: tokens, seconds, FLOPs without the first steps
+        # losses and gradient norms
+        self.losses = collections.deque(maxlen=WINDOW)
+        self.norms, self.bad_steps = DelayedRead(ranks.device, STEPS_AHEAD), 0
+        self.guided, self.best, self.validated = guided, math.inf, 0  # best: the lowest validation loss without guide
         if ranks.master:
             # wandb first: it may want a login, and then the folder holds no run and the same command can be given again
             self.wandb = start_wandb(cfg, step == 0) if cfg.wandb else None
@@ -361,14 +362,14 @@ class Log:
 
     def watch(self, step, norm):
         """After every step: notes a step whose update was skipped, STEPS_AHEAD steps after it."""
-        earlier = self.norm(norm)
+        earlier = self.norms(norm)
         if earlier is not None:
             self.note_bad(step - STEPS_AHEAD, earlier)
 
     def settle(self, step):
         """The same for all steps up to this one, which are waited for."""
-        for ago in reversed(range(len(self.norm.pending))):
-            self.note_bad(step - ago, self.norm.next())
+        for ago in reversed(range(len(self.norms.pending))):
+            self.note_bad(step - ago, self.norms.next())
 
     def note_bad(self, step, norm):
         self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
