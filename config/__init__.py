@@ -533,6 +533,7 @@ def muon_rates(cfg) -> dict:
 
         b = (tokens of a step / 2^19)^(1/5)       gradients averaged over more tokens allow larger steps
         lr         0.02 b                         an update's spectral norm is lr sqrt(max(1, rows / columns))
+                   0.7 x that, structured FFNs    a product of two factors moves further than one matrix
         embed_lr   0.3 b sqrt(768 / n_embd)       AdamW moves every entry alike, so a wide row by more
         head_lr    0.008 b sqrt(768 / n_embd)
         vector_lr  0.005 b,  skip_lr 0.5 b
@@ -540,12 +541,12 @@ def muon_rates(cfg) -> dict:
 
     Initialisation follows the width too (init=zero in model.py). At 2^19 tokens a step the constants are nanochat's,
     tuned there at 12 to 26 layers. At 2^15, 8 layers x 768 and 60M tokens, b is 0.57, and the best of four multiples of
-    them lie at 0.53 and 0.70 by dense's training loss. Of lr alone LowRank and BlockDense are better at 0.40
-    (docs/experiments.md). Everything else is extrapolation.
+    them lie at 0.53 and 0.70 by dense's training loss. Of lr alone 0.7 is best for LowRank and BlockDense, among 0.5,
+    0.7, 1 and 1.4, and with 1 for BlockShuffle (docs/experiments.md). Everything else is extrapolation.
     """
     tokens = cfg.batch_size * cfg.block_size
     b, width, steps = (tokens / 2**19) ** (1 / 5), (768 / cfg.n_embd) ** 0.5, max(1, cfg.max_tokens // tokens)
-    lr = 0.02 * b if cfg.lr == "auto" else cfg.lr
+    lr = 0.02 * b * (1 if cfg.ffn == "dense" else 0.7) if cfg.lr == "auto" else cfg.lr
     rates = {"lr": lr, "embed_lr": 0.3 * b * width, "head_lr": 0.008 * b * width, "vector_lr": 0.005 * b,
              "skip_lr": 0.5 * b, "weight_decay": 14 / (max(lr, 1e-300) * steps)}
     return {name: float(f"{rate:.4g}") for name, rate in rates.items()}

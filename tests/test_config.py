@@ -110,6 +110,9 @@ def test_rates_of_muon_follow_the_rule_or_the_user():
     assert cfg.lr == pytest.approx(0.01) and cfg.weight_decay == pytest.approx(1.4)
     assert cfg.embed_lr == pytest.approx(0.3 / 4) and cfg.head_lr == 0.5 and cfg.skip_lr == pytest.approx(0.25)
     assert config.load([*base, "--lr=0.02", "--weight_decay=auto"])[0].weight_decay == pytest.approx(0.7)
+    structured, = config.load([*base, "--lr=auto", "--weight_decay=auto", "--ffn=lowrank", "--rank=64"])
+    assert (structured.lr, structured.weight_decay) == (pytest.approx(0.007), pytest.approx(2.0))
+    assert structured.embed_lr == cfg.embed_lr
     assert "optimizer=muon" in refusal(["--embed_lr=0.1"]) and "optimizer=muon" in refusal(["--lr=auto"])
     assert config.load(["config/m.py"])[0].embed_lr == "auto"
 
