@@ -204,15 +204,26 @@ def data_checksum(folder):
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving beside training
 
-def size_of(tree) -> int:
-    """Bytes of the tensors in nested dicts."""
-    return sum(t.numel() * t.element_size() for t in {identity(t): t for t in tensors_in(tree)}.values())
+def tensors_in(tree) -> list:
+    if isinstance(tree, dict):
+        return [t for branch in tree.values() for t in tensors_in(branch)]
+    return [tree] if torch.is_tensor(tree) else []
 
 
 def identity(t):
     """What two names of one tensor share. Its storage, not its address: all empty shares of a split one have one."""
     mine = local(t)
     return mine.untyped_storage()._cdata, mine.storage_offset(), t.shape, t.dtype
+
+
+def distinct(tree) -> list:
+    """The tensors in nested dicts, one that stands in several places once."""
+    return list({identity(t): t for t in tensors_in(tree)}.values())
+
+
+def size_of(tree) -> int:
+    """Bytes of the tensors in nested dicts."""
+    return sum(t.numel() * t.element_size() for t in distinct(tree))
 
 
 def twins(tree, found):
@@ -225,12 +236,6 @@ def twins(tree, found):
     if key not in found:
         found[key] = tree.clone()
     return found[key]
-
-
-def tensors_in(tree) -> list:
-    if isinstance(tree, dict):
-        return [t for branch in tree.values() for t in tensors_in(branch)]
-    return [tree] if torch.is_tensor(tree) else []
 
 
 def peak_of(tensors):
@@ -299,7 +304,7 @@ class Saver:
     def prepare(self, tree):
         """Memory for the copies of `tree`, in a thread: pinning takes 0.6 s a GB, which the first steps hide."""
         if self.master:
-            self.start(lambda: [self.buffer(t) for t in {identity(t): t for t in tensors_in(tree)}.values()])
+            self.start(lambda: [self.buffer(t) for t in distinct(tree)])
 
     def start(self, work, *args):
         def guarded():
