@@ -355,8 +355,7 @@ class Training:
         cfg, plan, ranks, data, log, saver = self.cfg, self.plan, self.ranks, self.data, self.log, self.saver
         if self.step:
             log.say(f"continuing after step {self.step} of {plan.steps}")
-        saver.prepare({"model": full_weights(self.model, self.optimizer),
-                       "optimizer": moments(self.model, self.optimizer)})
+        self.prepare_saver()
         if self.validation_is_due() and ranks.any(ranks.master and log.validated < self.step) and self.validate():
             self.end_early()  # again in a validation that a signal had ended
         for batch in batches(cfg, plan, data.train, data.n_windows, range(self.step, plan.steps), ranks):
@@ -373,7 +372,7 @@ class Training:
             if step == plan.guided:
                 self.recorded.forget(self.optimizer)
                 self.model, self.optimizer = end_guide(cfg, plan, ranks, self.model, self.optimizer)
-                saver.forget()
+                self.prepare_saver()
                 self.wrapped = wrap_ddp(self.model, cfg, ranks)  # DDP's buckets still hold the guides
 
             # log
@@ -397,6 +396,10 @@ class Training:
                 self.end_early()
             ranks.note(f"reading the tokens of step {step + 1}")
         self.finish()
+
+    def prepare_saver(self):
+        self.saver.prepare({"model": full_weights(self.model, self.optimizer),
+                            "optimizer": moments(self.model, self.optimizer)})
 
     def validation_is_due(self):
         """Whether the run is validated after this step; the last one's validation is the final one."""

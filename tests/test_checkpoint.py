@@ -258,6 +258,9 @@ def test_memory_for_the_copies_is_taken_beforehand(tmp_path):
         saver.wait()
         assert torch.load(tmp_path / name, weights_only=True)["model"]["c"].tolist() == [1, 2, 3, 4]
         assert {kind: [t.data_ptr() for t in buffers] for kind, buffers in saver.buffers.items()} == taken
+    saver.prepare({"model": {"a": torch.ones(7)}})  # other tensors follow: the memory of these is given back
+    saver.wait()
+    assert [(*kind, len(buffers)) for kind, buffers in saver.buffers.items()] == [((7,), torch.float32, 1)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no card")
