@@ -226,15 +226,15 @@ def size_of(tree) -> int:
     return sum(t.numel() * t.element_size() for t in distinct(tree))
 
 
-def twins(tree, found):
-    """Nested dicts with copies of their tensors; one that stands in several places is copied once."""
+def mapped(tree, f, found):
+    """Nested dicts with f of their tensors, called once for one that stands in several places; found: its results."""
     if isinstance(tree, dict):
-        return {key: twins(value, found) for key, value in tree.items()}
+        return {key: mapped(value, f, found) for key, value in tree.items()}
     if not torch.is_tensor(tree):
         return tree
     key = identity(tree)
     if key not in found:
-        found[key] = tree.clone()
+        found[key] = f(tree)
     return found[key]
 
 
@@ -290,13 +290,13 @@ class Saver:
         began = time.monotonic()
         self.wait()
         with self.beside():
-            copies, peaks = {}, [peak_of(tensors_in(tree))]
+            peaks = [peak_of(tensors_in(tree))]
             self.free = {kind: list(buffers) for kind, buffers in self.buffers.items()}
             if self.has_room(tree):
-                tree = twins(tree, {})
+                tree = mapped(tree, torch.clone, {})
                 self.taken = self.stream.record_event()
-            tree = self.copy(tree, copies, peaks)
-            peak = self.copy(torch.stack([peak for peak in peaks if peak is not None]).amax(), copies, peaks)
+            tree = mapped(tree, lambda t: self.copy(t, peaks), {})
+            peak = self.copy(torch.stack([peak for peak in peaks if peak is not None]).amax(), peaks)
         if self.master:
             self.start(self.write, path, tree, keep, after, peak)
             self.blocked += self.began - began
@@ -348,20 +348,12 @@ class Saver:
         if self.taken:
             torch.cuda.current_stream().wait_event(self.taken)
 
-    def copy(self, tree, copies, peaks):
-        """Nested dicts with their tensors in host memory; one that stands in several places is copied once."""
-        if isinstance(tree, dict):
-            return {key: self.copy(value, copies, peaks) for key, value in tree.items()}
-        if not torch.is_tensor(tree):
-            return tree
-        key = identity(tree)
-        if key not in copies:
-            whole, copies[key] = full(tree), None
-            if whole is not tree:
-                peaks.append(peak_of([whole]))
-            if self.master:
-                copies[key] = self.buffer(whole).copy_(whole, non_blocking=True)
-        return copies[key]
+    def copy(self, t, peaks):
+        """The tensor in host memory. Of one that is split, gathered first, peaks gets the peak."""
+        whole = full(t)
+        if whole is not t:
+            peaks.append(peak_of([whole]))
+        return self.buffer(whole).copy_(whole, non_blocking=True) if self.master else None
 
     def buffer(self, t):
         """Host memory for a copy of t: of an earlier copy, or new."""

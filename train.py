@@ -398,8 +398,9 @@ class Training:
         self.finish()
 
     def prepare_saver(self):
-        self.saver.prepare({"model": full_weights(self.model, self.optimizer),
-                            "optimizer": moments(self.model, self.optimizer)})
+        tree = {"model": full_weights(self.model, self.optimizer), "optimizer": moments(self.model, self.optimizer)}
+        with self.ranks.agree():  # rank 0 waits for the file before, and may raise its error
+            self.saver.prepare(tree)
 
     def validation_is_due(self):
         """Whether the run is validated after this step; the last one's validation is the final one."""

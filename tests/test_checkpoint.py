@@ -282,9 +282,9 @@ def test_weights_may_change_while_they_are_on_their_way_to_the_host(room, tmp_pa
     assert saved["again"].data_ptr() == saved["0"].data_ptr() and t[5].max() == -1
 
 
-def test_twins_are_copies_and_one_tensor_stays_one():
+def test_mapped_tensors_are_copies_and_one_tensor_stays_one():
     t = torch.arange(3.0)
-    found = checkpoint.twins({"a": t, "b": {"c": t, "d": t + 1}, "n": 4}, {})
+    found = checkpoint.mapped({"a": t, "b": {"c": t, "d": t + 1}, "n": 4}, torch.clone, {})
     t.fill_(9)
     assert found["a"].tolist() == [0, 1, 2] and found["b"]["c"] is found["a"] and found["n"] == 4
     assert found["b"]["d"].tolist() == [1, 2, 3]
