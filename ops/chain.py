@@ -14,6 +14,7 @@ from structured import Structured
 
 BATCHES = range(5, 65)
 DENSE = 32              # sequences up to which a model without factors gains: at 64 cuBLAS was faster on an H200
+MMA = 32                # tokens up to which plan's rule is one for mma; for more wgmma is faster
 SHARED = 227 * 1024     # bytes of shared memory that a thread block may have
 
 
@@ -32,37 +33,72 @@ class Tiles(NamedTuple):
     warps: int
 
 
-def shared_bytes(stage, tiles, tokens):
-    """As sizeof(Shared) in chain.cu, about."""
-    pairs = tiles.tiles * tokens // 8
-    area = max(-(-stage.K // (32 * tiles.split * tiles.warps)) * tiles.tiles * 2, pairs)
-    return 512 * (tiles.warps * area + (pairs + 8 if tiles.split > 1 else 0)) + 128 * tiles.tiles + 8 * tokens + 16
+class Wide(NamedTuple):
+    """The same on wgmma: a warp for each of `tiles` tiles, a multiple of 4.
+
+    Shared memory holds `w_stages` tiles of 64 columns of the weights and `x_stages` of x.
+    """
+    tiles: int
+    split: int
+    w_stages: int
+    x_stages: int
 
 
-def possible(stage, tiles, tokens):
-    """Whether chain.cu can compute a stage so: whole tiles, and sums that fit into the registers."""
-    return (stage.rows % 16 == 0 and stage.K % (32 * tiles.split) == 0 and tiles.tiles <= stage.rows // 16
-            and tiles.tiles * tokens <= 256 and tiles.tiles <= 2 * tiles.warps
-            and shared_bytes(stage, tiles, tokens) <= SHARED)
+def shared_bytes(stage, how, tokens):
+    """sizeof(Shared) in chain.cu."""
+    wide, pairs = isinstance(how, Wide), how.tiles * tokens // 8
+    received = how.split * -(-pairs // how.split) if how.split > 1 else 1
+    common = up(8 + 128 * how.tiles + 8 * tokens, 16) + 512 * received
+    if wide:
+        stages = 2048 * how.tiles * how.w_stages + 128 * columns(tokens) * how.x_stages
+        return up(common + 16 * (how.w_stages + how.x_stages), 1024) + stages
+    area = max(-(-stage.K // (32 * how.split * how.warps)) * how.tiles * 2, pairs)
+    return up(common, 128) + 512 * how.warps * area
 
 
-# (rows, K, tokens): what a step of config/xl.py on an H200 was faster with than with plan's rule, by 0.5 to 3 %
-TUNED = {(6144, 2048, 8): Tiles(3, 2, 8), (8192, 512, 8): Tiles(2, 1, 8), (512, 8192, 8): Tiles(2, 8, 8),
-         (2048, 8192, 8): Tiles(1, 4, 8), (2048, 8192, 16): Tiles(1, 4, 8), (512, 2048, 32): Tiles(1, 2, 8),
-         (2048, 2048, 32): Tiles(4, 4, 8), (512, 8192, 32): Tiles(2, 8, 8), (8192, 512, 32): Tiles(3, 1, 8),
-         (2048, 512, 32): Tiles(1, 1, 4)}
+def up(bytes, alignment):
+    return -(-bytes // alignment) * alignment
+
+
+def possible(stage, how, tokens):
+    """Whether chain.cu can compute a stage so: whole tiles, sums that fit into registers, stages into shared memory."""
+    if isinstance(how, Wide):
+        chunks, rest = divmod(stage.K, 64 * how.split)
+        tiled = (rest == 0 and stage.rows % (16 * how.tiles) == 0 and how.tiles in (4, 8, 12, 16)
+                 and (chunks == 1 or min(how.w_stages, how.x_stages) > 1))
+    else:
+        tiled = (stage.rows % 16 == 0 and stage.K % (32 * how.split) == 0 and how.tiles <= stage.rows // 16
+                 and how.tiles * tokens <= 256 and how.tiles <= 2 * how.warps)
+    return tiled and shared_bytes(stage, how, tokens) <= SHARED
+
+
+# (rows, K, tokens): what a step of config/xl.py on an H200 was faster with than with plan's rule, by 0.5 % and more
+TUNED = {
+    (6144, 2048, 8): Tiles(3, 2, 8), (8192, 512, 8): Tiles(2, 1, 8), (512, 8192, 8): Tiles(2, 8, 8),
+    (2048, 8192, 8): Tiles(1, 4, 8), (2048, 8192, 16): Tiles(1, 4, 8),
+    (6144, 2048, 32): Wide(8, 2, 10, 8), (2048, 2048, 32): Wide(4, 8, 4, 4), (8192, 2048, 32): Wide(4, 1, 16, 8),
+    (512, 2048, 32): Wide(4, 4, 8, 8), (8192, 512, 32): Wide(4, 1, 8, 4), (512, 8192, 32): Wide(4, 8, 16, 16),
+    (2048, 512, 32): Wide(4, 4, 2, 2),
+    (6144, 2048, 64): Wide(4, 2, 6, 4), (2048, 2048, 64): Tiles(1, 2, 8), (8192, 2048, 64): Wide(4, 1, 14, 8),
+    (8192, 512, 64): Wide(8, 2, 4, 4), (512, 8192, 64): Wide(4, 8, 8, 4), (2048, 512, 64): Tiles(1, 2, 4)}
 
 
 def plan(stage, tokens, multiprocessors):
-    """The `Tiles` of a stage for a multiple of 8 tokens, or None.
+    """The `Tiles` or `Wide` of a stage for a multiple of 8 tokens, or None: what was measured, else by a rule."""
+    measured = tokens if tokens <= MMA else columns(tokens)  # the same products for 40 to 64 tokens
+    if stage.blocks == 1 and (stage.rows, stage.K, measured) in TUNED:
+        return TUNED[stage.rows, stage.K, measured]
+    return tokens > MMA and wide_plan(stage, multiprocessors) or mma_plan(stage, tokens, multiprocessors)
+
+
+def mma_plan(stage, tokens, multiprocessors):
+    """The `Tiles` of a stage, or None.
 
     A thread block for each multiprocessor, or, where rows are few, for each second one: the others load the weights of
     the next kernel meanwhile. It reads K / split columns of x and sends the sums of 16 tiles rows, and tiles grow with
     the split. Both cost the same where split^2 is about K / rows; the factor is measured.
     """
     height = stage.blocks * stage.rows // 16
-    if stage.blocks == 1 and (stage.rows, stage.K, tokens) in TUNED:
-        return TUNED[stage.rows, stage.K, tokens]
     best = max(0, round(math.log2(stage.K * multiprocessors / (600 * height)) / 2)) if height else 0
     thread_blocks = multiprocessors if 2 * height > multiprocessors else multiprocessors // 2
     for split in (1 << i for i in range(min(best, 3), 4)):
@@ -75,12 +111,30 @@ def plan(stage, tokens, multiprocessors):
     return None
 
 
+def wide_plan(stage, multiprocessors):
+    """The `Wide` of a stage, or None: 64 rows a cluster, and the split with which most multiprocessors have work."""
+    height = stage.blocks * stage.rows // 64
+    if stage.rows % 64 or stage.K % 64:
+        return None
+    split = max(s for s in (1, 2, 4, 8) if s == 1 or height * s <= multiprocessors and stage.K % (64 * s) == 0)
+    chunks = stage.K // (64 * split)
+    return Wide(4, split, min(chunks, 12), min(chunks, 6))  # at most 162 KiB of shared memory
+
+
 def attention_plan(cfg, batch, multiprocessors):
     """(thread blocks of a cluster, warps of each, places a team loads at once): the more thread blocks, the smaller."""
     pairs = batch * cfg.n_kv_head
     split = max(s for s in (1, 2, 4, 8) if s == 1 or s * pairs <= multiprocessors)
     warps = 8 if pairs <= 2 * multiprocessors else 4 if pairs <= 4 * multiprocessors else 2
     return split, warps, 8 if cfg.n_head // cfg.n_kv_head <= 2 else 4  # registers hold the outputs of a group
+
+
+def attention_for(cfg, batch, multiprocessors):
+    """The kernel of attention: four thread blocks a multiprocessor, with rings, where there is work for all of them."""
+    grid = 4 * multiprocessors
+    if batch * cfg.n_kv_head >= grid:
+        return ring_kernel(cfg, batch, grid, 4, 3, 4096 // (cfg.attn_dim // cfg.n_head))  # tiles of 8 KiB
+    return attention_kernel(cfg, batch, *attention_plan(cfg, batch, multiprocessors))
 
 
 def padded(batch) -> int:
@@ -157,11 +211,49 @@ def define(**values):
 
 
 def linear_kernel(stage, tiles, tokens, norm="NO_NORM", act="NONE", bias=False, residual=False):
-    values = dict(LINEAR=1, TOKENS=tokens, ROWS=stage.rows, K=stage.K, BLOCKS=stage.blocks, SPREAD=stage.spread,
-                  TILES=tiles.tiles, SPLIT=tiles.split, WARPS=tiles.warps, NORM=norm, ACT=act, BIAS=int(bias),
+    wide = isinstance(tiles, Wide)
+    warps = tiles.tiles if wide else tiles.warps
+    kind = dict(WIDE=1, N=columns(tokens), W_STAGES=tiles.w_stages, X_STAGES=tiles.x_stages) if wide else dict(LINEAR=1)
+    values = dict(kind, TOKENS=tokens, ROWS=stage.rows, K=stage.K, BLOCKS=stage.blocks, SPREAD=stage.spread,
+                  TILES=tiles.tiles, SPLIT=tiles.split, WARPS=warps, NORM=norm, ACT=act, BIAS=int(bias),
                   RESIDUAL=int(residual))
     grid = stage.blocks * -(-stage.rows // (16 * tiles.tiles)) * tiles.split
-    return Kernel(define(**values), "linear", grid, tiles.split, 32 * tiles.warps)
+    return Kernel(define(**values), "linear", grid, tiles.split,
+                  32 * (warps + wide * (2 if norm == "NO_NORM" else 6)))
+
+
+def columns(tokens):
+    """Tokens of a product by wgmma: those beyond the last are zero."""
+    return 32 if tokens <= 32 else 64
+
+
+def tensor_map(matrix, rows):
+    """The descriptor of a row-major matrix in bf16, of which tiles of `rows` rows and 64 columns are copied."""
+    from cuda.bindings import driver as d
+    kinds = d.CUtensorMapDataType, d.CUtensorMapInterleave, d.CUtensorMapSwizzle, d.CUtensorMapL2promotion
+    height, width = matrix.shape
+    made = checked(d.cuTensorMapEncodeTiled(
+        kinds[0].CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, matrix.data_ptr(),
+        [d.cuuint64_t(width), d.cuuint64_t(height)], [d.cuuint64_t(2 * matrix.stride(0))],
+        [d.cuuint32_t(64), d.cuuint32_t(rows)], [d.cuuint32_t(1), d.cuuint32_t(1)],
+        kinds[1].CU_TENSOR_MAP_INTERLEAVE_NONE, kinds[2].CU_TENSOR_MAP_SWIZZLE_128B,
+        kinds[3].CU_TENSOR_MAP_L2_PROMOTION_L2_256B, d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE))
+    return ctypes.string_at(made.getPtr(), 128)
+
+
+def maps(stage, tiles, act, x):
+    """The descriptors of a stage's weights (blocks * rows, K) and input (tokens, blocks * K)."""
+    rows, width = 8 if act == "SWIGLU" else 16 * tiles.tiles, stage.blocks * stage.K
+    weights = stage.weights.view(stage.blocks * stage.rows, stage.K)
+    x = x.view(-1)[:len(x) * width].view(-1, width)  # (tokens, blocks * K); a buffer may be wider
+    return tensor_map(weights, rows), tensor_map(x, columns(len(x)))
+
+
+def linear_arguments(stage, tiles, x, act, tensors, eps):
+    if not isinstance(tiles, Wide):
+        return pointers(Linear, *tensors, eps=eps)
+    of_w, of_x = (DESCRIPTOR.from_buffer_copy(m) for m in maps(stage, tiles, act, x))
+    return WideLinear(of_w, of_x, *(None if t is None else t.data_ptr() for t in tensors), eps)
 
 
 def attention_kernel(cfg, batch, split, warps, passes):
@@ -169,6 +261,15 @@ def attention_kernel(cfg, batch, split, warps, passes):
     values = dict(ATTENTION=1, HEADS=cfg.n_head, KV=cfg.n_kv_head, D=D, WARPS=warps, PASS=passes, SPLIT=split,
                   ROPE=int(cfg.pos == "rope"), SCALE=f"{D ** -0.5!r}f")
     return Kernel(define(**values), "attention", batch * cfg.n_kv_head * split, split, 32 * warps)
+
+
+def ring_kernel(cfg, batch, grid, warps, stages, places):
+    """At most `grid` thread blocks; rings of `stages` tiles of `places` places of keys and as many of values."""
+    D, units = cfg.attn_dim // cfg.n_head, batch * cfg.n_kv_head
+    values = dict(ATTENTION=1, RING=1, HEADS=cfg.n_head, KV=cfg.n_kv_head, D=D, WARPS=warps, SPLIT=1, UNITS=units,
+                  PASS=places * D // (256 * warps), GRID=min(grid, units), STAGES=stages, PLACES=places,
+                  ROPE=int(cfg.pos == "rope"), SCALE=f"{D ** -0.5!r}f")
+    return Kernel(define(**values), "attention", min(grid, units), 1, 32 * warps + 32)
 
 
 def embed_kernel(cfg, batch):
@@ -182,6 +283,14 @@ class Linear(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("x w bias gain residual of_norm moments y scaled "
                                                      "new_moments").split()]
     _fields_ += [("eps", ctypes.c_float)]
+
+
+DESCRIPTOR = ctypes.c_ubyte * 128
+
+
+class WideLinear(ctypes.Structure):
+    _fields_ = [("of_w", DESCRIPTOR), ("of_x", DESCRIPTOR), *Linear._fields_,
+                ("padding", ctypes.c_ubyte * 64)]  # descriptors are aligned to 64 bytes, and so is the size
 
 
 class Attention(ctypes.Structure):
@@ -282,7 +391,7 @@ class Step:
         self.hidden, self.rank = buffer(cfg.ffn_dim), buffer(rank)
         self.moments = buffer(cfg.n_embd // 8, torch.float32)
         self.first = embed_kernel(cfg, self.batch)
-        attention = attention_kernel(cfg, self.batch, *attention_plan(cfg, self.batch, sms))
+        attention = attention_for(cfg, self.batch, sms)
         following = [block.norm1 for block in model.blocks[1:]] + [model.norm]
         for block, (k, v), (qkv, proj, fc1, fc2), after in zip(model.blocks, cache.layers, layers, following):
             self.add(qkv, self.scaled, self.qkv, norm=block.norm1)
@@ -300,14 +409,14 @@ class Step:
             bias = linear.bias if last else None
             add = last and following is not None
             kind = self.norm if first and norm is not None else "NO_NORM"
-            kernel = linear_kernel(stage, self.plan(stage, self.tokens), self.tokens, kind,
-                                   act.upper() or "NONE" if last else "NONE", bias is not None, add)
+            tiles, fused = self.plan(stage, self.tokens), act.upper() or "NONE" if last else "NONE"
+            kernel = linear_kernel(stage, tiles, self.tokens, kind, fused, bias is not None, add)
             vectors = None if kind == "NO_NORM" else of_norm(stage, norm, bias)
             self.vectors.append(vectors)
             to = y if last else self.rank
-            self.kernels.append((kernel, pointers(
-                Linear, x, stage.weights, bias, following.weight if add else None, y if add else None, vectors,
-                self.moments, to, self.scaled, self.moments, eps=self.model.norm.eps)))
+            tensors = (x, stage.weights, bias, following.weight if add else None, y if add else None, vectors,
+                       self.moments, to, self.scaled, self.moments)
+            self.kernels.append((kernel, linear_arguments(stage, tiles, x, fused, tensors, self.model.norm.eps)))
             x = to
 
     def __call__(self, tokens, cache):

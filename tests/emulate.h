@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <random>
 #include <vector>
@@ -18,11 +19,12 @@
 #define __device__
 #define __global__
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct uint3_ { unsigned x; };
 struct uint4 { unsigned x, y, z, w; };
 struct float2 { float x, y; };
-struct float4 { float x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
 
 struct Meeting {  // of n fibers
     int n = 0, arrived = 0;
@@ -35,7 +37,7 @@ struct Block {
     std::vector<float> shuffled;  // [generation of the warp % 2][thread]
     std::vector<std::array<unsigned, 6>> fragments;  // of mma, as shuffled
 };
-struct Copy { void* to; const void* from; int bytes; unsigned long long* barrier; };
+struct Copy { std::function<void()> run; int bytes; unsigned long long* barrier; };
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
@@ -92,6 +94,42 @@ inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
             c[i] += of_bf16(a >> k % 2 * 16 & 0xffff) * of_bf16(b >> k % 2 * 16 & 0xffff);
         }
 }
+struct Mapped { const char* start; long long height, width, rows; };  // what a Map holds here
+// A tile of rows of 64 columns, whose 16-byte pieces are permuted in each 8 rows; zeros outside of the matrix
+inline char* in_tile(const void* tile, int row, int column) {
+    return (char*)tile + row * 128 + ((column / 8 ^ row % 8) * 8 + column % 8) * 2;
+}
+inline void copy_tile(void* to, const void* map, int column, int row, unsigned long long* barrier) {
+    Mapped m = *(const Mapped*)map;
+    copies.push_back({[=] {
+        for (int i = 0; i < m.rows; i++)
+            for (int j = 0; j < 64; j++) {
+                bool there = row + i < m.height && column + j < m.width;
+                unsigned short value = there ? ((unsigned short*)m.start)[(row + i) * m.width + column + j] : 0;
+                memcpy(in_tile(to, i, j), &value, 2);
+            }
+    }, (int)m.rows * 128, barrier});
+}
+inline void copy_tile_once(void* to, const void* map, int column, int row, unsigned long long* barrier) {
+    copy_tile(to, map, column, row, barrier);
+}
+inline void prefetch(const void*) {}
+inline void wgmma_begin() {}
+inline void wgmma_end_of_group() {}
+template <int n> inline void wgmma_wait_for_all_but() {}
+template <int n> inline void are_there(float (&)[n][4]) {}
+template <int> inline void sync_threads() { sync_consumers(); }
+template <int n, class T> inline void wgmma(float (&c)[n][4], const T* a, const T* b, int column) {
+    unsigned warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    for (int j = 0; j < n; j++)
+        for (unsigned i = 0; i < 4; i++)
+            for (int k = column; k < column + 16; k++) {
+                unsigned short x, y;
+                memcpy(&x, in_tile(a, warp * 16 + g + i / 2 * 8, k), 2);
+                memcpy(&y, in_tile(b, j * 8 + 2 * t + i % 2, k), 2);
+                c[j][i] += of_bf16(x) * of_bf16(y);
+            }
+}
 inline int cluster_rank() { return blockIdx.x % cluster_size; }
 inline void cluster_sync() { meet(clusters[blockIdx.x / cluster_size]); }
 inline char* in_cluster(const void* p, int rank) {
@@ -125,7 +163,7 @@ inline bool barrier_done(unsigned long long* b, int phase) { return as_barrier(b
 inline void copy_async(void* to, const void* from, int bytes, unsigned long long* barrier) {
     if (bytes % 16 || (uintptr_t)to % 16 || (uintptr_t)from % 16)
         fprintf(stderr, "a bulk copy needs 16-byte alignment\n"), abort();
-    copies.push_back({to, from, bytes, barrier});
+    copies.push_back({[=] { memcpy(to, from, bytes); }, bytes, barrier});
 }
 inline void copy_16(void* to, const void* from) { current->copies.back().push_back({to, from}); }
 inline void end_of_group() { current->copies.emplace_back(); }
@@ -193,7 +231,7 @@ extern "C" void launch(int grid, int threads, int shared, int consumers, unsigne
             std::swap(copies[random_numbers() % copies.size()], copies.back());
             Copy c = copies.back();
             copies.pop_back();
-            memcpy(c.to, c.from, c.bytes);
+            c.run();
             as_barrier(c.barrier).bytes -= c.bytes, settle(as_barrier(c.barrier));
         }
         size_t first = random_numbers() % (fibers.size() / 32) * 32;  // of a warp, which runs until it waits for others

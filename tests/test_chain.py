@@ -3,6 +3,7 @@ import copy
 import ctypes
 import re
 import shutil
+import struct
 import subprocess
 
 import pytest
@@ -45,11 +46,11 @@ const int needed = {needed};
 ENTRIES = """
 static int number;
 void (*const kernels[])() = {{{runs}}};
-const int needed[] = {{{needed}}};
+extern "C" const int needed[] = {{{needed}}};
 void enter() {{ kernels[number](); current->done = true; }}
-extern "C" void start(int i, int grid, int threads, int cluster, void* arguments) {{
+extern "C" void start(int i, int grid, int threads, int cluster, int consumers, void* arguments) {{
     number = i, cluster_size = cluster;
-    launch(grid, threads, needed[i], threads, 1, arguments);
+    launch(grid, threads, needed[i], consumers, 1, arguments);
 }}
 """
 emulated = {}  # {kernel: (a library, its number there)}
@@ -76,7 +77,15 @@ def launch(kernel, arguments, device):
     if ON_GPU:
         return chain.launch(kernel, arguments, device)
     library, i = emulated[kernel]
-    library.start(i, kernel.grid, kernel.threads, kernel.cluster, ctypes.byref(arguments))
+    consumers = kernel.threads - 64 * ("WIDE" in kernel.defines) - 32 * ("RING" in kernel.defines)
+    library.start(i, kernel.grid, kernel.threads, kernel.cluster, consumers, ctypes.byref(arguments))
+
+
+@pytest.fixture(autouse=True)
+def tensor_map(monkeypatch):
+    if not ON_GPU:
+        monkeypatch.setattr(chain, "tensor_map", lambda matrix, rows: struct.pack(
+            "Pqqq96x", matrix.data_ptr(), *matrix.shape, rows))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -86,18 +95,28 @@ LINEARS = [  # rows, K, blocks, spread, tiles, split, warps, tokens, norm, act, 
     (96, 128, 1, 96, 3, 1, 2, 16, "LAYER_NORM", "NONE", False), (96, 128, 1, 96, 4, 2, 2, 8, "RMS_NORM", "GELU", False),
     (64, 256, 2, 2, 2, 4, 2, 24, "LAYER_NORM", "RELU2", False), (64, 96, 2, 64, 3, 1, 2, 8, "NO_NORM", "NONE", True),
     (48, 256, 2, 96, 1, 8, 1, 40, "NO_NORM", "NONE", True), (64, 128, 2, 64, 1, 2, 2, 8, "LAYER_NORM", "SWIGLU", False),
-    (32, 512, 1, 32, 2, 4, 4, 64, "NO_NORM", "NONE", True)]
+    (32, 512, 1, 32, 2, 4, 4, 64, "NO_NORM", "NONE", True), (64, 128, 1, 64, 2, 2, 2, 16, "LAYER_NORM", "NONE", False)]
+WIDE = [  # the same, with stages of weights and of x instead of warps
+    (128, 256, 1, 128, 8, 1, (2, 3), 64, "LAYER_NORM", "NONE", False),
+    (64, 512, 1, 64, 4, 4, (2, 2), 64, "NO_NORM", "NONE", True),
+    (64, 512, 1, 64, 4, 8, (1, 1), 24, "NO_NORM", "NONE", True),
+    (128, 384, 2, 2, 8, 2, (2, 2), 40, "LAYER_NORM", "RELU2", False),
+    (64, 128, 2, 128, 4, 1, (2, 2), 32, "RMS_NORM", "GELU", False),
+    (64, 256, 1, 64, 4, 2, (2, 2), 48, "LAYER_NORM", "NONE", False),
+    (128, 128, 1, 128, 4, 2, (1, 1), 56, "LAYER_NORM", "SWIGLU", False)]
+LINEARS += WIDE
 
 
 def linear_of(rows, K, blocks, spread, tiles, split, warps, tokens, norm, act, adds, w=None):
     stage = Stage(w, rows, K, blocks, spread)
-    return stage, chain.linear_kernel(stage, chain.Tiles(tiles, split, warps), tokens, norm, act, True, adds)
+    tiles = chain.Wide(tiles, split, *warps) if isinstance(warps, tuple) else chain.Tiles(tiles, split, warps)
+    return stage, tiles, chain.linear_kernel(stage, tiles, tokens, norm, act, True, adds)
 
 
 @pytest.fixture(scope="module")
 def linears(tmp_path_factory):
     if not ON_GPU:
-        build([linear_of(*case)[1] for case in LINEARS], tmp_path_factory.mktemp("linears"))
+        build([linear_of(*case)[2] for case in LINEARS], tmp_path_factory.mktemp("linears"))
 
 
 @pytest.mark.parametrize("rows, K, blocks, spread, tiles, split, warps, tokens, norm, act, adds", LINEARS)
@@ -106,7 +125,7 @@ def test_linear(linears, rows, K, blocks, spread, tiles, split, warps, tokens, n
     torch.manual_seed(1)
     x, w = (torch.randn(*n, device=DEVICE).bfloat16() for n in ((tokens, blocks * K), (blocks, rows, K)))
     bias, gain, shift, after = (1 + 0.3 * torch.randn(4, max(blocks * K, blocks * rows), device=DEVICE)).bfloat16()
-    stage, kernel = linear_of(rows, K, blocks, spread, tiles, split, warps, tokens, norm, act, adds, w)
+    stage, how, kernel = linear_of(rows, K, blocks, spread, tiles, split, warps, tokens, norm, act, adds, w)
     gain, shift = gain[:blocks * K], shift[:blocks * K]
     bias, after = bias[:blocks * rows].contiguous(), after[:blocks * rows].contiguous()
     x += 0.5
@@ -131,8 +150,8 @@ def test_linear(linears, rows, K, blocks, spread, tiles, split, warps, tokens, n
     out = torch.randn(y.shape, device=DEVICE).bfloat16()
     expected = y + out if adds else y
     scaled, new = torch.zeros_like(out), torch.zeros(tokens, y.size(1) // 16, 2, device=DEVICE)
-    arguments = chain.pointers(chain.Linear, read, w, bias, after if adds else None, out if adds else None, vectors,
-                               moments, out, scaled, new, eps=1e-5)
+    tensors = read, w, bias, after if adds else None, out if adds else None, vectors, moments, out, scaled, new
+    arguments = chain.linear_arguments(stage, how, read, act, tensors, 1e-5)
     launch(kernel, arguments, torch.device(DEVICE))
     scale = expected.abs().max().item()
     torch.testing.assert_close(out.double(), expected, atol=0.01 * scale, rtol=0.01)
@@ -144,6 +163,15 @@ def test_linear(linears, rows, K, blocks, spread, tiles, split, warps, tokens, n
         torch.testing.assert_close(full, ours.mean(-1), atol=1e-5, rtol=1e-4)
         var = (squares + 16 * (mean - full[:, None]) ** 2).sum(-1) / ours.size(1)
         torch.testing.assert_close(var, ours.var(-1, correction=0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.skipif(ON_GPU, reason="the CPU's compiler says")
+@pytest.mark.parametrize("case", LINEARS)
+def test_shared_memory_is_what_the_plan_counts(linears, case):
+    stage, how, kernel = linear_of(*case)
+    library, i = emulated[kernel]
+    assert chain.shared_bytes(stage, how, case[7]) == (ctypes.c_int * len(LINEARS)).in_dll(library, "needed")[i]
+    assert chain.possible(stage, how, case[7])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,13 +189,16 @@ def pair(batch, length=64, **shape):
     return model, low, *(Cache(model.cfg, batch, length, DEVICE, m.head.weight.dtype) for m in (model, low))
 
 
-def make_step(model, cache, folder, monkeypatch):
-    """On CUDA as it is used; on a CPU with few warps, and two thread blocks for each head."""
+def make_step(model, cache, folder, monkeypatch, ring=False):
+    """On CUDA as it is used; on a CPU with few warps, two thread blocks for each head, wgmma from 9 sequences on."""
     if ON_GPU:
         step = ops.fused_step(model, cache)
         assert isinstance(step, chain.Step)
         return step
     monkeypatch.setattr(chain, "attention_plan", lambda *_: (2, 1, 2))
+    monkeypatch.setattr(chain, "MMA", 8)
+    if ring:
+        monkeypatch.setattr(chain, "attention_for", lambda cfg, batch, _: chain.ring_kernel(cfg, batch, 5, 2, 3, 32))
     step = chain.Step(model, cache, 8, launch=launch)
     build({step.first, *(kernel for kernel, _ in step.kernels)}, folder)
     return step
@@ -183,19 +214,22 @@ def compare(step, tokens, model, low, expected, cache):
     torch.testing.assert_close(cache.newest, expected.newest)
 
 
-EMULATED = [("lowrank swiglu", 5, 64), ("absolute, grouped", 8, 64), ("blockshuffle, one key head", 9, 64)]
+SHAPES = {**MODELS, "many heads": dict(ffn="lowrank", rank=64, n_head=16, attn_dim=512)}
+EMULATED = [("lowrank swiglu", 5, 64), ("absolute, grouped", 8, 64), ("blockshuffle, one key head", 9, 64),
+            ("lowrank swiglu", 10, 64)]
 ON_CARD = [("dense", 5, 64), ("dense", 32, 1024), ("blockdense", 17, 64), ("wide attention", 33, 256),
-           ("blockdense", 64, 512), ("blockshuffle, one key head", 50, 1024), ("absolute, grouped", 24, 512)]
+           ("blockdense", 64, 512), ("blockshuffle, one key head", 50, 1024), ("absolute, grouped", 24, 512),
+           ("many heads", 64, 512)]
 
 
 @pytest.mark.parametrize("name, batch, length", EMULATED + [pytest.param(*case, marks=HOPPER) for case in ON_CARD])
 @torch.no_grad()
 def test_is_the_step(name, batch, length, tmp_path, monkeypatch):
     """Rows of different lengths; then one that ends and whose place is taken by a copy of another."""
-    larger = dict(rank=64, attn_dim=256 if name == "wide attention" else 128)
-    shape = {**MODELS[name], **{key: value for key, value in larger.items() if key in MODELS[name]}, "vocab_size": 256}
+    larger = dict(rank=64, attn_dim={"wide attention": 256, "many heads": 512}.get(name, 128))
+    shape = {**SHAPES[name], **{key: value for key, value in larger.items() if key in SHAPES[name]}, "vocab_size": 256}
     model, low, expected, cache = both = pair(batch, length, **shape)
-    step = make_step(low, cache, tmp_path, monkeypatch)
+    step = make_step(low, cache, tmp_path, monkeypatch, batch > 5)
     tokens = torch.randint(256, (batch, length), device=DEVICE)
     lengths = (length - 20 - 3 * torch.arange(batch, device=DEVICE)).clamp(min=1)
     for m, c in ((model, expected), (low, cache)):
@@ -230,8 +264,32 @@ def test_what_fits():
     for other in (dict(qk_norm=1.2), dict(post_norm=0.3), dict(n_head=32, attn_dim=1536),
                   dict(n_embd=2056, n_head=8, attn_dim=512)):
         assert not chain.fits(meta(**other), 8, 132), other
-    for (rows, K, tokens), tiles in chain.TUNED.items():
-        assert chain.possible(Stage(None, rows, K, 1, rows), tiles, tokens)
+    for (rows, K, tokens), how in chain.TUNED.items():
+        assert chain.possible(Stage(None, rows, K, 1, rows), how, tokens)
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(rank=512, ffn="lowrank"), dict(ffn="blockshuffle", nblocks=2)])
+def test_from_33_sequences_on_products_are_wide(kind):
+    """By the rule; what was measured goes before it, for 33 to 64 sequences alike. Each fits into shared memory."""
+    for width, heads in ((2048, 16), (1536, 12)):
+        every = [s for layer in megakernel.linears(meta(n_embd=width, n_head=heads, **kind), 64)
+                 for linear in layer for s in chain.stages(linear)]
+        for tokens in (24, 32, 40, 64):
+            for stage in every:
+                how, key = chain.plan(stage, tokens, 132), (stage.rows, stage.K, 64 if tokens > 32 else tokens)
+                assert chain.possible(stage, how, tokens)
+                if stage.blocks == 1 and key in chain.TUNED:
+                    assert how == chain.TUNED[key]
+                else:
+                    assert isinstance(how, chain.Wide) == (tokens > 32)
+
+
+def test_attention_has_rings_where_rows_are_many():
+    cfg = meta().cfg
+    for batch, rings in ((32, False), (33, True), (64, True)):
+        kernel = chain.attention_for(cfg, batch, 132)
+        assert ("RING" in kernel.defines) is rings
+        assert kernel.grid == (528 if rings else 16 * batch)
 
 
 @HOPPER
@@ -243,13 +301,17 @@ def test_other_precisions_take_other_kernels():
         assert step and not isinstance(step, chain.Step)
 
 
+XL = dict(ffn="lowrank", rank=512, n_embd=2048, n_head=16)  # shapes of TUNED; at 64 rings of two rounds
+
+
 @HOPPER
 @pytest.mark.parametrize("batch, kind", [(5, dict(ffn="lowrank", rank=256)), (16, dict(ffn="blockshuffle", nblocks=2)),
-                                         (32, {}), (64, dict(ffn="lowrank", rank=256, n_kv_head=2))])
+                                         (32, {}), (64, dict(ffn="lowrank", rank=256, n_kv_head=2)), (32, XL),
+                                         (64, XL)])
 @torch.no_grad()
 def test_repeats_itself(batch, kind):
-    shape = dict(n_embd=1024, n_head=8, n_layer=4, vocab_size=5000, block_size=256)
-    model = prepare_model(make("cuda", **shape, **kind), "structured", BF16)
+    shape = dict(n_embd=1024, n_head=8, n_layer=4, vocab_size=5000)
+    model = prepare_model(make("cuda", 256, **{**shape, **kind}), "structured", BF16)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.03)
     cache = Cache(model.cfg, batch, 256, "cuda", BF16)
