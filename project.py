@@ -268,6 +268,9 @@ def load_init(cfg, model, data, ranks) -> dict:
         refit = theirs.ffn == "dense" and (cfg.ffn != "dense" or cfg.ffn_dim < theirs.ffn_dim)
         check_tokenizer(path, saved, cfg, data.tokenizer)
         check_fits(cfg, theirs, weights, model, ffns=not refit)
+        if refit and cfg.ffn_dim > theirs.ffn_dim:
+            raise UserError(f"init_from={cfg.init_from} has ffn_dim={theirs.ffn_dim}, this model {cfg.ffn_dim}: hidden "
+                            f"units can only be left out, so give --ffn_dim={theirs.ffn_dim} or less.")
     if not refit:
         check_weights(model, weights, path)
         load_weights(model, weights, path)

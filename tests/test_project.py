@@ -486,7 +486,8 @@ def test_a_guided_run_from_a_dense_model_resumes_without_it(data, dense_run, tmp
 
 @pytest.mark.parametrize("flags, words", [
     (["--n_layer=4"], ["blocks.3", "none there"]), (["--act=relu2"], ["act=gelu", "--act=gelu"]),
-    (["--ffn_dim=200"], ["ffn.fc1.bias", "(128,) there, (200,) here"])])
+    (["--ffn_dim=200"], ["ffn.fc1.bias", "(128,) there, (200,) here"]),
+    ([*LOWRANK, "--ffn_dim=200"], ["ffn_dim=128", "this model 200", "--ffn_dim=128 or less"])])
 def test_a_dense_model_that_does_not_fit_is_not_projected(flags, words, data, dense_run, monkeypatch):
     structure = [] if "--ffn_dim=200" in flags else LOWRANK
     cfg, files, plan = opened(data, *structure, f"--init_from={dense_run}", *flags)
