@@ -262,6 +262,8 @@ def main(path, s, prompts):
         raise UserError(f"graphs=True needs a CUDA device, this is {device}: leave --graphs out.")
     model, cfg, saved = load(path, device)
     tokenizer = saved_tokenizer(saved["tokenizer"], cfg.vocab_size)
+    if cfg.block_size == 1 and not s.merge:
+        raise UserError(f"{path} has block_size=1, a context without room for a new token: give a model of at least 2.")
     encoded = [encode(prompt, tokenizer, cfg) for prompt in prompts]
     if s.merge:
         return write_merged(path, model, cfg, saved, encoded[0])

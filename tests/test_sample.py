@@ -370,6 +370,15 @@ def test_bad_input_is_one_sentence_each(folder, tmp_path, monkeypatch, capsys):
     refused("a batch of 2000 sequences .* largest that fits is", prompts=file(b"x\n"), n_samples=2000, batch_size=4000)
 
 
+def test_a_context_of_one_token_is_refused(data, tmp_path, capsys):
+    """No token fits after the first one: its samples were lost, without a line."""
+    run = train_run(tmp_path / "run", data, "--block_size=1", "--max_tokens=8")
+    for how in ({}, {"prompt": "x"}, {"out": str(tmp_path / "texts.jsonl")}):
+        with pytest.raises(UserError, match="block_size=1, a context without room"):
+            say(capsys, run, **how)
+    assert not (tmp_path / "texts.jsonl").exists()
+
+
 def test_models_of_another_version_and_status(cli, folder, tmp_path):
     saved = torch.load(folder / "model.pt", weights_only=True)
     saved["config"]["heads_of_tomorrow"] = 3
