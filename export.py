@@ -92,7 +92,7 @@ from checkpoint import save_beside, tokenizer_entry
 from config import Config, short
 from device import pick_device
 from merge import exact_matmuls, merge_attention, replace_structured
-from model import build, load, rms_norm
+from model import PRECISIONS, build, load, rms_norm
 from project import project_ffns
 from run import perplexity, writing
 from schedule import summary
@@ -625,12 +625,16 @@ def read_weights(folder, root) -> dict:
                             "writes them.")
         try:
             tensors |= load_file(path)
-        except safetensors.SafetensorError as e:
-            raise UserError(f"{path} is damaged: {e}.") from None
+        except (OSError, safetensors.SafetensorError) as e:
+            raise UserError(f"{path} is damaged or cannot be read ({e}): fetch it again.") from None
     if not any(name.startswith(root) for name in tensors):
         tensors = {name if name.startswith("lm_head.") else root + name: t for name, t in tensors.items()}
     buffers = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-    return {name: t for name, t in tensors.items() if not name.endswith(buffers)}
+    tensors = {name: t for name, t in tensors.items() if not name.endswith(buffers)}
+    for name, t in tensors.items():
+        if t.dtype not in PRECISIONS:
+            raise UserError(f"{folder} has {name} as {t.dtype}: only floats of 16 bits or more are read.")
+    return tensors
 
 
 def qk_gain(folder, tensors) -> float:

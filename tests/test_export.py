@@ -509,6 +509,15 @@ def test_damaged_and_foreign_folders_are_one_sentence(transformers, cli, tmp_pat
     refused("damaged", **{"model.safetensors": kept["model.safetensors"][:1000]})
     refused("is missing", **{"model.safetensors": None})
     refused("neither", **{"tokenizer.json": None})
+    safetensors = pytest.importorskip("safetensors.torch")
+    weights = safetensors.load(kept["model.safetensors"])
+    for dtype in (torch.int8, torch.float8_e4m3fn, torch.complex64):
+        quantised = safetensors.save({**weights, "model.norm.weight": torch.ones(32).to(dtype)})
+        refused(f"model.norm.weight as {dtype}", **{"model.safetensors": quantised})
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    (tmp_path / "hf" / "model.safetensors").mkdir()
+    kept.pop("model.safetensors")
+    refused("model.safetensors is damaged or cannot be read")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
