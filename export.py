@@ -94,7 +94,7 @@ from device import pick_device
 from merge import exact_matmuls, merge_attention, replace_structured
 from model import PRECISIONS, build, load, rms_norm
 from project import project_ffns
-from run import perplexity, writing
+from run import perplexity, temp_name, writing
 from schedule import summary
 from tokenizer import load_tokenizer, package, saved_tokenizer
 from tokenizer_json import kind_of, tokenizer_files
@@ -502,8 +502,7 @@ def write_hf(folder, model, cfg, saved, s):
         settings = for_factors(settings, cfg)
         files[MODELING] = Path(__file__).with_name(MODELING).read_bytes()
     folder = os.path.normpath(folder)
-    temp = folder + ".tmp"
-    shutil.rmtree(temp, ignore_errors=True)  # of an export that was killed
+    temp = temp_name(folder)
     files["README.md"] = model_card(os.path.basename(folder), cfg, saved, name, params, factors).encode()
     try:
         with writing(folder):
