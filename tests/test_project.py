@@ -538,6 +538,14 @@ def test_a_taught_run_resumes_and_accumulates(data, dense_run, tmp_path, monkeyp
     assert a == pytest.approx(b, abs=2e-5)
 
 
+def test_a_finished_run_needs_no_teacher(data, dense_run, cli, tmp_path):
+    teacher = shutil.copytree(dense_run, tmp_path / "teacher")
+    run = train_run(tmp_path / "run", data, *LOWRANK, f"--distill={teacher}")
+    shutil.rmtree(teacher)
+    status, out, err = cli("train.py", "--resume=auto", f"--out_dir={run}")
+    assert (status, err) == (0, "") and "holds a finished run" in out
+
+
 def test_the_teachers_forwards_are_among_the_training_flops(data, dense_run, cli):
     shape = [*TINY, *LOWRANK, f"--data_dir={data}", "--guide=fixedflop", "--guide_ratio=0.5"]
     said = {}
