@@ -599,8 +599,8 @@ class GPT(nn.Module):
 class Teacher:
     """A trained model that another one learns from, and no part of it: neither its parameters nor its state dict."""
 
-    def __init__(self, model, share):
-        self.model, self.share = model.eval(), share
+    def __init__(self, model, share, checksum=0):
+        self.model, self.share, self.checksum = model.eval(), share, checksum
 
     @torch.no_grad()
     def __call__(self, tokens):

@@ -120,7 +120,7 @@ def assemble(cfg, plan, ranks, saved=None, data=None, teacher=None):
         check_weights(model, saved["model"], path)
         load_weights(model, saved["model"], path)
     if cfg.distill:
-        model.teacher = teacher or load_teacher(cfg, data.tokenizer, ranks)
+        model.teacher = teacher or load_teacher(cfg, data.tokenizer, ranks, saved)
     if ranks.compile:
         model.compile_parts()
     if is_split(cfg, ranks):
@@ -438,7 +438,8 @@ class Training:
             self.raise_damage()
         self.ranks.note(f"saving step {self.step}")
         self.log.saved = self.step
-        self.save("ckpt.pt", self.cfg.keep_checkpoints, data=self.data.train.checksum,
+        teacher = {"teacher": self.model.teacher.checksum} if self.cfg.distill else {}
+        self.save("ckpt.pt", self.cfg.keep_checkpoints, data=self.data.train.checksum, **teacher,
                   optimizer=moments(self.model, self.optimizer))
 
     def save(self, name, keep=1, **more):

@@ -538,6 +538,22 @@ def test_a_taught_run_resumes_and_accumulates(data, dense_run, tmp_path, monkeyp
     assert a == pytest.approx(b, abs=2e-5)
 
 
+def test_a_run_is_not_continued_with_another_teacher(data, dense_run, tmp_path, monkeypatch):
+    """Such as one that has trained on meanwhile."""
+    teacher = shutil.copytree(dense_run, tmp_path / "teacher")
+    flags = [*LOWRANK, f"--distill={teacher}", "--resume=auto"]
+    with pytest.raises(SystemExit):
+        stopped(tmp_path / "run", data, 3, monkeypatch, *flags)
+    kept = (teacher / "model.pt").read_bytes()
+    saved = torch.load(teacher / "model.pt", weights_only=True)
+    saved["model"]["wte.weight"][0, 0] += 1
+    torch.save(saved, teacher / "model.pt")
+    with pytest.raises(UserError, match="holds other weights than when the run in .* was saved"):
+        train_run(tmp_path / "run", data, *flags)
+    (teacher / "model.pt").write_bytes(kept)
+    assert metrics(train_run(tmp_path / "run", data, *flags))[-1]["step"] == 8
+
+
 def test_a_finished_run_needs_no_teacher(data, dense_run, cli, tmp_path):
     teacher = shutil.copytree(dense_run, tmp_path / "teacher")
     run = train_run(tmp_path / "run", data, *LOWRANK, f"--distill={teacher}")
