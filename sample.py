@@ -235,7 +235,8 @@ def write_merged(path, model, cfg, saved, prompt):
     """Writes <run folder>-merged/model.pt, or <name>-merged.pt: the model with every structured linear merged."""
     if cfg.ffn == "dense" and not cfg.qk_rank:
         raise UserError(f"{path} is dense already: there is nothing to merge.")
-    folder = os.path.normpath(path) + "-merged"
+    folder = os.path.normpath(path)
+    folder = (os.path.abspath(path) if os.path.basename(folder) in (".", "..") else folder) + "-merged"
     target = os.path.join(folder, "model.pt") if os.path.isdir(path) else path.removesuffix(".pt") + "-merged.pt"
     if os.path.exists(target):
         raise UserError(f"{target} exists: move it away first.")

@@ -243,6 +243,12 @@ def test_merge_of_low_rank_queries_and_keys(data, tmp_path, capsys):
     assert say(capsys, f"{out}-merged", prompt="the", temperature=0.0) == before
 
 
+def test_merge_from_within_the_runs_folder(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(folder, tmp_path / "run"))
+    say(capsys, ".", merge=True)
+    assert (tmp_path / "run-merged" / "model.pt").exists() and not list((tmp_path / "run").glob(".*"))
+
+
 def test_merge_into_a_folder_that_cannot_be_written(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("decode.json"))
