@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import config
-from config import Config, UserError
+from config import GATE_WIDTH, Config, UserError
 from device import ShapesOnly, on_meta
 from checkpoint import read_model
 from structured import Dense, FactoredQKV, Structured, linear, linear_gelu
@@ -71,9 +71,6 @@ def rotate(x, cos, sin):
     """x (B, T, heads, head_size) rotated by its positions; cos, sin are rows of rotary_table."""
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((b, a), dim=-1) * sin).to(x.dtype)
-
-
-GATE_WIDTH = 16  # the first entries of x: what the gates of the value embeddings and of smear read
 
 
 def has_values(cfg, layer) -> bool:
