@@ -257,6 +257,7 @@ def read_text(path, most=None) -> str:
 
     UserError above `most` bytes, where that is given.
     """
+    _require(path != "-" or sys.stdin, "standard input is closed: give it some text, or the path of a UTF-8 text file.")
     with reading(path), contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
         data = f.read(most and most + 1)
     if most and len(data) > most:

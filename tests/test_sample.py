@@ -130,6 +130,10 @@ def test_prompts_from_file_and_standard_input(cli, finished, tmp_path, monkeypat
     assert cli("sample.py", finished, f"--prompt_file={tmp_path / 'prompt.txt'}") == expected
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("née 中".encode()), "ascii"))
     assert cli("sample.py", finished, "--prompt_file=-") == expected
+    monkeypatch.setattr(sys, "stdin", None)  # as with <&-
+    status, out, err = cli("sample.py", finished, "--prompt_file=-")
+    assert_one_sentence(status, out, err)
+    assert "standard input is closed" in err
 
 
 @pytest.mark.parametrize("prompt", ['"""A."""', "'x'", "None", "1e3", "[1, 2]", "a=b", "é中✓", "--x", " y\t"])
