@@ -196,7 +196,8 @@ def line_writer(path):
             rest = rest[file.write(rest):]                                             # a nearly full disk takes a part
         count, size = count + 1, size + len(data)
 
-    with writing(path), open(path, "wb" if os.path.exists(path) else "xb", buffering=0) as file:
+    pipe = os.path.exists(path) and not os.path.isfile(path)  # or a device; a file is that of a command beside this one
+    with writing(path), open(path, "wb" if pipe else "xb", buffering=0) as file:
         try:
             yield write
         except BaseException:

@@ -424,6 +424,13 @@ def test_a_result_is_never_overwritten(cli, folder, tmp_path):
     assert prompts.read_text() == "hello\n" and old.read_text() == "old\n"
 
 
+def test_a_result_that_came_while_torch_loaded_is_not_overwritten(capsys, folder, tmp_path):
+    (tmp_path / "new.jsonl").write_text("of the same command, given twice\n")
+    with pytest.raises(UserError, match="new.jsonl .File exists"):
+        say(capsys, folder, out=str(tmp_path / "new.jsonl"))
+    assert (tmp_path / "new.jsonl").read_text() == "of the same command, given twice\n"
+
+
 def test_a_full_disk_leaves_whole_lines(folder, tmp_path, capsys):
     """The file system takes 700 bytes, about four answers and a half: the half is cut off again."""
     (tmp_path / "p.txt").write_text("a\nb\nc\nd\ne\nf\ng\nh\n")
