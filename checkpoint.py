@@ -118,7 +118,7 @@ def check_tensors(saved, size):
         raise ValueError("its tensors are larger than the file")
     if not isinstance(saved.get("val_loss"), float | None) or not isinstance(saved.get("teacher"), int | None) \
             or saved["step"] < 0:
-        raise ValueError("its step, teacher or val_loss is not a number that a run writes")
+        raise ValueError("its teacher, step or val_loss is not a number that a run writes")
 
 
 def read_checkpoint(path, name):
