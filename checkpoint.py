@@ -34,8 +34,8 @@ def save_beside(obj, path, keep=1):
 def entries(cfg, weights, step, tokenizer, **more) -> dict:
     """What ckpt.pt and model.pt have in common, the tokenizer's bytes too, so that either samples without its data.
 
-    `more` in ckpt.pt: data, the checksum of the training tokens, and optimizer {parameter's name: its state}; in
-    model.pt and best.pt: val_loss.
+    `more` in ckpt.pt: data and teacher, the checksums of the training tokens and of the teacher's weights, and
+    optimizer {parameter's name: its state}; in model.pt and best.pt: val_loss.
     """
     return {"config": config.to_dict(cfg), "model": weights, "step": step,
             "tokenizer": tokenizer_entry(tokenizer), **more}
@@ -116,8 +116,9 @@ def check_tensors(saved, size):
     parts = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for _, t in named)}
     if sum(parts.values()) > size or sum(t.nbytes for _, t in named) > 2 * size:
         raise ValueError("its tensors are larger than the file")
-    if not isinstance(saved.get("val_loss"), float | None) or saved["step"] < 0:
-        raise ValueError("its step or val_loss is not a number that a run writes")
+    if not isinstance(saved.get("val_loss"), float | None) or not isinstance(saved.get("teacher"), int | None) \
+            or saved["step"] < 0:
+        raise ValueError("its teacher, step or val_loss is not a number that a run writes")
 
 
 def read_checkpoint(path, name):

@@ -69,8 +69,18 @@ WORDED = {"ffn", "rank", "nblocks", "ffn_dim", "max_tokens", "guide"}
 NOT_LISTED = MAY_CHANGE - {"dataset", "tokenizer", "data_dir"} | {"n_layer", "n_embd", "seed"} | WORDED
 
 
+def setting(cfg, name):
+    """A setting's value; "auto" for a rate that is the rule's, which has others for a structured FFN than for dense."""
+    if cfg.optimizer == "muon" and name in config.RATES:
+        rule = config.muon_rates(dataclasses.replace(cfg, lr="auto"))
+        if cfg.lr != rule["lr"]:  # the decay's rule goes by a rate that was given
+            rule = config.muon_rates(cfg) | {"lr": rule["lr"]}
+        return "auto" if getattr(cfg, name) == rule[name] else getattr(cfg, name)
+    return getattr(cfg, name)
+
+
 def differs(name, runs) -> bool:
-    return len({str(getattr(r.cfg, name)) for r in runs}) > 1
+    return len({str(setting(r.cfg, name)) for r in runs}) > 1
 
 
 def ffn_words(cfg) -> list:
@@ -93,7 +103,7 @@ def name_runs(runs):
 
     for run in runs:
         cfg, alike = run.cfg, peers[run.size]
-        common = [f"{name}={getattr(cfg, name)}" for name in names if not name.startswith("guide_")]
+        common = [f"{name}={setting(cfg, name)}" for name in names if not name.startswith("guide_")]
         guide = [f"{name}={value}" for name in names if name.startswith("guide_")
                  and (value := getattr(cfg, name)) != getattr(Config, name) and guide_differs(name, cfg)]
         narrow = [f"inner {cfg.ffn_dim / cfg.n_embd:.3g} x width"] * (cfg.ffn_dim < max(r.cfg.ffn_dim for r in alike))

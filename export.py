@@ -92,9 +92,9 @@ from checkpoint import save_beside, tokenizer_entry
 from config import Config, short
 from device import pick_device
 from merge import exact_matmuls, merge_attention, replace_structured
-from model import build, load, rms_norm
+from model import PRECISIONS, build, load, rms_norm
 from project import project_ffns
-from run import perplexity, writing
+from run import perplexity, temp_name, writing
 from schedule import summary
 from tokenizer import load_tokenizer, package, saved_tokenizer
 from tokenizer_json import kind_of, tokenizer_files
@@ -502,8 +502,7 @@ def write_hf(folder, model, cfg, saved, s):
         settings = for_factors(settings, cfg)
         files[MODELING] = Path(__file__).with_name(MODELING).read_bytes()
     folder = os.path.normpath(folder)
-    temp = folder + ".tmp"
-    shutil.rmtree(temp, ignore_errors=True)  # of an export that was killed
+    temp = temp_name(folder)
     files["README.md"] = model_card(os.path.basename(folder), cfg, saved, name, params, factors).encode()
     try:
         with writing(folder):
@@ -625,12 +624,16 @@ def read_weights(folder, root) -> dict:
                             "writes them.")
         try:
             tensors |= load_file(path)
-        except safetensors.SafetensorError as e:
-            raise UserError(f"{path} is damaged: {e}.") from None
+        except (OSError, safetensors.SafetensorError) as e:
+            raise UserError(f"{path} is damaged or cannot be read ({e}): fetch it again.") from None
     if not any(name.startswith(root) for name in tensors):
         tensors = {name if name.startswith("lm_head.") else root + name: t for name, t in tensors.items()}
     buffers = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-    return {name: t for name, t in tensors.items() if not name.endswith(buffers)}
+    tensors = {name: t for name, t in tensors.items() if not name.endswith(buffers)}
+    for name, t in tensors.items():
+        if t.dtype not in PRECISIONS:
+            raise UserError(f"{folder} has {name} as {t.dtype}: only floats of 16 bits or more are read.")
+    return tensors
 
 
 def qk_gain(folder, tensors) -> float:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import config
-from config import Config, UserError
+from config import GATE_WIDTH, Config, UserError
 from device import ShapesOnly, on_meta
 from checkpoint import read_model
 from structured import Dense, FactoredQKV, Structured, linear, linear_gelu
@@ -71,9 +71,6 @@ def rotate(x, cos, sin):
     """x (B, T, heads, head_size) rotated by its positions; cos, sin are rows of rotary_table."""
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((b, a), dim=-1) * sin).to(x.dtype)
-
-
-GATE_WIDTH = 16  # the first entries of x: what the gates of the value embeddings and of smear read
 
 
 def has_values(cfg, layer) -> bool:
@@ -599,8 +596,8 @@ class GPT(nn.Module):
 class Teacher:
     """A trained model that another one learns from, and no part of it: neither its parameters nor its state dict."""
 
-    def __init__(self, model, share):
-        self.model, self.share = model.eval(), share
+    def __init__(self, model, share, checksum=0):
+        self.model, self.share, self.checksum = model.eval(), share, checksum
 
     @torch.no_grad()
     def __call__(self, tokens):

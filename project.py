@@ -5,6 +5,7 @@ inputs' second moments C = E[x x^T] = L L^T: least E|W x - D x|^2 = |(W - D) L|^
 """
 import dataclasses
 import math
+import zlib
 
 import numpy as np
 import torch
@@ -268,6 +269,9 @@ def load_init(cfg, model, data, ranks) -> dict:
         refit = theirs.ffn == "dense" and (cfg.ffn != "dense" or cfg.ffn_dim < theirs.ffn_dim)
         check_tokenizer(path, saved, cfg, data.tokenizer)
         check_fits(cfg, theirs, weights, model, ffns=not refit)
+        if refit and cfg.ffn_dim > theirs.ffn_dim:
+            raise UserError(f"init_from={cfg.init_from} has ffn_dim={theirs.ffn_dim}, this model {cfg.ffn_dim}: hidden "
+                            f"units can only be left out, so give --ffn_dim={theirs.ffn_dim} or less.")
     if not refit:
         check_weights(model, weights, path)
         load_weights(model, weights, path)
@@ -283,18 +287,24 @@ def load_init(cfg, model, data, ranks) -> dict:
     return dict(zip((linear for _, linear in model.structured_linears()), originals))
 
 
-def load_teacher(cfg, tokenizer, ranks) -> Teacher:
-    """The model of cfg.distill, in the precision of the matmuls."""
+def load_teacher(cfg, tokenizer, ranks, saved_run=None) -> Teacher:
+    """The model of cfg.distill, in the precision of the matmuls; UserError unless `saved_run`, a checkpoint, had it."""
     model, theirs, saved = load(cfg.distill, ranks.device)
     check_tokenizer(cfg.distill, saved, cfg, tokenizer)
     if theirs.vocab_size != cfg.vocab_size or theirs.block_size < cfg.block_size:
         raise UserError(f"distill={cfg.distill} has vocab_size={theirs.vocab_size} and block_size={theirs.block_size}, "
                         f"this model {cfg.vocab_size} and {cfg.block_size}: give the same vocabulary, and a context "
                         "that the teacher has.")
+    checksum = 0
+    for p in model.parameters():
+        checksum = zlib.crc32(np.ascontiguousarray(p.detach().cpu()), checksum)
+    if saved_run and saved_run.get("teacher", checksum) != checksum:
+        raise UserError(f"distill={cfg.distill} holds other weights than when the run in {cfg.out_dir} was saved: "
+                        "restore them, or choose another --out_dir.")
     for p in model.requires_grad_(False).parameters():
         if ranks.device.type == "cuda" and p.dim() > 1:
             p.data = p.data.to(ranks.dtype)
-    return Teacher(model, cfg.distill_share)
+    return Teacher(model, cfg.distill_share, checksum)
 
 
 def teacher_flops(cfg) -> float:

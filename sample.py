@@ -196,7 +196,8 @@ def line_writer(path):
             rest = rest[file.write(rest):]                                             # a nearly full disk takes a part
         count, size = count + 1, size + len(data)
 
-    with writing(path), open(path, "wb" if os.path.exists(path) else "xb", buffering=0) as file:
+    pipe = os.path.exists(path) and not os.path.isfile(path)  # or a device; a file is that of a command beside this one
+    with writing(path), open(path, "wb" if pipe else "xb", buffering=0) as file:
         try:
             yield write
         except BaseException:
@@ -235,7 +236,8 @@ def write_merged(path, model, cfg, saved, prompt):
     """Writes <run folder>-merged/model.pt, or <name>-merged.pt: the model with every structured linear merged."""
     if cfg.ffn == "dense" and not cfg.qk_rank:
         raise UserError(f"{path} is dense already: there is nothing to merge.")
-    folder = os.path.normpath(path) + "-merged"
+    folder = os.path.normpath(path)
+    folder = (os.path.abspath(path) if os.path.basename(folder) in (".", "..") else folder) + "-merged"
     target = os.path.join(folder, "model.pt") if os.path.isdir(path) else path.removesuffix(".pt") + "-merged.pt"
     if os.path.exists(target):
         raise UserError(f"{target} exists: move it away first.")
@@ -262,6 +264,8 @@ def main(path, s, prompts):
         raise UserError(f"graphs=True needs a CUDA device, this is {device}: leave --graphs out.")
     model, cfg, saved = load(path, device)
     tokenizer = saved_tokenizer(saved["tokenizer"], cfg.vocab_size)
+    if cfg.block_size == 1 and not s.merge:
+        raise UserError(f"{path} has block_size=1, a context without room for a new token: give a model of at least 2.")
     encoded = [encode(prompt, tokenizer, cfg) for prompt in prompts]
     if s.merge:
         return write_merged(path, model, cfg, saved, encoded[0])

@@ -120,7 +120,7 @@ def assemble(cfg, plan, ranks, saved=None, data=None, teacher=None):
         check_weights(model, saved["model"], path)
         load_weights(model, saved["model"], path)
     if cfg.distill:
-        model.teacher = teacher or load_teacher(cfg, data.tokenizer, ranks)
+        model.teacher = teacher or load_teacher(cfg, data.tokenizer, ranks, saved)
     if ranks.compile:
         model.compile_parts()
     if is_split(cfg, ranks):
@@ -438,7 +438,8 @@ class Training:
             self.raise_damage()
         self.ranks.note(f"saving step {self.step}")
         self.log.saved = self.step
-        self.save("ckpt.pt", self.cfg.keep_checkpoints, data=self.data.train.checksum,
+        teacher = {"teacher": self.model.teacher.checksum} if self.cfg.distill else {}
+        self.save("ckpt.pt", self.cfg.keep_checkpoints, data=self.data.train.checksum, **teacher,
                   optimizer=moments(self.model, self.optimizer))
 
     def save(self, name, keep=1, **more):
@@ -578,6 +579,11 @@ def fill_vocabulary(cfg):
         cfg.vocab_size = prepare.TokenFile(path).vocab_size if there else nominal_vocabulary(cfg.tokenizer)
 
 
+def fill_teacher(cfg):
+    if cfg.distill:
+        cfg.teacher_flops = teacher_flops(cfg)
+
+
 def score(cfg):
     """eval_only: the loss of the model in out_dir on data_dir's validation file."""
     ranks = set_up(cfg)  # first: it chooses each rank's device
@@ -614,9 +620,8 @@ def check_finished(cfg):
 
 
 def main(cfg, settings):
-    if cfg.distill and not cfg.eval_only:
-        cfg.teacher_flops = teacher_flops(cfg)
     if settings.dry_run:
+        fill_teacher(cfg)
         fill_vocabulary(cfg)
         print(json.dumps(summary(cfg)))
         return
@@ -637,6 +642,8 @@ def main(cfg, settings):
             if ranks.master:
                 print(f"{cfg.out_dir} holds a finished run; sample from it with: python sample.py {cfg.out_dir}")
             return
+        with ranks.agree():
+            fill_teacher(cfg)
         with ranks.agree(patient=True):
             if ranks.master:
                 prepare.ensure_data(cfg)

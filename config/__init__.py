@@ -257,6 +257,7 @@ def read_text(path, most=None) -> str:
 
     UserError above `most` bytes, where that is given.
     """
+    _require(path != "-" or sys.stdin, "standard input is closed: give it some text, or the path of a UTF-8 text file.")
     with reading(path), contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
         data = f.read(most and most + 1)
     if most and len(data) > most:
@@ -448,6 +449,7 @@ def to_dict(cfg) -> dict:
 SIZES = ("n_embd", "n_head", "n_kv_head", "attn_dim", "ffn_dim", "block_size", "vocab_size", "rank", "qk_rank",
          "nblocks", "batch_size", "micro_batch_size")
 MOST = {"n_layer": 1000, **dict.fromkeys(SIZES, 1 << 24)}
+GATE_WIDTH = 16  # the first entries of x: what the gates of the value embeddings and of smear read
 
 
 def check(cfg):
@@ -480,6 +482,9 @@ def _check_ranges(cfg):
                  "save_interval", "grad_clip", "seed", "warmup_steps", "qk_norm", "post_norm", "logit_softcap",
                  "calibrate_tokens", "teacher_flops"):
         _require(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)} must not be negative.")
+    for name in ("smear", "value_embeddings"):
+        _require(not getattr(cfg, name) or cfg.n_embd >= GATE_WIDTH, f"{name}=True reads {GATE_WIDTH} entries of a "
+                 f"token, n_embd={cfg.n_embd} has fewer: choose a larger n_embd, or leave {name} out.")
     _require(0 <= cfg.dropout < 1, f"dropout={cfg.dropout} must lie between 0 and below 1.")
     for name in ("min_lr_ratio", "warmup_ratio", "decay_ratio", "distill_share"):
         _require(0 <= getattr(cfg, name) <= 1, f"{name}={getattr(cfg, name)} must lie between 0 and 1.")

@@ -407,6 +407,16 @@ def test_labels_are_the_differing_settings(tmp_path):
     assert alone[0].label == "dense"
 
 
+def test_the_rules_own_rates_for_structures_keep_none_from_its_dense_run(tmp_path):
+    muon, low = {"optimizer": "muon", "lr": "auto", "weight_decay": "auto"}, {"ffn": "lowrank", "rank": 8}
+    settings = {"a": muon, "b": muon | low, "c": muon | low | {"lr": 0.01}}
+    runs = [curves.read_run(write_run(tmp_path / name, **s)) for name, s in settings.items()]
+    assert runs[0].cfg.lr > runs[1].cfg.lr and runs[0].cfg.weight_decay < runs[1].cfg.weight_decay
+    curves.name_runs(runs)
+    assert [r.label for r in runs] == ["dense lr=auto", "lowrank 32 % lr=auto", "lowrank 32 % lr=0.01"]
+    assert [curves.gap_to_dense(r, runs) for r in runs] == [0, 0, None]
+
+
 def test_what_differs_at_one_size_is_named_at_all(tmp_path):
     low = {"ffn": "lowrank", "rank": 8, "guide": "fixedstep"}
     settings = {"a": low, "b": {**low, "guide_skip": True}, "c": {**low, "guide_skip": True, "n_embd": 64, "rank": 16}}

@@ -184,6 +184,8 @@ MISTAKES = {
     "device": (["--device=gpu"], "device=gpu", "cuda"),
     "seed": (["--seed=2e19"], "seed=2", "2^64"),
     "no layers": (["--n_layer=0"], "n_layer=0", "at least 1"),
+    "gate of smear": (["--n_embd=8", "--n_head=1", "--smear=True"], "n_embd=8", "smear"),
+    "gate of values": (["--n_embd=12", "--n_head=1", "--value_embeddings=True"], "n_embd=12", "value_embeddings"),
     "missing preset": (["config/quickstar.py"], "quickstar.py", "config/quickstart.py"),
     "a word": (["m"], "m", "preset"),
 }

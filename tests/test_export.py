@@ -509,6 +509,15 @@ def test_damaged_and_foreign_folders_are_one_sentence(transformers, cli, tmp_pat
     refused("damaged", **{"model.safetensors": kept["model.safetensors"][:1000]})
     refused("is missing", **{"model.safetensors": None})
     refused("neither", **{"tokenizer.json": None})
+    safetensors = pytest.importorskip("safetensors.torch")
+    weights = safetensors.load(kept["model.safetensors"])
+    for dtype in (torch.int8, torch.float8_e4m3fn, torch.complex64):
+        quantised = safetensors.save({**weights, "model.norm.weight": torch.ones(32).to(dtype)})
+        refused(f"model.norm.weight as {dtype}", **{"model.safetensors": quantised})
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    (tmp_path / "hf" / "model.safetensors").mkdir()
+    kept.pop("model.safetensors")
+    refused("model.safetensors is damaged or cannot be read")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -539,7 +548,7 @@ def test_a_missing_model_and_a_failed_export_leave_nothing(cli, tmp_path, monkey
     assert_one_sentence(status, out, err)
     assert "model.pt does not exist" in err  # and not that it is no Hugging Face folder
     keep_model(tmp_path / "run", random_model(tiny()))
-    (tmp_path / "hf.tmp").mkdir()
+    (tmp_path / "hf.tmp").mkdir()  # somebody's, or of an export beside this one
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
@@ -547,7 +556,27 @@ def test_a_missing_model_and_a_failed_export_leave_nothing(cli, tmp_path, monkey
     monkeypatch.setattr("export.write_weights", full)
     with pytest.raises(UserError, match="No space left"):
         export.main(*export.read_settings([str(tmp_path / "run"), f"--to={tmp_path}/hf"]))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["begun", "run"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["begun", "hf.tmp", "run"]
+
+
+def test_of_two_exports_to_one_folder_the_first_that_is_done_stays_whole(tmp_path, monkeypatch):
+    keep_model(tmp_path / "run", random_model(tiny()))
+    real = export.write_weights
+
+    def twice(*arguments):
+        monkeypatch.setattr(export, "write_weights", real)
+        real(*arguments)
+        export.main(str(tmp_path / "run"), settings("bfloat16"))  # begins after this one, and is done before it
+
+    def settings(dtype):
+        return export.Settings(to=str(tmp_path / "hf"), dtype=dtype)
+
+    monkeypatch.setattr(export, "write_weights", twice)
+    with pytest.raises(UserError, match="Directory not empty"):
+        export.main(str(tmp_path / "run"), settings("float32"))
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert (tmp_path / "hf" / "model.safetensors").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "run"]
 
 
 def test_an_unfinished_runs_card_counts_its_steps(cli, data, tmp_path, monkeypatch):

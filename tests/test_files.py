@@ -129,6 +129,7 @@ MODELS = {
     "identity": (lambda s: s["tokenizer"].update(identity=None), "lacks identity or blob"),
     "val_loss": (lambda s: s.update(val_loss="3"), "step or val_loss"),
     "step": (lambda s: s.update(step=-1), "step or val_loss"),
+    "teacher": (lambda s: s.update(teacher=torch.zeros(2)), "teacher, step or val_loss"),
     "true": (lambda s: s.update(step=True), "lacks step")}
 
 

@@ -486,7 +486,8 @@ def test_a_guided_run_from_a_dense_model_resumes_without_it(data, dense_run, tmp
 
 @pytest.mark.parametrize("flags, words", [
     (["--n_layer=4"], ["blocks.3", "none there"]), (["--act=relu2"], ["act=gelu", "--act=gelu"]),
-    (["--ffn_dim=200"], ["ffn.fc1.bias", "(128,) there, (200,) here"])])
+    (["--ffn_dim=200"], ["ffn.fc1.bias", "(128,) there, (200,) here"]),
+    ([*LOWRANK, "--ffn_dim=200"], ["ffn_dim=128", "this model 200", "--ffn_dim=128 or less"])])
 def test_a_dense_model_that_does_not_fit_is_not_projected(flags, words, data, dense_run, monkeypatch):
     structure = [] if "--ffn_dim=200" in flags else LOWRANK
     cfg, files, plan = opened(data, *structure, f"--init_from={dense_run}", *flags)
@@ -535,6 +536,30 @@ def test_a_taught_run_resumes_and_accumulates(data, dense_run, tmp_path, monkeyp
     split = train_run(tmp_path / "split", data, *flags, "--micro_batch_size=2")
     a, b = ([row["loss"] for row in metrics(run) if "loss" in row] for run in (whole, split))
     assert a == pytest.approx(b, abs=2e-5)
+
+
+def test_a_run_is_not_continued_with_another_teacher(data, dense_run, tmp_path, monkeypatch):
+    """Such as one that has trained on meanwhile."""
+    teacher = shutil.copytree(dense_run, tmp_path / "teacher")
+    flags = [*LOWRANK, f"--distill={teacher}", "--resume=auto"]
+    with pytest.raises(SystemExit):
+        stopped(tmp_path / "run", data, 3, monkeypatch, *flags)
+    kept = (teacher / "model.pt").read_bytes()
+    saved = torch.load(teacher / "model.pt", weights_only=True)
+    saved["model"]["wte.weight"][0, 0] += 1
+    torch.save(saved, teacher / "model.pt")
+    with pytest.raises(UserError, match="holds other weights than when the run in .* was saved"):
+        train_run(tmp_path / "run", data, *flags)
+    (teacher / "model.pt").write_bytes(kept)
+    assert metrics(train_run(tmp_path / "run", data, *flags))[-1]["step"] == 8
+
+
+def test_a_finished_run_needs_no_teacher(data, dense_run, cli, tmp_path):
+    teacher = shutil.copytree(dense_run, tmp_path / "teacher")
+    run = train_run(tmp_path / "run", data, *LOWRANK, f"--distill={teacher}")
+    shutil.rmtree(teacher)
+    status, out, err = cli("train.py", "--resume=auto", f"--out_dir={run}")
+    assert (status, err) == (0, "") and "holds a finished run" in out
 
 
 def test_the_teachers_forwards_are_among_the_training_flops(data, dense_run, cli):

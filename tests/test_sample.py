@@ -130,6 +130,10 @@ def test_prompts_from_file_and_standard_input(cli, finished, tmp_path, monkeypat
     assert cli("sample.py", finished, f"--prompt_file={tmp_path / 'prompt.txt'}") == expected
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("née 中".encode()), "ascii"))
     assert cli("sample.py", finished, "--prompt_file=-") == expected
+    monkeypatch.setattr(sys, "stdin", None)  # as with <&-
+    status, out, err = cli("sample.py", finished, "--prompt_file=-")
+    assert_one_sentence(status, out, err)
+    assert "standard input is closed" in err
 
 
 @pytest.mark.parametrize("prompt", ['"""A."""', "'x'", "None", "1e3", "[1, 2]", "a=b", "é中✓", "--x", " y\t"])
@@ -241,6 +245,12 @@ def test_merge_of_low_rank_queries_and_keys(data, tmp_path, capsys):
     model, cfg, _ = load(f"{out}-merged", torch.device("cpu"))
     assert cfg.qk_rank == 0 and not any(name.endswith((".V", ".U")) for name in model.state_dict())
     assert say(capsys, f"{out}-merged", prompt="the", temperature=0.0) == before
+
+
+def test_merge_from_within_the_runs_folder(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(folder, tmp_path / "run"))
+    say(capsys, ".", merge=True)
+    assert (tmp_path / "run-merged" / "model.pt").exists() and not list((tmp_path / "run").glob(".*"))
 
 
 def test_merge_into_a_folder_that_cannot_be_written(folder, tmp_path, capsys, monkeypatch):
@@ -370,6 +380,15 @@ def test_bad_input_is_one_sentence_each(folder, tmp_path, monkeypatch, capsys):
     refused("a batch of 2000 sequences .* largest that fits is", prompts=file(b"x\n"), n_samples=2000, batch_size=4000)
 
 
+def test_a_context_of_one_token_is_refused(data, tmp_path, capsys):
+    """No token fits after the first one: its samples were lost, without a line."""
+    run = train_run(tmp_path / "run", data, "--block_size=1", "--max_tokens=8")
+    for how in ({}, {"prompt": "x"}, {"out": str(tmp_path / "texts.jsonl")}):
+        with pytest.raises(UserError, match="block_size=1, a context without room"):
+            say(capsys, run, **how)
+    assert not (tmp_path / "texts.jsonl").exists()
+
+
 def test_models_of_another_version_and_status(cli, folder, tmp_path):
     saved = torch.load(folder / "model.pt", weights_only=True)
     saved["config"]["heads_of_tomorrow"] = 3
@@ -403,6 +422,13 @@ def test_a_result_is_never_overwritten(cli, folder, tmp_path):
         assert_one_sentence(status, stdout, err)
         assert f"{out} exists already" in err
     assert prompts.read_text() == "hello\n" and old.read_text() == "old\n"
+
+
+def test_a_result_that_came_while_torch_loaded_is_not_overwritten(capsys, folder, tmp_path):
+    (tmp_path / "new.jsonl").write_text("of the same command, given twice\n")
+    with pytest.raises(UserError, match="new.jsonl .File exists"):
+        say(capsys, folder, out=str(tmp_path / "new.jsonl"))
+    assert (tmp_path / "new.jsonl").read_text() == "of the same command, given twice\n"
 
 
 def test_a_full_disk_leaves_whole_lines(folder, tmp_path, capsys):
