@@ -101,7 +101,8 @@ def mma_plan(stage, tokens, multiprocessors):
     height = stage.blocks * stage.rows // 16
     best = max(0, round(math.log2(stage.K * multiprocessors / (600 * height)) / 2)) if height else 0
     thread_blocks = multiprocessors if 2 * height > multiprocessors else multiprocessors // 2
-    for split in (1 << i for i in range(min(best, 3), 4)):
+    best = min(best, 3)
+    for split in (1 << i for i in (*range(best, 4), *reversed(range(best)))):  # K has few divisors in a narrow model
         warps = min(8, max(1, stage.K // (32 * split)))
         count = -(-height * split // thread_blocks)
         while count and not possible(stage, Tiles(count, split, warps), tokens):

@@ -258,6 +258,8 @@ def test_what_fits():
         for batch, dense in ((5, True), (32, True), (33, False), (64, False)):
             assert chain.fits(meta(**shape), batch, 132) is dense
             assert all(chain.fits(meta(**{**shape, **kind}), batch, 132) for kind in kinds)
+    narrow = meta(n_embd=576, n_head=9, n_kv_head=3, ffn_dim=1536, ffn="lowrank", rank=224, act="swiglu")
+    assert chain.fits(narrow, 8, 132)  # where the rule's split divides no K, a smaller one does
     factors = meta(**kinds[0])
     assert not chain.fits(factors, 4, 132) and not chain.fits(factors, 65, 132)
     assert not chain.fits(factors.float(), 8, 132)
