@@ -5,7 +5,8 @@ The source is a run folder, a model.pt, or a Hugging Face folder (config.json, s
 --to=FOLDER writes it for Hugging Face's transformers and what reads their format: every structured linear merged, as
 the stock architecture that computes the same. --out_dir=FOLDER writes a model.pt, which sample.py, train.py and this
 script read. --ffn=lowrank --rank=256 projects the FFNs of a dense source onto factors on the way: the nearest in the
-weights or, with --calibrate=FILE, in the outputs on that text's activations. --ffn_dim=1024 leaves out hidden units.
+weights or, with --calibrate=FILE, in the outputs on that text's activations. --ffn_dim=1024 leaves out hidden units,
+--qk_rank=192 projects queries and keys.
 """
 import os
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Settings:
     nblocks: int = 0                     # B of blockshuffle and blockdense
     n_dense_layers: int = 1              # the first layers whose FFN stays dense
     ffn_dim: int = 0                     # hidden units to leave in every FFN, those that add most; 0: all
+    qk_rank: int = 0                     # project queries and keys of every layer onto factors of this rank; 0: as is
     calibrate: str = ""                  # a text file: weigh projection or pruning by its activations, print its loss
     calibrate_tokens: int = 16384        # tokens of the text that the activations come from
     weighted: bool = True                # False: the plain projection, the text for its losses only
@@ -45,11 +47,11 @@ def read_settings(argv):
     if bool(s.to) == bool(s.out_dir):
         raise UserError("give a destination: --to=FOLDER for Hugging Face's transformers, or --out_dir=FOLDER "
                         "for a model.pt.")
-    projection = s.ffn != "dense" or s.ffn_dim
+    projection = s.ffn != "dense" or s.ffn_dim or s.qk_rank
     checks = ((("target", "dtype", "factors"), s.to, "--to=FOLDER"),
               (("block_size",), is_hf(words[0]), "a Hugging Face folder as source"),
               (("rank", "nblocks", "n_dense_layers"), s.ffn != "dense", "a projection, as --ffn=lowrank"),
-              (("calibrate",), projection, "a projection, as --ffn=lowrank or --ffn_dim=1024"),
+              (("calibrate",), projection, "a projection, as --ffn=lowrank, --ffn_dim=1024 or --qk_rank=192"),
               (("calibrate_tokens", "weighted"), s.calibrate, "--calibrate=FILE"))
     for names, there, needed in checks:
         if unused := [name for name in names if name in values and not there]:
@@ -58,7 +60,7 @@ def read_settings(argv):
         raise UserError(f"factors=True is read by transformers only, not by {s.target}: leave one of them out.")
     if s.device == "mps":
         raise UserError("device=mps has no float64, which a projection needs: use --device=cpu or leave it out.")
-    for name, least in (("block_size", 0), ("ffn_dim", 0), ("calibrate_tokens", 1)):
+    for name, least in (("block_size", 0), ("ffn_dim", 0), ("qk_rank", 0), ("calibrate_tokens", 1)):
         if getattr(s, name) < least:
             raise UserError(f"{name}={getattr(s, name)} must be at least {least}.")
     if os.path.exists(target := s.to or os.path.join(s.out_dir, "model.pt")):
@@ -93,7 +95,7 @@ from config import Config, short
 from device import pick_device
 from merge import exact_matmuls, merge_attention, replace_structured
 from model import PRECISIONS, build, load, rms_norm
-from project import project_ffns
+from project import make_smaller
 from run import perplexity, temp_name, writing
 from schedule import summary
 from tokenizer import load_tokenizer, package, saved_tokenizer
@@ -472,7 +474,8 @@ def model_card(title, cfg, saved, name, params, factors) -> str:
             facts |= {"training FLOPs": f"{plan['train_flops']:.3g}",
                       "validation loss": f"{saved['val_loss']:.4f} (PPL {perplexity(saved['val_loss']):.2f})"}
     else:
-        facts["weights"] = f"from another model{'' if cfg.ffn == 'dense' else ', projected onto the FFN'}"
+        factored = cfg.ffn != "dense" or cfg.qk_rank
+        facts["weights"] = f"from another model{', projected onto factors' if factored else ''}"
     facts["tokenizer"] = saved["tokenizer"]["identity"]
     return text + "".join(f"* {key}: {value}\n" for key, value in facts.items())
 
@@ -672,11 +675,11 @@ def read_hf(folder, block_size=0):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def main(path, s):
-    smaller = s.ffn != "dense" or s.ffn_dim
+    smaller = s.ffn != "dense" or s.ffn_dim or s.qk_rank
     device = pick_device(s.device if smaller else "cpu")
     model, cfg, saved = read_hf(path, s.block_size) if is_hf(path) else load(path, torch.device("cpu"))
     if smaller:
-        project_ffns(path, model.to(device), cfg, saved, s)
+        make_smaller(path, model.to(device), cfg, saved, s)
         model.cpu()
         saved |= {"step": 0, "val_loss": None}  # no longer the model that was trained
     if s.to:

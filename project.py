@@ -1,4 +1,4 @@
-"""From a trained model to a smaller one: its FFNs projected onto factors or pruned, its weights a run's first ones.
+"""From a trained model to a smaller one: FFNs, queries and keys projected onto factors, FFNs pruned, a run's start.
 
 The projection is the structured matrix D nearest to a dense W (M, N), in float64. Plain: least |W - D|. Weighted by the
 inputs' second moments C = E[x x^T] = L L^T: least E|W x - D x|^2 = |(W - D) L|^2.
@@ -14,27 +14,31 @@ import torch.nn as nn
 
 import config
 from config import UserError
+from device import on_meta
 from merge import exact_matmuls
 from checkpoint import read_model
 from model import Teacher, build, check_weights, flops_per_token, load, load_weights
-from structured import Dense, linear
+from structured import Dense, FactoredQKV, linear
 from tokenizer import saved_tokenizer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One matrix
 
-def best_factors(W, rank, L=None):
+def best_factors(W, rank, L=None, S=None):
     """left (M, rank), right (rank, N): their product is nearest to W among all of that rank, (W - left right) L least.
 
-    Each column of left is as long as its row of right, as training likes it.
+    S (M, 1): weights of the rows, then S (W - left right) L is least. Each column of left is as long as its row of
+    right, as training likes it.
     """
     A = W if L is None else W @ L
+    A = A if S is None else S * A
     tall = A.size(0) >= A.size(1)
     Q = torch.linalg.eigh(A.T @ A if tall else A @ A.T)[1].flip(1)[:, :rank]  # much faster than an SVD on a GPU
     left, right = (A @ Q, Q.T) if tall else (Q, Q.T @ A)
     if L is not None:
         right = torch.linalg.solve_triangular(L, right, upper=False, left=False)
+    left = left if S is None else left / S
     scale = (right.norm(dim=1) / left.norm(dim=0).clamp(min=1e-300)).sqrt()
     return left * scale, right / scale.clamp(min=1e-300)[:, None]
 
@@ -82,7 +86,7 @@ def project(W, ffn, shape_V, shape_U, C=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The FFNs of a model
+# The linears of a model
 
 def damped(C):
     """C with a little of every direction, since inputs seldom span all; None stays None."""
@@ -107,6 +111,43 @@ def projected(dense, cfg, C=None):
     new.U.copy_(U)
     errors = relative_errors(W, new.dense_weight(), C)
     new.to(dense.weight.dtype).bias = dense.bias
+    return new, errors
+
+
+def score_weights(Wq, Wk, cfg, C):
+    """What an error of each entry of the queries and keys W x weighs in the scores q^T k, (attn_dim, 1) and (kv, 1).
+
+    An entry is multiplied by the other side's. Rotary positions mix entries i and i + head_size / 2, whose weights are
+    therefore equal, and make errors of other entries independent. So the weight of a query's entry is the root of the
+    key's E[k_i^2 + k_j^2], and of a key's the same of all queries of its group. Biases count nothing.
+    """
+    mixed, kv = 2 if cfg.pos == "rope" else 1, cfg.n_kv_head
+    q, k = (((W @ C) * W).sum(1).view(heads, mixed, -1).sum(1) for W, heads in ((Wq, cfg.n_head), (Wk, kv)))
+    of_q, of_k = k.repeat_interleave(cfg.n_head // kv, 0), q.view(kv, -1, q.size(1)).sum(1)
+    return [(w + 1e-6 * w.mean()).clamp(min=1e-30).sqrt().repeat(1, mixed).view(-1, 1) for w in (of_q, of_k)]
+
+
+def projected_qkv(dense, cfg, C=None):
+    """A dense qkv with queries and keys each the nearest of rank cfg.qk_rank -> (FactoredQKV, errors of both by name).
+
+    With C nearest in the outputs: E|S (W - D) x|^2 is least, S of score_weights, or 1 where a norm follows, which makes
+    the sizes of heads equal. Without C nearest in the weights. Values and biases stay.
+    """
+    C, kv = damped(C), cfg.n_kv_head * cfg.attn_dim // cfg.n_head
+    L, sizes = None if C is None else torch.linalg.cholesky(C), (cfg.attn_dim, kv, kv)
+    with on_meta():
+        new = FactoredQKV(dense.in_features, cfg.attn_dim, kv, cfg.qk_rank, dense.bias is not None)
+    Wq, Wk, values = dense.weight.split(sizes)
+    Wq, Wk, weights, errors = Wq.double(), Wk.double(), {"v.weight": values}, {}
+    scales = (None, None) if C is None or cfg.qk_norm else score_weights(Wq, Wk, cfg, C)
+    for name, W, S in (("queries", Wq, scales[0]), ("keys", Wk, scales[1])):
+        left, right = best_factors(W, cfg.qk_rank, L, S)
+        weights |= {f"{name[0]}.U": left, f"{name[0]}.V": right}
+        errors[name] = relative_errors(W, left @ right, C)
+    if dense.bias is not None:
+        weights |= {f"{part}.bias": bias for part, bias in zip("qkv", dense.bias.split(sizes))}
+    own = {name: t.to(dense.weight.dtype, copy=True) for name, t in weights.items()}  # a view would be saved whole
+    new.load_state_dict(own, assign=True)
     return new, errors
 
 
@@ -149,11 +190,36 @@ class Moments:
         self.C += x.T @ x
 
 
+def linears_to_fit(block, cfg, structured) -> dict:
+    """{name: linear} of a block's dense linears that cfg has otherwise; structured: whether its FFN becomes that."""
+    ffn = block.ffn
+    found = {"qkv": block.attn.qkv} if cfg.qk_rank and isinstance(block.attn.qkv, Dense) else {}
+    if cfg.ffn_dim < ffn.fc2.in_features or structured and isinstance(ffn.fc1, Dense):
+        found |= {"fc1": ffn.fc1, "fc2": ffn.fc2}
+    return found
+
+
+def fit_block(block, cfg, structured, C):
+    """Fits the linears named in C, in place, to their moments or None -> (the FFN's dense weights, errors by name)."""
+    ffn, originals, errors = block.ffn, [], {}
+    if "qkv" in C:
+        block.attn.qkv, errors = projected_qkv(block.attn.qkv, cfg, C["qkv"])
+    if cfg.ffn_dim < ffn.fc2.in_features:
+        kept, errors["fc2 pruned"] = prune(ffn, cfg.ffn_dim, C["fc2"])
+        C["fc2"] = None if C["fc2"] is None else C["fc2"][kept][:, kept]
+    for name in ("fc1", "fc2") if structured and "fc1" in C else ():
+        originals.append(getattr(ffn, name).weight)
+        new, errors[name] = projected(getattr(ffn, name), cfg, C[name])
+        setattr(ffn, name, new)
+    return originals, errors
+
+
 @torch.no_grad()
 def project_model(model, cfg, batches=(), show=print) -> list:
-    """Gives a dense model in place the FFNs of cfg: pruned where ffn_dim is less, then projected where ffn says so.
+    """Gives a dense model in place the linears of cfg: queries and keys of rank qk_rank; FFNs pruned where ffn_dim is
+    less, then projected where ffn says so. What is structured already stays.
 
-    With batches of tokens both are weighted by what the linears of the dense model read there. Returns the dense
+    With batches of tokens all are weighted by what the linears of the dense model read there. Returns the FFNs' dense
     weights that were projected, in the order of the structured linears.
     """
     streams, originals = [], []  # streams: of each batch x, pending, its token embeddings, its value embeddings
@@ -162,21 +228,16 @@ def project_model(model, cfg, batches=(), show=print) -> list:
         x = x if model.wpe is None else x + model.wpe.weight[:x.size(1)]
         streams.append((x, None, x, values))
     for layer, block in enumerate(model.blocks):
-        ffn = block.ffn
-        ffn.kernels = False  # so that the linears are called
-        moments = {name: Moments(getattr(ffn, name)) for name in ("fc1", "fc2")}
+        block.ffn.kernels = False  # so that the linears are called
+        structured = cfg.ffn != "dense" and layer >= cfg.n_dense_layers
+        moments = {name: Moments(linear) for name, linear in linears_to_fit(block, cfg, structured).items()}
         streams = [(*block(x, pending, model.cos[:x.size(1)], model.sin[:x.size(1)], None, values[layer], x0), values)
                    for x, pending, x0, values in streams]
         for moment in moments.values():
             moment.hook.remove()
-        C, errors = {name: moment.C if batches else None for name, moment in moments.items()}, {}
-        if cfg.ffn_dim < ffn.fc2.in_features:
-            kept, errors["fc2 pruned"] = prune(ffn, cfg.ffn_dim, C["fc2"])
-            C["fc2"] = C["fc2"][kept][:, kept] if batches else None
-        for name in C if cfg.ffn != "dense" and layer >= cfg.n_dense_layers else ():
-            originals.append(getattr(ffn, name).weight)
-            new, errors[name] = projected(getattr(ffn, name), cfg, C[name])
-            setattr(ffn, name, new)
+        C = {name: moment.C if batches else None for name, moment in moments.items()}
+        weights, errors = fit_block(block, cfg, structured, C)
+        originals += weights
         if errors:
             parts = "; ".join(" ".join((name, *(f"{e:.4f}" for e in pair))) for name, pair in errors.items())
             show(f"layer {layer:3}  relative error of W{' and of W x' if batches else ''}: {parts}", flush=True)
@@ -197,15 +258,18 @@ def calibration(path, model, saved, n_tokens):
 
 
 @torch.no_grad()
-def project_ffns(path, model, cfg, saved, s):
+def make_smaller(path, model, cfg, saved, s):
     """What the settings s of export.py describe, on a dense model in place; prints errors and with a text losses."""
-    if cfg.ffn != "dense":
+    if cfg.ffn != "dense" and (s.ffn != "dense" or s.ffn_dim):
         raise UserError(f"{path} has ffn={cfg.ffn}: only a dense model can be projected.")
+    if cfg.qk_rank and s.qk_rank:
+        raise UserError(f"{path} has qk_rank={cfg.qk_rank}: only dense queries and keys can be projected, leave "
+                        f"qk_rank={s.qk_rank} out.")
     if s.ffn_dim > cfg.ffn_dim:
         raise UserError(f"{path} has ffn_dim={cfg.ffn_dim}: ffn_dim={s.ffn_dim} must be less, units are left out only.")
-    for name in ("ffn", "rank", "nblocks", "n_dense_layers"):
+    for name in ("ffn", "rank", "nblocks", "n_dense_layers") if s.ffn != "dense" else ():
         setattr(cfg, name, getattr(s, name))
-    cfg.ffn_dim = s.ffn_dim or cfg.ffn_dim
+    cfg.ffn_dim, cfg.qk_rank = s.ffn_dim or cfg.ffn_dim, s.qk_rank or cfg.qk_rank
     config.check(cfg)
     batches, held_out = calibration(s.calibrate, model, saved, s.calibrate_tokens) if s.calibrate else ((), ())
 
@@ -225,7 +289,8 @@ def project_ffns(path, model, cfg, saved, s):
 # The start of a run
 
 # Settings that change what a model computes and no shape that it has
-UNSEEN = ("n_head", "norm", "act", "pos", "rope_theta", "norm_eps", "qk_norm", "embed_norm", "logit_softcap")
+UNSEEN = ("n_head", "n_kv_head", "norm", "act", "pos", "rope_theta", "norm_eps", "qk_norm", "embed_norm",
+          "logit_softcap")
 
 
 def check_tokenizer(path, saved, cfg, tokenizer):
@@ -234,9 +299,9 @@ def check_tokenizer(path, saved, cfg, tokenizer):
                         f"of {tokenizer.identity}: prepare the text with the weights' tokenizer.")
 
 
-def check_fits(cfg, theirs, weights, model, ffns):
-    """UserError unless weights of a model with settings `theirs` have this model's shapes, those of FFNs if `ffns`."""
-    shapes, mine = ({n: tuple(t.shape) for n, t in tensors.items() if ffns or ".ffn." not in n}
+def check_fits(cfg, theirs, weights, model, refit):
+    """UserError unless weights of a model with settings `theirs` have this model's shapes, those of `refit` aside."""
+    shapes, mine = ({n: tuple(t.shape) for n, t in tensors.items() if not any(part in n for part in refit)}
                     for tensors in (weights, model.state_dict()))
     for name in sorted(shapes.keys() | mine.keys()):
         if shapes.get(name) != mine.get(name):
@@ -260,16 +325,21 @@ def calibration_windows(cfg, data, device):
 def load_init(cfg, model, data, ranks) -> dict:
     """cfg.init_from: the weights of another model of the same shapes, settings and tokenizer.
 
-    A dense model may have other FFNs: they are projected onto this model's, or pruned to their width. Returns the dense
-    weight (M, N) of each structured linear that was projected.
+    A dense model may have other FFNs: they are projected onto this model's, or pruned to their width. Dense queries and
+    keys are projected where this model has a qk_rank. Returns the dense weight (M, N) of each structured linear of an
+    FFN that was projected.
     """
     with ranks.agree():
         path, saved = read_model(cfg.init_from)
         weights, theirs = saved["model"], config.from_dict(saved["config"], path)
-        refit = theirs.ffn == "dense" and (cfg.ffn != "dense" or cfg.ffn_dim < theirs.ffn_dim)
+        ffns = theirs.ffn == "dense" and (cfg.ffn != "dense" or cfg.ffn_dim < theirs.ffn_dim)
+        refit = [".ffn."] * ffns + [".attn.qkv."] * (cfg.qk_rank > theirs.qk_rank == 0)
         check_tokenizer(path, saved, cfg, data.tokenizer)
-        check_fits(cfg, theirs, weights, model, ffns=not refit)
-        if refit and cfg.ffn_dim > theirs.ffn_dim:
+        if theirs.qk_rank not in (0, cfg.qk_rank):
+            raise UserError(f"init_from={cfg.init_from} has qk_rank={theirs.qk_rank}, this model {cfg.qk_rank}: only "
+                            f"dense queries and keys can be projected, so give --qk_rank={theirs.qk_rank}.")
+        check_fits(cfg, theirs, weights, model, refit)
+        if ffns and cfg.ffn_dim > theirs.ffn_dim:
             raise UserError(f"init_from={cfg.init_from} has ffn_dim={theirs.ffn_dim}, this model {cfg.ffn_dim}: hidden "
                             f"units can only be left out, so give --ffn_dim={theirs.ffn_dim} or less.")
     if not refit:
@@ -277,7 +347,8 @@ def load_init(cfg, model, data, ranks) -> dict:
         load_weights(model, weights, path)
         return {}
     device = torch.device("cpu") if ranks.device.type == "mps" else ranks.device  # mps has no float64
-    dense = build(dataclasses.replace(cfg, ffn="dense", ffn_dim=theirs.ffn_dim), device, weights=weights, path=path)
+    shapes = {name: getattr(theirs, name) for name in ("ffn", "ffn_dim", "qk_rank")}
+    dense = build(dataclasses.replace(cfg, **shapes), device, weights=weights, path=path)
     with exact_matmuls():
         originals = project_model(dense, cfg, calibration_windows(cfg, data, device),
                                   print if ranks.master else lambda *_, **__: None)

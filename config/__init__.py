@@ -58,7 +58,7 @@ class Config:
     n_head: int = 12                     # query heads
     n_kv_head: int = 0                   # key/value heads, shared by groups of query heads; 0: n_head
     attn_dim: int = 0                    # n_head x head size; 0: n_embd
-    qk_rank: int = 0                     # queries and keys each through two factors of this rank; 0: dense
+    qk_rank: int = 0                     # queries and keys each of two factors of this rank, never guided; 0: dense
     ffn_dim: int = 0                     # hidden width of the FFN; 0: 4 x n_embd
     block_size: int = 1024               # context length, tokens
     vocab_size: int = 0                  # tokens; 0: the data's, larger is padding
@@ -124,8 +124,8 @@ class Config:
     max_bad_steps: int = 10              # end after so many steps in a row whose loss or gradient is not finite
     out_dir: str = ""                    # the run's folder; empty: out/<preset name>
     resume: Literal["off", "auto"] = "off"                   # auto: continue the run in out_dir if there is one
-    init_from: str = ""                  # first weights, a run folder or model.pt; FFNs of a dense one are made to fit
-    calibrate_tokens: int = 65536        # init_from: training tokens that weigh how its FFNs are made to fit; 0: none
+    init_from: str = ""                  # first weights, a run folder or model.pt; a dense one is made to fit
+    calibrate_tokens: int = 65536        # init_from: training tokens that weigh how a dense one is made to fit; 0: none
     distill: str = ""                    # learn the predictions of this run folder or model.pt on the same batches
     distill_share: float = 1.0           # of them in the loss, the rest is cross-entropy with the text
     teacher_flops: float = 0.0           # per token, of the forward of distill's model; filled in from it

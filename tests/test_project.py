@@ -1,4 +1,5 @@
 """project: the nearest structured matrix, against singular values, gradient descent and structured matrices."""
+import copy
 import dataclasses
 import json
 import re
@@ -12,11 +13,11 @@ import project
 import train
 from config import UserError
 from conftest import LOWRANK, STRUCTURES, TINY, assert_one_sentence, dense_oracle, train_run
-from merge import replace_structured
+from merge import merge_attention, replace_structured
 from model import FFN, build, load
 from checkpoint import save_beside
 from runs import ALONE, assert_same_run, configure, metrics, stopped
-from structured import linear
+from structured import Dense, linear
 
 CPU = torch.device("cpu")
 SHAPES = [("lowrank", 12, 8, 3, 0), ("lowrank", 8, 12, 8, 0), ("blockdense", 12, 8, 6, 3), ("blockdense", 8, 20, 4, 2),
@@ -212,21 +213,23 @@ def test_the_moments_are_those_of_the_inputs_in_the_whole_model(kind, monkeypatc
         return hook
 
     hooks = [fc.register_forward_pre_hook(listen((i, name)))
-             for i, block in enumerate(model.blocks) for name, fc in block.ffn.named_children()]
+             for i, block in enumerate(model.blocks)
+             for name, fc in [("qkv", block.attn.qkv), *block.ffn.named_children()]]
     with torch.no_grad():
         model(tokens)
     for hook in hooks:
         hook.remove()
     given = []
 
-    def projected(dense, cfg, C):
-        given.append(C)
-        return dense, [0.0]
+    def projected(errors):
+        return lambda dense, cfg, C: given.append(C) or (dense, errors)
 
-    monkeypatch.setattr(project, "projected", projected)
+    monkeypatch.setattr(project, "projected", projected([0.0]))
+    monkeypatch.setattr(project, "projected_qkv", projected({}))
     with torch.no_grad():
-        project.project_model(model, dataclasses.replace(model.cfg, ffn="lowrank"), tokens.split(4))
-    expected = [seen[layer, name].T @ seen[layer, name] for layer in (1, 2) for name in ("fc1", "fc2")]
+        project.project_model(model, dataclasses.replace(model.cfg, ffn="lowrank", qk_rank=4), tokens.split(4))
+    inputs = [seen[layer, name] for layer in (0, 1, 2) for name in (("qkv", "fc1", "fc2") if layer else ("qkv",))]
+    expected = [x.T @ x for x in inputs]
     for C, right in zip(given, expected, strict=True):
         torch.testing.assert_close(C, right, rtol=1e-5, atol=1e-5)
 
@@ -277,21 +280,21 @@ def test_a_trained_models_loss_is_not_said_of_its_projection(cli, data, tmp_path
     run = train_run(tmp_path / "run", data)
     assert cli("export.py", run, f"--to={tmp_path}/hf", *STRUCTURES["lowrank"], "--device=cpu")[0] == 0
     card = (tmp_path / "hf" / "README.md").read_text()
-    assert "projected onto the FFN" in card and "loss" not in card and "FLOPs" not in card
+    assert "projected onto factors" in card and "loss" not in card and "FLOPs" not in card
 
 
 def test_a_projected_model_goes_out_merged(cli, tmp_path):
     """Straight to --to: the same weights as by way of a model.pt."""
     from safetensors.torch import load_file
     keep(tmp_path / "dense", tiny())
-    projection = [*STRUCTURES["blockdense"], "--device=cpu"]
+    projection = [*STRUCTURES["blockdense"], "--qk_rank=6", "--device=cpu"]
     assert cli("export.py", tmp_path / "dense", f"--to={tmp_path}/straight", *projection)[0] == 0
     assert cli("export.py", tmp_path / "dense", f"--out_dir={tmp_path}/model", *projection)[0] == 0
     assert cli("export.py", tmp_path / "model", f"--to={tmp_path}/around")[0] == 0
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "around"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     card = (tmp_path / "straight" / "README.md").read_text()
-    assert "blockdense rank=8 nblocks=2" in card and "merged" in card
+    assert "blockdense rank=8 nblocks=2" in card and "merged" in card and "factors of rank 6" in card
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -369,6 +372,139 @@ def test_units_that_add_nothing_are_left_out(kind, calibrated, cli, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Queries and keys
+
+ATTENTION = {**KINDS, "wide attention": [*KINDS["llama"], "--attn_dim=48"],
+             "one key head": ["--n_kv_head=1", "--attn_dim=24", "--pos=absolute"]}
+
+
+def attention(*argv):
+    """A config of 4 heads, and its qkv with inputs x (200, 32) whose directions differ in size a thousandfold."""
+    cfg = configure("--n_layer=1", "--n_embd=32", "--n_head=4", "--block_size=16", "--qk_rank=4", *argv)
+    qkv = Dense(32, cfg.attn_dim + 2 * cfg.n_kv_head * cfg.attn_dim // cfg.n_head, cfg.bias).double()
+    for i, p in enumerate(qkv.parameters()):  # heads and rotary pairs differ in size too
+        order = random(len(p), seed=8).argsort()
+        sizes = torch.logspace(0, 1, len(p), dtype=p.dtype)[order].view(-1, *[1] * (p.dim() - 1))
+        p.data = random(*p.shape, seed=i) * (sizes if p.dim() > 1 else 0.1)
+    return cfg, qkv, random(200, 32, seed=7) @ torch.linalg.cholesky(moments(32)).T
+
+
+def scores(qkv, x, cfg):
+    """q^T k of each head, of every two rows of x, at distances of 0 to 15 positions with rotary ones."""
+    kv = cfg.n_kv_head
+    heads = qkv(x).view(len(x), -1, cfg.attn_dim // cfg.n_head)                  # (T, heads, head_size)
+    q, k = heads[:, :cfg.n_head], heads[:, cfg.n_head:cfg.n_head + kv].repeat_interleave(cfg.n_head // kv, 1)
+    if cfg.pos == "rope":
+        angle = 10_000.0 ** -torch.linspace(0, 1, q.size(2) // 2 + 1, dtype=q.dtype)[:-1]
+        turned = torch.complex(*q.chunk(2, -1)) * torch.exp(1j * angle * torch.arange(16)[:, None, None, None])
+        q = torch.cat((turned.real, turned.imag), -1)                            # (16, T, n_head, head_size)
+    return torch.einsum("...thd,shd->...tsh", q, k)
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+@torch.no_grad()
+def test_queries_and_keys_of_full_rank_compute_the_same(kind):
+    model, tokens = tiny(*ATTENTION[kind]).double(), torch.randint(257, (6, 16))
+    cfg = model.cfg
+    kv = cfg.n_kv_head * cfg.attn_dim // cfg.n_head
+    for block in model.blocks:  # of no higher rank than keys can have
+        W = block.attn.qkv.weight[:cfg.attn_dim]
+        W.copy_(random(cfg.attn_dim, kv) @ random(kv, 32) / 32)
+    expected = model(tokens)
+    for batches in ((), tokens.split(4)):
+        found = copy.deepcopy(model)
+        assert project.project_model(found, dataclasses.replace(cfg, qk_rank=min(kv, 32)), batches) == []
+        assert all(block.attn.qkv.q.V.size(0) == min(kv, 32) for block in found.blocks)
+        torch.testing.assert_close(found(tokens), expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+@pytest.mark.parametrize("weighted", [False, True])
+@torch.no_grad()
+def test_queries_and_keys_leave_the_small_singular_values(kind, weighted):
+    """Weighted, an entry counts as much as what it is multiplied by in the scores, unless it is normed first."""
+    cfg, qkv, x = attention(*ATTENTION[kind])
+    C = x.T @ x
+    new, errors = project.projected_qkv(qkv, cfg, C if weighted else None)
+    rows, size, kv, group = cfg.attn_dim, cfg.attn_dim // cfg.n_head, cfg.n_kv_head, cfg.n_head // cfg.n_kv_head
+    W, D = qkv.weight, new.dense_weight()
+    q, k = (x @ W[:rows].T).square().sum(0), (x @ W[rows:rows + kv * size].T).square().sum(0)
+    opposite = [[], []]
+    for h in range(cfg.n_head):
+        for i in range(size):
+            with_it = (i, (i + size // 2) % size) if cfg.pos == "rope" else (i,)
+            opposite[0].append(sum(k[h // group * size + j] for j in with_it))
+    for g in range(kv):
+        for i in range(size):
+            with_it = (i, (i + size // 2) % size) if cfg.pos == "rope" else (i,)
+            opposite[1].append(sum(q[h * size + j] for h in range(g * group, g * group + group) for j in with_it))
+    L = torch.linalg.cholesky(C) if weighted else torch.eye(32, dtype=torch.float64)
+    for part, energy, name in zip((slice(0, rows), slice(rows, rows + kv * size)), opposite, ("queries", "keys")):
+        S = torch.stack(energy).sqrt()[:, None] if weighted and not cfg.qk_norm else 1
+        left = (S * (W[part] - D[part]) @ L).square().sum().item()
+        assert left == pytest.approx(tail(S * W[part] @ L, cfg.qk_rank), rel=1e-2)
+        rest = W[part] - D[part]
+        assert errors[name][0] == pytest.approx((rest.norm() / W[part].norm()).item())
+        if weighted:
+            assert errors[name][1] == pytest.approx(((x @ rest.T).norm() / (x @ W[part].T).norm()).item(), rel=1e-2)
+    assert torch.equal(D[rows + kv * size:], W[rows + kv * size:])
+    assert new.bias is None if not cfg.bias else torch.equal(new.bias, qkv.bias)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ATTENTION if kind != "recipe"])
+@torch.no_grad()
+def test_weighted_queries_and_keys_are_nearer_in_outputs_and_scores(kind):
+    """Where queries and keys are normed, the outputs alone count."""
+    cfg, qkv, x = attention(*ATTENTION[kind])
+    expected, found = (qkv(x), scores(qkv, x, cfg)), {}
+    normed = dataclasses.replace(cfg, qk_norm=1.0)
+    for how, like, C in (("weighted", cfg, x.T @ x), ("outputs alone", normed, x.T @ x), ("plain", cfg, None)):
+        new = project.projected_qkv(qkv, like, C)[0]
+        found[how] = [(a - b).norm().item() for a, b in zip(expected, (new(x), scores(new, x, cfg)))]
+    assert found["outputs alone"][0] < found["weighted"][0] < found["plain"][0]
+    assert found["weighted"][1] < found["outputs alone"][1] < found["plain"][1]
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_merged_queries_and_keys_are_found_again_in_a_model(kind, cli, tmp_path):
+    """Beside FFNs that stay, dense or structured."""
+    for ffn in ([], LOWRANK):
+        model, tokens = tiny(*ATTENTION[kind], "--qk_rank=4", *ffn), torch.randint(257, (2, 16))
+        with torch.no_grad():
+            expected = model(tokens)
+            merge_attention(model)
+        model.cfg.qk_rank = 0
+        folder = tmp_path / str(len(ffn))
+        folder.mkdir()
+        save_beside({"config": config.to_dict(model.cfg), "model": model.state_dict(), "step": 0, "val_loss": None,
+                     "tokenizer": {"identity": "byte", "blob": torch.zeros(1, dtype=torch.uint8)}},
+                    str(folder / "model.pt"))
+        (folder / "text.txt").write_text(TEXT)
+        for name, how in (("plain", []), ("weighted", [f"--calibrate={folder}/text.txt"])):
+            status, out, err = cli("export.py", folder, f"--out_dir={folder}/{name}", "--qk_rank=4", *how,
+                                   "--device=cpu")
+            assert status == 0 and out.count("relative error") == out.count(": queries") == 3, err
+            found, cfg, _ = load(str(folder / name), CPU)
+            assert (cfg.qk_rank, cfg.ffn, cfg.rank) == (4, model.cfg.ffn, model.cfg.rank)
+            with torch.no_grad():
+                torch.testing.assert_close(found(tokens), expected, rtol=0, atol=2e-3 if how else 2e-4)
+            assert all(float(e) < 1e-4 for e in re.findall(r"(?:queries|keys) ([\d.]+)", out))
+            assert (folder / name / "model.pt").stat().st_size < (folder / "model.pt").stat().st_size
+
+
+def test_queries_and_keys_that_cannot_be_projected_are_one_sentence(cli, tmp_path):
+    keep(tmp_path, tiny())
+    (tmp_path / "factored").mkdir()
+    keep(tmp_path / "factored", tiny("--qk_rank=4"))
+    for folder, rank, words in ((".", 33, ["qk_rank=33", "exceeds 32"]), (".", -1, ["qk_rank=-1", "at least 0"]),
+                                ("factored", 4, ["has qk_rank=4", "leave qk_rank=4 out"])):
+        status, out, err = cli("export.py", tmp_path / folder, f"--to={tmp_path}/hf", f"--qk_rank={rank}",
+                               "--device=cpu")
+        assert_one_sentence(status, out, err)
+        assert all(word in err for word in words), err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The start of a run
 
 NARROWER = {**STRUCTURES, "narrow": ["--ffn_dim=40"], "narrow lowrank": [*LOWRANK, "--ffn_dim=40"]}
@@ -420,11 +556,14 @@ def test_a_guided_run_begins_at_the_dense_model_and_ends_at_its_factors(name, da
     assert all(torch.equal(t, model.state_dict()[key]) for key, t in last.items())
 
 
-@pytest.mark.parametrize("name", NARROWER)
+SMALLER = {**NARROWER, "queries and keys": ["--qk_rank=6"], "all": [*LOWRANK, "--ffn_dim=40", "--qk_rank=6"]}
+
+
+@pytest.mark.parametrize("name", SMALLER)
 def test_a_run_from_a_dense_model_starts_where_export_would(name, data, dense_run, cli, tmp_path):
-    cfg, files, plan = opened(data, *NARROWER[name], f"--init_from={dense_run}", "--calibrate_tokens=0")
+    cfg, files, plan = opened(data, *SMALLER[name], f"--init_from={dense_run}", "--calibrate_tokens=0")
     ours = train.start_or_continue(cfg, plan, ALONE, "new", files)[0].state_dict()
-    assert cli("export.py", dense_run, f"--out_dir={tmp_path}/out", *NARROWER[name], "--device=cpu")[0] == 0
+    assert cli("export.py", dense_run, f"--out_dir={tmp_path}/out", *SMALLER[name], "--device=cpu")[0] == 0
     theirs = load(str(tmp_path / "out"), CPU)[0].state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
@@ -472,9 +611,23 @@ def errors_of(model, dense, windows):
             for i, x in inputs.items() if i]
 
 
-def test_a_guided_run_from_a_dense_model_resumes_without_it(data, dense_run, tmp_path, monkeypatch, cli):
+def test_queries_and_keys_of_a_run_with_structured_ffns_are_projected(data, finished):
+    cfg, files, plan = opened(data, *LOWRANK, "--qk_rank=6", f"--init_from={finished}", "--guide=fixedstep")
+    model, source = train.start_or_continue(cfg, plan, ALONE, "new", files)[0], load(str(finished), CPU)[0]
+    for ours, theirs in zip(model.blocks, source.blocks):
+        a, b = ours.ffn.state_dict(), theirs.ffn.state_dict()
+        assert all(torch.equal(t, a[key]) for key, t in b.items())
+        W, D = theirs.attn.qkv.weight, ours.attn.qkv.dense_weight()
+        assert torch.equal(W[64:], D[64:])
+        assert all(0 < (W[part] - D[part]).norm() < W[part].norm() for part in (slice(0, 32), slice(32, 64)))
+    for _, module in model.structured_linears():  # as without a projection
+        torch.testing.assert_close(module.W, module.dense_weight())
+
+
+@pytest.mark.parametrize("qk", [[], ["--qk_rank=6"]])
+def test_a_guided_run_from_a_dense_model_resumes_without_it(qk, data, dense_run, tmp_path, monkeypatch, cli):
     source = shutil.copytree(dense_run, tmp_path / "source")
-    flags = [*STRUCTURES["blockdense"], f"--init_from={source}", "--guide=fixedstep", "--optimizer=muon"]
+    flags = [*STRUCTURES["blockdense"], *qk, f"--init_from={source}", "--guide=fixedstep", "--optimizer=muon"]
     whole = train_run(tmp_path / "whole", data, *flags)
     with pytest.raises(SystemExit):
         stopped(tmp_path / "run", data, 2, monkeypatch, *flags)
@@ -487,6 +640,8 @@ def test_a_guided_run_from_a_dense_model_resumes_without_it(data, dense_run, tmp
 @pytest.mark.parametrize("flags, words", [
     (["--n_layer=4"], ["blocks.3", "none there"]), (["--act=relu2"], ["act=gelu", "--act=gelu"]),
     (["--ffn_dim=200"], ["ffn.fc1.bias", "(128,) there, (200,) here"]),
+    (["--qk_rank=6", "--n_kv_head=1"], ["n_kv_head=2", "--n_kv_head=2"]),
+    (["--qk_rank=6", "--attn_dim=64"], ["attn.proj.weight", "(32, 32) there, (32, 64) here"]),
     ([*LOWRANK, "--ffn_dim=200"], ["ffn_dim=128", "this model 200", "--ffn_dim=128 or less"])])
 def test_a_dense_model_that_does_not_fit_is_not_projected(flags, words, data, dense_run, monkeypatch):
     structure = [] if "--ffn_dim=200" in flags else LOWRANK
@@ -527,8 +682,20 @@ def test_a_step_with_a_teacher_has_the_loss_of_torchs_divergence(data, dense_run
     assert load(str(run), CPU)[0].state_dict().keys() == student.state_dict().keys()
 
 
-def test_a_taught_run_resumes_and_accumulates(data, dense_run, tmp_path, monkeypatch):
-    flags = [*TAUGHT, f"--distill={dense_run}", f"--init_from={dense_run}"]
+@pytest.mark.parametrize("rank", [0, 6])
+def test_queries_and_keys_of_another_rank_do_not_fit(rank, data, tmp_path):
+    run = train_run(tmp_path / "run", data, "--qk_rank=8")
+    cfg, files, plan = opened(data, f"--qk_rank={rank}", f"--init_from={run}")
+    with pytest.raises(UserError, match=f"has qk_rank=8, this model {rank}: .* give --qk_rank=8"):
+        train.start_or_continue(cfg, plan, ALONE, "new", files)
+    kept, *_ = train.start_or_continue(*opened(data, "--qk_rank=8", "--ffn_dim=40", f"--init_from={run}")[::2], ALONE,
+                                       "new", files)
+    assert torch.equal(kept.blocks[1].attn.qkv.q.V, load(str(run), CPU)[0].blocks[1].attn.qkv.q.V)
+
+
+@pytest.mark.parametrize("qk", [[], ["--qk_rank=6"]])
+def test_a_taught_run_resumes_and_accumulates(qk, data, dense_run, tmp_path, monkeypatch):
+    flags = [*TAUGHT, *qk, f"--distill={dense_run}", f"--init_from={dense_run}"]
     whole = train_run(tmp_path / "whole", data, *flags)
     with pytest.raises(SystemExit):
         stopped(tmp_path / "run", data, 3, monkeypatch, *flags)
