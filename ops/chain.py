@@ -130,14 +130,6 @@ def attention_plan(cfg, batch, multiprocessors):
     return split, warps, 8 if cfg.n_head // cfg.n_kv_head <= 2 else 4  # registers hold the outputs of a group
 
 
-def attention_for(cfg, batch, multiprocessors):
-    """The kernel of attention: four thread blocks a multiprocessor, with rings, where there is work for all of them."""
-    grid = 4 * multiprocessors
-    if batch * cfg.n_kv_head >= grid:
-        return ring_kernel(cfg, batch, grid, 4, 3, 4096 // (cfg.attn_dim // cfg.n_head))  # tiles of 8 KiB
-    return attention_kernel(cfg, batch, *attention_plan(cfg, batch, multiprocessors))
-
-
 def padded(batch) -> int:
     """Tokens that a step computes: mma has 8 columns."""
     return -(-batch // 8) * 8
@@ -264,15 +256,6 @@ def attention_kernel(cfg, batch, split, warps, passes):
     return Kernel(define(**values), "attention", batch * cfg.n_kv_head * split, split, 32 * warps)
 
 
-def ring_kernel(cfg, batch, grid, warps, stages, places):
-    """At most `grid` thread blocks; rings of `stages` tiles of `places` places of keys and as many of values."""
-    D, units = cfg.attn_dim // cfg.n_head, batch * cfg.n_kv_head
-    values = dict(ATTENTION=1, RING=1, HEADS=cfg.n_head, KV=cfg.n_kv_head, D=D, WARPS=warps, SPLIT=1, UNITS=units,
-                  PASS=places * D // (256 * warps), GRID=min(grid, units), STAGES=stages, PLACES=places,
-                  ROPE=int(cfg.pos == "rope"), SCALE=f"{D ** -0.5!r}f")
-    return Kernel(define(**values), "attention", min(grid, units), 1, 32 * warps + 32)
-
-
 def embed_kernel(cfg, batch):
     values = dict(EMBED=1, BATCH=batch, WIDTH=cfg.n_embd, THREADS=256, WPE=int(cfg.pos == "absolute"))
     return Kernel(define(**values), "embed", padded(batch), 1, 256)
@@ -392,7 +375,7 @@ class Step:
         self.hidden, self.rank = buffer(cfg.ffn_dim), buffer(rank)
         self.moments = buffer(cfg.n_embd // 8, torch.float32)
         self.first = embed_kernel(cfg, self.batch)
-        attention = attention_for(cfg, self.batch, sms)
+        attention = attention_kernel(cfg, self.batch, *attention_plan(cfg, self.batch, sms))
         following = [block.norm1 for block in model.blocks[1:]] + [model.norm]
         for block, (k, v), (qkv, proj, fc1, fc2), after in zip(model.blocks, cache.layers, layers, following):
             self.add(qkv, self.scaled, self.qkv, norm=block.norm1)
