@@ -77,9 +77,6 @@ DEVICE void copy_tile_once(void* to, const Map* map, int column, int row, u64* b
                  "r"(shared_address(barrier)) : "memory");
 }
 DEVICE void prefetch(const Map* map) { asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory"); }
-DEVICE void barrier_arrive(u64* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory");
-}
 // A tile: rows of 64 columns, 128 bytes, whose 16-byte pieces are permuted in each 8 rows (128-byte swizzle)
 DEVICE u64 descriptor(const bf16* tile, int column) {
     return (shared_address(tile + column) >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62;
@@ -238,6 +235,11 @@ struct Work {  // of a CTA
     DEVICE int place(int row) const { return row % SPREAD * (ALL / SPREAD) + row / SPREAD; }
 };
 
+DEVICE void expect_sums(Common& shared, const Work& work) {  // of the cluster
+    barrier_init(&shared.full, 1);
+    barrier_expect(&shared.full, (PAIRS - work.rank + SPLIT - 1) / SPLIT * SPLIT * 512);
+}
+
 template <int warps>
 DEVICE void join_moments(Common& shared, const Work& work, const Arguments& a, int warp) {  // a warp a token
     int lane = threadIdx.x % 32;
@@ -381,8 +383,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) linear(Arguments a) {
     start_next();
     request_weights(shared.area[warp], work, a.w);
     if (SPLIT > 1) {
-        int own = (PAIRS - work.rank + SPLIT - 1) / SPLIT;
-        if (threadIdx.x == 0) barrier_init(&shared.full, 1), barrier_expect(&shared.full, own * SPLIT * 512);
+        if (threadIdx.x == 0) expect_sums(shared, work);
         __syncwarp();
         cluster_arrive();
     }
@@ -447,10 +448,7 @@ extern "C" __device__ const int needed_bytes = sizeof(Shared);
 DEVICE void init_barriers(Shared& shared, const Work& work) {
     for (int i = 0; i < W_STAGES; i++) barrier_init(&shared.w_full[i], 1), barrier_init(&shared.w_free[i], WARPS);
     for (int i = 0; i < X_STAGES; i++) barrier_init(&shared.x_full[i], 1), barrier_init(&shared.x_free[i], WARPS);
-    if (SPLIT > 1) {
-        int own = (PAIRS - work.rank + SPLIT - 1) / SPLIT;
-        barrier_init(&shared.full, 1), barrier_expect(&shared.full, own * SPLIT * 512);
-    }
+    if (SPLIT > 1) expect_sums(shared, work);
 }
 
 DEVICE void load_weights(Shared& shared, const Work& work, const Arguments& a) {

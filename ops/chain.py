@@ -99,9 +99,8 @@ def mma_plan(stage, tokens, multiprocessors):
     the split. Both cost the same where split^2 is about K / rows; the factor is measured.
     """
     height = stage.blocks * stage.rows // 16
-    best = max(0, round(math.log2(stage.K * multiprocessors / (600 * height)) / 2)) if height else 0
+    best = min(3, max(0, round(math.log2(stage.K * multiprocessors / (600 * height)) / 2))) if height else 0
     thread_blocks = multiprocessors if 2 * height > multiprocessors else multiprocessors // 2
-    best = min(best, 3)
     for split in (1 << i for i in (*range(best, 4), *reversed(range(best)))):  # K has few divisors in a narrow model
         warps = min(8, max(1, stage.K // (32 * split)))
         count = -(-height * split // thread_blocks)
@@ -242,11 +241,12 @@ def maps(stage, tiles, act, x):
     return tensor_map(weights, rows), tensor_map(x, columns(len(x)))
 
 
-def linear_arguments(stage, tiles, x, act, tensors, eps):
-    if not isinstance(tiles, Wide):
-        return pointers(Linear, *tensors, eps=eps)
-    of_w, of_x = (DESCRIPTOR.from_buffer_copy(m) for m in maps(stage, tiles, act, x))
-    return WideLinear(of_w, of_x, *(None if t is None else t.data_ptr() for t in tensors), eps)
+def linear_arguments(stage, tiles, act, tensors, eps):
+    """tensors: as the fields of `Linear`, x first."""
+    kind = Linear
+    if isinstance(tiles, Wide):
+        kind = functools.partial(WideLinear, *map(DESCRIPTOR.from_buffer_copy, maps(stage, tiles, act, tensors[0])))
+    return pointers(kind, *tensors, eps=eps)
 
 
 def attention_kernel(cfg, batch, split, warps, passes):
@@ -400,7 +400,7 @@ class Step:
             to = y if last else self.rank
             tensors = (x, stage.weights, bias, following.weight if add else None, y if add else None, vectors,
                        self.moments, to, self.scaled, self.moments)
-            self.kernels.append((kernel, linear_arguments(stage, tiles, x, fused, tensors, self.model.norm.eps)))
+            self.kernels.append((kernel, linear_arguments(stage, tiles, fused, tensors, self.model.norm.eps)))
             x = to
 
     def __call__(self, tokens, cache):

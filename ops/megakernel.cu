@@ -50,9 +50,6 @@ constexpr int REACH = BATCH == 1 ? 128 : 96 * BATCH;
 // What the hardware does, as PTX; on a CPU tests/emulate.h does it
 
 #ifndef EMULATED
-DEVICE void barrier_arrive(u64* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory");
-}
 DEVICE bool barrier_done(u64* barrier, int phase) {
     int done;
     asm volatile("{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"

@@ -151,7 +151,7 @@ def test_linear(linears, rows, K, blocks, spread, tiles, split, warps, tokens, n
     expected = y + out if adds else y
     scaled, new = torch.zeros_like(out), torch.zeros(tokens, y.size(1) // 16, 2, device=DEVICE)
     tensors = read, w, bias, after if adds else None, out if adds else None, vectors, moments, out, scaled, new
-    arguments = chain.linear_arguments(stage, how, read, act, tensors, 1e-5)
+    arguments = chain.linear_arguments(stage, how, act, tensors, 1e-5)
     launch(kernel, arguments, torch.device(DEVICE))
     scale = expected.abs().max().item()
     torch.testing.assert_close(out.double(), expected, atol=0.01 * scale, rtol=0.01)
