@@ -144,7 +144,7 @@ def read_checkpoint(path, name):
 
 
 def check_moments(saved, optimizer, model, path):
-    """UserError unless the optimiser's state fits the parameters: a wrong shape would corrupt memory in a fused step.
+    """UserError unless the optimizer's state fits the parameters: a wrong shape would corrupt memory in a fused step.
 
     A guide that no step has drawn yet has no state.
     """
@@ -154,13 +154,13 @@ def check_moments(saved, optimizer, model, path):
             continue
         expected = set(optimizer.state.get(p, ("step", "exp_avg", "exp_avg_sq"))) - {"master"}
         if not isinstance(state, dict) or set(state) != expected:
-            raise UserError(f"{path} is damaged: the optimiser's state of {name} is not {', '.join(sorted(expected))}.")
+            raise UserError(f"{path} is damaged: the optimizer's state of {name} is not {', '.join(sorted(expected))}.")
         for k, t in state.items():
             fits = t.shape == (() if k == "step" else p.shape) and t.dtype is torch.float32
             low, high = (x.item() for x in t.aminmax()) if fits else (math.nan, math.nan)
             least, most = 0 if k in ("step", "exp_avg_sq") else -math.inf, saved["step"] if k == "step" else math.inf
             if not least <= low <= high <= most or math.inf in (-low, high):
-                raise UserError(f"{path} is damaged: {k} of {name} is not what the optimiser keeps after step "
+                raise UserError(f"{path} is damaged: {k} of {name} is not what the optimizer keeps after step "
                                 f"{saved['step']}.")
 
 

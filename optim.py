@@ -3,7 +3,7 @@
 Where the gradients' norm is not finite a step changes no weight and no moment. That is decided on the device: the host
 waits for nothing.
 
-`AdamW` is torch's. `MixedAdamW` is for bf16 training: the model's matrices are bf16, cast once per optimiser step, and
+`AdamW` is torch's. `MixedAdamW` is for bf16 training: the model's matrices are bf16, cast once per optimizer step, and
 the fp32 masters live here. A step reads each gradient once, as bf16, and writes new bf16 weights beside the masters.
 `Muon` is MixedAdamW on embeddings, head and vectors; the matrices of the blocks move by the orthogonalised momentum.
 """

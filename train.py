@@ -6,7 +6,7 @@ A run is a folder: config.json, metrics.jsonl, ckpt.pt (all that an exact contin
 Which tokens a step sees, its learning rate and its guide are pure functions of (config, step). So a run can stop
 anywhere and continue elsewhere, on another number of processes too.
 
-The chapters: model and optimiser, one step, the loop, the command. schedule.py has the plan and the data order, run.py
+The chapters: model and optimizer, one step, the loop, the command. schedule.py has the plan and the data order, run.py
 the folder and the log, checkpoint.py what is saved.
 """
 import os
@@ -63,7 +63,7 @@ from tokenizer import nominal_vocabulary
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Model and optimiser: new, continued, and after the guide
+# Model and optimizer: new, continued, and after the guide
 
 def make_optimizer(cfg, model, ranks):
     """AdamW or Muon; for bf16 on CUDA the model's matrices become bf16, cast once per step, not in every forward."""
@@ -78,13 +78,13 @@ def make_optimizer(cfg, model, ranks):
 
 
 def full_weights(model, optimizer) -> dict:
-    """The state dict, with the optimiser's fp32 masters instead of bf16 weights."""
+    """The state dict, with the optimizer's fp32 masters instead of bf16 weights."""
     masters = {name: optimizer.master(p).detach() for name, p in model.named_parameters(remove_duplicate=False)}
     return {name: masters.get(name, t) for name, t in model.state_dict().items()}
 
 
 def moments(model, optimizer) -> dict:
-    """{parameter's name: what the optimiser keeps of it}, without the masters, which are among the full weights."""
+    """{parameter's name: what the optimizer keeps of it}, without the masters, which are among the full weights."""
     names = {p: n for n, p in model.named_parameters()}
     return {names[p]: {k: v for k, v in state.items() if k != "master"} for p, state in optimizer.state.items()}
 
@@ -133,7 +133,7 @@ def assemble(cfg, plan, ranks, saved=None, data=None, teacher=None):
 
 
 def load_moments(model, optimizer, saved, ranks):
-    """The optimiser's state from that of a checkpoint, as `moments` has it."""
+    """The optimizer's state from that of a checkpoint, as `moments` has it."""
     for name, p in model.named_parameters():
         state = optimizer.state[p]
         for k, v in saved.get(name, {}).items():
@@ -156,7 +156,7 @@ def wrap_ddp(model, cfg, ranks):
 
 
 def end_guide(cfg, plan, ranks, model, optimizer):
-    """The switch: W leaves the model and the optimiser -> (model, optimizer).
+    """The switch: W leaves the model and the optimizer -> (model, optimizer).
 
     Under fsdp, where a parameter cannot leave its group, they are put together anew, as after a resume.
     """
@@ -179,7 +179,7 @@ def end_guide(cfg, plan, ranks, model, optimizer):
 # One step
 
 def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, guided=(), keys=None):
-    """One optimiser step over (n_micro, micro_batch, T + 1) tokens -> (this rank's mean loss, gradient norm), both 0-d.
+    """One optimizer step over (n_micro, micro_batch, T + 1) tokens -> (this rank's mean loss, gradient norm), both 0-d.
 
     keys: those of schedule.dropout_keys, with dropout. The results stay on the device. Nothing in here waits for it:
     the next launches are queued while it computes.

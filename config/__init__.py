@@ -95,9 +95,9 @@ class Config:
     tokenizer: str = "spm:4096"          # gpt2 | llama | byte | spm:VOCAB (trained here) | a .model | a tokenizer.json
     data_dir: str = ""                   # folder of train.bin and val.bin; empty: data/<dataset>-<tokenizer>
     max_tokens: int = 100_000_000        # training tokens; more than the data has means epochs
-    batch_size: int = 512                # sequences per optimiser step
+    batch_size: int = 512                # sequences per optimizer step
     micro_batch_size: int = 16           # sequences per forward, per process
-    # --- the optimiser
+    # --- the optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"            # muon: on the matrices of the blocks, AdamW on the rest
     lr: float | Literal["auto"] = 6e-4   # peak learning rate; muon: of matrices, auto is the rule of muon_rates
     embed_lr: float | Literal["auto"] = "auto"               # muon: of embeddings

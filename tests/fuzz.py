@@ -271,7 +271,7 @@ def resaved(saved):
 
 
 def in_moments(rng, data):
-    """A ckpt.pt with a wrong tensor in the optimiser's state, or without one."""
+    """A ckpt.pt with a wrong tensor in the optimizer's state, or without one."""
     saved = torch.load(io.BytesIO(data), weights_only=True)
     name = rng.choice(sorted(saved["optimizer"]))
     state = saved["optimizer"][name]

@@ -73,7 +73,7 @@ def stopped(out, data, after, monkeypatch, *argv, how=signal.SIGTERM):
 
 
 def assert_same_run(out, other):
-    """Weights, optimiser and every logged number are equal to the bit."""
+    """Weights, optimizer and every logged number are equal to the bit."""
     for name in ("model.pt", "ckpt.pt"):
         a, b = (torch.load(folder / name, weights_only=True) for folder in (out, other))
         assert a["step"] == b["step"] and a["model"].keys() == b["model"].keys()

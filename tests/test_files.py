@@ -220,7 +220,7 @@ CHECKPOINTS = {
     "NaN": (state(P, exp_avg_sq=lambda t: t * torch.nan), f"exp_avg_sq of {P}"),
     "negative": (state(P, exp_avg_sq=lambda t: -t - 1), f"exp_avg_sq of {P}"),
     "early step": (state(P, step=lambda t: t * 0 - 1), f"step of {P}"),
-    "late step": (state(P, step=lambda t: t + 1), f"step of {P} is not what the optimiser keeps after step 3"),
+    "late step": (state(P, step=lambda t: t + 1), f"step of {P} is not what the optimizer keeps after step 3"),
     "no state": (lambda s: s["optimizer"].pop(P), f"state of {P} is not exp_avg, exp_avg_sq, step"),
     "part of a state": (lambda s: s["optimizer"][P].pop("exp_avg"), f"state of {P} is not"),
     "number": (state(P, step=lambda t: 3), "plain tensor"),
