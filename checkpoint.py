@@ -212,7 +212,7 @@ def tensors_in(tree) -> list:
 
 
 def identity(t):
-    """What two names of one tensor share. Its storage, not its address: all empty shares of a split one have one."""
+    """A key that is equal for two names of one tensor. Not its address: all empty shares of split tensors have one."""
     mine = local(t)
     return mine.untyped_storage()._cdata, mine.storage_offset(), t.shape, t.dtype
 

@@ -70,7 +70,7 @@ NOT_LISTED = MAY_CHANGE - {"dataset", "tokenizer", "data_dir"} | {"n_layer", "n_
 
 
 def setting(cfg, name):
-    """A setting's value; "auto" for a rate that is the rule's, which has others for a structured FFN than for dense."""
+    """A setting's value; "auto" for a rate that muon_rates gives: it gives structured FFNs others than dense ones."""
     if cfg.optimizer == "muon" and name in config.RATES:
         rule = config.muon_rates(dataclasses.replace(cfg, lr="auto"))
         if cfg.lr != rule["lr"]:  # the decay's rule goes by a rate that was given

@@ -578,7 +578,7 @@ def plain_gemma(path, data) -> dict:
 
 
 def read_hf_config(path, block_size=0):
-    """config.json -> (architecture, Config; whether it has biases, the weights say)."""
+    """config.json -> (architecture, Config). Whether linears have biases is not known here: the weights show it."""
     data = config.read_json(path)
     name = data.get("model_type") if isinstance(data, dict) else None
     if not isinstance(name, str) or name not in ARCHITECTURES:

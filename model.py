@@ -74,7 +74,7 @@ def rotate(x, cos, sin):
 
 
 def has_values(cfg, layer) -> bool:
-    """Every other layer, the last one too."""
+    """Whether a layer has value embeddings: the last one, and every other one before it."""
     return cfg.value_embeddings and (cfg.n_layer - 1 - layer) % 2 == 0
 
 
@@ -348,7 +348,10 @@ def token_mixture(logits, targets, scale, cap, theirs, share):
 
 
 class LMLoss(torch.autograd.Function):
-    """Mean cross-entropy of h (T, d), head weight (V, d), targets (T,), those below 0 left out; cap: of softcap.
+    """Mean cross-entropy of h (T, d), head weight (V, d) and targets (T,), a 0-d tensor. Targets below 0 are left out.
+
+    token_loss: the function of that name, compiled or not. cap: the one of softcap.
+
 
     The logits of a chunk of tokens live only while its share of both gradients is formed. So there is no (T, V) tensor,
     and nothing is computed twice.
@@ -398,7 +401,7 @@ class LMLoss(torch.autograd.Function):
 # The model
 
 class Smear(nn.Module):
-    """x_t + scale sigmoid(gate(x_t)) x_(t-1): with the token before it beside it, attention need not fetch it."""
+    """x_t + scale sigmoid(gate(x_t)) x_(t-1): a token's embedding holds some of the one before it without attention."""
 
     def __init__(self):
         super().__init__()
@@ -601,7 +604,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, tokens):
-        """tokens (B, T) -> what LMLoss reads of it."""
+        """tokens (B, T) -> h (B T, d'), head weight (V, d'), soft cap and share of the loss, as LMLoss takes them."""
         return (self.model.hidden(tokens).flatten(0, 1), self.model.head.weight, self.model.cfg.logit_softcap,
                 self.share)
 

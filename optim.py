@@ -300,7 +300,7 @@ class Muon(MixedAdamW):
         return dict(momentum=torch.zeros_like(p)) if group.get("muon") else super().first_state(p, group)
 
     def matrices(self, p, t):
-        """t, of p's shape, as the matrices that are orthogonalised each by itself."""
+        """t, of the shape of parameter p, cut into the matrices that are each orthogonalised by themselves."""
         return t.unbind() if t.dim() == 3 else t.split(self.rows[p]) if p in self.rows else (t,)
 
     def advance_group(self, number, group):

@@ -216,11 +216,11 @@ def fit_block(block, cfg, structured, C):
 
 @torch.no_grad()
 def project_model(model, cfg, batches=(), show=print) -> list:
-    """Gives a dense model in place the linears of cfg: queries and keys of rank qk_rank; FFNs pruned where ffn_dim is
-    less, then projected where ffn says so. What is structured already stays.
+    """Gives a dense model the linears of cfg, in place: queries and keys of rank qk_rank; FFNs pruned to a smaller
+    ffn_dim, then projected onto the structure ffn. What is structured already stays.
 
-    With batches of tokens all are weighted by what the linears of the dense model read there. Returns the FFNs' dense
-    weights that were projected, in the order of the structured linears.
+    batches of tokens (B, T): projections and pruning are weighted by what the linears of the dense model read on them.
+    Returns the dense weights (M, N) of the FFNs that were projected, in the order of the structured linears.
     """
     streams, originals = [], []  # streams: of each batch x, pending, its token embeddings, its value embeddings
     for tokens in batches:
@@ -259,7 +259,8 @@ def calibration(path, model, saved, n_tokens):
 
 @torch.no_grad()
 def make_smaller(path, model, cfg, saved, s):
-    """What the settings s of export.py describe, on a dense model in place; prints errors and with a text losses."""
+    """Projects or prunes a dense model in place, as the settings s of export.py say. Prints the errors of each layer,
+    and with s.calibrate the loss on other windows of that text, before and after."""
     if cfg.ffn != "dense" and (s.ffn != "dense" or s.ffn_dim):
         raise UserError(f"{path} has ffn={cfg.ffn}: only a dense model can be projected.")
     if cfg.qk_rank and s.qk_rank:

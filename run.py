@@ -304,7 +304,7 @@ class Log:
             self.recall(rows)
 
     def recall(self, rows):
-        """What a run that was not interrupted would know."""
+        """From the rows before a continuation what an uninterrupted run would have in memory."""
         self.losses.extend(row["loss"] for row in rows if "loss" in row)
         validations = [row for row in rows if row.get("val_loss") is not None]
         self.validated = max((row["step"] for row in validations), default=0)
@@ -367,7 +367,7 @@ class Log:
             self.note_bad(step - STEPS_AHEAD, earlier)
 
     def settle(self, step):
-        """The same for all steps up to this one, which are waited for."""
+        """Waits for all steps up to this one and notes those whose update was skipped, as `watch` does."""
         for ago in reversed(range(len(self.norms.pending))):
             self.note_bad(step - ago, self.norms.next())
 

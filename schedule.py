@@ -62,7 +62,8 @@ def make_plan(cfg) -> Plan:
 
 
 def fallen(cfg, plan, step) -> float:
-    """How far the learning rate has fallen at step 0, 1, ...: 0 until the last decay_ratio of the steps, then to 1."""
+    """How much of its fall the learning rate has done at step 0, 1, ...: 0 until the last decay_ratio of the steps,
+    then rising linearly to 1."""
     start = max(warmup_steps(cfg, plan), plan.steps - round(cfg.decay_ratio * plan.steps))
     return max(0, step - start) / max(1, plan.steps - start)
 
@@ -81,8 +82,8 @@ def lr_at(cfg, plan, step) -> float:
 
 
 def muon_at(cfg, plan, step) -> tuple:
-    """(momentum, weight decay) of Muon: the momentum is low while gradients turn quickly and again as the rate falls;
-    the decay goes to 0 as a cosine, since late in a run weights have no time to grow back."""
+    """(momentum, weight decay) of Muon. The momentum is lower while gradients turn quickly and while the rate falls.
+    The decay falls to 0 as a cosine, since late in a run weights have no time to grow back."""
     momentum = 0.85 + 0.12 * min(1, step / 400) - 0.07 * fallen(cfg, plan, step)
     return momentum, cfg.weight_decay * 0.5 * (1 + math.cos(math.pi * step / plan.steps))
 

@@ -144,6 +144,7 @@ def load_moments(model, optimizer, saved, ranks):
 
 
 def is_split(cfg, ranks):
+    """Whether each rank has a share of every parameter (fsdp) instead of the whole."""
     return cfg.parallel == "fsdp" and ranks.world > 1
 
 
@@ -192,6 +193,7 @@ def train_step(wrapped, optimizer, micro_batches, cfg, ranks, lr, alpha=None, gu
 
 
 def set_rates(optimizer, lr):
+    """The learning rate of every group; `ratio`, Muon's alone, is a group's rate over that of the matrices."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("ratio", 1)
 
@@ -343,7 +345,7 @@ class Training:
         with ranks.agree():
             self.log = run.Log(cfg, ranks, self.step, step_flops(cfg, self.plan), self.plan.guided)
         self.log.show(start_card(cfg, self.plan, ranks, data, sizes_on_disk(self.model, self.optimizer)))
-        # checksums of large files take minutes: a thread finds damage during the first steps, before a checkpoint
+        # checksums of large files take minutes: a thread computes them beside the first steps
         self.raise_damage = prepare.verify_in_background(*(data.train, data.val) if ranks.master else ())
         self.alpha = torch.ones((), device=ranks.device)  # a tensor, so that a new value compiles nothing
         self.recorded = RecordedStep(self.log.say)
@@ -357,7 +359,7 @@ class Training:
             log.say(f"continuing after step {self.step} of {plan.steps}")
         self.prepare_saver()
         if self.validation_is_due() and ranks.any(ranks.master and log.validated < self.step) and self.validate():
-            self.end_early()  # again in a validation that a signal had ended
+            self.end_early()  # a signal had ended this validation before the run was continued, and another one now
         for batch in batches(cfg, plan, data.train, data.n_windows, range(self.step, plan.steps), ranks):
             step = self.step
             ranks.note(f"step {step + 1}")
