@@ -188,7 +188,7 @@ def read_model(path):
     saved = read_checkpoint(path, "model.pt")
     if "optimizer" in saved:
         guides = [name for name in saved["model"] if name.endswith(".W")]
-        print(f"{path}: the run is not finished, these are its weights after step {saved['step']}"
+        print(f"{path}: saved before the run was finished, these are its weights after step {saved['step']}"
               f"{', without the guides' if guides else ''}.", file=sys.stderr)
         for name in guides:
             del saved["model"][name]

@@ -58,6 +58,7 @@ def read_settings(argv):
             raise UserError(f"{unused[0]}={values[unused[0]]} needs {needed}: give that too, or leave {unused[0]} out.")
     if s.factors and s.target != "transformers":
         raise UserError(f"factors=True is read by transformers only, not by {s.target}: leave one of them out.")
+    config.check_device(s.device)
     if s.device == "mps":
         raise UserError("device=mps has no float64, which a projection needs: use --device=cpu or leave it out.")
     for name, least in (("block_size", 0), ("ffn_dim", 0), ("qk_rank", 0), ("calibrate_tokens", 1)):
@@ -543,6 +544,9 @@ def check_hf_config(path, data, name, rope):
             raise UserError(f"{path} has {key}={config.shown(value)}: expected a {'size' if kind is int else 'name'}.")
     if not isinstance(rope, dict):
         raise UserError(f"{path} has rotary settings {config.shown(rope)}: expected names with values.")
+    if "structured_ffn" in data:
+        raise UserError(f"{path} is of a model whose factors were kept by --factors=True: they are not read back, give "
+                        "the model.pt that it was written from.")
     for key, value in ONLY.items():
         found = data.get(key, rope.get(key, 0.25 if (name, key) == ("stablelm", "partial_rotary_factor") else value))
         if found != value:

@@ -57,6 +57,7 @@ def read_settings(argv):
             ("top_p", 0 < s.top_p <= 1, "above 0 and at most 1"), ("min_p", 0 <= s.min_p <= 1, "between 0 and 1")):
         if not ok:
             raise UserError(f"{name}={getattr(s, name)} must be {expected}.")
+    config.check_device(s.device)
     given = [f"--{name}" for name in ("prompt", "prompt_file", "prompts") if getattr(s, name)]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} exclude each other: give one of them.")

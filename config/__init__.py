@@ -388,8 +388,8 @@ def load(argv, *settings, usage=""):
     """Reads `[preset.py ...] name=value ...` into a complete, checked Config and one of each settings dataclass.
 
     Of several presets a later one has the last word, as in config/s.py config/recipe.py. `--resume=auto
-    --out_dir=FOLDER` without a preset takes the settings of the run in the folder instead. Returns (config,
-    *instances); raises UserError.
+    --out_dir=FOLDER` without a preset takes the settings of the run in the folder instead, which must be there where
+    nothing else is given. Returns (config, *instances); raises UserError.
     """
     words, values = parse(argv, Config, *settings, usage=usage)
     for word in words:
@@ -398,6 +398,8 @@ def load(argv, *settings, usage=""):
     if not words and folder and os.path.exists(os.path.join(folder, "config.json")):
         cfg = read_saved(folder)
     else:
+        _require(words or not folder or values.keys() > {"resume", "out_dir"}, f"{folder} holds no run to continue: "
+                 "give the folder of one, or a preset too, as in config/quickstart.py, to start one there.")
         cfg = Config(**{name: value for word in words for name, value in read_preset(word).items()})
     extra = [cls() for cls in settings]
     for name, value in values.items():
@@ -405,6 +407,7 @@ def load(argv, *settings, usage=""):
     presets = [os.path.basename(word).removesuffix(".py") for word in words]
     cfg.out_dir = cfg.out_dir or os.path.join("out", "-".join(presets) or "run")
     check(cfg)
+    _check_used(cfg, values)
     return (cfg, *extra)
 
 
@@ -492,8 +495,13 @@ def _check_ranges(cfg):
         _require(getattr(cfg, name) > 0, f"{name}={getattr(cfg, name)} must be positive.")
     _require(cfg.seed < 2**64, f"seed={cfg.seed} must be below 2^64.")
     _require(all(0 <= b < 1 for b in cfg.betas), f"betas={cfg.betas} must lie in [0, 1).")
-    _require(re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", cfg.device),
-             f"device={cfg.device} is not one of auto, cpu, cuda, cuda:N, mps.")
+    check_device(cfg.device)
+
+
+def check_device(name):
+    """UserError for a device that torch does not know by this name: it takes cuda:200 for cuda:-56."""
+    _require(re.fullmatch(r"auto|cpu|cuda(:(\d|[1-9]\d))?|mps", name, re.ASCII),
+             f"device={name} is not one of auto, cpu, cuda, cuda:N with N below 100, mps.")
 
 
 def _check_attention(cfg):
@@ -575,6 +583,20 @@ def _check_ffn(cfg):
                      f"({'in, out' if cfg.ffn == 'blockshuffle' else 'in, rank'}): choose one that does.")
 
 
+def _check_used(cfg, given):
+    """Refuses settings of the command line that the others leave without effect. Presets and defaults may hold such."""
+    for names, used, needed in (
+            (("rank",), cfg.ffn in ("lowrank", "blockdense"), "--ffn=lowrank or --ffn=blockdense"),
+            (("nblocks",), cfg.ffn in ("blockshuffle", "blockdense"), "--ffn=blockshuffle or --ffn=blockdense"),
+            (("guide_ratio", "guide_schedule", "guide_skip"), cfg.guide != "off", "a guide, as --guide=fixedstep"),
+            (("calibrate_tokens",), cfg.init_from, "--init_from=MODEL"),
+            (("distill_share",), cfg.distill, "--distill=MODEL")):
+        for name in names:
+            value = getattr(cfg, name)
+            _require(used or name not in given or value == getattr(Config, name),
+                     f"{name}={value} has no effect without {needed}: give that too, or leave {name} out.")
+
+
 def _require(ok, sentence):
     if not ok:
         raise UserError(sentence)
@@ -624,9 +646,14 @@ def run(main):
 
 
 def _report(kind, error, traceback):
-    """Of Ctrl-C while torch loads, between a script's two main blocks, one line; of all else Python's traceback."""
-    if kind is KeyboardInterrupt:
-        print("interrupted.", file=sys.stderr)
+    """Of Ctrl-C while torch loads, between a script's two main blocks, one line; of all else Python's traceback.
+
+    Before Python 3.12 a class that is being made turns it into a RuntimeError.
+    """
+    if KeyboardInterrupt in (kind, type(error.__cause__)):
+        print("interrupted.", file=sys.stderr, flush=True)
+        if kind is not KeyboardInterrupt:
+            os._exit(128 + signal.SIGINT)
     else:
         sys.__excepthook__(kind, error, traceback)
 

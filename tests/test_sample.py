@@ -290,8 +290,9 @@ def test_an_unfinished_run_is_sampled_and_says_so(cli, finished, tmp_path):
     for path in (tmp_path, tmp_path / "ckpt.pt"):
         status, out, err = cli("sample.py", path, *given)
         assert (status, out) == cli("sample.py", finished, *given)[:2] and status == 0
-        assert err.count("\n") == (2 if "context" in err else 1) and "not finished" in err and "step 8" in err
-    assert "not finished" not in cli("sample.py", finished, *given)[2]
+        assert err.count("\n") == (2 if "context" in err else 1) and "before the run was finished" in err \
+            and "step 8" in err
+    assert "finished" not in cli("sample.py", finished, *given)[2]
 
 
 def test_everything_works_without_the_folder_ops(data, tmp_path):
