@@ -292,12 +292,24 @@ def make_smaller(path, model, cfg, saved, s):
 # Settings that change what a model computes and no shape that it has
 UNSEEN = ("n_head", "n_kv_head", "norm", "act", "pos", "rope_theta", "norm_eps", "qk_norm", "embed_norm",
           "logit_softcap")
+FFN = ("ffn", "rank", "nblocks", "n_dense_layers", "ffn_dim")
+SHAPES = ("n_layer", "n_embd", "n_head", "n_kv_head", "attn_dim", "qk_rank", "vocab_size", "bias", "post_norm", "smear",
+          "embed_skip", "value_embeddings", *FFN)
 
 
 def check_tokenizer(path, saved, cfg, tokenizer):
     if (identity := saved["tokenizer"]["identity"]) != tokenizer.identity:
         raise UserError(f"the weights in {path} are of the tokenizer {identity}, {config.data_dir(cfg)} holds tokens "
                         f"of {tokenizer.identity}: prepare the text with the weights' tokenizer.")
+
+
+def other_settings(cfg, theirs, refit) -> str:
+    """The command line's settings in which a model of weights that do not fit differs, those of `refit` aside."""
+    made_to_fit = {*FFN} if ".ffn." in refit else set()
+    made_to_fit |= {"qk_rank"} if ".attn.qkv." in refit else set()
+    names = dict.fromkeys((*SHAPES, *["block_size"] * (cfg.pos == theirs.pos == "absolute"), *UNSEEN))
+    return " ".join(f"--{name}={getattr(theirs, name)}" for name in names
+                    if name not in made_to_fit and getattr(theirs, name) != getattr(cfg, name))
 
 
 def check_fits(cfg, theirs, weights, model, refit):
@@ -308,7 +320,7 @@ def check_fits(cfg, theirs, weights, model, refit):
         if shapes.get(name) != mine.get(name):
             there, here = shapes.get(name, "none"), mine.get(name, "none")
             raise UserError(f"init_from={cfg.init_from} does not fit this model: the shape of {name} is {there} there, "
-                            f"{here} here; give the settings of that model.")
+                            f"{here} here; give that model's {other_settings(cfg, theirs, refit)}.")
     for name in (*UNSEEN, *["tie_embeddings"] * cfg.tie_embeddings):  # one table cannot hold two
         if getattr(theirs, name) != getattr(cfg, name):
             raise UserError(f"init_from={cfg.init_from} has {name}={getattr(theirs, name)}, this model "

@@ -638,10 +638,11 @@ def test_a_guided_run_from_a_dense_model_resumes_without_it(qk, data, dense_run,
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--n_layer=4"], ["blocks.3", "none there"]), (["--act=relu2"], ["act=gelu", "--act=gelu"]),
+    (["--n_layer=4"], ["blocks.3", "none there", "give that model's --n_layer=3."]),
+    (["--act=relu2"], ["act=gelu", "--act=gelu"]),
     (["--ffn_dim=200"], ["ffn.fc1.bias", "(128,) there, (200,) here"]),
     (["--qk_rank=6", "--n_kv_head=1"], ["n_kv_head=2", "--n_kv_head=2"]),
-    (["--qk_rank=6", "--attn_dim=64"], ["attn.proj.weight", "(32, 32) there, (32, 64) here"]),
+    (["--qk_rank=6", "--attn_dim=64"], ["attn.proj.weight", "(32, 32) there, (32, 64) here", "model's --attn_dim=32."]),
     ([*LOWRANK, "--ffn_dim=200"], ["ffn_dim=128", "this model 200", "--ffn_dim=128 or less"])])
 def test_a_dense_model_that_does_not_fit_is_not_projected(flags, words, data, dense_run, monkeypatch):
     structure = [] if "--ffn_dim=200" in flags else LOWRANK

@@ -292,8 +292,9 @@ def test_resume_with_the_folder_alone_takes_the_runs_settings(cli, data, tmp_pat
     status, stdout, err = cli("train.py", "--resume=auto", f"--out_dir={tmp_path / 'run'}", "--seed=8")
     assert_one_sentence(status, stdout, err)
     assert "seed=7, this command says seed=8" in err
-    fresh, = config.load(["--resume=auto", f"--out_dir={tmp_path / 'none'}"])
-    assert fresh.seed == config.Config.seed  # no run yet: the defaults
+    status, stdout, err = cli("train.py", "--resume=auto", f"--out_dir={tmp_path / 'none'}")
+    assert_one_sentence(status, stdout, err)  # a misspelt folder would get a new run with the defaults
+    assert f"{tmp_path / 'none'} holds no run to continue" in err and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("after", [3, None], ids=["unfinished", "finished"])
@@ -372,10 +373,12 @@ def test_a_run_from_weights_resumes_by_its_checkpoint(cli, finished, data, tmp_p
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--ffn=lowrank", "--rank=4"], ["blocks.1.ffn.fc1.U", "(128, 8)", "(128, 4)"]),
-    ([], ["blocks.1.ffn.fc1.U is (128, 8) there, none here"]),
-    ([*LOWRANK, "--vocab_size=300"], ["(257, 32)", "(300, 32)"]),
-    ([*LOWRANK, "--n_layer=4"], ["blocks.3", "none there"])], ids=lambda v: " ".join(v))
+    (["--ffn=lowrank", "--rank=4"], ["blocks.1.ffn.fc1.U", "(128, 8)", "(128, 4)", "give that model's --rank=8."]),
+    ([], ["blocks.1.ffn.fc1.U is (128, 8) there, none here; give that model's --ffn=lowrank --rank=8."]),
+    ([*LOWRANK, "--vocab_size=300"], ["(257, 32)", "(300, 32)", "give that model's --vocab_size=257."]),
+    ([*LOWRANK, "--n_layer=4", "--qk_norm=1.2"], ["blocks.3", "none there", "model's --n_layer=3 --qk_norm=0.0."]),
+    ([*LOWRANK, "--pos=absolute", "--block_size=8"], ["wpe", "give that model's --pos=rope."])],
+    ids=lambda v: " ".join(v))
 def test_weights_of_another_shape_are_refused_by_name(flags, words, cli, finished, data, tmp_path):
     status, stdout, err = cli("train.py", *TINY, *flags, f"--init_from={finished}", f"--out_dir={tmp_path / 'run'}",
                               f"--data_dir={data}")
