@@ -18,6 +18,7 @@ line, or, if that one is dense, the paper's structures. decode and crossover tak
 """
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 import statistics
@@ -153,6 +154,16 @@ def check_subject(command, cfg, settings):
                         f"1 and 2 and together fit into block_size={cfg.block_size}.")
 
 
+def holds_rows(path) -> bool:
+    """Whether a file is empty, or its first line is a row as --json writes it."""
+    with config.reading(path), open(path, "rb") as file:
+        line = file.readline(1 << 20)
+    try:
+        return not line.strip() or "benchmark" in json.loads(line)
+    except (ValueError, TypeError, RecursionError):
+        return False
+
+
 def check_paths(settings):
     """UserError for a file that cannot be written."""
     for path in filter(None, (settings.json, settings.plot)):
@@ -161,6 +172,8 @@ def check_paths(settings):
             raise UserError(f"the folder of {path} does not exist: make it, or write elsewhere.")
         if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
             raise UserError(f"{path} cannot be written: give the name of a file in a folder that can.")
+    if os.path.isfile(settings.json) and not holds_rows(settings.json):
+        raise UserError(f"{settings.json} holds something other than rows, which --json appends: give it a new name.")
     if settings.plot and not settings.plot.endswith(PICTURES):
         raise UserError(f"plot={settings.plot} must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}.")
     if settings.plot and not importlib.util.find_spec("matplotlib"):

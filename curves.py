@@ -47,7 +47,10 @@ class Run:
 def read_run(path) -> Run:
     """UserError if it is not a run's folder or has no metrics yet; a last line still being written is left out."""
     cfg = config.read_saved(path)
-    plan, per_step = make_plan(cfg), cfg.batch_size * cfg.block_size
+    try:
+        plan, per_step = make_plan(cfg), cfg.batch_size * cfg.block_size
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
     rows = read_metrics(os.path.join(path, "metrics.jsonl"), plan.steps)
     train, val = ((np.array([r["step"] for r in rows if name in r], dtype=int),
                    np.array([r[name] for r in rows if name in r], dtype=float)) for name in ("loss", "val_loss"))

@@ -104,8 +104,12 @@ def header(device) -> dict:
 
 
 def commit() -> str:
+    """The commit of this code; n/a in a copy without its history, or without git."""
     here = os.path.dirname(os.path.abspath(__file__))
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    try:
+        run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    except OSError:
+        return "n/a"
     return run.stdout.strip() or "n/a"
 
 

@@ -456,6 +456,12 @@ def finished_row(size, method, flops, loss, **more):
     return {"size": size, "method": method, "flops": flops, "val_loss": loss, "step": 16, "steps": 16, **more}
 
 
+def test_without_git_the_commit_is_not_known(monkeypatch):
+    assert report.commit() != ""
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert report.commit() == "n/a"
+
+
 def test_final_losses_stand_over_flops_seed_by_seed():
     rows = [finished_row("2x32", "dense", 1e9, 3.0), finished_row("2x32", "dense", 1e9, 3.2),
             finished_row("2x32", "lowrank 32 %", 7e8, 3.4), finished_row("2x64", "dense", 3e9, 2.5),
@@ -589,8 +595,10 @@ def test_folders_that_are_no_runs_are_one_sentence(cli, tmp_path):
     (tmp_path / "empty" / "metrics.jsonl").write_text("")
     (tmp_path / "damaged" / "config.json").write_text("{")
     (tmp_path / "fresh" / "config.json").write_text('{"n_layerz": 3}')
+    short = write_run(tmp_path / "short")
+    (tmp_path / "short" / "config.json").write_text('{"max_tokens": 1}')
     shutil.rmtree(tmp_path / "none", ignore_errors=True)
-    for path, word in ((empty, "no metrics yet"), (damaged, "not JSON"), (fresh, "n_layerz"),
+    for path, word in ((empty, "no metrics yet"), (damaged, "not JSON"), (fresh, "n_layerz"), (short, "max_tokens=1"),
                        (tmp_path / "none", "config.json is missing")):
         result = cli("bench.py", "curves", path)
         assert_one_sentence(*result)
@@ -633,6 +641,13 @@ def test_what_cannot_be_written_is_an_error_before_anything_runs(without_torch, 
         assert_one_sentence(*result)
         assert words in result[2]
     assert not list(tmp_path.iterdir())
+    for text in ("# Notes\n", "[1]\n", "3\n", '{"prompt": "a"}\n'):
+        (tmp_path / "notes").write_text(text)
+        assert_one_sentence(*without_torch("bench.py", "ffn", f"--json={tmp_path}/notes"))
+        assert (tmp_path / "notes").read_text() == text
+    for text in ("", '{"benchmark": "ffn"}\n'):
+        (tmp_path / "notes").write_text(text)
+        bench.read_settings(["ffn", f"--json={tmp_path}/notes"])
     bench.read_settings(["ffn", f"--json={tmp_path}/a", f"--plot={tmp_path}/a.svg"])
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(config.UserError, match="a.svg cannot be written"):
