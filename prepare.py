@@ -343,6 +343,10 @@ def check(cfg, settings):
         raise UserError("dataset=text needs its files: give --input=FILES (files, folders, globs, between commas).")
     if cfg.dataset != "text" and (cfg.input or cfg.val_input):
         raise UserError(f"input and val_input belong to dataset=text, not to {cfg.dataset}: add --dataset=text.")
+    for name in ("hf_config", "hf_split", "train_tokens", "val_tokens") if cfg.dataset in LOCAL_SHARE else ():
+        if getattr(settings, name) != getattr(Settings, name):
+            raise UserError(f"{name}={getattr(settings, name)} belongs to a Hugging Face dataset, of "
+                            f"dataset={cfg.dataset} all text is taken: leave {name} out.")
     if not 0 <= settings.val_share <= 0.5:
         raise UserError(f"val_share={settings.val_share} must lie between 0 and 0.5: 0.01 holds out one percent.")
     if settings.val_share and (cfg.val_input or cfg.dataset not in LOCAL_SHARE):

@@ -386,6 +386,9 @@ def test_the_command_line_from_text_to_open_data(tmp_path):
     (["--val_share=-0.1"], "val_share=-0.1 must lie between 0 and 0.5"),
     (["--dataset=refinedweb", "--val_share=0.1"], "leave it out with a remote dataset and give --val_tokens"),
     (["--dataset=text", "--input=a.txt", "--val_input=b.txt", "--val_share=0.1"], "leave it out with --val_input"),
+    (["--dataset=text", "--input=a.txt", "--train_tokens=10"], "train_tokens=10 belongs to a Hugging Face dataset"),
+    (["--val_tokens=10"], "val_tokens=10 belongs to a Hugging Face dataset, of dataset=stdlib all text is taken"),
+    (["--hf_config=x"], "hf_config=x belongs"), (["--hf_split=test"], "hf_split=test belongs"),
     (["--workers=many"], "expected a whole number"),
     (["--tokenizer=spm:50"], "cannot train 50 pieces")])
 def test_mistakes_are_one_sentence_and_status_2(tmp_path, args, sentence):
