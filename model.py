@@ -349,9 +349,7 @@ def token_mixture(logits, targets, scale, cap, theirs, share):
 
 class LMLoss(torch.autograd.Function):
     """Mean cross-entropy of h (T, d), head weight (V, d) and targets (T,), a 0-d tensor. Targets below 0 are left out.
-
-    token_loss: the function of that name, compiled or not. cap: the one of softcap.
-
+    token_loss: the function of that name, compiled or not; cap: the one of softcap.
 
     The logits of a chunk of tokens live only while its share of both gradients is formed. So there is no (T, V) tensor,
     and nothing is computed twice.

@@ -496,6 +496,8 @@ def _check_ranges(cfg):
     _require(cfg.seed < 2**64, f"seed={cfg.seed} must be below 2^64.")
     _require(all(0 <= b < 1 for b in cfg.betas), f"betas={cfg.betas} must lie in [0, 1).")
     check_device(cfg.device)
+    _require(cfg.out_dir == cfg.out_dir.encode(errors="replace").decode(), f"out_dir={cfg.out_dir} is not UTF-8, and "
+             "torch could not read the run's files there again: choose another name.")
 
 
 def check_device(name):

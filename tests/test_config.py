@@ -194,6 +194,7 @@ MISTAKES = {
     "calibration without weights": (["--calibrate_tokens=0"], "calibrate_tokens=0", "--init_from=MODEL"),
     "no run to continue": (["--resume=auto", "--out_dir=out/nothing"], "out/nothing", "preset"),
     "seed": (["--seed=2e19"], "seed=2", "2^64"),
+    "folder that is not UTF-8": (["--out_dir=" + os.fsdecode(b"a\xff")], "out_dir=a?", "UTF-8"),
     "no layers": (["--n_layer=0"], "n_layer=0", "at least 1"),
     "gate of smear": (["--n_embd=8", "--n_head=1", "--smear=True"], "n_embd=8", "smear"),
     "gate of values": (["--n_embd=12", "--n_head=1", "--value_embeddings=True"], "n_embd=12", "value_embeddings"),
