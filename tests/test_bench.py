@@ -578,6 +578,37 @@ def test_distance_to_dense_is_on_the_same_batches(tmp_path):
     assert curves.above_dense(nearer, everyone)[-1] == (36, pytest.approx(nearer.train[1][35] - longer.train[1][35]))
 
 
+def test_a_loss_that_a_teacher_is_part_of_is_no_training_loss(rows, tmp_path):
+    """Validation losses, which are of the text alone, are drawn instead, but for the final one, which is of more."""
+    low, half = {"ffn": "lowrank", "rank": 8}, {"distill": "teacher", "distill_share": 0.5}
+    kinds = {"dense": half, "low": low | half, "all": low | {"distill": "teacher"},
+             "none": low | {"distill": "teacher", "distill_share": 0.0}, "alone": low}
+    losses = {name: 3 + np.arange(16) / 10**(2 + i) for i, name in enumerate(kinds)}
+    paths = {name: write_run(tmp_path / name, lambda c: losses[name], **s) for name, s in kinds.items()}
+    shown = {r["path"]: r["train_loss"] for r in rows("curves", *paths.values()) if r["benchmark"] == "curves"}
+    assert shown == {paths[name]: near(losses[name][-1] + 0.1) if name in ("none", "alone") else None for name in kinds}
+    runs = {name: curves.read_run(path) for name, path in paths.items()}
+
+    def drawn(*names):
+        chosen = [runs[name] for name in names]
+        curves.name_runs(chosen)
+        panel, = curves.distance_panels(chosen)
+        (label, points), = panel.lines.items()
+        return panel.title, points
+
+    validated = [3, 7, 11]
+    assert drawn("all") == ("2x32: validation loss, smoothed",
+                            [(64 * (i + 1), near(losses["all"][i])) for i in validated])
+    assert drawn("dense", "low") == ("2x32: validation loss minus dense's, same text, smoothed",
+                                     [(64 * (i + 1), near(losses["low"][i] - losses["dense"][i])) for i in validated])
+    for name in ("none", "alone"):
+        title, points = drawn(name)
+        assert (title, len(points)) == ("2x32: training loss, smoothed", 16)
+    without = dataclasses.replace(runs["all"], val=tuple(values[-1:] for values in runs["all"].val))
+    curves.name_runs([without])
+    assert [panel.lines for panel in curves.distance_panels([without])] == [{}]  # a panel that is not drawn
+
+
 def test_curves_of_a_real_run(rows, finished):
     found, = rows("curves", finished)
     last = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()][-1]
