@@ -112,7 +112,8 @@ def name_runs(runs):
 
     for run in runs:
         cfg, alike = run.cfg, peers[run.size]
-        common = [f"{name}={setting(cfg, name)}" for name in names if not name.startswith("guide_")]
+        left_out = ("guide_",) if cfg.distill else ("guide_", "distill")
+        common = [f"{name}={setting(cfg, name)}" for name in names if not name.startswith(left_out)]
         guide = [f"{name}={value}" for name in names if name.startswith("guide_")
                  and (value := getattr(cfg, name)) != getattr(Config, name) and guide_differs(name, cfg)]
         narrow = [f"inner {cfg.ffn_dim / cfg.n_embd:.3g} x width"] * (cfg.ffn_dim < max(r.cfg.ffn_dim for r in alike))

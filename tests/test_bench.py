@@ -417,6 +417,17 @@ def test_the_rules_own_rates_for_structures_keep_none_from_its_dense_run(tmp_pat
     assert [curves.gap_to_dense(r, runs) for r in runs] == [0, 0, None]
 
 
+def test_a_label_names_a_teacher_where_there_is_one(tmp_path):
+    low, half = {"ffn": "lowrank", "rank": 8}, {"distill": "teacher", "distill_share": 0.5}
+    settings = {"a": {}, "b": low, "c": half, "d": low | half, "e": low | {"distill": "other"}}
+    runs = [curves.read_run(write_run(tmp_path / name, **s)) for name, s in settings.items()]
+    curves.name_runs(runs)
+    taught = "distill=teacher distill_share=0.5"
+    assert [r.label for r in runs] == ["dense", "lowrank 32 %", f"dense {taught}", f"lowrank 32 % {taught}",
+                                       "lowrank 32 % distill=other distill_share=1.0"]
+    assert [curves.gap_to_dense(r, runs) for r in runs] == [0, 0, 0, 0, None]
+
+
 def test_what_differs_at_one_size_is_named_at_all(tmp_path):
     low = {"ffn": "lowrank", "rank": 8, "guide": "fixedstep"}
     settings = {"a": low, "b": {**low, "guide_skip": True}, "c": {**low, "guide_skip": True, "n_embd": 64, "rank": 16}}
