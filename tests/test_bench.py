@@ -230,7 +230,7 @@ def test_parts_of_a_step_add_up(rows, monkeypatch):
     assert r["forward_ms"] + r["backward_ms"] + r["optimizer_ms"] == near(r["ms"]) and 50 < r["forward_ms"] < r["ms"]
 
 
-def test_train_beside_plain_torch(rows, monkeypatch):
+def test_train_beside_plain_torch(rows):
     found = rows("train", *SMALL, *LOWRANK, "--plain=True")
     assert [r["ffn"] for r in found] == ["dense", "dense, plain", "lowrank R=8", "lowrank R=8, plain"]
     assert all(ours["flops_per_token"] == plain["flops_per_token"] for ours, plain in (found[:2], found[2:]))
@@ -537,7 +537,7 @@ def test_decode_says_that_a_cpu_has_no_graphs(cli):
         assert stdout.count("  eager ") == 1 and "  graph " not in stdout
 
 
-def test_a_full_disk_is_one_sentence(cli, tmp_path):
+def test_a_full_disk_is_one_sentence(cli):
     status, _, stderr = cli("bench.py", "ffn", "--widths=32", "--tokens=8", "--cases=dense", *FAST, "--json=/dev/full")
     assert status == 2 and "Traceback" not in stderr
     assert stderr.startswith("error: ") and "/dev/full" in stderr and "No space left on device" in stderr
@@ -642,7 +642,7 @@ def test_folders_that_are_no_runs_are_one_sentence(cli, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Mistakes
 
-def test_one_micro_batch_is_the_batch(cli, tmp_path):
+def test_one_micro_batch_is_the_batch(cli):
     found = bench.read_settings(["train", str(ROOT / "config/s.py"), "--micro_batch_size=48"])[1]
     assert (found.batch_size, found.micro_batch_size) == (48, 48)
     for argv in (["--micro_batch_size=0"], ["--micro_batch_size=x"]):

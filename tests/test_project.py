@@ -302,13 +302,13 @@ def test_a_projected_model_goes_out_merged(cli, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Pruning
 
-def tiny_ffn(act, seed=0):
+def tiny_ffn(act):
     """An FFN of 12 hidden units in double precision, and its hidden values h (500, 12) of random inputs x (500, 8)."""
     cfg = config.load(["--n_embd=8", "--n_head=1", "--ffn_dim=12", f"--act={act}"])[0]
     ffn, x, seen = FFN(cfg, "dense").double(), random(500, 8, seed=9), []
     for i, p in enumerate(ffn.parameters()):
         sizes = torch.logspace(0, 1, len(p), dtype=p.dtype).view(-1, *[1] * (p.dim() - 1))
-        p.data = random(*p.shape, seed=seed + i) * sizes
+        p.data = random(*p.shape, seed=i) * sizes
     hook = ffn.fc2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     y = ffn(x)
     hook.remove()
