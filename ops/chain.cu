@@ -241,6 +241,12 @@ struct Work {  // of a CTA
     DEVICE int place(int row) const { return row % SPREAD * (ALL / SPREAD) + row / SPREAD; }
 };
 
+DEVICE void load_vectors(float& gain, float& bias, const Work& work, const Arguments& a) {  // of row threadIdx.x
+    int place = work.place(work.row(threadIdx.x / 16, threadIdx.x % 16));
+    gain = NORM ? a.of_norm[place] : RESIDUAL ? wide(a.gain[place].bits) : 0;
+    bias = NORM ? a.of_norm[ALL + place] : BIAS ? wide(a.bias[place].bits) : 0;
+}
+
 DEVICE void expect_sums(Common& shared, const Work& work) {  // of the cluster
     barrier_init(&shared.full, 1);
     barrier_expect(&shared.full, (PAIRS - work.rank + SPLIT - 1) / SPLIT * SPLIT * 512);
@@ -393,12 +399,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) linear(Arguments a) {
         __syncwarp();
         cluster_arrive();
     }
-    float bias = 0, gain = 0;  // of row threadIdx.x
-    if (threadIdx.x < 16 * TILES) {
-        int place = work.place(work.row(threadIdx.x / 16, threadIdx.x % 16));
-        gain = NORM ? a.of_norm[place] : RESIDUAL ? wide(a.gain[place].bits) : 0;
-        bias = NORM ? a.of_norm[ALL + place] : BIAS ? wide(a.bias[place].bits) : 0;
-    }
+    float gain = 0, bias = 0;
+    if (threadIdx.x < 16 * TILES) load_vectors(gain, bias, work, a);
     wait_for_input();
 
     const bf16* from = a.x + lane / 4 * IN + work.block * K + work.rank * COLUMNS;
@@ -510,11 +512,9 @@ DEVICE int pair_of(const Work& work, int e) {
 
 DEVICE void compute(Shared& shared, const Work& work, const Arguments& a) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float bias = 0, gain = 0;  // of row threadIdx.x
+    float gain = 0, bias = 0;
     if (threadIdx.x < 16 * TILES) {
-        int place = work.place(work.row(threadIdx.x / 16, threadIdx.x % 16));
-        gain = NORM ? a.of_norm[place] : RESIDUAL ? wide(a.gain[place].bits) : 0;
-        bias = NORM ? a.of_norm[ALL + place] : BIAS ? wide(a.bias[place].bits) : 0;
+        load_vectors(gain, bias, work, a);
         shared.bias[threadIdx.x] = bias, shared.gain[threadIdx.x] = gain;
     }
     wait_for_input();

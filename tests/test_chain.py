@@ -204,7 +204,7 @@ def make_step(model, cache, folder, monkeypatch, ring=False):
     return step
 
 
-def compare(step, tokens, model, low, expected, cache):
+def compare(step, tokens, model, expected, cache):
     reference, ours = model.step(tokens, expected), step(tokens, cache).float()
     pairs = [(ours, reference), *((low_part.float(), part) for low_layer, layer in zip(cache.layers, expected.layers)
                                   for low_part, part in zip(low_layer, layer))]
@@ -228,18 +228,18 @@ def test_is_the_step(name, batch, length, tmp_path, monkeypatch):
     """Rows of different lengths; then one that ends and whose place is taken by a copy of another."""
     larger = dict(rank=64, attn_dim={"wide attention": 256, "many heads": 512}.get(name, 128))
     shape = {**SHAPES[name], **{key: value for key, value in larger.items() if key in SHAPES[name]}, "vocab_size": 256}
-    model, low, expected, cache = both = pair(batch, length, **shape)
+    model, low, expected, cache = pair(batch, length, **shape)
     step = make_step(low, cache, tmp_path, monkeypatch, batch > 5)
     tokens = torch.randint(256, (batch, length), device=DEVICE)
     lengths = (length - 20 - 3 * torch.arange(batch, device=DEVICE)).clamp(min=1)
     for m, c in ((model, expected), (low, cache)):
         m.step(tokens[:, :length - 20], c, lengths)
-    compare(step, tokens[:, :1].contiguous(), *both)
+    compare(step, tokens[:, :1].contiguous(), model, expected, cache)
     for c in (expected, cache):
         c.position[0] = 9
         for k, v in c.layers:
             k[0], v[0] = k[-1], v[-1]
-    compare(step, tokens[:, 1:2].contiguous(), *both)
+    compare(step, tokens[:, 1:2].contiguous(), model, expected, cache)
 
 
 def meta(**shape):
