@@ -43,6 +43,15 @@ class Run:
         """Validation loss of a finished run, else None."""
         return float(self.val[1][-1]) if len(self.val[0]) and self.val[0][-1] == self.steps else None
 
+    @property
+    def taught(self):
+        """Whether its training loss is a mixture with the divergence from a teacher, and not nats of the text."""
+        return bool(self.cfg.distill and self.cfg.distill_share)
+
+    def curve(self, kind):
+        """(steps, losses) during the run of kind "training" or "validation"; the final validation is on more text."""
+        return self.train if kind == "training" else tuple(values[self.val[0] < self.steps] for values in self.val)
+
 
 def read_run(path) -> Run:
     """UserError if it is not a run's folder or has no metrics yet; a last line still being written is left out."""
@@ -106,7 +115,8 @@ def name_runs(runs):
 
     for run in runs:
         cfg, alike = run.cfg, peers[run.size]
-        common = [f"{name}={setting(cfg, name)}" for name in names if not name.startswith("guide_")]
+        left_out = ("guide_",) if cfg.distill else ("guide_", "distill")
+        common = [f"{name}={setting(cfg, name)}" for name in names if not name.startswith(left_out)]
         guide = [f"{name}={value}" for name in names if name.startswith("guide_")
                  and (value := getattr(cfg, name)) != getattr(Config, name) and guide_differs(name, cfg)]
         narrow = [f"inner {cfg.ffn_dim / cfg.n_embd:.3g} x width"] * (cfg.ffn_dim < max(r.cfg.ffn_dim for r in alike))
@@ -161,8 +171,8 @@ def smoothed(steps, losses, parts=30):
     return list(zip(*(values[first:].reshape(-1, size).mean(1).tolist() for values in (steps, losses))))
 
 
-def above_dense(run, runs):
-    """[(step, training loss minus that of a dense run)], smoothed; [] without a dense run that saw the same batches.
+def above_dense(run, runs, kind="training"):
+    """[(step, loss minus that of a dense run)], smoothed; [] without a dense run that saw the same batches.
 
     Such a run has the same size, settings and seed. Of several the one whose length is nearest counts.
     """
@@ -171,26 +181,32 @@ def above_dense(run, runs):
     if not dense or run in dense:
         return []
     dense = min(dense, key=lambda r: abs(r.steps - run.steps))
-    steps, i, j = np.intersect1d(run.train[0], dense.train[0], return_indices=True)
-    return smoothed(steps, run.train[1][i] - dense.train[1][j])
+    (mine, losses), (theirs, dense_losses) = run.curve(kind), dense.curve(kind)
+    steps, i, j = np.intersect1d(mine, theirs, return_indices=True)
+    return smoothed(steps, losses[i] - dense_losses[j])
 
 
 def distance_panels(runs) -> list:
-    """A panel per size: training loss minus dense's on the same batches, mean over seeds; else training loss."""
+    """A panel per size: training loss minus dense's on the same batches, mean over seeds; else training loss.
+
+    Validation loss where a run of that size has a teacher.
+    """
     panels = []
     for size, group in grouped(runs, lambda r: r.size).items():
-        above = {id(r): above_dense(r, runs) for r in group}
+        kind = "validation" if any(r.taught for r in group) else "training"
+        above = {id(r): above_dense(r, runs, kind) for r in group}
         compared = any(above.values())
         lines = {}
         for method, same in grouped(group, lambda r: r.method).items():
-            found = [(r, above[id(r)] if compared else smoothed(*r.train)) for r in same]
+            found = [(r, above[id(r)] if compared else smoothed(*r.curve(kind))) for r in same]
             found = [(r, curve) for r, curve in found if curve]
             if found:
                 steps = [step for step, _ in min((curve for _, curve in found), key=lambda curve: curve[-1])]
                 losses = np.mean([np.interp(steps, *zip(*curve)) for _, curve in found], axis=0)
                 per_step = float(found[0][0].axes["tokens"][0])
                 lines[method] = [(step * per_step, float(loss)) for step, loss in zip(steps, losses)]
-        title = "training loss minus dense's, same batches" if compared else "training loss"
+        of_both = "same batches" if kind == "training" else "same text"
+        title = f"{kind} loss minus dense's, {of_both}" if compared else f"{kind} loss"
         level = 0 if compared else None
         panels.append(Panel(f"{size}: {title}, smoothed", "tokens", "nats per token", lines, level=level))
     return panels
@@ -201,7 +217,7 @@ def distance_panels(runs) -> list:
 
 EXPLAINED = """A run per line: steps finished and planned, what they cost, training loss at the last logged step and
 validation loss, both in nats per token. to_dense is the final validation loss minus that of the dense run of the
-same size and seed."""
+same size and seed. A training loss that includes the divergence from a teacher is left out."""
 
 
 def compare(paths, settings):
@@ -217,8 +233,8 @@ def compare(paths, settings):
         tokens, flops, seconds = (float(spent[r.last - 1]) for spent in r.axes.values())
         table.row(benchmark="curves", run=r.label, path=r.path, size=r.size, seed=r.cfg.seed, method=r.method,
                   step=r.last, steps=r.steps, tokens=int(tokens), flops=flops, seconds=seconds,
-                  train_loss=float(r.train[1][-1]), val_loss=float(r.val[1][-1]) if len(r.val[1]) else None,
-                  to_dense=gap_to_dense(r, runs))
+                  train_loss=None if r.taught else float(r.train[1][-1]),
+                  val_loss=float(r.val[1][-1]) if len(r.val[1]) else None, to_dense=gap_to_dense(r, runs))
     for r in runs:
         if r.final is None:
             print(f"{r.path} has finished {r.last} of {r.steps} steps: differences and fits leave it out.")

@@ -238,10 +238,10 @@ def _with_sides(part, rule):
         side = None if last else side
 
 
-def _sample(parts, held_out, size=16 * MB):
-    """Training text for a tokenizer: the head of every part, about `size` bytes together, as str of up to 4 kB."""
+def _sample(parts, held_out):
+    """Training text for a tokenizer: the head of every part, about 16 MB together, as str of up to 4 kB."""
     for part in parts:
-        room = size // len(parts)
+        room = 16 * MB // len(parts)
         for text, _, side in _with_sides(part, held_out):
             if side == 0:
                 yield from (piece.decode(errors="ignore") for piece in cut(text[:room], 4096))

@@ -17,7 +17,7 @@ from config import UserError
 from device import on_meta
 from merge import exact_matmuls
 from checkpoint import read_model
-from model import Teacher, build, check_weights, flops_per_token, load, load_weights
+from model import Teacher, build, check_weights, flops_per_token, load_weights
 from structured import Dense, FactoredQKV, linear
 from tokenizer import saved_tokenizer
 
@@ -373,15 +373,16 @@ def load_init(cfg, model, data, ranks) -> dict:
 
 def load_teacher(cfg, tokenizer, ranks, saved_run=None) -> Teacher:
     """The model of cfg.distill, in the precision of the matmuls; UserError unless `saved_run`, a checkpoint, had it."""
-    model, theirs, saved = load(cfg.distill, ranks.device)
+    path, theirs, saved = read_teacher(cfg)
     check_tokenizer(cfg.distill, saved, cfg, tokenizer)
     if theirs.vocab_size != cfg.vocab_size or theirs.block_size < cfg.block_size:
         raise UserError(f"distill={cfg.distill} has vocab_size={theirs.vocab_size} and block_size={theirs.block_size}, "
                         f"this model {cfg.vocab_size} and {cfg.block_size}: give the same vocabulary, and a context "
                         "that the teacher has.")
-    checksum = 0
-    for p in model.parameters():
-        checksum = zlib.crc32(np.ascontiguousarray(p.detach().cpu()), checksum)
+    weights, checksum = saved["model"], 0
+    model = build(theirs, ranks.device, weights=weights, path=path)
+    for name, _ in model.named_parameters():
+        checksum = zlib.crc32(np.ascontiguousarray(weights[name].float()), checksum)
     if saved_run and saved_run.get("teacher", checksum) != checksum:
         raise UserError(f"distill={cfg.distill} holds other weights than when the run in {cfg.out_dir} was saved: "
                         "restore them, or choose another --out_dir.")
@@ -391,8 +392,9 @@ def load_teacher(cfg, tokenizer, ranks, saved_run=None) -> Teacher:
     return Teacher(model, cfg.distill_share, checksum)
 
 
-def teacher_flops(cfg) -> float:
-    """FLOPs per token of the forward of cfg.distill's model."""
+def read_teacher(cfg):
+    """(path, settings, entries) of cfg.distill's model; the FLOPs per token of its forward become cfg.teacher_flops."""
     path, saved = read_model(cfg.distill)
     theirs = config.from_dict(saved["config"], path)
-    return flops_per_token(dataclasses.replace(theirs, block_size=cfg.block_size))
+    cfg.teacher_flops = flops_per_token(dataclasses.replace(theirs, block_size=cfg.block_size))
+    return path, theirs, saved

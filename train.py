@@ -55,7 +55,7 @@ from device import (SAVED, Stop, Watch, device_name, full, in_memory, lost_proce
                     record_graph, set_up, share_of, split)
 from model import build, check_weights, load, load_weights
 from optim import AdamW, MixedAdamW, Muon
-from project import check_tokenizer, load_init, load_teacher, teacher_flops
+from project import check_tokenizer, load_init, load_teacher, read_teacher
 from run import perplexity
 from schedule import (alpha_at, batches, check_ids, count_windows, dropout_keys, guided_layers, lr_at, make_plan,
                       muon_at, read_windows, step_flops, summary, train_flops)
@@ -581,11 +581,6 @@ def fill_vocabulary(cfg):
         cfg.vocab_size = prepare.TokenFile(path).vocab_size if there else nominal_vocabulary(cfg.tokenizer)
 
 
-def fill_teacher(cfg):
-    if cfg.distill:
-        cfg.teacher_flops = teacher_flops(cfg)
-
-
 def score(cfg):
     """eval_only: the loss of the model in out_dir on data_dir's validation file."""
     ranks = set_up(cfg)  # first: it chooses each rank's device
@@ -623,7 +618,8 @@ def check_finished(cfg):
 
 def main(cfg, settings):
     if settings.dry_run:
-        fill_teacher(cfg)
+        if cfg.distill:
+            read_teacher(cfg)  # for its FLOPs
         fill_vocabulary(cfg)
         print(json.dumps(summary(cfg)))
         return
@@ -644,8 +640,6 @@ def main(cfg, settings):
             if ranks.master:
                 print(f"{cfg.out_dir} holds a finished run; sample from it with: python sample.py {cfg.out_dir}")
             return
-        with ranks.agree():
-            fill_teacher(cfg)
         with ranks.agree(patient=True):
             if ranks.master:
                 prepare.ensure_data(cfg)

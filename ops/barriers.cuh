@@ -15,6 +15,9 @@ DEVICE void barrier_init(u64* barrier, int arrivals) {
 DEVICE void barrier_arrive(u64* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory");
 }
+// The arrival that lets a bulk copy overwrite what was read. An arrival may overtake reads that are under way, and on an
+// H200 the copy did too. So the barrier's address depends on what was read: gridDim.y is 1, but not to the compiler.
+DEVICE void barrier_arrive_after(unsigned read, u64* barrier) { barrier_arrive(barrier + (read & (gridDim.y - 1))); }
 DEVICE void barrier_expect(u64* barrier, int bytes) {  // and arrive
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                  :: "r"(shared_address(barrier)), "r"(bytes) : "memory");

@@ -14,7 +14,7 @@
 // The norm comes after the product: W norm(x) = (W (gain x) - mean W gain) / deviation + W shift. Whoever writes x also
 // writes gain x and, for each 16 entries, their moments; W gain and W shift + bias are known before.
 //
-// The host defines one kernel, LINEAR, WIDE, ATTENTION or EMBED, and its constants.
+// The host defines one kernel, LINEAR, WIDE, ATTENTION (for many rows with RING) or EMBED, and its constants.
 
 struct bf16 { unsigned short bits; };
 struct alignas(64) Map { u64 words[16]; };  // a tensor map: a matrix, and the size of the tiles that are copied
@@ -74,6 +74,12 @@ DEVICE void copy_tile_once(void* to, const Map* map, int column, int row, u64* b
     asm volatile("{\n.reg .b64 once;\ncreatepolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
                  "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
                  "[%0], [%1, {%2, %3}], [%4], once;\n}" :: "r"(shared_address(to)), "l"(map), "r"(column), "r"(row),
+                 "r"(shared_address(barrier)) : "memory");
+}
+DEVICE void copy_async(void* to, const void* from, int bytes, u64* barrier) {  // in bulk, evict_first
+    asm volatile("{\n.reg .b64 once;\ncreatepolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+                 "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1], %2, [%3], once;\n}" :: "r"(shared_address(to)), "l"(from), "r"(bytes),
                  "r"(shared_address(barrier)) : "memory");
 }
 DEVICE void prefetch(const Map* map) { asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory"); }
@@ -235,6 +241,12 @@ struct Work {  // of a CTA
     DEVICE int place(int row) const { return row % SPREAD * (ALL / SPREAD) + row / SPREAD; }
 };
 
+DEVICE void load_vectors(float& gain, float& bias, const Work& work, const Arguments& a) {  // of row threadIdx.x
+    int place = work.place(work.row(threadIdx.x / 16, threadIdx.x % 16));
+    gain = NORM ? a.of_norm[place] : RESIDUAL ? wide(a.gain[place].bits) : 0;
+    bias = NORM ? a.of_norm[ALL + place] : BIAS ? wide(a.bias[place].bits) : 0;
+}
+
 DEVICE void expect_sums(Common& shared, const Work& work) {  // of the cluster
     barrier_init(&shared.full, 1);
     barrier_expect(&shared.full, (PAIRS - work.rank + SPLIT - 1) / SPLIT * SPLIT * 512);
@@ -387,12 +399,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) linear(Arguments a) {
         __syncwarp();
         cluster_arrive();
     }
-    float bias = 0, gain = 0;  // of row threadIdx.x
-    if (threadIdx.x < 16 * TILES) {
-        int place = work.place(work.row(threadIdx.x / 16, threadIdx.x % 16));
-        gain = NORM ? a.of_norm[place] : RESIDUAL ? wide(a.gain[place].bits) : 0;
-        bias = NORM ? a.of_norm[ALL + place] : BIAS ? wide(a.bias[place].bits) : 0;
-    }
+    float gain = 0, bias = 0;
+    if (threadIdx.x < 16 * TILES) load_vectors(gain, bias, work, a);
     wait_for_input();
 
     const bf16* from = a.x + lane / 4 * IN + work.block * K + work.rank * COLUMNS;
@@ -504,11 +512,9 @@ DEVICE int pair_of(const Work& work, int e) {
 
 DEVICE void compute(Shared& shared, const Work& work, const Arguments& a) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float bias = 0, gain = 0;  // of row threadIdx.x
+    float gain = 0, bias = 0;
     if (threadIdx.x < 16 * TILES) {
-        int place = work.place(work.row(threadIdx.x / 16, threadIdx.x % 16));
-        gain = NORM ? a.of_norm[place] : RESIDUAL ? wide(a.gain[place].bits) : 0;
-        bias = NORM ? a.of_norm[ALL + place] : BIAS ? wide(a.bias[place].bits) : 0;
+        load_vectors(gain, bias, work, a);
         shared.bias[threadIdx.x] = bias, shared.gain[threadIdx.x] = gain;
     }
     wait_for_input();
@@ -567,7 +573,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) linear(const __grid_consta
 // HEADS, KV, D, WARPS, PASS, SPLIT, ROPE, SCALE. D / 8 threads, a team, share a place; it loads PASS places at once.
 
 constexpr int THREADS = 32 * WARPS, GROUP = HEADS / KV, MEMBERS = D / 8, TEAMS = THREADS / MEMBERS;
-constexpr int EACH = (GROUP * D + SPLIT * THREADS - 1) / (SPLIT * THREADS);  // results of a thread
 constexpr float LEAST = -1e30f;  // a score of nothing
 
 struct Arguments {
@@ -639,12 +644,11 @@ DEVICE void attend(Softmax& state, const float (&q)[GROUP][8], const uint4 (&k)[
     }
 }
 
-struct Shared {  // parts of the warps
+struct Parts {  // of the warps
     float out[WARPS][GROUP][D], top[WARPS][GROUP], total[WARPS][GROUP];
 };
-extern "C" __device__ const int needed_bytes = sizeof(Shared);
 
-DEVICE void publish(Softmax& state, Shared& shared) {
+DEVICE void publish(Softmax& state, Parts& parts) {
     int warp = threadIdx.x / 32, m = threadIdx.x % MEMBERS;
     UNROLL for (int g = 0; g < GROUP; g++) {
         UNROLL for (int o = MEMBERS; o < 32; o *= 2) {  // the teams of a warp
@@ -654,11 +658,17 @@ DEVICE void publish(Softmax& state, Shared& shared) {
             state.add(top, total, other, g);
         }
         if (threadIdx.x % 32 < MEMBERS) {
-            UNROLL for (int i = 0; i < 8; i++) shared.out[warp][g][m * 8 + i] = state.out[g][i];
-            shared.top[warp][g] = state.top[g], shared.total[warp][g] = state.total[g];
+            UNROLL for (int i = 0; i < 8; i++) parts.out[warp][g][m * 8 + i] = state.out[g][i];
+            parts.top[warp][g] = state.top[g], parts.total[warp][g] = state.total[g];
         }
     }
 }
+
+#ifndef RING
+constexpr int EACH = (GROUP * D + SPLIT * THREADS - 1) / (SPLIT * THREADS);  // results of a thread
+
+struct Shared : Parts {};
+extern "C" __device__ const int needed_bytes = sizeof(Shared);
 
 extern "C" __global__ void __launch_bounds__(THREADS) attention(Arguments a) {
     Shared& shared = *(Shared*)shared_memory();
@@ -723,4 +733,140 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(Arguments a) {
         *(uint4*)(values + place * D) = pack(new_v);
     }
 }
+#endif
+
+
+#ifdef RING
+// For many rows: GRID CTAs walk over the pairs of a row and a key head. One more warp has keys and values copied into a
+// ring of STAGES tiles of PLACES places, those of the next pairs too, so memory does not idle at the end of a pair.
+
+constexpr int ROUNDS = (UNITS + GRID - 1) / GRID;
+static_assert(PASS * TEAMS == PLACES && SPLIT == 1 && ROUNDS <= THREADS, "a tile is what all teams load at once");
+
+struct Shared {
+    u64 full[STAGES], free[STAGES];
+    long long place[ROUNDS];
+    Parts parts[2];
+    alignas(128) uint4 k[STAGES][PLACES][MEMBERS], v[STAGES][PLACES][MEMBERS];
+};
+extern "C" __device__ const int needed_bytes = sizeof(Shared);
+
+DEVICE void produce(Shared& shared, const Arguments& a) {
+    int turn = 0;
+    for (int i = 0; i < ROUNDS; i++) {
+        long long unit = blockIdx.x + i * GRID, place = shared.place[i];
+        const bf16 *k = a.k + unit * a.length * D, *v = a.v + unit * a.length * D;
+        for (long long l = 0; l < place; l += PLACES, turn++) {
+            int stage = turn % STAGES, bytes = (place - l < PLACES ? (int)(place - l) : PLACES) * D * 2;
+            if (turn >= STAGES) barrier_wait(&shared.free[stage], turn / STAGES - 1 & 1);
+            barrier_expect(&shared.full[stage], 2 * bytes);
+            copy_async(shared.k[stage], k + l * D, bytes, &shared.full[stage]);
+            copy_async(shared.v[stage], v + l * D, bytes, &shared.full[stage]);
+        }
+    }
+}
+
+struct Inputs {  // a thread's pieces of the new vectors, not turned yet: own, and those that they are turned with
+    uint4 q[GROUP][2], k[2], v;
+    float c[8], s[8];
+
+    DEVICE void load(const Arguments& a, int unit, long long place, int m) {
+        int row = unit / KV, head = unit % KV, other = m ^ MEMBERS / 2;
+        const bf16* qkv = a.qkv + row * (HEADS + 2 * KV) * D;
+        UNROLL for (int g = 0; g < GROUP; g++)
+            UNROLL for (int i = 0; i < 2; i++) q[g][i] = fresh(qkv + (head * GROUP + g) * D + (i ? other : m) * 8);
+        UNROLL for (int i = 0; i < 2; i++) k[i] = fresh(qkv + (HEADS + head) * D + (i ? other : m) * 8);
+        v = fresh(qkv + (HEADS + KV + head) * D + m * 8);
+        if (ROPE)
+            UNROLL for (int i = 0; i < 8; i++)
+                c[i] = a.cos[place * D + m * 8 + i], s[i] = a.sin[place * D + m * 8 + i];
+    }
+    DEVICE void turned(float (&out)[8], const uint4 (&piece)[2]) const {
+        float other[8];
+        unpack(piece[0], out);
+        unpack(piece[1], other);
+        if (ROPE) UNROLL for (int i = 0; i < 8; i++) out[i] = rounded(out[i] * c[i] + other[i] * s[i]);
+    }
+};
+
+DEVICE void walk(Softmax& state, Shared& shared, const float (&q)[GROUP][8], long long place, int& turn) {
+    int m = threadIdx.x % MEMBERS, team = threadIdx.x / MEMBERS;
+    for (long long l = 0; l < place; l += PLACES, turn++) {
+        int stage = turn % STAGES;
+        uint4 k[PASS], v[PASS];
+        barrier_wait(&shared.full[stage], turn / STAGES & 1);
+        UNROLL for (int p = 0; p < PASS; p++) {
+            k[p] = shared.k[stage][team + p * TEAMS][m];
+            v[p] = l + team + p * TEAMS < place ? shared.v[stage][team + p * TEAMS][m] : uint4{0, 0, 0, 0};
+        }
+        unsigned read = 0;
+        UNROLL for (int p = 0; p < PASS; p++) read ^= k[p].x ^ v[p].x;
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive_after(read, &shared.free[stage]);
+        attend(state, q, k, v, l + team, place);
+    }
+}
+
+DEVICE void store_result(const Parts& parts, const Arguments& a, int unit) {
+    for (int n = threadIdx.x; n < GROUP * D; n += THREADS) {
+        int g = n / D;
+        float top = LEAST, total = 0, out = 0;
+        UNROLL for (int w = 0; w < WARPS; w++) {
+            float new_top = parts.top[w][g], most = top > new_top ? top : new_top;
+            float mine = __expf(top - most), theirs = __expf(new_top - most);
+            total = total * mine + parts.total[w][g] * theirs;
+            out = out * mine + parts.out[w][g][n % D] * theirs, top = most;
+        }
+        a.y[(long long)unit * GROUP * D + n].bits = narrow(out / total);
+    }
+}
+
+DEVICE void compute(Shared& shared, const Arguments& a) {
+    int m = threadIdx.x % MEMBERS, team = threadIdx.x / MEMBERS, turn = 0;
+    Inputs next;
+    next.load(a, blockIdx.x, shared.place[0], m);
+    for (int i = 0, unit = blockIdx.x; unit < UNITS; i++, unit += GRID) {
+        long long place = shared.place[i];
+        float q[GROUP][8], new_k[8], new_v[8];
+        UNROLL for (int g = 0; g < GROUP; g++) {
+            next.turned(q[g], next.q[g]);
+            UNROLL for (int j = 0; j < 8; j++) q[g][j] *= SCALE;
+        }
+        next.turned(new_k, next.k);
+        unpack(next.v, new_v);
+        Softmax state;  // team 0 begins with the new token
+        UNROLL for (int g = 0; g < GROUP; g++) {
+            float score = dot(q[g], new_k);
+            state.top[g] = team == 0 ? score : LEAST, state.total[g] = team == 0;
+            UNROLL for (int j = 0; j < 8; j++) state.out[g][j] = team == 0 ? new_v[j] : 0;
+        }
+        if (team == 0) {
+            long long to = ((long long)unit * a.length + place) * D + m * 8;
+            *(uint4*)(a.k + to) = pack(new_k);
+            *(uint4*)(a.v + to) = next.v;
+        }
+        if (unit + GRID < UNITS) next.load(a, unit + GRID, shared.place[i + 1], m);
+        walk(state, shared, q, place, turn);
+        publish(state, shared.parts[i % 2]);
+        sync_threads<THREADS>();
+        store_result(shared.parts[i % 2], a, unit);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS + 32) attention(Arguments a) {
+    Shared& shared = *(Shared*)shared_memory();
+    start_next();
+    if (threadIdx.x < ROUNDS) {
+        int unit = blockIdx.x + threadIdx.x * GRID;
+        shared.place[threadIdx.x] = unit < UNITS ? __ldcg(a.position + unit / KV) : 0;
+    }
+    if (threadIdx.x == THREADS)
+        for (int i = 0; i < STAGES; i++) barrier_init(&shared.full[i], 1), barrier_init(&shared.free[i], WARPS);
+    __syncthreads();
+    if (threadIdx.x == THREADS) produce(shared, a);
+    if (threadIdx.x >= THREADS) return;
+    wait_for_input();
+    compute(shared, a);
+}
+#endif
 #endif

@@ -79,8 +79,8 @@ TUNED = {
     (6144, 2048, 32): Wide(8, 2, 10, 8), (2048, 2048, 32): Wide(4, 8, 4, 4), (8192, 2048, 32): Wide(4, 1, 16, 8),
     (512, 2048, 32): Wide(4, 4, 8, 8), (8192, 512, 32): Wide(4, 1, 8, 4), (512, 8192, 32): Wide(4, 8, 16, 16),
     (2048, 512, 32): Wide(4, 4, 2, 2),
-    (6144, 2048, 64): Wide(4, 2, 6, 4), (2048, 2048, 64): Tiles(1, 2, 8), (8192, 2048, 64): Wide(4, 1, 14, 8),
-    (8192, 512, 64): Wide(8, 2, 4, 4), (512, 8192, 64): Wide(4, 8, 8, 4), (2048, 512, 64): Tiles(1, 2, 4)}
+    (6144, 2048, 64): Wide(4, 2, 6, 4), (2048, 2048, 64): Tiles(2, 2, 8), (8192, 2048, 64): Wide(4, 1, 14, 8),
+    (8192, 512, 64): Wide(4, 2, 4, 4), (512, 8192, 64): Wide(4, 8, 8, 4), (2048, 512, 64): Tiles(1, 2, 4)}
 
 
 def plan(stage, tokens, multiprocessors):
@@ -125,8 +125,17 @@ def attention_plan(cfg, batch, multiprocessors):
     """(thread blocks of a cluster, warps of each, places a team loads at once): the more thread blocks, the smaller."""
     pairs = batch * cfg.n_kv_head
     split = max(s for s in (1, 2, 4, 8) if s == 1 or s * pairs <= multiprocessors)
-    warps = 8 if pairs <= 2 * multiprocessors else 4 if pairs <= 4 * multiprocessors else 2
+    warps = 8 if pairs <= 2 * multiprocessors else 4
     return split, warps, 8 if cfg.n_head // cfg.n_kv_head <= 2 else 4  # registers hold the outputs of a group
+
+
+def attention_for(cfg, batch, multiprocessors):
+    """The kernel of attention: four thread blocks a multiprocessor, with rings, where there is work for all of them."""
+    grid = 4 * multiprocessors
+    if batch * cfg.n_kv_head >= grid:
+        warps = 2 if cfg.n_head // cfg.n_kv_head <= 2 else 4  # registers hold the outputs of a group
+        return ring_kernel(cfg, batch, grid, warps, 3, 4096 // (cfg.attn_dim // cfg.n_head))  # tiles of 8 KiB
+    return attention_kernel(cfg, batch, *attention_plan(cfg, batch, multiprocessors))
 
 
 def padded(batch) -> int:
@@ -256,6 +265,15 @@ def attention_kernel(cfg, batch, split, warps, passes):
     return Kernel(define(**values), "attention", batch * cfg.n_kv_head * split, split, 32 * warps)
 
 
+def ring_kernel(cfg, batch, grid, warps, stages, places):
+    """At most `grid` thread blocks; rings of `stages` tiles of `places` places of keys and as many of values."""
+    D, units = cfg.attn_dim // cfg.n_head, batch * cfg.n_kv_head
+    values = dict(ATTENTION=1, RING=1, HEADS=cfg.n_head, KV=cfg.n_kv_head, D=D, WARPS=warps, SPLIT=1, UNITS=units,
+                  PASS=places * D // (256 * warps), GRID=min(grid, units), STAGES=stages, PLACES=places,
+                  ROPE=int(cfg.pos == "rope"), SCALE=f"{D ** -0.5!r}f")
+    return Kernel(define(**values), "attention", min(grid, units), 1, 32 * warps + 32)
+
+
 def embed_kernel(cfg, batch):
     values = dict(EMBED=1, BATCH=batch, WIDTH=cfg.n_embd, THREADS=256, WPE=int(cfg.pos == "absolute"))
     return Kernel(define(**values), "embed", padded(batch), 1, 256)
@@ -375,7 +393,7 @@ class Step:
         self.hidden, self.rank = buffer(cfg.ffn_dim), buffer(rank)
         self.moments = buffer(cfg.n_embd // 8, torch.float32)
         self.first = embed_kernel(cfg, self.batch)
-        attention = attention_kernel(cfg, self.batch, *attention_plan(cfg, self.batch, sms))
+        attention = attention_for(cfg, self.batch, sms)
         following = [block.norm1 for block in model.blocks[1:]] + [model.norm]
         for block, (k, v), (qkv, proj, fc1, fc2), after in zip(model.blocks, cache.layers, layers, following):
             self.add(qkv, self.scaled, self.qkv, norm=block.norm1)

@@ -306,9 +306,9 @@ struct Ring {
     // The consumers
     DEVICE const uint4* data() { return (const uint4*)(memory + now.slot * SLOT); }
     DEVICE void wait() { barrier_wait(shared.full + now.slot, now.phase); }
-    DEVICE void release(bool really = true) {
+    DEVICE void release(unsigned read, bool really = true) {
         __syncwarp();
-        if (threadIdx.x % 32 == 0 && really) barrier_arrive(shared.empty + now.slot);
+        if (threadIdx.x % 32 == 0 && really) barrier_arrive_after(read, shared.empty + now.slot);
         if (really) now.next(slots);
     }
 };
@@ -602,13 +602,16 @@ struct ThreadBlock : Arguments {
 
     // ---- A linear
 
-    // This thread's pieces of a slot, or, without a branch, of what lies near where it has none
-    template <class M> DEVICE void load_pieces(uint4 (&w)[M::rows * M::each]) {
+    // This thread's pieces of a slot, or, without a branch, of what lies near where it has none -> a value of all reads
+    template <class M> DEVICE unsigned load_pieces(uint4 (&w)[M::rows * M::each]) {
         int first = threadIdx.x / M::group * M::pieces + threadIdx.x % M::group;
+        unsigned read = 0;
         UNROLL for (int i = 0; i < M::rows * M::each; i++) {
             int piece = first + i / M::each * M::groups * M::pieces + i % M::each * M::group;
             w[i] = ring.data()[M::even ? piece : least(piece, SLOT / 16 - 1)];
+            read ^= w[i].x;
         }
+        return read;
     }
 
     // partial[warp][row][sequence] = this warp's share of the next `count` rows times a. The next slot is loaded before
@@ -622,7 +625,7 @@ struct ThreadBlock : Arguments {
         partial += member / 32 * THREADS + (i / M::rows * M::slot + i % M::rows * M::groups + group) * BATCH + b;
         constexpr int ahead = BATCH <= 2;  // else registers are short
         uint4 now[M::rows * M::each], next[M::rows * M::each];
-        if (ahead) ring.wait(), load_pieces<M>(now), ring.release();  // at once: loads are quicker than a copy
+        if (ahead) ring.wait(), ring.release(load_pieces<M>(now));
         ROLL for (int done = 0; done < count; done += M::several * M::slot) {
             float sums[all];
             UNROLL for (int i = 0; i < all; i++) sums[i] = 0;
@@ -630,7 +633,7 @@ struct ThreadBlock : Arguments {
                 bool more = done + (s + ahead) * M::slot < count;
                 if (!ahead && !more) continue;
                 if (more) ring.wait();
-                load_pieces<M>(ahead ? next : now);
+                unsigned read = load_pieces<M>(ahead ? next : now);
                 UNROLL for (int i = 0; i < M::rows * M::each; i++)
                     if (M::has(i % M::each)) {
                         float w[E];
@@ -638,7 +641,7 @@ struct ThreadBlock : Arguments {
                         UNROLL for (int b = 0; b < BATCH; b++)
                             sums[b * n + s * M::rows + i / M::each] += dot(w, a[b * M::each + i % M::each]);
                     }
-                ring.release(more);
+                ring.release(read, more);
                 UNROLL for (int i = 0; ahead && i < M::rows * M::each; i++) now[i] = next[i];
             }
             float sum = sums_over_warp<all>(sums);
@@ -748,7 +751,7 @@ struct ThreadBlock : Arguments {
             ROLL for (int start = my.first, order = warp; start < my.stop; start += POSITIONS, order++) {
                 ring.wait();
                 if (order % WARP_GROUPS == 0) attend(ring.data(), my.stop - start, q, out, top, sum);
-                ring.release();
+                ring.release(__float_as_uint(out[0]));
             }
             UNROLL for (int o = MEMBERS; o < 32; o *= 2) {  // the teams of a warp
                 float higher = fmaxf(top, shuffle(top, o)), rescale = __expf(top - higher);

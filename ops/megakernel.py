@@ -262,7 +262,7 @@ class Step:
     grid: thread blocks that share the work; 0: one per multiprocessor.
     """
 
-    def __init__(self, model, cache, grid=0, warps=WARPS, slot=SLOT, launch=launch):
+    def __init__(self, model, cache, grid=0, warps=WARPS, launch=launch):
         cfg, weight = model.cfg, model.head.weight
         self.device, self.model, self.cache, self.launch = weight.device, model, cache, launch
         self.grid = grid or torch.cuda.get_device_properties(self.device).multi_processor_count
@@ -270,7 +270,7 @@ class Step:
         longest = max(m.K * weight.element_size() for m in all_matrices(model, self.batch))
         self.layer_vectors, self.head_vectors = self.vectors()
         self.table = self.addresses()
-        self.defines = constants(model, self.batch, self.grid, warps, max(slot, 1 << (longest - 1).bit_length()))
+        self.defines = constants(model, self.batch, self.grid, warps, max(SLOT, 1 << (longest - 1).bit_length()))
         parts = [matrices(m, self.batch) for layer in linears(model, self.batch) for m in layer]
         rank = max([1] + [first.rows * first.blocks for first, *second in parts if second])
 

@@ -44,6 +44,7 @@ struct Fiber {
     uint3_ thread, block;
     bool done = false;
     std::deque<std::vector<std::pair<void*, const void*>>> copies{1};  // groups that are not over
+    bool reads = false;  // of what a barrier let it see, perhaps under way
 };
 
 static std::vector<Fiber> fibers;
@@ -114,9 +115,10 @@ inline void copy_tile_once(void* to, const void* map, int column, int row, unsig
     copy_tile(to, map, column, row, barrier);
 }
 inline void prefetch(const void*) {}
+inline void finish_reads() { current->reads = false; }
 inline void wgmma_begin() {}
 inline void wgmma_end_of_group() {}
-template <int n> inline void wgmma_wait_for_all_but() {}
+template <int n> inline void wgmma_wait_for_all_but() { finish_reads(); }
 template <int n> inline void are_there(float (&)[n][4]) {}
 template <int> inline void sync_threads() { sync_consumers(); }
 template <int n, class T> inline void wgmma(float (&c)[n][4], const T* a, const T* b, int column) {
@@ -154,10 +156,17 @@ inline void settle(Barrier& b) {
 inline void barrier_init(unsigned long long* b, int arrivals) {
     as_barrier(b) = {(int16_t)arrivals, (int16_t)arrivals, 0, 0};
 }
-inline void barrier_arrive(unsigned long long* b) { as_barrier(b).missing--, settle(as_barrier(b)); }
-inline void barrier_expect(unsigned long long* b, int bytes) { as_barrier(b).bytes += bytes, barrier_arrive(b); }
+inline void barrier_arrive(unsigned long long* b) {
+    if (current->reads) fprintf(stderr, "reads may be under way when their memory is given back\n"), abort();
+    as_barrier(b).missing--, settle(as_barrier(b));
+}
+inline void barrier_arrive_after(unsigned, unsigned long long* b) { finish_reads(), barrier_arrive(b); }
+inline void barrier_expect(unsigned long long* b, int bytes) {
+    as_barrier(b).bytes += bytes, as_barrier(b).missing--, settle(as_barrier(b));
+}
 inline void barrier_wait(unsigned long long* b, int phase) {
     while (as_barrier(b).phase == (unsigned)phase) yield();
+    current->reads = true;
 }
 inline bool barrier_done(unsigned long long* b, int phase) { return as_barrier(b).phase != (unsigned)phase; }
 inline void copy_async(void* to, const void* from, int bytes, unsigned long long* barrier) {

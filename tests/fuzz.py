@@ -31,10 +31,10 @@ import conftest  # noqa: F401, first: it limits torch's threads
 
 import matplotlib.pyplot  # noqa: F401, once here and not in every fork
 import pyarrow.parquet
+import safetensors.torch  # noqa: F401
 import sentencepiece  # noqa: F401
 import tokenizers  # noqa: F401
 import torch
-from safetensors.torch import load_file
 
 import bench
 import config

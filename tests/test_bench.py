@@ -230,7 +230,7 @@ def test_parts_of_a_step_add_up(rows, monkeypatch):
     assert r["forward_ms"] + r["backward_ms"] + r["optimizer_ms"] == near(r["ms"]) and 50 < r["forward_ms"] < r["ms"]
 
 
-def test_train_beside_plain_torch(rows, monkeypatch):
+def test_train_beside_plain_torch(rows):
     found = rows("train", *SMALL, *LOWRANK, "--plain=True")
     assert [r["ffn"] for r in found] == ["dense", "dense, plain", "lowrank R=8", "lowrank R=8, plain"]
     assert all(ours["flops_per_token"] == plain["flops_per_token"] for ours, plain in (found[:2], found[2:]))
@@ -417,6 +417,17 @@ def test_the_rules_own_rates_for_structures_keep_none_from_its_dense_run(tmp_pat
     assert [curves.gap_to_dense(r, runs) for r in runs] == [0, 0, None]
 
 
+def test_a_label_names_a_teacher_where_there_is_one(tmp_path):
+    low, half = {"ffn": "lowrank", "rank": 8}, {"distill": "teacher", "distill_share": 0.5}
+    settings = {"a": {}, "b": low, "c": half, "d": low | half, "e": low | {"distill": "other"}}
+    runs = [curves.read_run(write_run(tmp_path / name, **s)) for name, s in settings.items()]
+    curves.name_runs(runs)
+    taught = "distill=teacher distill_share=0.5"
+    assert [r.label for r in runs] == ["dense", "lowrank 32 %", f"dense {taught}", f"lowrank 32 % {taught}",
+                                       "lowrank 32 % distill=other distill_share=1.0"]
+    assert [curves.gap_to_dense(r, runs) for r in runs] == [0, 0, 0, 0, None]
+
+
 def test_what_differs_at_one_size_is_named_at_all(tmp_path):
     low = {"ffn": "lowrank", "rank": 8, "guide": "fixedstep"}
     settings = {"a": low, "b": {**low, "guide_skip": True}, "c": {**low, "guide_skip": True, "n_embd": 64, "rank": 16}}
@@ -532,7 +543,7 @@ def test_decode_says_that_a_cpu_has_no_graphs(cli):
         assert stdout.count("  eager ") == 1 and "  graph " not in stdout
 
 
-def test_a_full_disk_is_one_sentence(cli, tmp_path):
+def test_a_full_disk_is_one_sentence(cli):
     status, _, stderr = cli("bench.py", "ffn", "--widths=32", "--tokens=8", "--cases=dense", *FAST, "--json=/dev/full")
     assert status == 2 and "Traceback" not in stderr
     assert stderr.startswith("error: ") and "/dev/full" in stderr and "No space left on device" in stderr
@@ -584,6 +595,37 @@ def test_distance_to_dense_is_on_the_same_batches(tmp_path):
     assert curves.above_dense(nearer, everyone)[-1] == (36, pytest.approx(nearer.train[1][35] - longer.train[1][35]))
 
 
+def test_a_loss_that_a_teacher_is_part_of_is_no_training_loss(rows, tmp_path):
+    """Validation losses, which are of the text alone, are drawn instead, but for the final one, which is of more."""
+    low, half = {"ffn": "lowrank", "rank": 8}, {"distill": "teacher", "distill_share": 0.5}
+    kinds = {"dense": half, "low": low | half, "all": low | {"distill": "teacher"},
+             "none": low | {"distill": "teacher", "distill_share": 0.0}, "alone": low}
+    losses = {name: 3 + np.arange(16) / 10**(2 + i) for i, name in enumerate(kinds)}
+    paths = {name: write_run(tmp_path / name, lambda c: losses[name], **s) for name, s in kinds.items()}
+    shown = {r["path"]: r["train_loss"] for r in rows("curves", *paths.values()) if r["benchmark"] == "curves"}
+    assert shown == {paths[name]: near(losses[name][-1] + 0.1) if name in ("none", "alone") else None for name in kinds}
+    runs = {name: curves.read_run(path) for name, path in paths.items()}
+
+    def drawn(*names):
+        chosen = [runs[name] for name in names]
+        curves.name_runs(chosen)
+        panel, = curves.distance_panels(chosen)
+        (label, points), = panel.lines.items()
+        return panel.title, points
+
+    validated = [3, 7, 11]
+    assert drawn("all") == ("2x32: validation loss, smoothed",
+                            [(64 * (i + 1), near(losses["all"][i])) for i in validated])
+    assert drawn("dense", "low") == ("2x32: validation loss minus dense's, same text, smoothed",
+                                     [(64 * (i + 1), near(losses["low"][i] - losses["dense"][i])) for i in validated])
+    for name in ("none", "alone"):
+        title, points = drawn(name)
+        assert (title, len(points)) == ("2x32: training loss, smoothed", 16)
+    without = dataclasses.replace(runs["all"], val=tuple(values[-1:] for values in runs["all"].val))
+    curves.name_runs([without])
+    assert [panel.lines for panel in curves.distance_panels([without])] == [{}]  # a panel that is not drawn
+
+
 def test_curves_of_a_real_run(rows, finished):
     found, = rows("curves", finished)
     last = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()][-1]
@@ -608,7 +650,7 @@ def test_folders_that_are_no_runs_are_one_sentence(cli, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Mistakes
 
-def test_one_micro_batch_is_the_batch(cli, tmp_path):
+def test_one_micro_batch_is_the_batch(cli):
     found = bench.read_settings(["train", str(ROOT / "config/s.py"), "--micro_batch_size=48"])[1]
     assert (found.batch_size, found.micro_batch_size) == (48, 48)
     for argv in (["--micro_batch_size=0"], ["--micro_batch_size=x"]):

@@ -77,7 +77,7 @@ def launch(kernel, arguments, device):
     if ON_GPU:
         return chain.launch(kernel, arguments, device)
     library, i = emulated[kernel]
-    consumers = kernel.threads - 64 * ("WIDE" in kernel.defines)
+    consumers = kernel.threads - 64 * ("WIDE" in kernel.defines) - 32 * ("RING" in kernel.defines)
     library.start(i, kernel.grid, kernel.threads, kernel.cluster, consumers, ctypes.byref(arguments))
 
 
@@ -189,7 +189,7 @@ def pair(batch, length=64, **shape):
     return model, low, *(Cache(model.cfg, batch, length, DEVICE, m.head.weight.dtype) for m in (model, low))
 
 
-def make_step(model, cache, folder, monkeypatch):
+def make_step(model, cache, folder, monkeypatch, ring=False):
     """On CUDA as it is used; on a CPU with few warps, two thread blocks for each head, wgmma from 9 sequences on."""
     if ON_GPU:
         step = ops.fused_step(model, cache)
@@ -197,12 +197,14 @@ def make_step(model, cache, folder, monkeypatch):
         return step
     monkeypatch.setattr(chain, "attention_plan", lambda *_: (2, 1, 2))
     monkeypatch.setattr(chain, "MMA", 8)
+    if ring:
+        monkeypatch.setattr(chain, "attention_for", lambda cfg, batch, _: chain.ring_kernel(cfg, batch, 5, 2, 3, 32))
     step = chain.Step(model, cache, 8, launch=launch)
     build({step.first, *(kernel for kernel, _ in step.kernels)}, folder)
     return step
 
 
-def compare(step, tokens, model, low, expected, cache):
+def compare(step, tokens, model, expected, cache):
     reference, ours = model.step(tokens, expected), step(tokens, cache).float()
     pairs = [(ours, reference), *((low_part.float(), part) for low_layer, layer in zip(cache.layers, expected.layers)
                                   for low_part, part in zip(low_layer, layer))]
@@ -226,18 +228,18 @@ def test_is_the_step(name, batch, length, tmp_path, monkeypatch):
     """Rows of different lengths; then one that ends and whose place is taken by a copy of another."""
     larger = dict(rank=64, attn_dim={"wide attention": 256, "many heads": 512}.get(name, 128))
     shape = {**SHAPES[name], **{key: value for key, value in larger.items() if key in SHAPES[name]}, "vocab_size": 256}
-    model, low, expected, cache = both = pair(batch, length, **shape)
-    step = make_step(low, cache, tmp_path, monkeypatch)
+    model, low, expected, cache = pair(batch, length, **shape)
+    step = make_step(low, cache, tmp_path, monkeypatch, batch > 5)
     tokens = torch.randint(256, (batch, length), device=DEVICE)
     lengths = (length - 20 - 3 * torch.arange(batch, device=DEVICE)).clamp(min=1)
     for m, c in ((model, expected), (low, cache)):
         m.step(tokens[:, :length - 20], c, lengths)
-    compare(step, tokens[:, :1].contiguous(), *both)
+    compare(step, tokens[:, :1].contiguous(), model, expected, cache)
     for c in (expected, cache):
         c.position[0] = 9
         for k, v in c.layers:
             k[0], v[0] = k[-1], v[-1]
-    compare(step, tokens[:, 1:2].contiguous(), *both)
+    compare(step, tokens[:, 1:2].contiguous(), model, expected, cache)
 
 
 def meta(**shape):
@@ -284,6 +286,16 @@ def test_from_33_sequences_on_products_are_wide(kind):
                     assert isinstance(how, chain.Wide) == (tokens > 32)
 
 
+def test_attention_has_rings_where_rows_are_many():
+    """Many queries a key have more warps, so that registers hold their outputs."""
+    for cfg, warps in ((meta().cfg, 2), (meta(n_head=64, n_kv_head=16).cfg, 4)):
+        for batch, rings in ((32, False), (33, True), (64, True)):
+            kernel = chain.attention_for(cfg, batch, 132)
+            assert ("RING" in kernel.defines) is rings
+            assert kernel.grid == (528 if rings else 16 * batch)
+            assert not rings or kernel.threads == 32 * warps + 32
+
+
 @HOPPER
 @torch.no_grad()
 def test_other_precisions_take_other_kernels():
@@ -293,7 +305,7 @@ def test_other_precisions_take_other_kernels():
         assert step and not isinstance(step, chain.Step)
 
 
-XL = dict(ffn="lowrank", rank=512, n_embd=2048, n_head=16)  # shapes of TUNED
+XL = dict(ffn="lowrank", rank=512, n_embd=2048, n_head=16)  # shapes of TUNED; at 64 rings of two rounds
 
 
 @HOPPER

@@ -310,7 +310,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, tmp_path):
     assert config.load(["--wandb_project=~x", "--data_dir=a~b"])[0].wandb_project == "~x"
 
 
-def test_every_script_expands_its_paths(monkeypatch, tmp_path):
+def test_every_script_expands_its_paths():
     """Each text setting whose help speaks of a file or a folder."""
     import bench
     import prepare
@@ -348,7 +348,7 @@ def test_the_hint_at_a_preset_is_a_path_that_works_from_here(monkeypatch, tmp_pa
 # ----------------------------------------------------------------------------------------------------------------------
 # Streams and statuses
 
-def test_an_interrupted_script_ends_with_the_signals_status(monkeypatch, capsys):
+def test_an_interrupted_script_ends_with_the_signals_status(capsys):
     for args, status in (((), 130), ((signal.SIGTERM,), 143)):
         def main(argv):
             raise KeyboardInterrupt(*args)

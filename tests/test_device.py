@@ -185,7 +185,7 @@ def test_a_signal_to_one_rank_ends_both_after_the_same_step(two_processes):
     assert saved["step"] == 6 and not (two_processes["dropped"] / "model.pt").exists()
 
 
-def test_one_two_and_one_processes_draw_the_same_dropout(two_processes, data, tmp_path, monkeypatch):
+def test_one_two_and_one_processes_draw_the_same_dropout(two_processes, data, tmp_path):
     """2 steps, 4 on two processes with other micro-batches, 6 on one again: the losses are those of one process."""
     flags = [*GUIDED, "--dropout=0.2"]
     one = train_run(tmp_path / "one", data, *flags)
@@ -260,7 +260,7 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
-def test_a_mistake_reaches_the_user_when_rank_0_is_late(data, tmp_path):
+def test_a_mistake_reaches_the_user_when_rank_0_is_late(tmp_path):
     (tmp_path / "late.py").write_text(LATE.format(root=str(ROOT), script=str(ROOT / "train.py")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                str(tmp_path / "late.py"), *TINY,
@@ -384,8 +384,8 @@ def test_a_start_does_not_see_what_an_earlier_one_wrote(monkeypatch):
     monkeypatch.setattr(device.dist, "rendezvous", lambda *args, **more: iter([(of_torchrun, 0, 1)]))
     monkeypatch.setattr(device.dist, "init_process_group", lambda *args, store, **more: stores.append(store))
     monkeypatch.setattr(device.dist, "new_group", lambda **more: None)
-    for start in ("0", "1"):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", start)
+    for restarts in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
         device.join(0, 1, CPU, 1)
     stores[0].set("address of rank 0", "10.0.0.1")
     assert stores[0].check(["address of rank 0"]) and not stores[1].check(["address of rank 0"])
@@ -445,7 +445,7 @@ def test_the_dtype_rule():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a card the fused kernels load, and Triton's compiler with them")
-def test_a_dry_run_imports_no_compiler_and_no_logger(data):
+def test_a_dry_run_imports_no_compiler_and_no_logger():
     """Neither wandb nor torch's compiler, of which the second alone takes longer than all that a dry run needs."""
     code = ("import sys; sys.argv = 'train.py --dry_run=True --vocab_size=9 --ffn=lowrank --rank=8'.split()\n"
             "import runpy; runpy.run_path('train.py', run_name='__main__')\n"

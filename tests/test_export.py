@@ -77,8 +77,8 @@ def random_model(cfg):
     return model.eval()
 
 
-def keep_model(path, model, identity="byte", blob=b"\0"):
-    saved = {"identity": identity, "blob": torch.frombuffer(bytearray(blob), dtype=torch.uint8)}
+def keep_model(path, model):
+    saved = {"identity": "byte", "blob": torch.zeros(1, dtype=torch.uint8)}
     save_beside({"config": config.to_dict(model.cfg), "model": model.state_dict(), "tokenizer": saved, "step": 0,
                  "val_loss": None}, str(path / "model.pt"))
     return path
@@ -100,9 +100,9 @@ def theirs(transformers, folder, **how):
 
 
 @torch.no_grad()
-def assert_same(ours, model, tokens=None):
+def assert_same(ours, model):
     """Logits, and the greedy continuation."""
-    tokens = torch.randint(257, (3, 40), generator=torch.Generator().manual_seed(1)) if tokens is None else tokens
+    tokens = torch.randint(257, (3, 40), generator=torch.Generator().manual_seed(1))
     expected = ours(tokens)
     torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
     text = tokens[:1, :8]
@@ -171,7 +171,7 @@ def test_after_guided_training_transformers_says_what_sample_says(structure, tra
     assert f"validation loss: {loss:.4f}" in card
 
 
-def test_large_models_are_written_in_shards_and_in_bfloat16(transformers, cli, tmp_path, monkeypatch):
+def test_large_models_are_written_in_shards_and_in_bfloat16(transformers, tmp_path, monkeypatch):
     ours = random_model(tiny(*ROWS["llama"]))
     keep_model(tmp_path / "run", ours)
     monkeypatch.setattr("export.SHARD", 20_000)
@@ -199,7 +199,7 @@ NARROW = ["--n_head=3", "--n_kv_head=3", "--attn_dim=24"]
     (NARROW, "transformers", "spm", dict(n_head=3, n_kv_head=3)),
     (["--n_head=3", "--n_kv_head=1", "--attn_dim=24"], "vllm", "spm", dict(n_head=4, n_kv_head=4)),
     ([LEARNED, "--n_kv_head=1"], "vllm", "spm", dict(n_head=4, n_kv_head=4))])
-def test_a_target_gets_the_heads_and_biases_it_needs(argv, target, kind, expected, transformers, tmp_path):
+def test_a_target_gets_the_heads_and_biases_it_needs(argv, target, kind, expected, transformers):
     ours = random_model(tiny(*argv))
     name = export.find_architecture(ours.cfg, target, kind)
     wide = export.widened(ours.cfg, name, target)

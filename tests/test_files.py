@@ -270,7 +270,7 @@ def test_headers_with_wrong_fields_and_a_right_checksum(changes, data, tmp_path)
         prepare.TokenFile(str(tmp_path / "train.bin"))
 
 
-def test_headers_that_are_no_json(data, tmp_path):
+def test_headers_that_are_no_json(tmp_path):
     for body in (b"[" * 4075, b"\xff" * 4075, b"7".ljust(4075)):
         (tmp_path / "x.bin").write_bytes(b"tokenfile 1 %08x " % zlib.crc32(body) + body)
         with pytest.raises(UserError, match="x.bin has a header whose fields"):
@@ -312,7 +312,7 @@ def test_training_on_a_file_that_is_truncated_meanwhile(data, tmp_path, monkeypa
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizers, tables, text
 
-def test_vocabularies_of_strangers(tmp_path):
+def test_vocabularies_of_strangers():
     hexes = [f"{byte:02x}" for byte in range(256)]
     assert tokenizer.tokenizer_from_blob("gpt2", "\n".join(hexes).encode()).vocab_size == 257
     for lines in (hexes[1:], [*hexes, hexes[5]], [*hexes, "zz"]):

@@ -85,7 +85,7 @@ def test_merging_uses_no_tf32(monkeypatch):
 
 
 @pytest.mark.parametrize("faster", ["factors", "merged"])
-def test_the_form_that_is_always_faster_is_the_one_that_stays(faster, tmp_path, monkeypatch):
+def test_the_form_that_is_always_faster_is_the_one_that_stays(faster, monkeypatch):
     times = [1.0, 2.0] if faster == "factors" else [2.0, 1.0]
     monkeypatch.setattr(merge, "measure", lambda pairs: {"eager": {p.shape: {"1": times, "16": times} for p in pairs}})
     monkeypatch.setattr(merge, "measure_steps", lambda model, pairs: {})

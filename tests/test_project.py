@@ -4,10 +4,12 @@ import dataclasses
 import json
 import re
 import shutil
+import zlib
 
 import pytest
 import torch
 
+import checkpoint
 import config
 import project
 import train
@@ -300,13 +302,13 @@ def test_a_projected_model_goes_out_merged(cli, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Pruning
 
-def tiny_ffn(act, seed=0):
+def tiny_ffn(act):
     """An FFN of 12 hidden units in double precision, and its hidden values h (500, 12) of random inputs x (500, 8)."""
     cfg = config.load(["--n_embd=8", "--n_head=1", "--ffn_dim=12", f"--act={act}"])[0]
     ffn, x, seen = FFN(cfg, "dense").double(), random(500, 8, seed=9), []
     for i, p in enumerate(ffn.parameters()):
         sizes = torch.logspace(0, 1, len(p), dtype=p.dtype).view(-1, *[1] * (p.dim() - 1))
-        p.data = random(*p.shape, seed=seed + i) * sizes
+        p.data = random(*p.shape, seed=i) * sizes
     hook = ffn.fc2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     y = ffn(x)
     hook.remove()
@@ -720,6 +722,19 @@ def test_a_run_is_not_continued_with_another_teacher(data, dense_run, tmp_path, 
         train_run(tmp_path / "run", data, *flags)
     (teacher / "model.pt").write_bytes(kept)
     assert metrics(train_run(tmp_path / "run", data, *flags))[-1]["step"] == 8
+
+
+def test_the_teachers_file_is_read_once(data, dense_run, tmp_path, monkeypatch):
+    """The checksum is that of its weights in float32, in whatever precision they are kept."""
+    saved, read, real = torch.load(dense_run / "model.pt", weights_only=True), [], checkpoint.check_archive
+    saved["model"] = {name: t.bfloat16() for name, t in saved["model"].items()}
+    torch.save(saved, tmp_path / "half.pt")
+    monkeypatch.setattr(checkpoint, "check_archive", lambda path: read.append(path) or real(path))
+    run = train_run(tmp_path / "run", data, *LOWRANK, f"--distill={tmp_path / 'half.pt'}")
+    assert read == [str(tmp_path / "half.pt")]
+    kept = b"".join(p.detach().numpy().tobytes() for p in load(str(tmp_path / "half.pt"), CPU)[0].parameters())
+    assert torch.load(run / "ckpt.pt", weights_only=True)["teacher"] == zlib.crc32(kept)
+    assert json.loads((run / "config.json").read_text())["teacher_flops"] > 0
 
 
 def test_a_finished_run_needs_no_teacher(data, dense_run, cli, tmp_path):

@@ -255,7 +255,7 @@ def test_a_signal_ends_the_final_validation(number, whole_plain, data, tmp_path,
 
 
 @pytest.mark.parametrize("step", [3, 6], ids=["guided", "plain"])
-def test_a_signal_ends_a_validation_during_the_run_which_is_repeated(step, whole, data, tmp_path, monkeypatch):
+def test_a_signal_ends_a_validation_during_the_run_which_is_repeated(step, data, tmp_path, monkeypatch):
     """Of 64 tokens in two micro-batches; after the first the run is saved. The continuation begins with it."""
     out, flags = tmp_path / "run", RUNS["guided"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as e:
@@ -279,7 +279,7 @@ def test_a_signal_in_the_last_step_comes_before_the_final_validation(whole_plain
 # ----------------------------------------------------------------------------------------------------------------------
 # Outputs that fail
 
-def test_training_whose_reader_ends_saves_and_fails(whole_plain, data, tmp_path):
+def test_training_whose_reader_ends_saves_and_fails(data, tmp_path):
     """As in `train.py ... | head -2`."""
     out = tmp_path / "run"
     process = start("train.py", *TINY, "--max_tokens=1_280_000", f"--out_dir={out}", f"--data_dir={data}")

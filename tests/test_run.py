@@ -193,7 +193,7 @@ def test_a_full_disk_under_the_metrics_is_one_sentence(data, tmp_path, monkeypat
 # ----------------------------------------------------------------------------------------------------------------------
 # What a folder holds
 
-def test_a_run_leaves_its_folder(finished, data):
+def test_a_run_leaves_its_folder(finished):
     assert sorted(os.listdir(finished)) == [".lock", "ckpt.pt", "config.json", "metrics.jsonl", "model.pt"]
     cfg = config.from_dict(json.loads((finished / "config.json").read_text()))
     saved = torch.load(finished / "model.pt", weights_only=True)
@@ -337,7 +337,7 @@ def test_what_changes_the_result_may_not_change_at_a_resume(finished):
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights from elsewhere, and of an unfinished run
 
-def test_init_from_starts_with_a_models_weights(cli, finished, data, tmp_path):
+def test_init_from_starts_with_a_models_weights(finished, data, tmp_path):
     """With lr ~ 0 the result is the model; with a guide too, which starts at the factors' dense equivalent."""
     old = weights(finished)
     for source in (finished, finished / "model.pt"):
