@@ -156,14 +156,13 @@ inline void settle(Barrier& b) {
 inline void barrier_init(unsigned long long* b, int arrivals) {
     as_barrier(b) = {(int16_t)arrivals, (int16_t)arrivals, 0, 0};
 }
+inline void arrive(Barrier& b) { b.missing--, settle(b); }
 inline void barrier_arrive(unsigned long long* b) {
     if (current->reads) fprintf(stderr, "reads may be under way when their memory is given back\n"), abort();
-    as_barrier(b).missing--, settle(as_barrier(b));
+    arrive(as_barrier(b));
 }
 inline void barrier_arrive_after(unsigned, unsigned long long* b) { finish_reads(), barrier_arrive(b); }
-inline void barrier_expect(unsigned long long* b, int bytes) {
-    as_barrier(b).bytes += bytes, as_barrier(b).missing--, settle(as_barrier(b));
-}
+inline void barrier_expect(unsigned long long* b, int bytes) { as_barrier(b).bytes += bytes, arrive(as_barrier(b)); }
 inline void barrier_wait(unsigned long long* b, int phase) {
     while (as_barrier(b).phase == (unsigned)phase) yield();
     current->reads = true;
