@@ -18,7 +18,6 @@ import ast
 import contextlib
 import dataclasses
 import difflib
-import errno
 import inspect
 import json
 import operator
@@ -635,7 +634,7 @@ def run(main):
         with _output():
             return main(sys.argv[1:])
     except UserError as e:
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(UserError, SystemExit):
             check_output()
         if os.environ.get("RANK", "0") != "0" and not e.alone:
             time.sleep(PATIENCE)  # rank 0 prints the same and ends, then torchrun ends this process; else it prints
@@ -660,23 +659,24 @@ def _report(kind, error, traceback):
         sys.__excepthook__(kind, error, traceback)
 
 
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}  # a full disk, or `| head` ended
+CLOSED = 128 + 13  # the status where `| head` has ended, as a shell shows it for a process that SIGPIPE ends
 
 
 @contextlib.contextmanager
 def _output():
-    """Turns what standard output does not take into one sentence."""
+    """Ends a script whose standard output does not take all of it, as `check_output` does."""
     if sys.stdout is None:
         raise UserError("standard output is closed: send it somewhere, as with > log.txt or > /dev/null.")
     try:
         yield
-    except SystemExit:
-        check_output()
+    except SystemExit as e:
+        with contextlib.suppress(SystemExit if e.code else ()):  # the status of a run that is saved stays
+            check_output()
         raise
     except OSError as e:
-        if e.filename is not None or e.errno not in UNWRITABLE:  # a file's error, or not the output's
-            raise
-        raise _unwritable(e)
+        if e.filename is None:
+            check_output("\n")  # raises where the output has failed, and not a file or a library
+        raise
     except UnicodeEncodeError as e:
         if e.encoding != sys.stdout.encoding or "utf" in e.encoding:
             raise
@@ -685,16 +685,14 @@ def _output():
     check_output()
 
 
-def check_output():
-    """UserError where standard output takes no more; what its buffer holds is then dropped."""
+def check_output(end=""):
+    """Quietly status CLOSED where the reader of standard output has ended, UserError where else it takes no more."""
     try:
         if sys.stdout is not None:
-            sys.stdout.flush()
+            print(end=end, flush=True)
     except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
-        raise _unwritable(e) from None
-
-
-def _unwritable(error):
-    return UserError(f"the output cannot be written ({error.strerror}): "
-                     "send it where all of it fits, as with > log.txt.")
+        if isinstance(e, BrokenPipeError):
+            sys.exit(CLOSED)
+        raise UserError(f"the output cannot be written ({e.strerror}): "
+                        "send it where all of it fits, as with > log.txt.") from None

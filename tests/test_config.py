@@ -385,6 +385,33 @@ def test_a_full_output_is_one_sentence_in_every_script(argv, unbuffered):
         process.stderr.close()
 
 
+def closed_pipe():
+    """The end to write of a pipe whose reader has ended."""
+    read, write = os.pipe()
+    os.close(read)
+    return open(write, "w")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("script", ["train.py", "bench.py", "prepare.py", "sample.py", "export.py"])
+def test_a_closed_pipe_ends_every_script_quietly(script, unbuffered):
+    """As in `--help | head -1`: the failure comes with the print, or when the buffer is flushed at the end."""
+    with closed_pipe() as pipe:
+        process = start(script, "--help", stdout=pipe, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+    assert (process.communicate(timeout=60)[1], process.returncode) == ("", 141)
+
+
+@pytest.mark.parametrize("call, status, err", [
+    ("sys.exit(75)", 75, ""), ("sys.exit(0)", 141, ""),
+    ("(_ for _ in ()).throw(config.UserError('no.'))", 2, "error: no.\n")])
+def test_after_a_closed_pipe_a_mistake_and_a_saved_run_keep_their_status(call, status, err):
+    code = f"import config, sys; config.run(lambda argv: (print('text'), {call}))"
+    with closed_pipe() as pipe:
+        done = subprocess.run([sys.executable, "-c", code], stdout=pipe, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                              env={**os.environ, "PYTHONUNBUFFERED": ""})
+    assert (done.returncode, done.stderr) == (status, err)
+
+
 def test_a_closed_output_is_one_sentence():
     command = f"exec {sys.executable} {ROOT / 'train.py'} --dry_run=True --vocab_size=9 >&-"
     done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True)
@@ -407,7 +434,8 @@ def test_the_reason_of_a_librarys_error_is_one_short_line(error, words):
 
 
 def test_an_error_of_ours_stays_a_traceback():
-    for code in ("open('/nowhere')", "'\\xe9'.encode('ascii')", "1 / 0"):
+    for code in ("open('/nowhere')", "'\\xe9'.encode('ascii')", "1 / 0",
+                 "(_ for _ in ()).throw(BrokenPipeError(32, 'of a library'))"):
         done = subprocess.run([sys.executable, "-c", f"import config; config.run(lambda argv: {code})"],
                               capture_output=True, text=True,
                               cwd=ROOT)
