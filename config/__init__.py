@@ -316,8 +316,7 @@ def parse(argv, *classes, usage=""):
             continue
         if name not in fields:
             _unknown(name, fields, "the command line")
-        if not equals:
-            raise UserError(f"{arg} has no value: write --{name}=VALUE ({_describe(fields[name].type)}).")
+        _require(equals, f"{arg} has no value: write --{name}=VALUE ({_describe(fields[name].type)}).")
         try:
             value = text if fields[name].type is str else ast.literal_eval(text)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
@@ -386,25 +385,30 @@ def read_preset(path) -> dict:
 def load(argv, *settings, usage=""):
     """Reads `[preset.py ...] name=value ...` into a complete, checked Config and one of each settings dataclass.
 
-    Of several presets a later one has the last word, as in config/s.py config/recipe.py. `--resume=auto
-    --out_dir=FOLDER` without a preset takes the settings of the run in the folder instead, which must be there where
-    nothing else is given. Returns (config, *instances); raises UserError.
+    Of several presets a later one has the last word. `--resume=auto --out_dir=FOLDER` without a preset takes the
+    settings of the run in the folder, which must be there where nothing else is given. Returns (config, *instances).
     """
     words, values = parse(argv, Config, *settings, usage=usage)
-    for word in words:
-        _require(word.endswith(".py"), f"{word} is neither a preset (config/NAME.py) nor a setting (--name=value).")
     folder = values.get("out_dir") if values.get("resume") == "auto" else None
     if not words and folder and os.path.exists(os.path.join(folder, "config.json")):
         cfg = read_saved(folder)
     else:
         _require(words or not folder or values.keys() > {"resume", "out_dir"}, f"{folder} holds no run to continue: "
                  "give the folder of one, or a preset too, as in config/quickstart.py, to start one there.")
-        cfg = Config(**{name: value for word in words for name, value in read_preset(word).items()})
+        presets = {}
+        for word in words:
+            _require(word.endswith(".py"), f"{word} is neither a preset (config/NAME.py) nor a setting (--name=value).")
+            later = read_preset(word)
+            if "lr" in later.keys() - values and "optimizer" in presets.keys() - later:
+                raise UserError(f"lr={later['lr']} of {word} comes after optimizer={presets['optimizer']} of another "
+                                "preset: give the size first, as in config/s.py config/recipe.py, or --lr too.")
+            presets |= later
+        cfg = Config(**presets)
     extra = [cls() for cls in settings]
     for name, value in values.items():
         setattr(next(obj for obj in (cfg, *extra) if hasattr(obj, name)), name, value)
-    presets = [os.path.basename(word).removesuffix(".py") for word in words]
-    cfg.out_dir = cfg.out_dir or os.path.join("out", "-".join(presets) or "run")
+    stems = [os.path.basename(word).removesuffix(".py") for word in words]
+    cfg.out_dir = cfg.out_dir or os.path.join("out", "-".join(stems) or "run")
     check(cfg)
     _check_used(cfg, values)
     return (cfg, *extra)
@@ -536,10 +540,8 @@ def _check_optimizer(cfg):
             _require(value == "auto", f"{name}={value} needs optimizer=muon: adamw has one rate, lr, for all.")
             continue
         _require(value != "auto", f"{name}=auto needs optimizer=muon: give a number.")
-        if name == "weight_decay":
-            _require(value >= 0, f"{name}={value} must not be negative.")
-        else:
-            _require(value > 0, f"{name}={value} must be positive.")
+        _require(value > 0 or value == 0 and name == "weight_decay",
+                 f"{name}={value} must {'not be negative' if name == 'weight_decay' else 'be positive'}.")
 
 
 def muon_rates(cfg) -> dict:

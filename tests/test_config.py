@@ -104,6 +104,17 @@ def test_a_later_preset_has_the_last_word(tmp_path):
     assert (cfg.n_layer, cfg.lr, cfg.dropout, cfg.out_dir) == (3, 2e-4, 0.2, os.path.join("out", "size-how"))
 
 
+def test_an_lr_after_another_presets_optimizer_is_known_to_be_for_it(tmp_path):
+    """Where that preset names the optimizer too, or the command line has the lr."""
+    recipe = preset(tmp_path, "optimizer = 'muon'\nlr = 'auto'\n", "recipe.py")
+    both = preset(tmp_path, "optimizer = 'muon'\nlr = 0.03\n", "both.py")
+    other = preset(tmp_path, "lr = 6e-4\n", "size.py")
+    assert config.load([other, recipe, both])[0].lr == 0.03
+    assert config.load([recipe, other, "--lr=0.01"])[0].lr == 0.01
+    assert config.load([other, recipe, preset(tmp_path, "act = 'swiglu'\n", "more.py")])[0].lr > 0.01
+    assert "size.py comes after optimizer=muon" in refusal([other, recipe, other])
+
+
 def test_rates_of_muon_follow_the_rule_or_the_user():
     base = ["--optimizer=muon", "--n_embd=3072", "--batch_size=16", "--max_tokens=16384000"]  # 1000 x 2^14 tokens
     cfg, = config.load([*base, "--lr=auto", "--weight_decay=auto", "--head_lr=0.5"])
@@ -200,6 +211,7 @@ MISTAKES = {
     "gate of values": (["--n_embd=12", "--n_head=1", "--value_embeddings=True"], "n_embd=12", "value_embeddings"),
     "missing preset": (["config/quickstar.py"], "quickstar.py", "config/quickstart.py"),
     "a word": (["m"], "m", "preset"),
+    "size after recipe": (["config/recipe.py", "config/s.py"], "lr=0.0006 of config/s.py", "the size first"),
 }
 
 
