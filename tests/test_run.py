@@ -317,6 +317,23 @@ def test_a_finished_run_is_known_without_its_data_or_checkpoint(cli, finished, d
     assert "holds a finished run" in cli("train.py", *flags, f"--data_dir={data}")[1]
 
 
+@pytest.mark.parametrize("kind, words", [("empty", "it is empty"), ("folder", "is not a file"), ("cut", "BadZipFile")])
+def test_a_model_that_is_none_does_not_finish_a_run(kind, words, cli, finished, data, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "run")
+    size, model = (out / "model.pt").stat().st_size, out / "model.pt"
+    if kind == "folder":
+        model.unlink()
+        model.mkdir()
+    else:
+        os.truncate(model, size // 2 if kind == "cut" else 0)
+    flags = [*TINY, *LOWRANK, f"--out_dir={out}", "--resume=auto", f"--data_dir={data}"]
+    status, stdout, err = cli("train.py", *flags)
+    assert_one_sentence(status, stdout, err)
+    assert f"{model} " in err and words in err and "not finished: move it away" in err
+    model.rename(tmp_path / "away")
+    assert cli("train.py", *flags)[0] == 0 and model.stat().st_size == size  # the advice holds
+
+
 def test_resume_with_the_folder_alone_takes_the_runs_settings(cli, data, tmp_path, monkeypatch):
     """Every setting but those on the command line; the result is the uninterrupted run's, to the bit."""
     flags = [*GUIDED, "--seed=7", "--lr=2e-3"]
