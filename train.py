@@ -588,6 +588,8 @@ def score(cfg):
         model, trained, saved = load(cfg.out_dir, ranks.device)
         for block in model.blocks:
             block.ffn.kernels = cfg.kernels
+        if not os.path.exists(os.path.join(config.data_dir(cfg), "train.bin")):
+            cfg.tokenizer = trained.tokenizer  # then its folder is opened, or the advice is to prepare that
         _, val_file, tokenizer = prepare.open_data(cfg)
         val_file.verify()
         check_tokenizer(cfg.out_dir, saved, cfg, tokenizer)
