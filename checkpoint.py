@@ -82,6 +82,8 @@ def check_archive(path):
     A byte of that may become 64 in memory.
     """
     size = os.path.getsize(path)
+    if not size:
+        raise ValueError("it is empty")
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
@@ -127,7 +129,8 @@ def read_checkpoint(path, name):
     UserError if it is missing, damaged or another thing. Whether weights fit their config, check_weights checks.
     """
     if not os.path.isfile(path):
-        raise UserError(f"{path} does not exist: give a run folder such as out/quickstart or a model.pt.")
+        what = "is not a file" if os.path.exists(path) else "does not exist"
+        raise UserError(f"{path} {what}: give a run folder such as out/quickstart or a model.pt.")
     try:
         size = check_archive(path)
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -5,6 +5,7 @@ Reads run folders, names each run by the settings in which they differ, compares
 import dataclasses
 import math
 import os
+import textwrap
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,7 @@ class Run:
     axes: dict
     method: str = ""                     # what is compared: all settings but size and seed
     baseline: str = ""                   # the dense method that it is compared with
+    settings: str = ""                   # name=value of those in which runs differ, but for those in words
     label: str = ""
 
     @property
@@ -76,6 +78,7 @@ def read_run(path) -> Run:
 # ----------------------------------------------------------------------------------------------------------------------
 # What to call it
 
+LONGEST = 60  # characters of settings in a label: longer ones have a number there, and stand once above the table
 # Settings not listed as name=value: size, seed, those that name_runs words itself, those that change no result.
 WORDED = {"ffn", "rank", "nblocks", "ffn_dim", "max_tokens", "guide"}
 NOT_LISTED = MAY_CHANGE - {"dataset", "tokenizer", "data_dir"} | {"n_layer", "n_embd", "seed"} | WORDED
@@ -103,9 +106,13 @@ def ffn_words(cfg) -> list:
     return ["dense" if cfg.ffn == "dense" else f"{cfg.ffn} {nominal} %"] + [cfg.guide] * (cfg.guide != "off")
 
 
-def name_runs(runs):
-    """Gives every run a method and a label, made of the settings in which runs of one size differ."""
+def name_runs(runs) -> dict:
+    """Gives every run a method and a label, made of the settings in which runs of one size differ.
+
+    -> {settings: what stands for them}, those too long for a label.
+    """
     peers = grouped(runs, lambda r: r.size)
+    numbers = {}
     names = [f.name for f in dataclasses.fields(Config)
              if f.name not in NOT_LISTED and any(differs(f.name, group) for group in peers.values())]
 
@@ -116,7 +123,10 @@ def name_runs(runs):
     for run in runs:
         cfg, alike = run.cfg, peers[run.size]
         left_out = ("guide_",) if cfg.distill else ("guide_", "distill")
-        common = [f"{name}={setting(cfg, name)}" for name in names if not name.startswith(left_out)]
+        run.settings = " ".join(f"{name}={setting(cfg, name)}" for name in names if not name.startswith(left_out))
+        common = [run.settings] * bool(run.settings)
+        if len(run.settings) > LONGEST:
+            common = [numbers.setdefault(run.settings, f"settings {len(numbers) + 1}")]
         guide = [f"{name}={value}" for name in names if name.startswith("guide_")
                  and (value := getattr(cfg, name)) != getattr(Config, name) and guide_differs(name, cfg)]
         narrow = [f"inner {cfg.ffn_dim / cfg.n_embd:.3g} x width"] * (cfg.ffn_dim < max(r.cfg.ffn_dim for r in alike))
@@ -131,6 +141,7 @@ def name_runs(runs):
     for same in grouped(runs, lambda r: r.label).values():
         for run in same if len(same) > 1 else []:
             run.label += f" ({run.path})"
+    return numbers
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -223,8 +234,11 @@ same size and seed. A training loss that includes the divergence from a teacher 
 def compare(paths, settings):
     """Prints final losses and fits of the runs, and draws them."""
     runs = [read_run(path) for path in paths]
-    name_runs(runs)
+    numbers = name_runs(runs)
     print(EXPLAINED)
+    for words, number in numbers.items():
+        print(textwrap.fill(f"{number}: {words}", 118, subsequent_indent="    ", break_long_words=False,
+                            break_on_hyphens=False))
     columns = {"run": max(len(r.label) for r in runs), "step": 8, "steps": 8, "tokens": 8, "flops": 9, "seconds": 9,
                "train_loss": 10, "val_loss": 8, "to_dense": 8}
     formats = {"flops": ".3g", "seconds": ".0f", "train_loss": ".3f", "val_loss": ".3f", "to_dense": "+.3f"}
@@ -232,7 +246,7 @@ def compare(paths, settings):
     for r in runs:
         tokens, flops, seconds = (float(spent[r.last - 1]) for spent in r.axes.values())
         table.row(benchmark="curves", run=r.label, path=r.path, size=r.size, seed=r.cfg.seed, method=r.method,
-                  step=r.last, steps=r.steps, tokens=int(tokens), flops=flops, seconds=seconds,
+                  settings=r.settings, step=r.last, steps=r.steps, tokens=int(tokens), flops=flops, seconds=seconds,
                   train_loss=None if r.taught else float(r.train[1][-1]),
                   val_loss=float(r.val[1][-1]) if len(r.val[1]) else None, to_dense=gap_to_dense(r, runs))
     for r in runs:

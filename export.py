@@ -495,19 +495,18 @@ def write_hf(folder, model, cfg, saved, s):
     tokenizer = saved_tokenizer(saved["tokenizer"], cfg.vocab_size)
     name = find_architecture(cfg, s.target, kind_of(tokenizer.identity))
     files = tokenizer_files(tokenizer, cfg.block_size, s.target)
-    factors = s.factors and cfg.ffn != "dense"
     with exact_matmuls():
-        merge_attention(model) if factors else replace_structured(model)
+        merge_attention(model) if s.factors else replace_structured(model)
     wide = widened(cfg, name, s.target)
     tensors = to_hf(widen_heads(model.state_dict(), cfg, wide), wide, name)
     params = sum(t.numel() for t in tensors.values())
     settings = hf_config(wide, name, tokenizer.eos, s.dtype)
-    if factors:
+    if s.factors:
         settings = for_factors(settings, cfg)
         files[MODELING] = Path(__file__).with_name(MODELING).read_bytes()
     folder = os.path.normpath(folder)
     temp = temp_name(folder)
-    files["README.md"] = model_card(os.path.basename(folder), cfg, saved, name, params, factors).encode()
+    files["README.md"] = model_card(os.path.basename(folder), cfg, saved, name, params, s.factors).encode()
     try:
         with writing(folder):
             os.makedirs(temp, exist_ok=True)
@@ -520,7 +519,7 @@ def write_hf(folder, model, cfg, saved, s):
             os.replace(temp, folder)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
-    print(f"{folder}: architecture {name}{' with factors' if factors else ''}, {short(params)} parameters in "
+    print(f"{folder}: architecture {name}{' with factors' if s.factors else ''}, {short(params)} parameters in "
           f"{s.dtype}, for {s.target}")
 
 
@@ -682,6 +681,9 @@ def main(path, s):
     smaller = s.ffn != "dense" or s.ffn_dim or s.qk_rank
     device = pick_device(s.device if smaller else "cpu")
     model, cfg, saved = read_hf(path, s.block_size) if is_hf(path) else load(path, torch.device("cpu"))
+    if s.factors and cfg.ffn == s.ffn == "dense":
+        raise UserError(f"factors=True has no effect, the FFNs of {path} are dense: leave it out, or project them, as "
+                        "with --ffn=lowrank.")
     if smaller:
         make_smaller(path, model.to(device), cfg, saved, s)
         model.cpu()

@@ -14,6 +14,7 @@ import secrets
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import filelock
 import numpy as np
@@ -112,14 +113,19 @@ MAY_CHANGE = {"micro_batch_size", "eval_interval", "final_eval_tokens", "log_int
 def owned(folder):
     """The folder belongs to this process inside the block; UserError while another process owns it.
 
-    The operating system locks the open file .lock: until the block ends, or the process, however it dies.
+    The operating system locks the open file .lock: until the block ends, or the process, however it dies. A block that
+    fails before it writes leaves no new folder and no new .lock.
     """
+    here = Path(os.path.abspath(folder))
+    new = [path for path in (here / ".lock", here, *here.parents) if not os.path.exists(path)]
     with writing(folder):
         os.makedirs(folder, exist_ok=True)
+        there = {*os.listdir(folder), ".lock"}
         lock = filelock.FileLock(os.path.join(folder, ".lock"))
         try:
             lock.acquire(timeout=0)
-        except filelock.Timeout:
+            os.stat(lock.lock_file)  # another process may have removed it, and what is locked is then nobody's
+        except (filelock.Timeout, FileNotFoundError):
             raise UserError(f"{folder} is in use, another process is training in it: let it finish, "
                             "or choose another --out_dir.") from None
     try:
@@ -128,6 +134,11 @@ def owned(folder):
                 if name.endswith(".tmp") and name.startswith(FILES):  # left by a process that was killed while writing
                     os.remove(os.path.join(folder, name))
         yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for path in new if there.issuperset(os.listdir(folder)) else ():
+                path.rmdir() if path.is_dir() else path.unlink()
+        raise
     finally:
         lock.release()
 

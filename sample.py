@@ -157,12 +157,8 @@ def encode(prompt, tokenizer, cfg) -> list:
 # Output
 
 def show(text):
-    """Prints at once. A closed pipe, as in `| head`, is a quiet end; config.run has a sentence for a full disk."""
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
-        sys.exit(0)
+    """Prints at once. config.run ends quietly where the reader has ended, and has a sentence for a full disk."""
+    print(text, end="", flush=True)
 
 
 def stream(decoder, text, rows, tokenizer):

@@ -588,6 +588,8 @@ def score(cfg):
         model, trained, saved = load(cfg.out_dir, ranks.device)
         for block in model.blocks:
             block.ffn.kernels = cfg.kernels
+        if not os.path.exists(os.path.join(config.data_dir(cfg), "train.bin")):
+            cfg.tokenizer = trained.tokenizer  # then its folder is opened, or the advice is to prepare that
         _, val_file, tokenizer = prepare.open_data(cfg)
         val_file.verify()
         check_tokenizer(cfg.out_dir, saved, cfg, tokenizer)
@@ -606,10 +608,15 @@ def score(cfg):
 
 
 def check_finished(cfg):
-    """UserError where a command that finds a finished run names other data than the run's.
+    """UserError where the model.pt of a run is none, or where the command names other data than the run's.
 
-    Nothing is compared where the data or the checkpoint has been deleted since.
+    No data are compared where they or the checkpoint have been deleted since.
     """
+    try:
+        checkpoint.read_checkpoint(os.path.join(cfg.out_dir, "model.pt"), "model.pt")
+    except UserError as e:
+        raise UserError(f"{str(e).rpartition(': ')[0]}, so the run is not finished: move it away, and the same command "
+                        "continues from the last checkpoint.") from None
     checksum = checkpoint.data_checksum(cfg.out_dir)
     there = os.path.exists(os.path.join(config.data_dir(cfg), "train.bin"))
     if checksum is not None and (there or config.data_dir(cfg) != config.data_dir(config.read_saved(cfg.out_dir))):

@@ -18,7 +18,6 @@ import ast
 import contextlib
 import dataclasses
 import difflib
-import errno
 import inspect
 import json
 import operator
@@ -317,8 +316,7 @@ def parse(argv, *classes, usage=""):
             continue
         if name not in fields:
             _unknown(name, fields, "the command line")
-        if not equals:
-            raise UserError(f"{arg} has no value: write --{name}=VALUE ({_describe(fields[name].type)}).")
+        _require(equals, f"{arg} has no value: write --{name}=VALUE ({_describe(fields[name].type)}).")
         try:
             value = text if fields[name].type is str else ast.literal_eval(text)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
@@ -387,25 +385,30 @@ def read_preset(path) -> dict:
 def load(argv, *settings, usage=""):
     """Reads `[preset.py ...] name=value ...` into a complete, checked Config and one of each settings dataclass.
 
-    Of several presets a later one has the last word, as in config/s.py config/recipe.py. `--resume=auto
-    --out_dir=FOLDER` without a preset takes the settings of the run in the folder instead, which must be there where
-    nothing else is given. Returns (config, *instances); raises UserError.
+    Of several presets a later one has the last word. `--resume=auto --out_dir=FOLDER` without a preset takes the
+    settings of the run in the folder, which must be there where nothing else is given. Returns (config, *instances).
     """
     words, values = parse(argv, Config, *settings, usage=usage)
-    for word in words:
-        _require(word.endswith(".py"), f"{word} is neither a preset (config/NAME.py) nor a setting (--name=value).")
     folder = values.get("out_dir") if values.get("resume") == "auto" else None
     if not words and folder and os.path.exists(os.path.join(folder, "config.json")):
         cfg = read_saved(folder)
     else:
         _require(words or not folder or values.keys() > {"resume", "out_dir"}, f"{folder} holds no run to continue: "
                  "give the folder of one, or a preset too, as in config/quickstart.py, to start one there.")
-        cfg = Config(**{name: value for word in words for name, value in read_preset(word).items()})
+        presets = {}
+        for word in words:
+            _require(word.endswith(".py"), f"{word} is neither a preset (config/NAME.py) nor a setting (--name=value).")
+            later = read_preset(word)
+            if "lr" in later.keys() - values and "optimizer" in presets.keys() - later:
+                raise UserError(f"lr={later['lr']} of {word} comes after optimizer={presets['optimizer']} of another "
+                                "preset: give the size first, as in config/s.py config/recipe.py, or --lr too.")
+            presets |= later
+        cfg = Config(**presets)
     extra = [cls() for cls in settings]
     for name, value in values.items():
         setattr(next(obj for obj in (cfg, *extra) if hasattr(obj, name)), name, value)
-    presets = [os.path.basename(word).removesuffix(".py") for word in words]
-    cfg.out_dir = cfg.out_dir or os.path.join("out", "-".join(presets) or "run")
+    stems = [os.path.basename(word).removesuffix(".py") for word in words]
+    cfg.out_dir = cfg.out_dir or os.path.join("out", "-".join(stems) or "run")
     check(cfg)
     _check_used(cfg, values)
     return (cfg, *extra)
@@ -537,10 +540,8 @@ def _check_optimizer(cfg):
             _require(value == "auto", f"{name}={value} needs optimizer=muon: adamw has one rate, lr, for all.")
             continue
         _require(value != "auto", f"{name}=auto needs optimizer=muon: give a number.")
-        if name == "weight_decay":
-            _require(value >= 0, f"{name}={value} must not be negative.")
-        else:
-            _require(value > 0, f"{name}={value} must be positive.")
+        _require(value > 0 or value == 0 and name == "weight_decay",
+                 f"{name}={value} must {'not be negative' if name == 'weight_decay' else 'be positive'}.")
 
 
 def muon_rates(cfg) -> dict:
@@ -635,7 +636,7 @@ def run(main):
         with _output():
             return main(sys.argv[1:])
     except UserError as e:
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(UserError, SystemExit):
             check_output()
         if os.environ.get("RANK", "0") != "0" and not e.alone:
             time.sleep(PATIENCE)  # rank 0 prints the same and ends, then torchrun ends this process; else it prints
@@ -660,23 +661,24 @@ def _report(kind, error, traceback):
         sys.__excepthook__(kind, error, traceback)
 
 
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}  # a full disk, or `| head` ended
+CLOSED = 128 + 13  # the status where `| head` has ended, as a shell shows it for a process that SIGPIPE ends
 
 
 @contextlib.contextmanager
 def _output():
-    """Turns what standard output does not take into one sentence."""
+    """Ends a script whose standard output does not take all of it, as `check_output` does."""
     if sys.stdout is None:
         raise UserError("standard output is closed: send it somewhere, as with > log.txt or > /dev/null.")
     try:
         yield
-    except SystemExit:
-        check_output()
+    except SystemExit as e:
+        with contextlib.suppress(SystemExit if e.code else ()):  # the status of a run that is saved stays
+            check_output()
         raise
     except OSError as e:
-        if e.filename is not None or e.errno not in UNWRITABLE:  # a file's error, or not the output's
-            raise
-        raise _unwritable(e)
+        if e.filename is None:
+            check_output("\n")  # raises where the output has failed, and not a file or a library
+        raise
     except UnicodeEncodeError as e:
         if e.encoding != sys.stdout.encoding or "utf" in e.encoding:
             raise
@@ -685,16 +687,14 @@ def _output():
     check_output()
 
 
-def check_output():
-    """UserError where standard output takes no more; what its buffer holds is then dropped."""
+def check_output(end=""):
+    """Quietly status CLOSED where the reader of standard output has ended, UserError where else it takes no more."""
     try:
         if sys.stdout is not None:
-            sys.stdout.flush()
+            print(end=end, flush=True)
     except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
-        raise _unwritable(e) from None
-
-
-def _unwritable(error):
-    return UserError(f"the output cannot be written ({error.strerror}): "
-                     "send it where all of it fits, as with > log.txt.")
+        if isinstance(e, BrokenPipeError):
+            sys.exit(CLOSED)
+        raise UserError(f"the output cannot be written ({e.strerror}): "
+                        "send it where all of it fits, as with > log.txt.") from None

@@ -407,6 +407,25 @@ def test_labels_are_the_differing_settings(tmp_path):
     assert alone[0].label == "dense"
 
 
+def test_settings_too_long_for_a_label_stand_once_above_the_table(cli, rows, tmp_path):
+    """Unlike runs, as of a preset with and without the recipe, two structures each: the labels stay short."""
+    low = {"ffn": "lowrank", "rank": 8}
+    recipe = {"norm": "rmsnorm", "act": "relu2", "bias": False, "qk_norm": 1.2, "embed_norm": True, "smear": True,
+              "logit_softcap": 15.0, "init": "zero", "schedule": "linear", "grad_clip": 0.0, "data_dir": "d" * 130}
+    paths = [write_run(tmp_path / name, **s) for name, s in {"a": {}, "b": low, "c": recipe, "d": recipe | low}.items()]
+    lines = cli("bench.py", "curves", *paths)[1].splitlines()
+    first, second = (next(i for i, line in enumerate(lines) if line.startswith(f"settings {n}: ")) for n in (1, 2))
+    table = next(i for i, line in enumerate(lines) if line.split()[:1] == ["run"])
+    plain, other = " ".join(lines[first:second]).split(), " ".join(lines[second:table - 1]).split()
+    assert {"norm=layernorm", "smear=False", "data_dir="} < {*plain} and len(plain) == len(other) == 2 + len(recipe)
+    assert {f"{name}={value}" for name, value in recipe.items()} < {*other}
+    assert all(len(line) <= 120 for line in lines[second - 1:second] + lines[table:])
+    found = rows("curves", *paths)
+    assert [r["run"] for r in found] == ["dense settings 1", "lowrank 32 % settings 1", "dense settings 2",
+                                         "lowrank 32 % settings 2"]
+    assert [r["to_dense"] for r in found] == [0] * 4 and found[0]["settings"] == " ".join(plain[2:])
+
+
 def test_the_rules_own_rates_for_structures_keep_none_from_its_dense_run(tmp_path):
     muon, low = {"optimizer": "muon", "lr": "auto", "weight_decay": "auto"}, {"ffn": "lowrank", "rank": 8}
     settings = {"a": muon, "b": muon | low, "c": muon | low | {"lr": 0.01}}

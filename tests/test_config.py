@@ -104,6 +104,17 @@ def test_a_later_preset_has_the_last_word(tmp_path):
     assert (cfg.n_layer, cfg.lr, cfg.dropout, cfg.out_dir) == (3, 2e-4, 0.2, os.path.join("out", "size-how"))
 
 
+def test_an_lr_after_another_presets_optimizer_is_known_to_be_for_it(tmp_path):
+    """Where that preset names the optimizer too, or the command line has the lr."""
+    recipe = preset(tmp_path, "optimizer = 'muon'\nlr = 'auto'\n", "recipe.py")
+    both = preset(tmp_path, "optimizer = 'muon'\nlr = 0.03\n", "both.py")
+    other = preset(tmp_path, "lr = 6e-4\n", "size.py")
+    assert config.load([other, recipe, both])[0].lr == 0.03
+    assert config.load([recipe, other, "--lr=0.01"])[0].lr == 0.01
+    assert config.load([other, recipe, preset(tmp_path, "act = 'swiglu'\n", "more.py")])[0].lr > 0.01
+    assert "size.py comes after optimizer=muon" in refusal([other, recipe, other])
+
+
 def test_rates_of_muon_follow_the_rule_or_the_user():
     base = ["--optimizer=muon", "--n_embd=3072", "--batch_size=16", "--max_tokens=16384000"]  # 1000 x 2^14 tokens
     cfg, = config.load([*base, "--lr=auto", "--weight_decay=auto", "--head_lr=0.5"])
@@ -200,6 +211,7 @@ MISTAKES = {
     "gate of values": (["--n_embd=12", "--n_head=1", "--value_embeddings=True"], "n_embd=12", "value_embeddings"),
     "missing preset": (["config/quickstar.py"], "quickstar.py", "config/quickstart.py"),
     "a word": (["m"], "m", "preset"),
+    "size after recipe": (["config/recipe.py", "config/s.py"], "lr=0.0006 of config/s.py", "the size first"),
 }
 
 
@@ -385,6 +397,33 @@ def test_a_full_output_is_one_sentence_in_every_script(argv, unbuffered):
         process.stderr.close()
 
 
+def closed_pipe():
+    """The end to write of a pipe whose reader has ended."""
+    read, write = os.pipe()
+    os.close(read)
+    return open(write, "w")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("script", ["train.py", "bench.py", "prepare.py", "sample.py", "export.py"])
+def test_a_closed_pipe_ends_every_script_quietly(script, unbuffered):
+    """As in `--help | head -1`: the failure comes with the print, or when the buffer is flushed at the end."""
+    with closed_pipe() as pipe:
+        process = start(script, "--help", stdout=pipe, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+    assert (process.communicate(timeout=60)[1], process.returncode) == ("", 141)
+
+
+@pytest.mark.parametrize("call, status, err", [
+    ("sys.exit(75)", 75, ""), ("sys.exit(0)", 141, ""),
+    ("(_ for _ in ()).throw(config.UserError('no.'))", 2, "error: no.\n")])
+def test_after_a_closed_pipe_a_mistake_and_a_saved_run_keep_their_status(call, status, err):
+    code = f"import config, sys; config.run(lambda argv: (print('text'), {call}))"
+    with closed_pipe() as pipe:
+        done = subprocess.run([sys.executable, "-c", code], stdout=pipe, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                              env={**os.environ, "PYTHONUNBUFFERED": ""})
+    assert (done.returncode, done.stderr) == (status, err)
+
+
 def test_a_closed_output_is_one_sentence():
     command = f"exec {sys.executable} {ROOT / 'train.py'} --dry_run=True --vocab_size=9 >&-"
     done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True)
@@ -407,7 +446,8 @@ def test_the_reason_of_a_librarys_error_is_one_short_line(error, words):
 
 
 def test_an_error_of_ours_stays_a_traceback():
-    for code in ("open('/nowhere')", "'\\xe9'.encode('ascii')", "1 / 0"):
+    for code in ("open('/nowhere')", "'\\xe9'.encode('ascii')", "1 / 0",
+                 "(_ for _ in ()).throw(BrokenPipeError(32, 'of a library'))"):
         done = subprocess.run([sys.executable, "-c", f"import config; config.run(lambda argv: {code})"],
                               capture_output=True, text=True,
                               cwd=ROOT)

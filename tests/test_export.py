@@ -172,7 +172,7 @@ def test_after_guided_training_transformers_says_what_sample_says(structure, tra
 
 
 def test_large_models_are_written_in_shards_and_in_bfloat16(transformers, tmp_path, monkeypatch):
-    ours = random_model(tiny(*ROWS["llama"]))
+    ours = random_model(tiny(LLAMA, SWIGLU, NO_BIAS, UNTIED))
     keep_model(tmp_path / "run", ours)
     monkeypatch.setattr("export.SHARD", 20_000)
     path, s = export.read_settings([str(tmp_path / "run"), f"--to={tmp_path}/hf", "--dtype=bfloat16"])
@@ -536,6 +536,17 @@ def test_mistakes_are_one_sentence_without_torch(without_torch, argv, word):
     status, out, err = without_torch("export.py", *argv)
     assert_one_sentence(status, out, err)
     assert word in err
+
+
+@pytest.mark.parametrize("more", [[], ["--ffn_dim=64"], ["--qk_rank=4"]], ids=" ".join)
+def test_a_dense_model_has_no_factors_to_keep(more, cli, tmp_path):
+    keep_model(tmp_path / "run", random_model(tiny(LLAMA, SWIGLU, NO_BIAS, UNTIED)))
+    argv = ["export.py", tmp_path / "run", f"--to={tmp_path}/hf", "--factors=True"]
+    status, out, err = cli(*argv, *more)
+    assert_one_sentence(status, out, err)
+    assert f"factors=True has no effect, the FFNs of {tmp_path / 'run'} are dense" in err
+    assert not (tmp_path / "hf").exists()
+    assert "with factors" in cli(*argv, "--ffn=lowrank", "--rank=4")[1]  # projected on the way it has some
 
 
 def test_a_missing_model_and_a_failed_export_leave_nothing(cli, tmp_path, monkeypatch):

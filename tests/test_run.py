@@ -11,6 +11,7 @@ import time
 import types
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -90,6 +91,42 @@ def test_owned_ends_with_its_block_and_removes_what_a_killed_writer_left(tmp_pat
     run.check_free(str(folder))
     with run.owned(str(folder)):
         assert sorted(os.listdir(folder)) == [".lock", "ckpt.pt", "notes.tmp"]
+
+
+@pytest.mark.parametrize("there", ["nothing", "out", "out/run", "out/run/notes"])
+def test_a_refused_run_leaves_what_was_there(there, finished, data, tmp_path):
+    """Its weights are of another width, which is known only after the folder was locked."""
+    path = tmp_path / there
+    if path.name == "notes":
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+    elif there != "nothing":
+        path.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    for flag in ("init_from", "distill"):
+        with pytest.raises(UserError, match="n_embd|vocab_size"):
+            train_run(tmp_path / "out" / "run", data, f"--{flag}={finished}", "--n_embd=64", "--vocab_size=300")
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_that_fails_after_it_wrote_keeps_its_folder(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "open_metrics", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_run(tmp_path / "out" / "run", data)
+    assert sorted(os.listdir(tmp_path / "out" / "run")) == [".lock", "config.json"]
+
+
+def test_a_lock_that_was_removed_is_nobodys(tmp_path, monkeypatch):
+    """Another process may remove it between the moments at which this one opens and locks it."""
+    real = filelock.FileLock.acquire
+
+    def acquire(lock, **kw):
+        got = real(lock, **kw)
+        os.remove(lock.lock_file)
+        return got
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with pytest.raises(UserError, match="in use"), run.owned(str(tmp_path / "run")):
+        pytest.fail("it is owned")
 
 
 def test_a_run_that_appears_meanwhile_is_not_touched(data, tmp_path, monkeypatch):
@@ -280,6 +317,23 @@ def test_a_finished_run_is_known_without_its_data_or_checkpoint(cli, finished, d
     assert "holds a finished run" in cli("train.py", *flags, f"--data_dir={data}")[1]
 
 
+@pytest.mark.parametrize("kind, words", [("empty", "it is empty"), ("folder", "is not a file"), ("cut", "BadZipFile")])
+def test_a_model_that_is_none_does_not_finish_a_run(kind, words, cli, finished, data, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "run")
+    size, model = (out / "model.pt").stat().st_size, out / "model.pt"
+    if kind == "folder":
+        model.unlink()
+        model.mkdir()
+    else:
+        os.truncate(model, size // 2 if kind == "cut" else 0)
+    flags = [*TINY, *LOWRANK, f"--out_dir={out}", "--resume=auto", f"--data_dir={data}"]
+    status, stdout, err = cli("train.py", *flags)
+    assert_one_sentence(status, stdout, err)
+    assert f"{model} " in err and words in err and "not finished: move it away" in err
+    model.rename(tmp_path / "away")
+    assert cli("train.py", *flags)[0] == 0 and model.stat().st_size == size  # the advice holds
+
+
 def test_resume_with_the_folder_alone_takes_the_runs_settings(cli, data, tmp_path, monkeypatch):
     """Every setting but those on the command line; the result is the uninterrupted run's, to the bit."""
     flags = [*GUIDED, "--seed=7", "--lr=2e-3"]
@@ -455,7 +509,7 @@ def test_wandb_gets_what_the_file_gets(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         train_run(tmp_path / "other", data, "--wandb=True")
-    assert os.listdir(tmp_path / "other") == [".lock"]  # the next try finds no run
+    assert not (tmp_path / "other").exists()  # the next try finds no run
 
 
 def test_wandbs_id_is_random_and_stays_with_the_folder(data, tmp_path, monkeypatch):

@@ -475,7 +475,7 @@ def test_a_closed_pipe_is_a_quiet_end(folder):
         assert json.loads(process.stdout.readline())["prompt"] == "a"
         process.stdout.close()  # as head -1 does
         assert process.stderr.read() == b""
-    assert process.returncode == 0
+    assert process.returncode == 141
 
 
 @pytest.mark.parametrize("given", [["--prompt=é"], ["--prompts=p.txt"]])

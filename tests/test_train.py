@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import types
 from pathlib import Path
 
@@ -420,6 +421,25 @@ def test_eval_only_repeats_the_runs_loss_and_scores_other_text(cli, finished, da
     with torch.no_grad():
         expected = F.cross_entropy(gpt(torch.full((2, 16), 200)).flatten(0, 1), torch.full((32,), 200)).item()
     assert f"loss {expected:.4f}" in out and "on 32 tokens" in out
+
+
+def test_eval_only_without_data_advises_the_runs_tokenizer(cli, finished, tmp_path, monkeypatch):
+    """And what it advises leads to data that the same command opens."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    saved = torch.load(run / "model.pt", weights_only=True)
+    torch.save(saved | {"config": saved["config"] | {"tokenizer": "byte"}}, run / "model.pt")
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("to be or not to be\n" * 99)
+    flags = ["--eval_only=True", "--dataset=text", "--input=text.txt", f"--out_dir={run}", "--device=cpu",
+             "--batch_size=4", "--micro_batch_size=4"]
+    for place in ([], ["--data_dir=mine"]):
+        status, out, err = cli("train.py", *flags, *place)
+        assert_one_sentence(status, out, err)
+        command = err.partition("`python ")[2].partition("`")[0].split()
+        assert command == ["prepare.py", "--dataset=text", "--input=text.txt", "--tokenizer=byte", *place]
+        assert cli(*command)[0] == 0
+        status, out, err = cli("train.py", *flags, *place)
+        assert (status, err) == (0, "") and f"{run} on {'mine' if place else 'data/text-byte'}: loss" in out
 
 
 def test_eval_only_refuses_other_tokens_no_model_and_no_window(cli, finished, data, tmp_path):
