@@ -739,22 +739,45 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(Arguments a) {
 #ifdef RING
 // For many rows: GRID CTAs walk over the pairs of a row and a key head. One more warp has keys and values copied into a
 // ring of STAGES tiles of PLACES places, those of the next pairs too, so memory does not idle at the end of a pair.
+// BY_LENGTH: long rows come first, and pairs are dealt out forth and back. So all CTAs read about as much.
 
-constexpr int ROUNDS = (UNITS + GRID - 1) / GRID;
+constexpr int ROWS = UNITS / KV, ROUNDS = (UNITS + GRID - 1) / GRID;
 static_assert(PASS * TEAMS == PLACES && SPLIT == 1 && ROUNDS <= THREADS, "a tile is what all teams load at once");
 
 struct Shared {
     u64 full[STAGES], free[STAGES];
     long long place[ROUNDS];
+    int unit[ROUNDS], key[BY_LENGTH ? ROWS : 1];
     Parts parts[2];
     alignas(128) uint4 k[STAGES][PLACES][MEMBERS], v[STAGES][PLACES][MEMBERS];
 };
 extern "C" __device__ const int needed_bytes = sizeof(Shared);
 
+DEVICE void deal(Shared& shared, const long long* position) {
+    if (threadIdx.x < ROUNDS) {
+        int unit = blockIdx.x + threadIdx.x * GRID;
+        bool known = !BY_LENGTH && unit < UNITS;
+        shared.unit[threadIdx.x] = known ? unit : UNITS;
+        shared.place[threadIdx.x] = known ? __ldcg(position + unit / KV) : 0;
+    }
+    if (!BY_LENGTH) return;
+    for (int row = threadIdx.x; row < ROWS; row += THREADS + 32)
+        shared.key[row] = (int)__ldcg(position + row) * ROWS + row;  // no two are equal
+    __syncthreads();
+    for (int row = threadIdx.x; row < ROWS; row += THREADS + 32) {
+        int key = shared.key[row], longer = 0;
+        _Pragma("unroll 8") for (int i = 0; i < ROWS; i++) longer += shared.key[i] > key;
+        for (int i = 0; i < ROUNDS; i++) {
+            int dealt = i % 2 ? (i + 1) * GRID - 1 - blockIdx.x : i * GRID + blockIdx.x;
+            if (dealt / KV == longer) shared.unit[i] = row * KV + dealt % KV, shared.place[i] = key / ROWS;
+        }
+    }
+}
+
 DEVICE void produce(Shared& shared, const Arguments& a) {
     int turn = 0;
     for (int i = 0; i < ROUNDS; i++) {
-        long long unit = blockIdx.x + i * GRID, place = shared.place[i];
+        long long unit = shared.unit[i], place = shared.place[i];
         const bf16 *k = a.k + unit * a.length * D, *v = a.v + unit * a.length * D;
         for (long long l = 0; l < place; l += PLACES, turn++) {
             int stage = turn % STAGES, bytes = (place - l < PLACES ? (int)(place - l) : PLACES) * D * 2;
@@ -824,8 +847,9 @@ DEVICE void store_result(const Parts& parts, const Arguments& a, int unit) {
 DEVICE void compute(Shared& shared, const Arguments& a) {
     int m = threadIdx.x % MEMBERS, team = threadIdx.x / MEMBERS, turn = 0;
     Inputs next;
-    next.load(a, blockIdx.x, shared.place[0], m);
-    for (int i = 0, unit = blockIdx.x; unit < UNITS; i++, unit += GRID) {
+    next.load(a, shared.unit[0], shared.place[0], m);
+    for (int i = 0; i < ROUNDS && shared.unit[i] < UNITS; i++) {
+        int unit = shared.unit[i];
         long long place = shared.place[i];
         float q[GROUP][8], new_k[8], new_v[8];
         UNROLL for (int g = 0; g < GROUP; g++) {
@@ -845,7 +869,7 @@ DEVICE void compute(Shared& shared, const Arguments& a) {
             *(uint4*)(a.k + to) = pack(new_k);
             *(uint4*)(a.v + to) = next.v;
         }
-        if (unit + GRID < UNITS) next.load(a, unit + GRID, shared.place[i + 1], m);
+        if (i + 1 < ROUNDS && shared.unit[i + 1] < UNITS) next.load(a, shared.unit[i + 1], shared.place[i + 1], m);
         walk(state, shared, q, place, turn);
         publish(state, shared.parts[i % 2]);
         sync_threads<THREADS>();
@@ -856,10 +880,7 @@ DEVICE void compute(Shared& shared, const Arguments& a) {
 extern "C" __global__ void __launch_bounds__(THREADS + 32) attention(Arguments a) {
     Shared& shared = *(Shared*)shared_memory();
     start_next();
-    if (threadIdx.x < ROUNDS) {
-        int unit = blockIdx.x + threadIdx.x * GRID;
-        shared.place[threadIdx.x] = unit < UNITS ? __ldcg(a.position + unit / KV) : 0;
-    }
+    deal(shared, a.position);
     if (threadIdx.x == THREADS)
         for (int i = 0; i < STAGES; i++) barrier_init(&shared.full[i], 1), barrier_init(&shared.free[i], WARPS);
     __syncthreads();

@@ -15,6 +15,7 @@ from structured import Structured
 BATCHES = range(5, 65)
 DENSE = 32              # sequences up to which a model without factors gains: at 64 cuBLAS was faster on an H200
 MMA = 32                # tokens up to which plan's rule is one for mma; for more wgmma is faster
+LONG = 512              # places of a row, from which on rows of unequal length are the usual case
 SHARED = 227 * 1024     # bytes of shared memory that a thread block may have
 
 
@@ -125,16 +126,27 @@ def attention_plan(cfg, batch, multiprocessors):
     """(thread blocks of a cluster, warps of each, places a team loads at once): the more thread blocks, the smaller."""
     pairs = batch * cfg.n_kv_head
     split = max(s for s in (1, 2, 4, 8) if s == 1 or s * pairs <= multiprocessors)
-    warps = 8 if pairs <= 2 * multiprocessors else 4
-    return split, warps, 8 if cfg.n_head // cfg.n_kv_head <= 2 else 4  # registers hold the outputs of a group
+    return split, 8 if pairs <= 2 * multiprocessors else 4, at_once(cfg)
 
 
-def attention_for(cfg, batch, multiprocessors):
-    """The kernel of attention: four thread blocks a multiprocessor, with rings, where there is work for all of them."""
-    grid = 4 * multiprocessors
-    if batch * cfg.n_kv_head >= grid:
-        warps = 2 if cfg.n_head // cfg.n_kv_head <= 2 else 4  # registers hold the outputs of a group
-        return ring_kernel(cfg, batch, grid, warps, 3, 4096 // (cfg.attn_dim // cfg.n_head))  # tiles of 8 KiB
+def at_once(cfg):
+    """Places that a team loads at once: registers hold the outputs of a group of query heads too."""
+    return 8 if cfg.n_head // cfg.n_kv_head <= 2 else 4
+
+
+def attention_for(cfg, batch, multiprocessors, length):
+    """The kernel of attention, for a cache of `length` places a row.
+
+    With rings four thread blocks a multiprocessor, where there is work for all of them. In a long cache rows differ in
+    length, and one or two thread blocks a multiprocessor share the work evenly, where each has at least two pairs of a
+    row and a head. More than two queries a key read so little that this does not matter.
+    """
+    pairs, places = batch * cfg.n_kv_head, 4096 // (cfg.attn_dim // cfg.n_head)  # of a tile of 8 KiB
+    if length >= LONG and pairs > multiprocessors and at_once(cfg) == 8:
+        each = 1 + (pairs > 2 * multiprocessors)
+        return ring_kernel(cfg, batch, each * multiprocessors, 8, 3, 2 * places // each, by_length=1)
+    if pairs >= 4 * multiprocessors:
+        return ring_kernel(cfg, batch, 4 * multiprocessors, 16 // at_once(cfg), 3, places)
     return attention_kernel(cfg, batch, *attention_plan(cfg, batch, multiprocessors))
 
 
@@ -265,12 +277,12 @@ def attention_kernel(cfg, batch, split, warps, passes):
     return Kernel(define(**values), "attention", batch * cfg.n_kv_head * split, split, 32 * warps)
 
 
-def ring_kernel(cfg, batch, grid, warps, stages, places):
+def ring_kernel(cfg, batch, grid, warps, stages, places, by_length=0):
     """At most `grid` thread blocks; rings of `stages` tiles of `places` places of keys and as many of values."""
     D, units = cfg.attn_dim // cfg.n_head, batch * cfg.n_kv_head
     values = dict(ATTENTION=1, RING=1, HEADS=cfg.n_head, KV=cfg.n_kv_head, D=D, WARPS=warps, SPLIT=1, UNITS=units,
                   PASS=places * D // (256 * warps), GRID=min(grid, units), STAGES=stages, PLACES=places,
-                  ROPE=int(cfg.pos == "rope"), SCALE=f"{D ** -0.5!r}f")
+                  BY_LENGTH=by_length, ROPE=int(cfg.pos == "rope"), SCALE=f"{D ** -0.5!r}f")
     return Kernel(define(**values), "attention", min(grid, units), 1, 32 * warps + 32)
 
 
@@ -393,7 +405,7 @@ class Step:
         self.hidden, self.rank = buffer(cfg.ffn_dim), buffer(rank)
         self.moments = buffer(cfg.n_embd // 8, torch.float32)
         self.first = embed_kernel(cfg, self.batch)
-        attention = attention_for(cfg, self.batch, sms)
+        attention = attention_for(cfg, self.batch, sms, cache.length)
         following = [block.norm1 for block in model.blocks[1:]] + [model.norm]
         for block, (k, v), (qkv, proj, fc1, fc2), after in zip(model.blocks, cache.layers, layers, following):
             self.add(qkv, self.scaled, self.qkv, norm=block.norm1)

@@ -189,8 +189,11 @@ def pair(batch, length=64, **shape):
     return model, low, *(Cache(model.cfg, batch, length, DEVICE, m.head.weight.dtype) for m in (model, low))
 
 
-def make_step(model, cache, folder, monkeypatch, ring=False):
-    """On CUDA as it is used; on a CPU with few warps, two thread blocks for each head, wgmma from 9 sequences on."""
+def make_step(model, cache, folder, monkeypatch, ring=None):
+    """On CUDA as it is used; on a CPU with few warps, two thread blocks for each head, wgmma from 9 sequences on.
+
+    ring: (thread blocks, warps, tiles, places of one, by length) of attention.
+    """
     if ON_GPU:
         step = ops.fused_step(model, cache)
         assert isinstance(step, chain.Step)
@@ -198,7 +201,7 @@ def make_step(model, cache, folder, monkeypatch, ring=False):
     monkeypatch.setattr(chain, "attention_plan", lambda *_: (2, 1, 2))
     monkeypatch.setattr(chain, "MMA", 8)
     if ring:
-        monkeypatch.setattr(chain, "attention_for", lambda cfg, batch, _: chain.ring_kernel(cfg, batch, 5, 2, 3, 32))
+        monkeypatch.setattr(chain, "attention_for", lambda cfg, batch, *_: chain.ring_kernel(cfg, batch, *ring))
     step = chain.Step(model, cache, 8, launch=launch)
     build({step.first, *(kernel for kernel, _ in step.kernels)}, folder)
     return step
@@ -215,21 +218,21 @@ def compare(step, tokens, model, expected, cache):
 
 
 SHAPES = {**MODELS, "many heads": dict(ffn="lowrank", rank=64, n_head=16, attn_dim=512)}
-EMULATED = [("lowrank swiglu", 5, 64), ("absolute, grouped", 8, 64), ("blockshuffle, one key head", 9, 64),
-            ("lowrank swiglu", 10, 64)]
+EMULATED = {("lowrank swiglu", 5, 64): None, ("absolute, grouped", 8, 64): (5, 2, 3, 32, 0),
+            ("blockshuffle, one key head", 9, 64): (5, 2, 3, 32, 1), ("lowrank swiglu", 10, 64): (3, 2, 3, 32, 1)}
 ON_CARD = [("dense", 5, 64), ("dense", 32, 1024), ("blockdense", 17, 64), ("wide attention", 33, 256),
            ("blockdense", 64, 512), ("blockshuffle, one key head", 50, 1024), ("absolute, grouped", 24, 512),
-           ("many heads", 64, 512)]
+           ("many heads", 64, 256), ("many heads", 64, 512), ("many heads", 13, 512)]
 
 
-@pytest.mark.parametrize("name, batch, length", EMULATED + [pytest.param(*case, marks=HOPPER) for case in ON_CARD])
+@pytest.mark.parametrize("name, batch, length", [*EMULATED] + [pytest.param(*case, marks=HOPPER) for case in ON_CARD])
 @torch.no_grad()
 def test_is_the_step(name, batch, length, tmp_path, monkeypatch):
     """Rows of different lengths; then one that ends and whose place is taken by a copy of another."""
     larger = dict(rank=64, attn_dim={"wide attention": 256, "many heads": 512}.get(name, 128))
     shape = {**SHAPES[name], **{key: value for key, value in larger.items() if key in SHAPES[name]}, "vocab_size": 256}
     model, low, expected, cache = pair(batch, length, **shape)
-    step = make_step(low, cache, tmp_path, monkeypatch, batch > 5)
+    step = make_step(low, cache, tmp_path, monkeypatch, EMULATED.get((name, batch, length)))
     tokens = torch.randint(256, (batch, length), device=DEVICE)
     lengths = (length - 20 - 3 * torch.arange(batch, device=DEVICE)).clamp(min=1)
     for m, c in ((model, expected), (low, cache)):
@@ -290,10 +293,21 @@ def test_attention_has_rings_where_rows_are_many():
     """Many queries a key have more warps, so that registers hold their outputs."""
     for cfg, warps in ((meta().cfg, 2), (meta(n_head=64, n_kv_head=16).cfg, 4)):
         for batch, rings in ((32, False), (33, True), (64, True)):
-            kernel = chain.attention_for(cfg, batch, 132)
+            kernel = chain.attention_for(cfg, batch, 132, 511)
             assert ("RING" in kernel.defines) is rings
             assert kernel.grid == (528 if rings else 16 * batch)
             assert not rings or kernel.threads == 32 * warps + 32
+
+
+def test_rows_of_a_long_cache_are_dealt_out_by_length():
+    """From more pairs of a row and a head on than multiprocessors; not where many queries share a key."""
+    for batch, grid, tile in ((8, 128, 0), (9, 132, 64), (16, 132, 64), (17, 264, 32), (64, 264, 32)):
+        kernel = chain.attention_for(meta().cfg, batch, 132, 512)
+        assert kernel.grid == grid
+        assert ("#define BY_LENGTH 1\n" in kernel.defines) is (tile > 0)
+        assert not tile or f"#define PLACES {tile}\n" in kernel.defines and kernel.threads == 288
+    few_keys = meta(n_head=64, n_kv_head=16).cfg
+    assert chain.attention_for(few_keys, 64, 132, 512) == chain.attention_for(few_keys, 64, 132, 256)
 
 
 @HOPPER
@@ -309,24 +323,27 @@ XL = dict(ffn="lowrank", rank=512, n_embd=2048, n_head=16)  # shapes of TUNED; a
 
 
 @HOPPER
-@pytest.mark.parametrize("batch, kind", [(5, dict(ffn="lowrank", rank=256)), (16, dict(ffn="blockshuffle", nblocks=2)),
-                                         (32, {}), (64, dict(ffn="lowrank", rank=256, n_kv_head=2)), (32, XL),
-                                         (64, XL)])
+@pytest.mark.parametrize("batch, length, kind", [
+    (5, 256, dict(ffn="lowrank", rank=256)), (16, 256, dict(ffn="blockshuffle", nblocks=2)), (32, 256, {}),
+    (64, 256, dict(ffn="lowrank", rank=256, n_kv_head=2)), (32, 256, XL), (64, 256, XL), (16, 768, XL), (64, 768, XL)])
 @torch.no_grad()
-def test_repeats_itself(batch, kind):
+def test_repeats_itself(batch, length, kind):
+    """Rows of a long cache are of unequal length."""
     shape = dict(n_embd=1024, n_head=8, n_layer=4, vocab_size=5000)
-    model = prepare_model(make("cuda", 256, **{**shape, **kind}), "structured", BF16)
+    model = prepare_model(make("cuda", length, **{**shape, **kind}), "structured", BF16)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.03)
-    cache = Cache(model.cfg, batch, 256, "cuda", BF16)
+    cache = Cache(model.cfg, batch, length, "cuda", BF16)
+    places = 100 + torch.arange(batch, device="cuda") * 7 % batch * (length - 256) // batch
     step = ops.fused_step(model, cache)
     assert isinstance(step, chain.Step)
+    cache.every.normal_()
     tokens = torch.randint(5000, (batch, 100), device="cuda")
     model.step(tokens, cache, torch.full((batch,), 100, device="cuda"))
     token, seen, first = tokens[:, :1].contiguous(), [], None
     graph = record_graph(lambda: seen.append(step(token, cache)))
     for i in range(1000):
-        cache.position.fill_(100)
+        cache.position.copy_(places)
         graph.replay()
         first = seen[-1].clone() if first is None else first
         assert torch.equal(seen[-1], first)
