@@ -10,10 +10,8 @@ import torch
 from ops import megakernel
 from ops.fallback import works
 from ops.megakernel import checked, linears
-from structured import Structured
 
 BATCHES = range(5, 65)
-DENSE = 32              # sequences up to which a model without factors gains: at 64 cuBLAS was faster on an H200
 MMA = 32                # tokens up to which plan's rule is one for mma; for more wgmma is faster
 LONG = 512              # places of a row, from which on rows of unequal length are the usual case
 SHARED = 227 * 1024     # bytes of shared memory that a thread block may have
@@ -80,8 +78,9 @@ TUNED = {
     (6144, 2048, 32): Wide(8, 2, 10, 8), (2048, 2048, 32): Wide(4, 8, 4, 4), (8192, 2048, 32): Wide(4, 1, 16, 8),
     (512, 2048, 32): Wide(4, 4, 8, 8), (8192, 512, 32): Wide(4, 1, 8, 4), (512, 8192, 32): Wide(4, 8, 16, 16),
     (2048, 512, 32): Wide(4, 4, 2, 2),
-    (6144, 2048, 64): Wide(4, 2, 6, 4), (2048, 2048, 64): Tiles(2, 2, 8), (8192, 2048, 64): Wide(4, 1, 14, 8),
-    (8192, 512, 64): Wide(4, 2, 4, 4), (512, 8192, 64): Wide(4, 8, 8, 4), (2048, 512, 64): Tiles(1, 2, 4)}
+    (6144, 2048, 64): Wide(4, 2, 6, 4), (2048, 2048, 64): Tiles(2, 2, 8), (8192, 2048, 64): Wide(4, 2, 6, 4),
+    (2048, 8192, 64): Wide(8, 8, 8, 4), (8192, 512, 64): Wide(4, 2, 4, 4), (512, 8192, 64): Wide(4, 8, 8, 4),
+    (2048, 512, 64): Tiles(1, 2, 4)}
 
 
 def plan(stage, tokens, multiprocessors):
@@ -158,8 +157,7 @@ def padded(batch) -> int:
 def fits(model, batch, multiprocessors) -> bool:
     """Whether the chain can compute this model's steps and is the faster way."""
     cfg, every = model.cfg, [linear for layer in linears(model, batch) for linear in layer]
-    most = max(BATCHES) if any(isinstance(linear, Structured) for linear in every) else DENSE
-    return (min(BATCHES) <= batch <= most and not cfg.extras and model.head.weight.dtype == torch.bfloat16
+    return (batch in BATCHES and not cfg.extras and model.head.weight.dtype == torch.bfloat16
             and cfg.attn_dim // cfg.n_head in (32, 64, 128, 256) and cfg.n_head // cfg.n_kv_head <= 8
             and all(plan(stage, padded(batch), multiprocessors) for linear in every for stage in stages(linear)))
 
