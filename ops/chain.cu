@@ -41,7 +41,7 @@ DEVICE void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
                  "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-DEVICE float shuffle(float value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
+template <class T> DEVICE T shuffle(T value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
 DEVICE int cluster_rank() {
     int rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -146,7 +146,7 @@ DEVICE const uint4& piece(const bf16* p) { return *(const uint4*)p; }
 DEVICE uint4 fresh(const bf16* p) { return __ldcg((const uint4*)p); }
 DEVICE float fresh_value(const bf16* p) { return wide(__ldcg((const unsigned short*)p)); }
 
-template <int n> DEVICE float sum_over(float value) {  // n neighbouring threads
+template <int n, class T> DEVICE T sum_over(T value) {  // n neighbouring threads
     UNROLL for (int o = n / 2; o; o /= 2) value += shuffle(value, o);
     return value;
 }
@@ -569,10 +569,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) linear(const __grid_consta
 
 #ifdef ATTENTION
 // ---------------------------------------------------------------------------------------------------------------------
-// Attention of one new token a row. A cluster of SPLIT CTAs for each row and key head, with its GROUP query heads.
-// HEADS, KV, D, WARPS, PASS, SPLIT, ROPE, SCALE. D / 8 threads, a team, share a place; it loads PASS places at once.
+// Attention of one new token a row. A cluster of SPLIT CTAs for each of UNITS pairs of a row and a key head, with its
+// GROUP query heads. HEADS, KV, D, WARPS, PASS, SPLIT, ROPE, SCALE. D / 8 threads, a team, share a place; it loads PASS
+// places at once. BY_LENGTH: long rows come first, so that none begins when the others end.
 
-constexpr int THREADS = 32 * WARPS, GROUP = HEADS / KV, MEMBERS = D / 8, TEAMS = THREADS / MEMBERS;
+constexpr int THREADS = 32 * WARPS, GROUP = HEADS / KV, MEMBERS = D / 8, TEAMS = THREADS / MEMBERS, ROWS = UNITS / KV;
 constexpr float LEAST = -1e30f;  // a score of nothing
 
 struct Arguments {
@@ -583,9 +584,42 @@ struct Arguments {
     long long length;  // of the cache
 };
 
+struct Row { int row; long long place; };
+
+DEVICE Row row_at(int rank, const long long* position) {  // in order, or the one that `rank` rows are longer than
+    if (!BY_LENGTH) return {rank, __ldcg(position + rank)};
+    constexpr int MANY = (ROWS + 31) / 32;  // rows of a thread of a warp
+    int key[MANY], longer[MANY] = {}, found = 0;
+    UNROLL for (int n = 0; n < MANY; n++) {
+        int row = n * 32 + threadIdx.x % 32;
+        key[n] = row < ROWS ? (int)__ldcg(position + row) * ROWS + row : 0;  // no two rows' are equal
+    }
+    _Pragma("unroll 8") for (int o = 0; o < (ROWS > 16 ? 32 : 16); o++)
+        UNROLL for (int i = 0; i < MANY; i++) {
+            int other = shuffle(key[i], o);
+            UNROLL for (int n = 0; n < MANY; n++) longer[n] += other > key[n];
+        }
+    UNROLL for (int n = 0; n < MANY; n++) found += longer[n] == rank ? key[n] : 0;
+    found = sum_over<32>(found);
+    return {found % ROWS, found / ROWS};
+}
+
+DEVICE float dot(const float (&a)[8], const float (&b)[8]) {
+    float sum = 0;
+    UNROLL for (int i = 0; i < 8; i++) sum += a[i] * b[i];
+    return sum_over<MEMBERS>(sum);
+}
+
 struct Softmax {  // a running one, over the places of a team
     float top[GROUP], total[GROUP], out[GROUP][8];
 
+    DEVICE Softmax(const float (&q)[GROUP][8], const float (&k)[8], const float (&v)[8], bool first) {
+        UNROLL for (int g = 0; g < GROUP; g++) {  // the first team begins with the new token
+            float score = dot(q[g], k);
+            top[g] = first ? score : LEAST, total[g] = first;
+            UNROLL for (int i = 0; i < 8; i++) out[g][i] = first ? v[i] : 0;
+        }
+    }
     DEVICE void add(float other_top, float other_total, const float (&other)[8], int g) {
         float most = top[g] > other_top ? top[g] : other_top;
         float mine = __expf(top[g] - most), theirs = __expf(other_top - most);
@@ -602,12 +636,6 @@ DEVICE void rotated(float (&out)[8], const bf16* vector, int m, const float (&c)
         unpack(fresh(vector + (m ^ MEMBERS / 2) * 8), other);
         UNROLL for (int i = 0; i < 8; i++) out[i] = rounded(out[i] * c[i] + other[i] * s[i]);
     }
-}
-
-DEVICE float dot(const float (&a)[8], const float (&b)[8]) {
-    float sum = 0;
-    UNROLL for (int i = 0; i < 8; i++) sum += a[i] * b[i];
-    return sum_over<MEMBERS>(sum);
 }
 
 DEVICE void load_places(uint4 (&out)[PASS], const bf16* from, long long first, long long stop) {
@@ -664,23 +692,42 @@ DEVICE void publish(Softmax& state, Parts& parts) {
     }
 }
 
+DEVICE float joined(const Parts& parts, int g, int d) {  // an entry of the output, of all warps of the cluster
+    float top = LEAST, total = 0, out = 0;
+    UNROLL for (int r = 0; r < SPLIT; r++)
+        UNROLL for (int w = 0; w < WARPS; w++) {
+            auto there = [&](const float* p) { return SPLIT > 1 ? of_cluster(p, r) : *p; };
+            float new_top = there(&parts.top[w][g]), most = top > new_top ? top : new_top;
+            float mine = __expf(top - most), theirs = __expf(new_top - most);
+            total = total * mine + there(&parts.total[w][g]) * theirs;
+            out = out * mine + there(&parts.out[w][g][d]) * theirs, top = most;
+        }
+    return out / total;
+}
+
 #ifndef RING
+// DEPTH buffers of PASS places: while one is attended to, loads of the others are under way. With more than one,
+// registers must be few enough for two CTAs a multiprocessor.
+constexpr int STEP = PASS * TEAMS * SPLIT;
 constexpr int EACH = (GROUP * D + SPLIT * THREADS - 1) / (SPLIT * THREADS);  // results of a thread
 
 struct Shared : Parts {};
 extern "C" __device__ const int needed_bytes = sizeof(Shared);
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention(Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, DEPTH > 1 ? 2 : 0) attention(Arguments a) {
     Shared& shared = *(Shared*)shared_memory();
-    int rank = SPLIT > 1 ? cluster_rank() : 0, head = blockIdx.x / SPLIT % KV, row = blockIdx.x / SPLIT / KV;
+    int rank = SPLIT > 1 ? cluster_rank() : 0, head = blockIdx.x / SPLIT % KV;
     int m = threadIdx.x % MEMBERS, team = rank * TEAMS + threadIdx.x / MEMBERS;
     start_next();
     // Before the wait: places that earlier steps wrote, and the position, which the step before this one set
-    long long place = __ldcg(a.position + row), first = team;
+    const auto [row, place] = row_at(blockIdx.x / SPLIT / KV, a.position);
+    long long first = team;
     bf16 *keys = a.k + (row * KV + head) * a.length * D + m * 8, *values = a.v + (keys - a.k);
-    uint4 k[PASS], v[PASS];
-    load_places(k, keys, first, place);
-    load_places(v, values, first, place);
+    uint4 k[DEPTH][PASS], v[DEPTH][PASS];
+    UNROLL for (int b = 0; b < DEPTH; b++) {
+        load_places(k[b], keys, first + b * STEP, place);
+        load_places(v[b], values, first + b * STEP, place);
+    }
     float c[8] = {}, s[8] = {};
     if (ROPE)
         UNROLL for (int i = 0; i < 8; i++) c[i] = a.cos[place * D + m * 8 + i], s[i] = a.sin[place * D + m * 8 + i];
@@ -694,34 +741,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(Arguments a) {
     }
     rotated(new_k, qkv + (HEADS + head) * D, m, c, s);
     unpack(fresh(qkv + (HEADS + KV + head) * D + m * 8), new_v);
-    Softmax state;  // team 0 begins with the new token
-    UNROLL for (int g = 0; g < GROUP; g++) {
-        float score = dot(q[g], new_k);
-        state.top[g] = team == 0 ? score : LEAST, state.total[g] = team == 0;
-        UNROLL for (int i = 0; i < 8; i++) state.out[g][i] = team == 0 ? new_v[i] : 0;
-    }
-    while (true) {
-        attend(state, q, k, v, first, place);
-        first += PASS * TEAMS * SPLIT;
-        if (first - team >= place) break;
-        load_places(k, keys, first, place);
-        load_places(v, values, first, place);
-    }
+    Softmax state(q, new_k, new_v, team == 0);
+    while (true)
+        UNROLL for (int b = 0; b < DEPTH; b++) {
+            attend(state, q, k[b], v[b], first, place);
+            first += STEP;
+            if (first - team >= place) goto attended;
+            load_places(k[b], keys, first + (DEPTH - 1) * STEP, place);
+            load_places(v[b], values, first + (DEPTH - 1) * STEP, place);
+        }
+attended:
     publish(state, shared);
     SPLIT > 1 ? cluster_sync() : __syncthreads();
     float result[EACH];
     UNROLL for (int e = 0; e < EACH; e++) {
-        int n = (e * SPLIT + rank) * THREADS + threadIdx.x, g = n / D % GROUP, d = n % D;
-        float top = LEAST, total = 0, out = 0;
-        UNROLL for (int r = 0; r < SPLIT; r++)
-            UNROLL for (int w = 0; w < WARPS; w++) {
-                auto there = [&](const float* p) { return SPLIT > 1 ? of_cluster(p, r) : *p; };
-                float new_top = there(&shared.top[w][g]), most = top > new_top ? top : new_top;
-                float mine = __expf(top - most), theirs = __expf(new_top - most);
-                total = total * mine + there(&shared.total[w][g]) * theirs;
-                out = out * mine + there(&shared.out[w][g][d]) * theirs, top = most;
-            }
-        result[e] = out / total;
+        int n = (e * SPLIT + rank) * THREADS + threadIdx.x;
+        result[e] = joined(shared, n / D % GROUP, n % D);
     }
     if (SPLIT > 1) cluster_sync();  // no CTA ends while others read its part. Before the stores: it would wait for them
     UNROLL for (int e = 0; e < EACH; e++) {
@@ -739,38 +774,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(Arguments a) {
 #ifdef RING
 // For many rows: GRID CTAs walk over the pairs of a row and a key head. One more warp has keys and values copied into a
 // ring of STAGES tiles of PLACES places, those of the next pairs too, so memory does not idle at the end of a pair.
-// BY_LENGTH: long rows come first, and pairs are dealt out forth and back. So all CTAs read about as much.
+// Pairs by length are dealt out forth and back. So all CTAs read about as much.
 
-constexpr int ROWS = UNITS / KV, ROUNDS = (UNITS + GRID - 1) / GRID;
-static_assert(PASS * TEAMS == PLACES && SPLIT == 1 && ROUNDS <= THREADS, "a tile is what all teams load at once");
+constexpr int ROUNDS = (UNITS + GRID - 1) / GRID;
+static_assert(PASS * TEAMS == PLACES && SPLIT == 1, "a tile is what all teams load at once");
 
 struct Shared {
     u64 full[STAGES], free[STAGES];
     long long place[ROUNDS];
-    int unit[ROUNDS], key[BY_LENGTH ? ROWS : 1];
+    int unit[ROUNDS];
     Parts parts[2];
     alignas(128) uint4 k[STAGES][PLACES][MEMBERS], v[STAGES][PLACES][MEMBERS];
 };
 extern "C" __device__ const int needed_bytes = sizeof(Shared);
 
-DEVICE void deal(Shared& shared, const long long* position) {
-    if (threadIdx.x < ROUNDS) {
-        int unit = blockIdx.x + threadIdx.x * GRID;
-        bool known = !BY_LENGTH && unit < UNITS;
-        shared.unit[threadIdx.x] = known ? unit : UNITS;
-        shared.place[threadIdx.x] = known ? __ldcg(position + unit / KV) : 0;
-    }
-    if (!BY_LENGTH) return;
-    for (int row = threadIdx.x; row < ROWS; row += THREADS + 32)
-        shared.key[row] = (int)__ldcg(position + row) * ROWS + row;  // no two are equal
-    __syncthreads();
-    for (int row = threadIdx.x; row < ROWS; row += THREADS + 32) {
-        int key = shared.key[row], longer = 0;
-        _Pragma("unroll 8") for (int i = 0; i < ROWS; i++) longer += shared.key[i] > key;
-        for (int i = 0; i < ROUNDS; i++) {
-            int dealt = i % 2 ? (i + 1) * GRID - 1 - blockIdx.x : i * GRID + blockIdx.x;
-            if (dealt / KV == longer) shared.unit[i] = row * KV + dealt % KV, shared.place[i] = key / ROWS;
-        }
+DEVICE void deal(Shared& shared, const long long* position) {  // a warp a round
+    for (int i = threadIdx.x / 32; i < ROUNDS; i += WARPS + 1) {
+        int dealt = BY_LENGTH && i % 2 ? (i + 1) * GRID - 1 - blockIdx.x : i * GRID + blockIdx.x;
+        Row next = dealt < UNITS ? row_at(dealt / KV, position) : Row{ROWS, 0};
+        if (threadIdx.x % 32 == 0) shared.unit[i] = next.row * KV + dealt % KV, shared.place[i] = next.place;
     }
 }
 
@@ -801,8 +823,7 @@ struct Inputs {  // a thread's pieces of the new vectors, not turned yet: own, a
         UNROLL for (int i = 0; i < 2; i++) k[i] = fresh(qkv + (HEADS + head) * D + (i ? other : m) * 8);
         v = fresh(qkv + (HEADS + KV + head) * D + m * 8);
         if (ROPE)
-            UNROLL for (int i = 0; i < 8; i++)
-                c[i] = a.cos[place * D + m * 8 + i], s[i] = a.sin[place * D + m * 8 + i];
+            UNROLL for (int i = 0; i < 8; i++) c[i] = a.cos[place * D + m * 8 + i], s[i] = a.sin[place * D + m * 8 + i];
     }
     DEVICE void turned(float (&out)[8], const uint4 (&piece)[2]) const {
         float other[8];
@@ -831,17 +852,8 @@ DEVICE void walk(Softmax& state, Shared& shared, const float (&q)[GROUP][8], lon
 }
 
 DEVICE void store_result(const Parts& parts, const Arguments& a, int unit) {
-    for (int n = threadIdx.x; n < GROUP * D; n += THREADS) {
-        int g = n / D;
-        float top = LEAST, total = 0, out = 0;
-        UNROLL for (int w = 0; w < WARPS; w++) {
-            float new_top = parts.top[w][g], most = top > new_top ? top : new_top;
-            float mine = __expf(top - most), theirs = __expf(new_top - most);
-            total = total * mine + parts.total[w][g] * theirs;
-            out = out * mine + parts.out[w][g][n % D] * theirs, top = most;
-        }
-        a.y[(long long)unit * GROUP * D + n].bits = narrow(out / total);
-    }
+    for (int n = threadIdx.x; n < GROUP * D; n += THREADS)
+        a.y[(long long)unit * GROUP * D + n].bits = narrow(joined(parts, n / D, n % D));
 }
 
 DEVICE void compute(Shared& shared, const Arguments& a) {
@@ -858,12 +870,7 @@ DEVICE void compute(Shared& shared, const Arguments& a) {
         }
         next.turned(new_k, next.k);
         unpack(next.v, new_v);
-        Softmax state;  // team 0 begins with the new token
-        UNROLL for (int g = 0; g < GROUP; g++) {
-            float score = dot(q[g], new_k);
-            state.top[g] = team == 0 ? score : LEAST, state.total[g] = team == 0;
-            UNROLL for (int j = 0; j < 8; j++) state.out[g][j] = team == 0 ? new_v[j] : 0;
-        }
+        Softmax state(q, new_k, new_v, team == 0);
         if (team == 0) {
             long long to = ((long long)unit * a.length + place) * D + m * 8;
             *(uint4*)(a.k + to) = pack(new_k);

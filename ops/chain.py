@@ -122,10 +122,16 @@ def wide_plan(stage, multiprocessors):
 
 
 def attention_plan(cfg, batch, multiprocessors):
-    """(thread blocks of a cluster, warps of each, places a team loads at once): the more thread blocks, the smaller."""
+    """(thread blocks of a cluster, warps of each, places a team loads at once, buffers of as many places).
+
+    The more thread blocks, the smaller. Where a multiprocessor has two, two half buffers are faster: one is loaded
+    while the other is attended to. Registers hold that for one query a key.
+    """
     pairs = batch * cfg.n_kv_head
     split = max(s for s in (1, 2, 4, 8) if s == 1 or s * pairs <= multiprocessors)
-    return split, 8 if pairs <= 2 * multiprocessors else 4, at_once(cfg)
+    if multiprocessors < pairs <= 2 * multiprocessors and cfg.n_head == cfg.n_kv_head:
+        return 1, 8, 4, 2
+    return split, 8 if pairs <= 2 * multiprocessors else 4, at_once(cfg), 1
 
 
 def at_once(cfg):
@@ -137,16 +143,16 @@ def attention_for(cfg, batch, multiprocessors, length):
     """The kernel of attention, for a cache of `length` places a row.
 
     With rings four thread blocks a multiprocessor, where there is work for all of them. In a long cache rows differ in
-    length, and one or two thread blocks a multiprocessor share the work evenly, where each has at least two pairs of a
-    row and a head. More than two queries a key read so little that this does not matter.
+    length. There two thread blocks a multiprocessor share the pairs of a row and a head evenly, where each has more than
+    one; where each has one, long rows come first. More than two queries a key read so little that this does not matter.
     """
     pairs, places = batch * cfg.n_kv_head, 4096 // (cfg.attn_dim // cfg.n_head)  # of a tile of 8 KiB
-    if length >= LONG and pairs > multiprocessors and at_once(cfg) == 8:
-        each = 1 + (pairs > 2 * multiprocessors)
-        return ring_kernel(cfg, batch, each * multiprocessors, 8, 3, 2 * places // each, by_length=1)
+    if length >= LONG and pairs > 2 * multiprocessors and at_once(cfg) == 8:
+        return ring_kernel(cfg, batch, 2 * multiprocessors, 8, 3, places, by_length=1)
     if pairs >= 4 * multiprocessors:
         return ring_kernel(cfg, batch, 4 * multiprocessors, 16 // at_once(cfg), 3, places)
-    return attention_kernel(cfg, batch, *attention_plan(cfg, batch, multiprocessors))
+    *how, depth = attention_plan(cfg, batch, multiprocessors)
+    return attention_kernel(cfg, batch, *how, depth, by_length=int(depth > 1 and length >= LONG))
 
 
 def padded(batch) -> int:
@@ -268,11 +274,11 @@ def linear_arguments(stage, tiles, act, tensors, eps):
     return pointers(kind, *tensors, eps=eps)
 
 
-def attention_kernel(cfg, batch, split, warps, passes):
-    D = cfg.attn_dim // cfg.n_head
+def attention_kernel(cfg, batch, split, warps, passes, depth=1, by_length=0):
+    D, units = cfg.attn_dim // cfg.n_head, batch * cfg.n_kv_head
     values = dict(ATTENTION=1, HEADS=cfg.n_head, KV=cfg.n_kv_head, D=D, WARPS=warps, PASS=passes, SPLIT=split,
-                  ROPE=int(cfg.pos == "rope"), SCALE=f"{D ** -0.5!r}f")
-    return Kernel(define(**values), "attention", batch * cfg.n_kv_head * split, split, 32 * warps)
+                  UNITS=units, DEPTH=depth, BY_LENGTH=by_length, ROPE=int(cfg.pos == "rope"), SCALE=f"{D ** -0.5!r}f")
+    return Kernel(define(**values), "attention", units * split, split, 32 * warps)
 
 
 def ring_kernel(cfg, batch, grid, warps, stages, places, by_length=0):

@@ -72,11 +72,11 @@ inline Meeting& my_warp() { return my_block().warps[threadIdx.x / 32]; }
 inline void __syncthreads() { meet(my_block().all); }
 inline void __syncwarp() { meet(my_warp()); }
 inline void sync_consumers() { meet(my_block().consumers); }
-inline float shuffle(float value, int mask) {
+template <class T> inline T shuffle(T value, int mask) {  // of 4 bytes
     float* values = my_block().shuffled.data() + my_warp().generation % 2 * blockDim.x;
-    values[threadIdx.x] = value;
+    memcpy(values + threadIdx.x, &value, 4);
     meet(my_warp());
-    return values[threadIdx.x ^ mask];
+    return memcpy(&value, values + (threadIdx.x ^ mask), 4), value;
 }
 
 inline float of_bf16(unsigned bits) {

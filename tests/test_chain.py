@@ -174,6 +174,53 @@ def test_shared_memory_is_what_the_plan_counts(linears, case):
     assert chain.possible(stage, how, case[7])
 
 
+ATTENTIONS = [  # heads, key heads, rows, and as attention_kernel or ring_kernel takes them, by length: the last of each
+    (4, 4, 40, chain.attention_kernel, (1, 1, 2, 2, 1)), (2, 1, 13, chain.attention_kernel, (2, 2, 1, 2, 1)),
+    (2, 2, 5, chain.attention_kernel, (1, 2, 2, 3, 0)), (2, 2, 9, chain.attention_kernel, (2, 1, 4, 1, 0)),
+    (4, 4, 40, chain.ring_kernel, (21, 2, 2, 32, 1)), (2, 1, 17, chain.ring_kernel, (7, 2, 3, 32, 0))]
+
+
+def attention_of(heads, kv, rows, maker, how):
+    cfg = Config(n_embd=heads * 32, n_head=heads, n_kv_head=kv, pos="absolute", vocab_size=256)
+    config.check(cfg)
+    return maker(cfg, rows, *how)
+
+
+@pytest.fixture(scope="module")
+def attentions(tmp_path_factory):
+    if not ON_GPU:
+        build([attention_of(*case) for case in ATTENTIONS], tmp_path_factory.mktemp("attentions"))
+
+
+@pytest.mark.parametrize("heads, kv, rows, maker, how", ATTENTIONS)
+@torch.no_grad()
+def test_attention(attentions, heads, kv, rows, maker, how):
+    """Of empty rows, of one place, of several rounds of loads, of equal length: softmax(q k^T / sqrt(D)) v, and k and v
+    of the new token at their place."""
+    torch.manual_seed(1)
+    length, D = 96, 32
+    qkv = torch.randn(rows, heads + 2 * kv, D, device=DEVICE).bfloat16()
+    keys, values = torch.randn(2, rows, kv, length, D, device=DEVICE).bfloat16()
+    position = torch.tensor([(33, 1, 70, 0, 1, 8, 95, 64, 17)[i * 4 % 9] for i in range(rows)], device=DEVICE)
+    q, k, v = qkv.split([heads, kv, kv], dim=1)
+    filled = [t.clone() for t in (keys, values)]
+    for t, new in zip(filled, (k, v)):
+        t[torch.arange(rows, device=DEVICE), :, position] = new
+    every = [t.double().repeat_interleave(heads // kv, dim=1) for t in filled]  # (rows, heads, length, D)
+    scores = torch.einsum("rhd,rhld->rhl", q.double(), every[0]) / D ** 0.5
+    scores[(torch.arange(length, device=DEVICE) > position[:, None, None]).expand_as(scores)] = -torch.inf
+    expected = torch.einsum("rhl,rhld->rhd", scores.softmax(-1), every[1])
+    for t in (keys, values):  # what no step wrote
+        t[(torch.arange(length, device=DEVICE) >= position[:, None])[:, None].expand(-1, kv, -1)] = torch.nan
+    y = torch.full((rows, heads, D), torch.nan, device=DEVICE, dtype=BF16)
+    arguments = chain.pointers(chain.Attention, qkv, None, None, position, keys, values, y, length=length)
+    launch(attention_of(heads, kv, rows, maker, how), arguments, torch.device(DEVICE))
+    torch.testing.assert_close(y.double(), expected, atol=0.01, rtol=0.01)
+    for t, full in zip((keys, values), filled):
+        there = (torch.arange(length, device=DEVICE) <= position[:, None])[:, None].expand(-1, kv, -1)
+        assert torch.equal(t[there], full[there]) and t[~there].isnan().all()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The step
 
@@ -189,19 +236,15 @@ def pair(batch, length=64, **shape):
     return model, low, *(Cache(model.cfg, batch, length, DEVICE, m.head.weight.dtype) for m in (model, low))
 
 
-def make_step(model, cache, folder, monkeypatch, ring=None):
-    """On CUDA as it is used; on a CPU with few warps, two thread blocks for each head, wgmma from 9 sequences on.
-
-    ring: (thread blocks, warps, tiles, places of one, by length) of attention.
-    """
+def make_step(model, cache, folder, monkeypatch, attention):
+    """On CUDA as it is used; on a CPU with few warps, wgmma from 9 sequences on, and attention's (maker, how)."""
     if ON_GPU:
         step = ops.fused_step(model, cache)
         assert isinstance(step, chain.Step)
         return step
-    monkeypatch.setattr(chain, "attention_plan", lambda *_: (2, 1, 2))
+    maker, how = attention
+    monkeypatch.setattr(chain, "attention_for", lambda cfg, batch, *_: maker(cfg, batch, *how))
     monkeypatch.setattr(chain, "MMA", 8)
-    if ring:
-        monkeypatch.setattr(chain, "attention_for", lambda cfg, batch, *_: chain.ring_kernel(cfg, batch, *ring))
     step = chain.Step(model, cache, 8, launch=launch)
     build({step.first, *(kernel for kernel, _ in step.kernels)}, folder)
     return step
@@ -218,17 +261,21 @@ def compare(step, tokens, model, expected, cache):
 
 
 SHAPES = {**MODELS, "many heads": dict(ffn="lowrank", rank=64, n_head=16, attn_dim=512)}
-EMULATED = {("lowrank swiglu", 5, 64): None, ("absolute, grouped", 8, 64): (5, 2, 3, 32, 0),
-            ("blockshuffle, one key head", 9, 64): (5, 2, 3, 32, 1), ("lowrank swiglu", 10, 64): (3, 2, 3, 32, 1)}
-ON_CARD = [("dense", 5, 64), ("dense", 32, 1024), ("blockdense", 17, 64), ("wide attention", 33, 256),
+EMULATED = {("lowrank swiglu", 5, 64): (chain.attention_kernel, (2, 1, 2)),
+            ("lowrank swiglu", 6, 64): (chain.attention_kernel, (1, 1, 1, 2, 1)),
+            ("absolute, grouped", 8, 64): (chain.ring_kernel, (5, 2, 3, 32, 0)),
+            ("blockshuffle, one key head", 9, 64): (chain.ring_kernel, (5, 2, 3, 32, 1)),
+            ("lowrank swiglu", 10, 64): (chain.ring_kernel, (3, 2, 3, 32, 1))}
+ON_CARD = [("dense", 5, 64), ("dense", 64, 1024), ("blockdense", 17, 64), ("wide attention", 33, 256),
            ("blockdense", 64, 512), ("blockshuffle, one key head", 50, 1024), ("absolute, grouped", 24, 512),
-           ("many heads", 64, 256), ("many heads", 64, 512), ("many heads", 13, 512)]
+           ("many heads", 64, 256), ("many heads", 64, 512), ("many heads", 13, 512),
+           ("many heads", 13, 256), ("many heads", 9, 1024)]
 
 
 @pytest.mark.parametrize("name, batch, length", [*EMULATED] + [pytest.param(*case, marks=HOPPER) for case in ON_CARD])
 @torch.no_grad()
 def test_is_the_step(name, batch, length, tmp_path, monkeypatch):
-    """Rows of different lengths; then one that ends and whose place is taken by a copy of another."""
+    """Rows of different lengths; then one that ends and whose place is taken by a copy of another, and an empty one."""
     larger = dict(rank=64, attn_dim={"wide attention": 256, "many heads": 512}.get(name, 128))
     shape = {**SHAPES[name], **{key: value for key, value in larger.items() if key in SHAPES[name]}, "vocab_size": 256}
     model, low, expected, cache = pair(batch, length, **shape)
@@ -239,7 +286,7 @@ def test_is_the_step(name, batch, length, tmp_path, monkeypatch):
         m.step(tokens[:, :length - 20], c, lengths)
     compare(step, tokens[:, :1].contiguous(), model, expected, cache)
     for c in (expected, cache):
-        c.position[0] = 9
+        c.position[0], c.position[1] = 9, 0
         for k, v in c.layers:
             k[0], v[0] = k[-1], v[-1]
     compare(step, tokens[:, 1:2].contiguous(), model, expected, cache)
@@ -296,15 +343,32 @@ def test_attention_has_rings_where_rows_are_many():
             assert not rings or kernel.threads == 32 * warps + 32
 
 
+def constants(cfg, batch, length):
+    kernel = chain.attention_for(cfg, batch, 132, length)
+    return {name: int(value) for name, value in re.findall(r"#define (\w+) (\d+)\n", kernel.defines)}, kernel
+
+
 def test_rows_of_a_long_cache_are_dealt_out_by_length():
-    """From more pairs of a row and a head on than multiprocessors; not where many queries share a key."""
-    for batch, grid, tile in ((8, 128, 0), (9, 132, 64), (16, 132, 64), (17, 264, 32), (64, 264, 32)):
-        kernel = chain.attention_for(meta().cfg, batch, 132, 512)
-        assert kernel.grid == grid
-        assert ("#define BY_LENGTH 1\n" in kernel.defines) is (tile > 0)
-        assert not tile or f"#define PLACES {tile}\n" in kernel.defines and kernel.threads == 288
+    """From more pairs of a row and a head on than two a multiprocessor; not where many queries share a key."""
+    for batch, rings in ((8, False), (16, False), (17, True), (64, True)):
+        found, kernel = constants(meta().cfg, batch, 512)
+        assert ("RING" in found) is rings and kernel.grid == (264 if rings else 16 * batch)
+        assert not rings or (found["BY_LENGTH"], found["PLACES"], kernel.threads) == (1, 32, 288)
     few_keys = meta(n_head=64, n_kv_head=16).cfg
     assert chain.attention_for(few_keys, 64, 132, 512) == chain.attention_for(few_keys, 64, 132, 256)
+
+
+def test_attention_has_two_buffers_where_a_multiprocessor_has_two_pairs():
+    """With long rows first in a long cache; not where queries share a key, whose registers do not hold it."""
+    for batch, buffers in ((5, 1), (8, 1), (9, 2), (16, 2), (17, 1), (32, 1)):
+        for length in (256, 511, 512, 1024):
+            found, kernel = constants(meta().cfg, batch, length)
+            if "RING" not in found:
+                assert (found["DEPTH"], found["PASS"]) == (buffers, 8 // buffers)
+                assert found["BY_LENGTH"] == (buffers == 2 and length >= 512)
+                assert found["SPLIT"] == 1 and kernel.threads == (256 if batch <= 16 else 128)
+    shared = constants(meta(n_head=32, n_kv_head=16).cfg, 16, 512)[0]
+    assert (shared["DEPTH"], shared["PASS"], shared["BY_LENGTH"]) == (1, 8, 0)
 
 
 @HOPPER
@@ -322,7 +386,8 @@ XL = dict(ffn="lowrank", rank=512, n_embd=2048, n_head=16)  # shapes of TUNED; a
 @HOPPER
 @pytest.mark.parametrize("batch, length, kind", [
     (5, 256, dict(ffn="lowrank", rank=256)), (16, 256, dict(ffn="blockshuffle", nblocks=2)), (32, 256, {}),
-    (64, 256, dict(ffn="lowrank", rank=256, n_kv_head=2)), (32, 256, XL), (64, 256, XL), (16, 768, XL), (64, 768, XL)])
+    (64, 256, dict(ffn="lowrank", rank=256, n_kv_head=2)), (32, 256, XL), (64, 256, XL), (16, 768, XL), (64, 768, XL),
+    (16, 256, XL), (64, 256, dict(n_embd=2048, n_head=16))])
 @torch.no_grad()
 def test_repeats_itself(batch, length, kind):
     """Rows of a long cache are of unequal length."""
