@@ -218,7 +218,7 @@ def _store(k, v, k_cache, v_cache, row, place, k_token, k_head, v_token, v_head,
     token = tl.program_id(0).to(tl.int64)
     to = tl.load(row + token)
     h, d = tl.arange(0, HEADS)[:, None], tl.arange(0, SIZE)[None, :]
-    ok = (h < KV) & (d < D) & (to >= 0)
+    ok = (h < tl.where(to >= 0, KV, 0)) & (d < D)
     at = to * cache_row + h * cache_head + tl.load(place + token) * D + d               # (HEADS, SIZE)
     tl.store(k_cache + at, tl.load(k + token * k_token + h * k_head + d, mask=ok), mask=ok)
     tl.store(v_cache + at, tl.load(v + token * v_token + h * v_head + d, mask=ok), mask=ok)
