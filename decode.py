@@ -7,8 +7,12 @@ import hashlib
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, islice, pairwise
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from config import UserError
 from device import Upload, record_graph
@@ -69,8 +73,7 @@ def sample_token(logits, s, draw=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory
 
-PREFILL = 8192  # most prompt tokens in one forward, padding included: enough to fill a large GPU
-GRAPHED = 4096  # most that go as CUDA graphs; more fill the device while their kernels are launched
+PREFILL = 8192  # most prompt tokens in one forward: enough to fill a large GPU
 
 
 def token_bytes(cfg, dtype) -> int:
@@ -102,7 +105,7 @@ def rows_that_fit(cfg, length, device, dtype) -> int:
     if free is None:
         return 2**20
     token = (8 * cfg.n_embd + 2 * cfg.n_hidden + 4 * cfg.attn_dim) * dtype.itemsize    # the activations of a prompt's
-    prompts = min(PREFILL + GRAPHED, 64 * length) * token
+    prompts = 2 * min(PREFILL, 64 * length) * token                                    # of a graph, and without one
     return max(0, int((0.95 * free - prompts - 2**28) // row_bytes(cfg, length, dtype)))
 
 
@@ -112,10 +115,65 @@ def padded(length, block_size) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+SIZES = 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, PREFILL  # tokens of a CUDA graph
+TOGETHER = 64  # most prompts in one forward
+
+
+@dataclass
+class Prompts:
+    """Prompts, one after the other in one row of N tokens, on their way to empty rows of a cache. To GPT.store a cache.
+
+    row, at (N,): where the keys and values of each token go; row -1: nowhere, such tokens fill up a CUDA graph.
+    ends (n + 1,) int32: 0 and where each prompt ends. longest: at least the tokens of the longest prompt.
+    """
+    cache: Cache
+    row: torch.Tensor
+    at: torch.Tensor
+    ends: torch.Tensor
+    longest: int
+
+    def place(self, T):
+        return self.at
+
+    def before(self):
+        return None
+
+    def begins(self):
+        return (self.at == 0)[None]                                                    # (1, N)
+
+    def kept(self, T):
+        return [LayerPrompts(self, k, v) for k, v in self.cache.every]
+
+    @cached_property
+    def spans(self):
+        return list(pairwise(self.ends.tolist()))
+
+
+class LayerPrompts(NamedTuple):
+    prompts: Prompts
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def attend(self, q, k, v):
+        """Stores k, v (1, N, n_kv_head, head_size); q (1, N, n_head, head_size) -> each prompt's attention, as q."""
+        to = self.prompts
+        if ops.ON and ops.can_store(k):
+            ops.store(k[0], v[0], self.k, self.v, to.row, to.at)
+        else:
+            self.k[to.row, :, to.at], self.v[to.row, :, to.at] = k[0], v[0]
+        if ops.ON and ops.can_attend_prompts(q.dtype, q.device, q.size(-1)):
+            return ops.attend_prompts(q[0], k[0], v[0], to.ends, to.longest)[None]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                               # (1, heads, N, head_size)
+        parts = [F.scaled_dot_product_attention(*(t[:, :, a:b] for t in (q, k, v)), is_causal=True,
+                                                enable_gqa=k.size(1) < q.size(1)) for a, b in to.spans]
+        return torch.cat(parts, 2).transpose(1, 2)                                     # (1, N, n_head, head_size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
-BUCKETS = 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048  # lengths of prompts that have a CUDA graph
-GRAPH_PROMPTS = 8  # most prompts in such a graph
 CHUNK = 8  # steps between two looks at the new tokens
 CHUNK_WHILE_WAITING = 2  # the same while prompts wait, since a row that has ended keeps its place until then
 AHEAD = 32  # most prompts that are stored ahead of free places, in spare rows of the cache; at most two for each place
@@ -133,6 +191,11 @@ class Row:
     limit: int = 0                       # new tokens at most
     steps: int = 0                       # steps launched so far; the host reads their tokens later
     at: int = -1                         # the row of the cache that holds its prompt
+
+
+def that_fit(lengths) -> int:
+    """How many prompts of these lengths, in this order, one forward holds: at least the first."""
+    return max(1, sum(end <= PREFILL for end in accumulate(islice(lengths, TOGETHER))))
 
 
 class Decoder:
@@ -158,10 +221,12 @@ class Decoder:
         self.key = torch.zeros(batch, dtype=torch.long, device=device)
         self.new = torch.zeros(batch, length + 1, dtype=torch.long, device=device)          # those of the latest chunk
         self.count = torch.zeros(batch, 1, dtype=torch.long, device=device)                 # how many of `new` are set
-        self.widths = sorted({min(bucket, length) for bucket in BUCKETS})
-        most = max(5 * batch, 1 + length, 3 * PREFILL, GRAPH_PROMPTS + GRAPHED)             # of `prefill` and `store`
+        most = max(5 * batch, 3 * max(PREFILL, length) + TOGETHER + 1)                      # of `prefill` and `store`
         self.upload = Upload(torch.zeros(most, dtype=torch.long, device=device))
-        self.recorded, self.prefills = {}, {}       # graphs: {cache.seen: of a step}, {(prompts, width): of prompts}
+        self.recorded, self.prefills = {}, {}       # graphs: {cache.seen: of a step}, {(tokens, prompts): of prompts}
+        size = cfg.attn_dim // cfg.n_head
+        self.prompt_graphs = (self.graphs and ops.ON and ops.can_store(weight)
+                              and ops.can_attend_prompts(weight.dtype, device, size))
         self.pool = None
         with model.speeds.launched("graph"):
             self.forward = self.graphs and ops.ON and ops.fused_step(model, self.cache) or model.step
@@ -211,9 +276,9 @@ class Decoder:
             t.copy_(value)
         return graph
 
-    def record(self, run):
+    def record(self, run, warm=True):
         with self.model.speeds.launched("graph"):
-            graph = record_graph(run, self.pool)
+            graph = record_graph(run, self.pool, warm)
         self.pool = self.pool or graph.pool()
         return graph
 
@@ -239,35 +304,41 @@ class Decoder:
         index, *values = self.upload([list(state), *zip(*state.values())])
         for tensor, value in zip((self.token[:, 0], self.cache.position, self.cache.newest, self.key), values):
             tensor.index_copy_(0, index, value)
-        prompts.sort(key=lambda prompt: -len(prompt[0]))  # neighbours are of like length, so little is padded
         while prompts:
-            longest, width = len(prompts[0][0]), 0
-            if self.graphs and sum(len(tokens) for tokens, _ in prompts) <= GRAPHED:
-                width = min((width for width in self.widths if width >= longest), default=0)
-            n = max(1, min(GRAPH_PROMPTS, GRAPHED // width) if width else PREFILL // longest)
-            self.store(prompts[:n], width)
+            n = that_fit(len(tokens) for tokens, _ in prompts)
+            self.store(prompts[:n])
             prompts = prompts[n:]
 
-    def store(self, prompts, width):
-        """Stores prompts [(tokens, row of the cache)], longest first, padded to `width` as a CUDA graph; 0: without.
+    def store(self, prompts):
+        """Stores prompts [(tokens, row of the cache)] in one forward, where that pays as a CUDA graph.
 
-        A graph serves all rows. The first prompts of a shape run without one: they are not worth a recording. A width
-        has at most GRAPH_PROMPTS graphs, of GRAPHED tokens at most, and all share one pool of memory.
+        A graph serves all rows, and all prompts of at most so many tokens together: what they lack is filled up. The
+        first prompts of a size run without one: they are not worth a recording. All graphs share one pool of memory.
         """
-        wide = width or max(2, len(prompts[0][0]))  # a single token would be a decode step
-        # always to one place in memory, where a graph reads them: (n, 1 + wide)
-        values = self.upload([[place, *tokens] + [0] * (wide - len(tokens)) for tokens, place in prompts])
+        ends = [0, *accumulate(len(tokens) for tokens, _ in prompts)]
+        N, n, longest = ends[-1], len(prompts), max(len(tokens) for tokens, _ in prompts)
+        size = self.prompt_graphs and next((size for size in SIZES if size >= N), 0)
+        if size:
+            n, longest = TOGETHER if n > 1 else 1, min(size, self.cache.length)
+        fill = (size or N) - N
+        # always to one place in memory, where a graph reads them
+        values = self.upload([
+            *(token for tokens, _ in prompts for token in tokens), *[0] * fill,
+            *(row for tokens, row in prompts for _ in tokens), *[-1] * fill,
+            *(place for tokens, _ in prompts for place in range(len(tokens))), *[0] * fill,
+            *ends, *[N] * (n + 1 - len(ends))])
 
         def run():
-            self.model.store(values[:, 1:], self.cache.rows(values[:, 0]))
+            tokens, row, place = values[:3 * (N + fill)].view(3, -1)
+            self.model.store(tokens[None], Prompts(self.cache, row, place, values[-n - 1:].int(), longest))
 
-        if not width:
+        shape = size, n
+        if not size:
             return run()
-        shape = len(prompts), width
         if shape not in self.prefills:
             self.prefills[shape] = None
             return run()
-        self.prefills[shape] = self.prefills[shape] or self.record(run)
+        self.prefills[shape] = self.prefills[shape] or self.record(run, warm=False)
         self.prefills[shape].replay()
 
     # The loop
@@ -282,7 +353,7 @@ class Decoder:
         the host. So an EOS is seen one chunk late. Ends by length are known beforehand.
         """
         places, stored, launched, steps, ahead = [None] * len(self.key), deque(), deque(), 1, 0
-        # of many prompts some are of like length, and those are stored together; yet a text waits for few others
+        # rows of like length share a step's attention more evenly; yet a text waits for few others
         window = max(4 * len(places), 8 * self.spare)
         waiting = deque(row for i in range(0, len(rows), window)
                         for row in sorted(rows[i:i + window], key=lambda row: -len(row.prompt)))
@@ -310,7 +381,7 @@ class Decoder:
         free = [i for i, row in enumerate(places) if row is None]
         new = len(free) - len(stored)
         if new > 0 and waiting:
-            new = max(new, min(new + self.spare, PREFILL // len(waiting[0].prompt)))
+            new = max(new, min(new + self.spare, that_fit(len(row.prompt) for row in waiting)))
             stored.extend(waiting.popleft() for _ in range(min(new, len(waiting))))
         for i in free[:len(stored)]:
             places[i] = changes[i] = row = stored.popleft()

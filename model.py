@@ -3,7 +3,6 @@
 Pre-norm blocks x + attention(norm(x)), x + ffn(norm(x)); config has the switches. Also here: a loss that never holds
 all logits, parameter and FLOP counts by the paper's rules, building and loading a model.
 """
-import copy
 import functools
 import importlib.util
 import logging
@@ -99,7 +98,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, values=None, cache=None):
         """x (B, T, n_embd) -> (B, T, n_embd). values (B, T, n_kv_head x head_size), with value embeddings: every key
-        head adds its part to v, times 3 sigmoid(gate). cache: the LayerCache of a decoding step."""
+        head adds its part to v, times 3 sigmoid(gate). cache: the LayerCache of a step."""
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_size)                         # (B, T, heads, head_size)
         if self.rope and ops.ON and ops.can_rotate(qkv, cos):
@@ -250,13 +249,6 @@ class Cache:
         self.index = torch.arange(batch, device=device)
         self.length = self.seen = length
 
-    def rows(self, index):
-        """All buffers, for prompts that go to the rows index (n,). A CUDA graph reads index anew each time."""
-        view = copy.copy(self)
-        view.layers = [(k, v) for k, v in self.every]
-        view.index, view.position, view.newest = index, torch.zeros_like(index), torch.zeros_like(index)
-        return view
-
     def move(self, source, to, tokens):
         """The first `tokens` keys and values of one row to another row."""
         self.every[:, :, to, :, :tokens] = self.every[:, :, source, :, :tokens]
@@ -267,9 +259,23 @@ class Cache:
         dtype = self.layers[0][0].dtype
         return torch.zeros((), device=hidden.device, dtype=dtype).masked_fill(hidden, -torch.inf)[:, None, None]
 
+    # What GPT.store asks a cache, and decode.Prompts
+
+    def place(self, T):
+        """The positions of T new tokens of each row. Prompts begin in empty rows."""
+        return self.position[:, None] if T == 1 else slice(T)
+
     def before(self):
         """(B,): the token before each row's next one, -1 in an empty row."""
         return torch.where(self.position > 0, self.newest, -1)
+
+    def begins(self):
+        """None: a row holds one text."""
+
+    def kept(self, T):
+        """Of each layer what stores keys and values of T new tokens and attends to them."""
+        mask = self.mask() if T == 1 else None  # prompts need none but the causal one
+        return [LayerCache(*layer, self.index, self.position, mask) for layer in self.layers]
 
     def advance(self, tokens, newest):
         """A full row stays full; what is written to its last place is ignored. newest (B,): each row's last token."""
@@ -288,13 +294,8 @@ class LayerCache(NamedTuple):
         """Stores k, v (B, T, n_kv_head, head_size); q (B, T, n_head, head_size) -> the output of attention, as q."""
         B, T, n_head, size = q.shape
         if T > 1:  # prompts: nothing was stored before
-            stored = ops.ON and ops.can_store(k)
-            if stored:
-                ops.store(k, v, self.k, self.v, self.index)
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))                     # (B, heads, T, head_size)
-            if not stored:
-                self.k[:, :, :T].index_copy_(0, self.index, k)
-                self.v[:, :, :T].index_copy_(0, self.index, v)
+            self.k[:, :, :T], self.v[:, :, :T] = k, v
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < n_head)
             return y.transpose(1, 2)                                             # (B, T, n_head, head_size)
         row, seen = self.index, self.mask.size(-1)
@@ -405,9 +406,14 @@ class Smear(nn.Module):
         super().__init__()
         self.gate, self.scale = nn.Linear(GATE_WIDTH, 1, bias=False), nn.Parameter(torch.empty(()))
 
-    def forward(self, x, first):
-        """x (B, T + 1, n_embd), the first of which counts where `first` (B,) is true -> (B, T, n_embd)."""
+    def forward(self, x, first, begins=None):
+        """x (B, T + 1, n_embd), the first of which counts where `first` (B,) is true -> (B, T, n_embd).
+
+        begins (B, T): the tokens with which a text begins inside a row.
+        """
         before = torch.cat((x[:, :1] * first[:, None, None], x[:, 1:-1]), 1)     # (B, T, n_embd)
+        if begins is not None:
+            before = before.masked_fill(begins[..., None], 0)
         gate = self.scale * torch.sigmoid(self.gate(x[:, 1:, :GATE_WIDTH]))           # (B, T, 1)
         return x[:, 1:] + (gate * before).to(x.dtype)
 
@@ -479,10 +485,11 @@ class GPT(nn.Module):
             nn.init.normal_(self.wte.weight)
             nn.init.normal_(self.head.weight, std=0.001)
 
-    def embed(self, tokens, before=None):
+    def embed(self, tokens, before=None, begins=None):
         """tokens (B, T) -> their embeddings, (B, T, n_embd), and of each layer its value embeddings or None.
 
-        before (B,), for smear: the token before each row's first, -1 where there is none. None: nowhere is one.
+        For smear. before (B,): the token before each row's first, -1 where there is none. None: nowhere is one.
+        begins: as in Smear.
         """
         if self.cfg.smear:
             before = tokens.new_full((len(tokens),), -1) if before is None else before
@@ -492,7 +499,7 @@ class GPT(nn.Module):
         if self.cfg.embed_norm:
             x = rms_norm(x)
         if self.cfg.smear:
-            x = self.smear(x, before >= 0)
+            x = self.smear(x, before >= 0, begins)
         return x, [None if block.attn.values is None else block.attn.values(tokens) for block in self.blocks]
 
     def hidden(self, tokens, alpha=None, guided=(), keys=None):
@@ -556,19 +563,16 @@ class GPT(nn.Module):
     def store(self, tokens, cache):
         """A step without the head: stores keys and values of tokens (B, T) -> x and pending of the last block.
 
-        Prompts are padded on the right. The causal mask hides the padding from every real token, and later steps
-        overwrite its keys.
+        cache: a Cache, or decode.Prompts. Rows are padded on the right. The causal mask hides the padding from every
+        real token, and later steps overwrite its keys.
         """
-        T = tokens.size(1)
-        place = cache.position[:, None] if T == 1 else slice(T)                  # prompts begin in empty rows
-        x, values = self.embed(tokens, cache.before())
+        place = cache.place(tokens.size(1))
+        x, values = self.embed(tokens, cache.before(), cache.begins())
         if self.wpe is not None:
             x = x + self.wpe.weight[place]
         cos, sin = self.cos[place], self.sin[place]                              # (B, 1, 1, head_size) or (T, 1, ...)
-        mask = cache.mask() if T == 1 else None                                  # prompts need none but the causal one
         x0, pending = x if self.cfg.embed_skip else None, None
-        for block, layer, value in zip(self.blocks, cache.layers, values):
-            kept = LayerCache(*layer, cache.index, cache.position, mask)
+        for block, kept, value in zip(self.blocks, cache.kept(tokens.size(1)), values):
             x, pending, x0 = block(x, pending, cos, sin, values=value, x0=x0, cache=kept)
         return x, pending
 

@@ -24,7 +24,8 @@ ON = (importlib.util.find_spec("triton") is not None
 if ON:
     try:
         from ops import chain, megakernel
-        from ops.decode import can_layer, can_sample, can_step, can_store, layer, sample, step, store
+        from ops.decode import (attend_prompts, can_attend_prompts, can_layer, can_sample, can_step, can_store, layer,
+                                sample, step, store)
         from ops.ffn import can_ffn, fused_ffn
         from ops.pointwise import (AdamWTables, MuonTable, adamw, add_norm, can_adamw, can_add_norm, can_muon,
                                    can_rotate, can_token_loss, descend, nesterov, skip_norm, split_rotated, token_loss)

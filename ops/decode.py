@@ -3,7 +3,8 @@
 `linear` is x W^T for at most MAX_TOKENS tokens with everything around it: the norm before, bias, activation and
 residual after. Blocks and shuffles of structured factors are addresses. `attention` rotates the new q and k of
 every row by its position, stores k and v in the cache and attends to the row's own tokens, no more. `store` stores
-those of prompts. `step` is model.GPT.step for one token a row, made of the others.
+those of prompts, `attend_prompts` is torch's attention for several in a row. `step` is model.GPT.step for one token a
+row, made of the others.
 """
 import math
 
@@ -211,16 +212,16 @@ def attention(qkv, model, k_cache, v_cache, position):
 # Keys and values of prompts into the cache
 
 @triton.jit
-def _store(k, v, k_cache, v_cache, index, T, k_row, k_token, k_head, v_row, v_token, v_head, index_step, row, head,
+def _store(k, v, k_cache, v_cache, row, place, k_token, k_head, v_token, v_head, cache_row, cache_head,
            KV: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr):
-    """One token t of prompt b: all heads of k and v to place t of row index[b]."""
+    """One token: all heads of k and v to its place of its row."""
     token = tl.program_id(0).to(tl.int64)
-    b, t = token // T, token % T
+    to = tl.load(row + token)
     h, d = tl.arange(0, HEADS)[:, None], tl.arange(0, SIZE)[None, :]
-    ok = (h < KV) & (d < D)
-    to = tl.load(index + b * index_step) * row + h * head + t * D + d                   # (HEADS, SIZE)
-    tl.store(k_cache + to, tl.load(k + b * k_row + t * k_token + h * k_head + d, mask=ok), mask=ok)
-    tl.store(v_cache + to, tl.load(v + b * v_row + t * v_token + h * v_head + d, mask=ok), mask=ok)
+    ok = (h < tl.where(to >= 0, KV, 0)) & (d < D)
+    at = to * cache_row + h * cache_head + tl.load(place + token) * D + d               # (HEADS, SIZE)
+    tl.store(k_cache + at, tl.load(k + token * k_token + h * k_head + d, mask=ok), mask=ok)
+    tl.store(v_cache + at, tl.load(v + token * v_token + h * v_head + d, mask=ok), mask=ok)
 
 
 def can_store(k) -> bool:
@@ -229,20 +230,38 @@ def can_store(k) -> bool:
 
 
 def _try_store():
-    k, cache = torch.zeros(1, 2, 1, 32, **TRIAL), torch.zeros(1, 1, 2, 32, **TRIAL)
-    store(k, k, cache, cache.clone(), torch.zeros(1, dtype=torch.long, device=TRIAL["device"]))
+    k, cache = torch.zeros(2, 1, 32, **TRIAL), torch.zeros(1, 1, 2, 32, **TRIAL)
+    store(k, k, cache, cache.clone(), *torch.zeros(2, 2, dtype=torch.long, device=TRIAL["device"]))
 
 
-def store(k, v, k_cache, v_cache, index):
-    """k, v (B, T, n_kv_head, head_size) into the first T places of rows index (B,) of the caches: index_copy_ of both,
-    in one launch.
+def store(k, v, k_cache, v_cache, row, place):
+    """k, v (N, n_kv_head, head_size) to `place` (N,) of row `row` (N,) of the caches, in one launch; row -1: nowhere.
 
-    Caches (rows, n_kv_head, length, head_size) are contiguous, and so is each head of k and v.
+    Caches (rows, n_kv_head, length, head_size) are contiguous, and so is each head of k and v, and row and place.
     """
-    B, T, KV, D = k.shape
-    _store[(B * T,)](k, v, k_cache, v_cache, index, T, *k.stride()[:3], *v.stride()[:3], index.stride(0),
-                     *k_cache.stride()[:2], KV=KV, D=D, HEADS=triton.next_power_of_2(KV),
-                     SIZE=triton.next_power_of_2(D), num_warps=4)
+    N, KV, D = k.shape
+    _store[(N,)](k, v, k_cache, v_cache, row, place, *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:2], KV=KV,
+                 D=D, HEADS=triton.next_power_of_2(KV), SIZE=triton.next_power_of_2(D), num_warps=4)
+
+
+def can_attend_prompts(dtype, device, size) -> bool:
+    """Whether `attend_prompts` takes heads of that size."""
+    return (dtype in (torch.bfloat16, torch.float16) and device.type == "cuda" and size % 8 == 0 and size <= 256
+            and works("attention of prompts in a row", _try_attend_prompts))
+
+
+def _try_attend_prompts():
+    q = torch.zeros(3, 2, 32, dtype=torch.float16, device="cuda")
+    attend_prompts(q, q[:, :1], q[:, :1], torch.tensor([0, 2, 3, 3], dtype=torch.int32, device="cuda"), 2)
+
+
+def attend_prompts(q, k, v, ends, longest):
+    """Causal attention of each of n texts to itself, by FlashAttention. q (N, n_head, head_size) -> as q.
+
+    k and v have n_kv_head heads. ends (n + 1,) int32: 0 and where each text ends, of at most `longest` tokens. What
+    belongs to no text is undefined in the result.
+    """
+    return torch.ops.aten._flash_attention_forward(q, k, v, ends, ends, longest, longest, 0.0, True, False)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

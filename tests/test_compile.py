@@ -144,8 +144,8 @@ def sample():
 
 def store():
     for size in (64, 128):
-        k, cache = torch.empty(2, 8, 4, size, dtype=BF16), torch.empty(3, 4, 16, size, dtype=BF16)
-        decode.store(k, k, cache, cache, torch.zeros(2, dtype=torch.long))
+        k, cache = torch.empty(8, 4, size, dtype=BF16), torch.empty(3, 4, 16, size, dtype=BF16)
+        decode.store(k, k, cache, cache, *torch.zeros(2, 8, dtype=torch.long))
 
 
 LAUNCHES = {rotate: {"_rotate"}, add_norm: {"_add_norm", "_add_norm_backward"}, token_loss: {"_token_loss"},

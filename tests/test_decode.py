@@ -12,9 +12,10 @@ import bench
 import config
 import decode
 import merge
+import ops
 import sample
 from config import Config, UserError
-from decode import Decoder, Row, row_key, sample_token
+from decode import Decoder, Prompts, Row, row_key, sample_token
 from merge import prepare_model
 from model import Cache, build
 
@@ -76,20 +77,44 @@ def serve(model, prompts, s, batch, length=64, chunk=3, **kw):
     return decoder, rows
 
 
+def plain_attention(q, k, v, ends, longest):
+    """ops.attend_prompts, text by text; NaN where that is undefined."""
+    out, ends = torch.full_like(q, torch.nan), ends.tolist()
+    k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
+    for a, b in zip(ends, ends[1:]):
+        assert b - a <= longest
+        score = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b]) * q.size(-1) ** -0.5
+        hidden = torch.ones_like(score, dtype=torch.bool).triu(1)
+        out[a:b] = torch.einsum("hqk,khd->qhd", score.masked_fill(hidden, -torch.inf).softmax(-1), v[a:b])
+    return out
+
+
+def plain_store(k, v, k_cache, v_cache, row, place):
+    for i, (r, p) in enumerate(zip(row.tolist(), place.tolist())):
+        if r >= 0:
+            k_cache[r, :, p], v_cache[r, :, p] = k[i], v[i]
+
+
 @pytest.fixture
 def fake_graphs(monkeypatch):
-    """CUDA graphs on any device: recording runs the function, as its warm-up does, and a replay runs it once more.
+    """CUDA graphs on any device: a warm-up runs the function, and so does a replay. Prompts have graphs too.
 
     -> [(the recorded function, the pool that it got)]
     """
     recorded = []
 
-    def record(run, pool=None):
-        run()
+    def record(run, pool=None, warm=True):
+        if warm:
+            run()
         recorded.append((run, pool))
         return SimpleNamespace(replay=run, pool=lambda: "pool")
 
     monkeypatch.setattr(decode, "record_graph", record)
+    stub = dict(can_store=lambda k: True, store=plain_store, can_attend_prompts=lambda *_: True,
+                attend_prompts=plain_attention)
+    if not ops.ON:
+        stub |= dict(ON=True, fused_step=lambda *_: None, can_sample=lambda *_: False)
+    monkeypatch.setattr(decode, "ops", SimpleNamespace(**{**vars(ops), **stub}))
     return recorded
 
 
@@ -285,7 +310,7 @@ def test_which_kernels_take_the_steps_of_a_batch(monkeypatch):
 @torch.no_grad()
 def test_the_decoder_asks_whether_the_fused_sampler_knows_its_filters(monkeypatch):
     stub = SimpleNamespace(ON=True, fused_step=lambda model, cache: None, sample="fused",
-                           can_sample=lambda token, s: s.top_p == 1)
+                           can_sample=lambda token, s: s.top_p == 1, can_store=lambda k: False)
     monkeypatch.setattr(decode, "ops", stub)
     model = prepare_model(make(), "structured", torch.float32)
     for top_p, graphs, expected in ((1.0, True, "fused"), (0.9, True, None), (1.0, False, None)):
@@ -297,19 +322,19 @@ def test_the_decoder_asks_whether_the_fused_sampler_knows_its_filters(monkeypatc
 
 @pytest.mark.parametrize("name", ["dense", "absolute, grouped", "recipe"])
 @torch.no_grad()
-def test_a_graph_of_padded_prompts_serves_every_place(name, fake_graphs):
-    """Lengths at both sides of a width's end; the first prompts of a shape run without a graph."""
+def test_a_graph_of_prompts_serves_every_place(name, fake_graphs):
+    """Tokens at both sides of a size's end; the first prompts of a size run without a graph. No text sees another."""
     model = prepare_model(make(block_size=140, **WITH_EXTRAS[name]), "structured", torch.float32)
     decoder = Decoder(model, settings(), 6, 140, graphs=True)
     for places, lengths in (((0, 1, 2), (33, 30, 2)), ((5, 3, 4), (9, 33, 20)), ((1, 5, 0), (12, 25, 33)),
-                            ((2, 0), (34, 65)), ((3, 4), (64, 6)), ((4,), (33,)), ((2,), (2,)), ((5,), (31,))):
+                            ((2, 0), (34, 65)), ((3, 4), (64, 35)), ((4,), (33,)), ((2,), (2,)), ((5,), (31,))):
         prompts = prompts_of(lengths, seed=places[0])
         decoder.prefill({i: Row(p) for i, p in zip(places, prompts)})
         decoder.count.zero_()
         decoder.advance(max(lengths))
         assert [decoder.token[i].tolist() for i in places] == [plain_greedy(model, p, 1) for p in prompts]
     assert {shape: bool(graph) for shape, graph in decoder.prefills.items()} == {
-        (3, 32): True, (2, 64): True, (1, 32): True}
+        (64, 64): True, (96, 64): False, (128, 64): True, (32, 1): True}
     assert len(fake_graphs) == 3 + len(decoder.recorded)  # each once
     assert [pool for _, pool in fake_graphs] == [None] + ["pool"] * (len(fake_graphs) - 1)
 
@@ -318,19 +343,24 @@ def test_a_graph_of_padded_prompts_serves_every_place(name, fake_graphs):
 @pytest.mark.parametrize("kv, size", [(1, 32), (3, 24), (4, 128)])
 @torch.no_grad()
 def test_prompts_are_stored_in_their_rows_and_nowhere_else(kv, size):
-    """v is a part of a larger tensor, as without rotary positions, and the index a column, as in the decoder."""
+    """v is a part of a larger tensor, as without rotary positions. Row -1: nowhere."""
     kernels, device = pytest.importorskip("ops.decode"), "cuda" if torch.cuda.is_available() else "cpu"
-    heads = torch.randn(3, 7, 2 * kv, size, device=device)
-    index = torch.tensor([[4, 9], [0, 9], [2, 9]], device=device)[:, 0]
-    caches = [torch.zeros(5, kv, 16, size, device=device) for _ in range(2)]
+    heads = torch.randn(8, 2 * kv, size, device=device)
+    row, place = torch.tensor([[4, 4, 4, 0, 2, 2, -1, -1], [0, 1, 2, 0, 0, 1, 0, 3]], device=device)
+    k, v = heads[:, :kv].contiguous(), heads[:, kv:]
+    caches, expected = ([torch.zeros(5, kv, 16, size, device=device) for _ in range(2)] for _ in range(2))
     assert kernels.can_store(heads)
-    kernels.store(heads[:, :, :kv].contiguous(), heads[:, :, kv:], *caches, index)
-    for cache, first in zip(caches, (0, kv)):
-        expected = torch.zeros_like(cache)
-        for b, row in enumerate((4, 0, 2)):
-            for t in range(7):
-                expected[row, :, t] = heads[b, t, first:first + kv]
-        assert torch.equal(cache, expected)
+    kernels.store(k, v, *caches, row, place)
+    plain_store(k, v, *expected, row, place)
+    assert all(map(torch.equal, caches, expected))
+
+
+def in_a_row(tokens, cache, index):
+    """Prompts tokens (B, T) to rows `index` of a cache: the arguments of GPT.store."""
+    B, T = tokens.shape
+    row, at = index.repeat_interleave(T), torch.arange(T, device=tokens.device).repeat(B)
+    ends = torch.arange(0, B * T + 1, T, device=tokens.device, dtype=torch.int32)
+    return tokens.reshape(1, -1), Prompts(cache, row, at, ends, T)
 
 
 @KERNELS
@@ -347,30 +377,30 @@ def test_prompts_in_half_precision_take_the_kernels_of_training(name, monkeypatc
                             (calls.append(name), call(*given))[1])
     tokens, index = torch.randint(257, (2, 30), device=device), torch.tensor([3, 1], device=device)
     fresh, old = (Cache(model.cfg, 5, 64, device, dtype) for dtype in (torch.float16, torch.float32))
-    model.store(tokens, fresh.rows(index))
+    model.store(*in_a_row(tokens, fresh, index))
     assert calls == ["split_rotated", "store"] * 2
-    exact.store(tokens, old.rows(index))
+    exact.store(*in_a_row(tokens, old, index))
     for a, b in zip(sum(fresh.layers, ()), sum(old.layers, ())):
         assert (a.float() - b).norm() < 1e-2 * b.norm() and b[index, :, :30].all() and not a[[0, 2, 4]].any()
 
 
-def test_the_shapes_of_prefills(fake_graphs, monkeypatch):
-    """Graphs take 8 prompts and GRAPHED tokens; longer prompts and more tokens are padded to the longest only."""
-    monkeypatch.setattr(decode, "BUCKETS", (8, 16))
-    monkeypatch.setattr(decode, "GRAPHED", 64)
-    monkeypatch.setattr(decode, "PREFILL", 90)
+def test_the_sizes_of_prefills(fake_graphs, monkeypatch):
+    """A forward holds PREFILL tokens and TOGETHER prompts, or one that is longer. Up to the largest size it is filled up."""
+    monkeypatch.setattr(decode, "SIZES", (8, 16))
+    monkeypatch.setattr(decode, "PREFILL", 30)
+    monkeypatch.setattr(decode, "TOGETHER", 6)
     model = prepare_model(make(ffn="lowrank", rank=16), "structured", torch.float32)
-    shapes, store = [], model.store
-    monkeypatch.setattr(model, "store", lambda tokens, cache: (shapes.append((*tokens.shape,)), store(tokens, cache)))
+    seen, store = [], model.store
+    monkeypatch.setattr(model, "store", lambda tokens, to: (
+        seen.append((tokens.size(1), len(to.ends) - 1, (to.row >= 0).sum().item())), store(tokens, to)))
     monkeypatch.setattr(model, "step", None)
-    for lengths, expected in (([18, 17], [(2, 17)]), ([3, 2, 9, 1, 4, 6], [(5, 8)]), ([2], [(1, 8)]), ([1], []),
-                              ([4] * 6 + [9] * 5, [(8, 8), (3, 8)]), ([17, 4, 5, 15, 16, 3], [(4, 16), (2, 8)]),
-                              ([18, 3], [(2, 17)]), ([60, 3], [(1, 59), (1, 8)]), ([7] * 17, [(15, 6), (2, 8)]),
-                              ([2] * 11, [(8, 8), (3, 8)]), ([9] * 9, [(9, 8)])):
-        shapes.clear()
+    for lengths, expected in (([18, 14], [(30, 2, 30)]), ([18, 15], [(17, 1, 17), (16, 1, 14)]), ([3, 2, 9], [(16, 6, 11)]),
+                              ([2], [(8, 1, 1)]), ([1], []), ([2] * 7, [(8, 6, 6), (8, 1, 1)]), ([9], [(8, 1, 8)]),
+                              ([60, 2], [(59, 1, 59), (8, 1, 1)]), ([17], [(16, 1, 16)]), ([18], [(17, 1, 17)])):
+        seen.clear()
         decoder = Decoder(model, settings(), len(lengths), 64, graphs=True)
         decoder.prefill({i: Row(p) for i, p in enumerate(prompts_of(lengths))})
-        assert shapes == expected and not fake_graphs
+        assert seen == expected and not fake_graphs
         assert decoder.cache.position.tolist() == [n - 1 for n in lengths]
 
 
@@ -414,8 +444,7 @@ def test_prompts_are_stored_ahead_of_free_places(batch, ahead, graphs, fake_grap
         prefill(decoder, changes)
 
     monkeypatch.setattr(Decoder, "prefill", note)
-    monkeypatch.setattr(Decoder, "store", lambda decoder, part, width: (stored.extend(part),
-                                                                       store(decoder, part, width)))
+    monkeypatch.setattr(Decoder, "store", lambda decoder, part: (stored.extend(part), store(decoder, part)))
     decoder, rows = serve(model, prompts, s, batch, chunk=1, graphs=graphs, **ends)
     assert [row.new for row in rows] == alone
     assert sorted(tokens for tokens, _ in stored) == sorted(prompt[:-1] for prompt in prompts)  # each once
@@ -439,8 +468,7 @@ def test_as_many_prompts_are_stored_ahead_as_a_forward_holds(monkeypatch):
 def test_prompts_that_are_stored_together_are_of_like_length():
     model, parts = prepare_model(make(n_layer=1), "structured", torch.float32), []
     decoder = Decoder(model, settings(max_new_tokens=2), 4, 64)
-    decoder.store = lambda part, width, store=decoder.store: (parts.append([len(tokens) for tokens, _ in part]),
-                                                              store(part, width))
+    decoder.store = lambda part, store=decoder.store: (parts.append([len(tokens) for tokens, _ in part]), store(part))
     for _ in decoder.run([Row(p) for p in prompts_of([2 + i * 7 % 60 for i in range(60)])]):
         pass
     assert sum(parts, []) == sorted(sum(parts, []), reverse=True) and len(parts) == 5
@@ -504,7 +532,7 @@ def test_an_empty_place_costs_no_attention():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("batch, fused", [(1, True), (2, True), (4, True), (7, True), (7, False)])
 @pytest.mark.parametrize("how", ENDS)
-def test_on_a_card_graphs_of_prompts_and_steps_serve_every_row(how, batch, fused):
+def test_on_a_card_graphs_of_steps_serve_every_row(how, batch, fused):
     shape = dict(ffn="lowrank", rank=16) if fused else WITH_EXTRAS["recipe"]
     model = prepare_model(make("cuda", block_size=200, **shape), "structured", torch.float32)
     given, ends = ENDS[how]
@@ -513,15 +541,40 @@ def test_on_a_card_graphs_of_prompts_and_steps_serve_every_row(how, batch, fused
     decoder, rows = serve(model, prompts, s, batch, 200, graphs=True, **ends)
     assert [(row.new, row.finish) for row in rows] == [(row.new, row.finish) for row in alone]
     assert len({row.finish for row in rows}) > 1 or how == "greedy"
-    for _ in range(2):  # a shape that came once is recorded now, and then replayed
-        again = [Row(p, row_key(s.seed, p)) for p in prompts]
-        for _ in decoder.run(again):
-            pass
-        assert [(row.new, row.finish) for row in again] == [(row.new, row.finish) for row in alone]
-    prefills = {shape: graph for shape, graph in decoder.prefills.items() if graph}
-    assert any(n > 1 for n, _ in prefills)
-    assert all(isinstance(graph, torch.cuda.CUDAGraph) for graph in (*prefills.values(), *decoder.recorded.values()))
+    again = [Row(p, row_key(s.seed, p)) for p in prompts]
+    for _ in decoder.run(again):
+        pass
+    assert [(row.new, row.finish) for row in again] == [(row.new, row.finish) for row in alone]
+    assert all(isinstance(graph, torch.cuda.CUDAGraph) for graph in decoder.recorded.values())
     assert decoder.ignores_seen is fused and (type(decoder.forward).__name__ == "Step") == (batch <= 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", WITH_EXTRAS)
+@torch.no_grad()
+def test_on_a_card_a_graph_of_prompts_stores_what_float32_does(name):
+    """Without a graph, while it is recorded, replayed; several prompts in a row and one. No other row is written."""
+    exact = make("cuda", 200, **WITH_EXTRAS[name])
+    for p in exact.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    model = prepare_model(copy.deepcopy(exact), "structured", torch.bfloat16)
+    decoder = Decoder(model, settings(), 6, 200, graphs=True)
+    assert decoder.prompt_graphs
+    for turn, lengths in enumerate(([90, 2, 150], [150, 2, 80], [33, 60, 148], [101], [99], [120])):
+        decoder.cache.every.zero_()
+        places = [(2 * turn + 3 * i) % (6 + decoder.spare) for i in range(len(lengths))]
+        prompts = prompts_of(lengths, turn)
+        decoder.store([(p, i) for p, i in zip(prompts, places)])
+        for p, i in zip(prompts, places):
+            old = Cache(exact.cfg, 1, 200, "cuda", torch.float32)
+            exact.store(torch.tensor([p], device="cuda"), old)
+            ours = decoder.cache.every[:, :, i].float()
+            assert (ours - old.every[:, :, 0]).norm() < 0.03 * old.every.norm()
+            assert not ours[:, :, :, len(p):].any()
+        others = [i for i in range(6 + decoder.spare) if i not in places]
+        assert not decoder.cache.every[:, :, others].any()
+    assert decoder.prefills.keys() == {(256, 64), (128, 1)}
+    assert all(isinstance(graph, torch.cuda.CUDAGraph) for graph in decoder.prefills.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 import config
 from config import Config
 from conftest import ROOT
+from decode import Prompts
 from model import Cache, build
 from ops import chain, fallback, megakernel
 from optim import MixedAdamW, Muon
@@ -195,13 +196,14 @@ def test_decoding_goes_on_without_a_kernel_that_fails(op, kernel, monkeypatch, l
 @KERNELS
 @torch.no_grad()
 def test_prompts_are_stored_without_a_kernel_that_fails(monkeypatch, lines):
-    model, tokens = small(), torch.arange(12, device=DEVICE).view(2, 6)
+    model, tokens = small(), torch.arange(12, device=DEVICE)[None]
     expected, cache = (Cache(model.cfg, 3, 64, DEVICE, torch.float32) for _ in range(2))
-    index = torch.tensor([2, 0], device=DEVICE)
-    model.store(tokens, expected.rows(index))
+    row, at = torch.tensor([[2] * 7 + [0] * 5, [*range(7), *range(5)]], device=DEVICE)
+    ends = torch.tensor([0, 7, 12], dtype=torch.int32, device=DEVICE)
+    model.store(tokens, Prompts(expected, row, at, ends, 7))
     monkeypatch.setattr("ops.decode._store", Broken())
     monkeypatch.setattr(fallback, "_tried", {})
     for _ in range(2):
-        model.store(tokens, cache.rows(index))
+        model.store(tokens, Prompts(cache, row, at, ends, 7))
     assert all(torch.equal(a, b) for a, b in zip(sum(cache.layers, ()), sum(expected.layers, ())))
     assert lines() == [f"storing prompts: {FAILS}"]
