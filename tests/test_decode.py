@@ -363,6 +363,22 @@ def in_a_row(tokens, cache, index):
     return tokens.reshape(1, -1), Prompts(cache, row, at, ends, T)
 
 
+@pytest.mark.parametrize("name", WITH_EXTRAS)
+@torch.no_grad()
+def test_prompts_in_a_row_are_stored_as_each_alone(name):
+    model, rows, tokens = make(**WITH_EXTRAS[name]), [3, 0, 2], torch.randint(257, (20,))
+    together, alone = (Cache(model.cfg, 4, 64, "cpu", torch.float32) for _ in range(2))
+    bounds = [0, 7, 8, 20]
+    row, at = torch.tensor([[3] * 7 + [0] + [2] * 12, [*range(7), 0, *range(12)]])
+    model.store(tokens[None], Prompts(together, row, at, torch.tensor(bounds), 12))
+    for r, a, b in zip(rows, bounds, bounds[1:]):
+        one = Cache(model.cfg, 1, 64, "cpu", torch.float32)
+        model.store(tokens[None, a:b], one)
+        alone.every[:, :, r] = one.every[:, :, 0]
+    assert alone.every.abs().amax((0, 1, 3, 5)).count_nonzero(1).tolist() == [1, 0, 12, 7]
+    torch.testing.assert_close(together.every, alone.every, atol=1e-5, rtol=1e-5)
+
+
 @KERNELS
 @pytest.mark.parametrize("name", ["dense", "recipe"])
 @torch.no_grad()
@@ -385,7 +401,7 @@ def test_prompts_in_half_precision_take_the_kernels_of_training(name, monkeypatc
 
 
 def test_the_sizes_of_prefills(fake_graphs, monkeypatch):
-    """A forward holds PREFILL tokens and TOGETHER prompts, or one that is longer. Up to the largest size it is filled up."""
+    """A forward holds PREFILL tokens and TOGETHER prompts, or a longer one. Up to the largest size it is filled up."""
     monkeypatch.setattr(decode, "SIZES", (8, 16))
     monkeypatch.setattr(decode, "PREFILL", 30)
     monkeypatch.setattr(decode, "TOGETHER", 6)
@@ -394,9 +410,9 @@ def test_the_sizes_of_prefills(fake_graphs, monkeypatch):
     monkeypatch.setattr(model, "store", lambda tokens, to: (
         seen.append((tokens.size(1), len(to.ends) - 1, (to.row >= 0).sum().item())), store(tokens, to)))
     monkeypatch.setattr(model, "step", None)
-    for lengths, expected in (([18, 14], [(30, 2, 30)]), ([18, 15], [(17, 1, 17), (16, 1, 14)]), ([3, 2, 9], [(16, 6, 11)]),
-                              ([2], [(8, 1, 1)]), ([1], []), ([2] * 7, [(8, 6, 6), (8, 1, 1)]), ([9], [(8, 1, 8)]),
-                              ([60, 2], [(59, 1, 59), (8, 1, 1)]), ([17], [(16, 1, 16)]), ([18], [(17, 1, 17)])):
+    for lengths, expected in (([18, 14], [(30, 2, 30)]), ([18, 15], [(17, 1, 17), (16, 1, 14)]), ([1], []),
+                              ([3, 2, 9], [(16, 6, 11)]), ([2], [(8, 1, 1)]), ([2] * 7, [(8, 6, 6), (8, 1, 1)]),
+                              ([9], [(8, 1, 8)]), ([60, 2], [(59, 1, 59), (8, 1, 1)]), ([17], [(16, 1, 16)])):
         seen.clear()
         decoder = Decoder(model, settings(), len(lengths), 64, graphs=True)
         decoder.prefill({i: Row(p) for i, p in enumerate(prompts_of(lengths))})
