@@ -123,7 +123,9 @@ TOGETHER = 64  # most prompts in one forward
 
 @dataclass
 class Prompts:
-    """Prompts, one after the other in one row of N tokens, on their way to empty rows of a cache. To GPT.store a cache.
+    """Prompts, one after the other in one row of N tokens, on their way to empty rows of a cache.
+
+    GPT.store takes them as it takes a Cache.
 
     row, at (N,): where the keys and values of each token go; row -1: nowhere, such tokens fill up a CUDA graph.
     ends (n + 1,) int32: 0 and where each prompt ends. longest: at least the tokens of the longest prompt.
@@ -151,7 +153,7 @@ class Prompts:
         return list(pairwise(self.ends.tolist()))
 
 
-class LayerPrompts(NamedTuple):
+class LayerPrompts(NamedTuple):  # k, v: one layer's of Cache.every, (rows, n_kv_head, length, head_size)
     prompts: Prompts
     k: torch.Tensor
     v: torch.Tensor

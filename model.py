@@ -98,7 +98,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, values=None, cache=None):
         """x (B, T, n_embd) -> (B, T, n_embd). values (B, T, n_kv_head x head_size), with value embeddings: every key
-        head adds its part to v, times 3 sigmoid(gate). cache: the LayerCache of a step."""
+        head adds its part to v, times 3 sigmoid(gate). cache: one layer's of `Cache.kept`."""
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_size)                         # (B, T, heads, head_size)
         if self.rope and ops.ON and ops.can_rotate(qkv, cos):
@@ -563,8 +563,8 @@ class GPT(nn.Module):
     def store(self, tokens, cache):
         """A step without the head: stores keys and values of tokens (B, T) -> x and pending of the last block.
 
-        cache: a Cache, or decode.Prompts. Rows are padded on the right. The causal mask hides the padding from every
-        real token, and later steps overwrite its keys.
+        cache: a Cache, whose prompts are padded on the right. The causal mask hides the padding from every real token,
+        and later steps overwrite its keys. Or decode.Prompts, whose tokens (1, N) are those of several prompts.
         """
         place = cache.place(tokens.size(1))
         x, values = self.embed(tokens, cache.before(), cache.begins())

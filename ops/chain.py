@@ -143,8 +143,9 @@ def attention_for(cfg, batch, multiprocessors, length):
     """The kernel of attention, for a cache of `length` places a row.
 
     With rings four thread blocks a multiprocessor, where there is work for all of them. In a long cache rows differ in
-    length. There two thread blocks a multiprocessor share the pairs of a row and a head evenly, where each has more than
-    one; where each has one, long rows come first. More than two queries a key read so little that this does not matter.
+    length. There two thread blocks a multiprocessor share the pairs of a row and a key head evenly, where each has more
+    than one. Where each has one and two buffers, long rows come first. More than two queries a key read so little that
+    this does not matter.
     """
     pairs, places = batch * cfg.n_kv_head, 4096 // (cfg.attn_dim // cfg.n_head)  # of a tile of 8 KiB
     if length >= LONG and pairs > 2 * multiprocessors and at_once(cfg) == 8:

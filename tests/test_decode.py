@@ -296,7 +296,7 @@ def test_the_fused_sampler_takes_only_the_filters_it_knows(monkeypatch):
 
 
 def test_which_kernels_take_the_steps_of_a_batch(monkeypatch):
-    import ops
+    ops = pytest.importorskip("ops")
     single = SimpleNamespace(BATCHES=(1, 2, 4), step_for=lambda model, cache: "one kernel")
     chain = SimpleNamespace(step_for=lambda model, cache: "chain" if len(cache.position) <= 64 else None)
     monkeypatch.setattr(ops, "megakernel", single, raising=False)
