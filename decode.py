@@ -339,7 +339,8 @@ class Decoder:
             return run()
         if shape not in self.prefills:
             self.prefills[shape] = None
-            return run()
+            with self.model.speeds.launched("graph"):  # the kernels that will be recorded
+                return run()
         self.prefills[shape] = self.prefills[shape] or self.record(run, warm=False)
         self.prefills[shape].replay()
 

@@ -399,6 +399,17 @@ def test_prompts_in_half_precision_take_the_kernels_of_training(name, monkeypatc
         assert (a.float() - b).norm() < 1e-2 * b.norm() and b[index, :, :30].all() and not a[[0, 2, 4]].any()
 
 
+def test_prompts_that_precede_a_graph_run_the_kernels_that_it_records(fake_graphs, monkeypatch):
+    """With decode=auto factors may be faster in a graph and slower from Python. Larger prompts have no graph."""
+    monkeypatch.setattr(decode, "SIZES", (8,))
+    model, modes = prepare_model(make(ffn="lowrank", rank=16), "structured", torch.float32), []
+    monkeypatch.setattr(model, "store", lambda tokens, to: modes.append((tokens.size(1), model.speeds.mode)))
+    decoder = Decoder(model, settings(), 2, 64, graphs=True)
+    for n in (3, 9):
+        decoder.store([([1] * n, 0)])
+    assert modes == [(8, "graph"), (9, "eager")] and model.speeds.mode == "eager"
+
+
 def test_the_sizes_of_prefills(fake_graphs, monkeypatch):
     """A forward holds PREFILL tokens and TOGETHER prompts, or a longer one. Up to the largest size it is filled up."""
     monkeypatch.setattr(decode, "SIZES", (8, 16))
