@@ -104,8 +104,8 @@ def rows_that_fit(cfg, length, device, dtype) -> int:
     free = free_bytes(device)
     if free is None:
         return 2**20
-    token = (8 * cfg.n_embd + 2 * cfg.n_hidden + 4 * cfg.attn_dim) * dtype.itemsize    # the activations of a prompt's
-    prompts = 2 * min(PREFILL, 64 * length) * token                                    # of a graph, and without one
+    token = (8 * cfg.n_embd + 2 * cfg.n_hidden + 4 * cfg.attn_dim) * dtype.itemsize    # activations of a prompt's token
+    prompts = 2 * min(PREFILL, TOGETHER * length) * token                              # in a graph, and without one
     return max(0, int((0.95 * free - prompts - 2**28) // row_bytes(cfg, length, dtype)))
 
 
