@@ -334,9 +334,9 @@ class Decoder:
             tokens, row, place = values[:3 * (N + fill)].view(3, -1)
             self.model.store(tokens[None], Prompts(self.cache, row, place, values[-n - 1:].int(), longest))
 
-        shape = size, n
         if not size:
             return run()
+        shape = size, n
         if shape not in self.prefills:
             self.prefills[shape] = None
             with self.model.speeds.launched("graph"):  # the kernels that will be recorded

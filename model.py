@@ -259,7 +259,7 @@ class Cache:
         dtype = self.layers[0][0].dtype
         return torch.zeros((), device=hidden.device, dtype=dtype).masked_fill(hidden, -torch.inf)[:, None, None]
 
-    # What GPT.store asks a cache, and decode.Prompts
+    # What GPT.store needs of a cache; decode.Prompts has the same
 
     def place(self, T):
         """The positions of T new tokens of each row. Prompts begin in empty rows."""

@@ -148,7 +148,7 @@ def attention_for(cfg, batch, multiprocessors, length):
     this does not matter.
     """
     pairs, places = batch * cfg.n_kv_head, 4096 // (cfg.attn_dim // cfg.n_head)  # of a tile of 8 KiB
-    if length >= LONG and pairs > 2 * multiprocessors and at_once(cfg) == 8:
+    if length >= LONG and pairs > 2 * multiprocessors and cfg.n_head <= 2 * cfg.n_kv_head:
         return ring_kernel(cfg, batch, 2 * multiprocessors, 8, 3, places, by_length=1)
     if pairs >= 4 * multiprocessors:
         return ring_kernel(cfg, batch, 4 * multiprocessors, 16 // at_once(cfg), 3, places)
@@ -275,20 +275,26 @@ def linear_arguments(stage, tiles, act, tensors, eps):
     return pointers(kind, *tensors, eps=eps)
 
 
+def define_attention(cfg, units, warps, passes, by_length, **others):
+    """The constants of both kernels of attention, for `units` pairs of a row and a key head, and others."""
+    D = cfg.attn_dim // cfg.n_head
+    return define(ATTENTION=1, HEADS=cfg.n_head, KV=cfg.n_kv_head, D=D, WARPS=warps, PASS=passes, UNITS=units,
+                  BY_LENGTH=by_length, ROPE=int(cfg.pos == "rope"), SCALE=f"{D ** -0.5!r}f", **others)
+
+
 def attention_kernel(cfg, batch, split, warps, passes, depth=1, by_length=0):
-    D, units = cfg.attn_dim // cfg.n_head, batch * cfg.n_kv_head
-    values = dict(ATTENTION=1, HEADS=cfg.n_head, KV=cfg.n_kv_head, D=D, WARPS=warps, PASS=passes, SPLIT=split,
-                  UNITS=units, DEPTH=depth, BY_LENGTH=by_length, ROPE=int(cfg.pos == "rope"), SCALE=f"{D ** -0.5!r}f")
-    return Kernel(define(**values), "attention", units * split, split, 32 * warps)
+    units = batch * cfg.n_kv_head
+    defines = define_attention(cfg, units, warps, passes, by_length, SPLIT=split, DEPTH=depth)
+    return Kernel(defines, "attention", units * split, split, 32 * warps)
 
 
 def ring_kernel(cfg, batch, grid, warps, stages, places, by_length=0):
     """At most `grid` thread blocks; rings of `stages` tiles of `places` places of keys and as many of values."""
-    D, units = cfg.attn_dim // cfg.n_head, batch * cfg.n_kv_head
-    values = dict(ATTENTION=1, RING=1, HEADS=cfg.n_head, KV=cfg.n_kv_head, D=D, WARPS=warps, SPLIT=1, UNITS=units,
-                  PASS=places * D // (256 * warps), GRID=min(grid, units), STAGES=stages, PLACES=places,
-                  BY_LENGTH=by_length, ROPE=int(cfg.pos == "rope"), SCALE=f"{D ** -0.5!r}f")
-    return Kernel(define(**values), "attention", min(grid, units), 1, 32 * warps + 32)
+    units = batch * cfg.n_kv_head
+    grid, passes = min(grid, units), places * (cfg.attn_dim // cfg.n_head) // (256 * warps)
+    defines = define_attention(cfg, units, warps, passes, by_length, RING=1, SPLIT=1, GRID=grid, STAGES=stages,
+                               PLACES=places)
+    return Kernel(defines, "attention", grid, 1, 32 * warps + 32)
 
 
 def embed_kernel(cfg, batch):
