@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from config import UserError
 from device import Upload, record_graph
-from model import Cache, ops
+from model import Cache, has_values, ops
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -104,8 +104,9 @@ def rows_that_fit(cfg, length, device, dtype) -> int:
     free = free_bytes(device)
     if free is None:
         return 2**20
-    token = (8 * cfg.n_embd + 2 * cfg.n_hidden + 4 * cfg.attn_dim) * dtype.itemsize    # activations of a prompt's token
-    prompts = 2 * min(PREFILL, TOGETHER * length) * token                              # in a graph, and without one
+    values = sum(has_values(cfg, layer) for layer in range(cfg.n_layer)) * cfg.attn_dim // cfg.n_head * cfg.n_kv_head
+    token = (8 * cfg.n_embd + 2 * cfg.n_hidden + 4 * cfg.attn_dim + values) * dtype.itemsize  # activations of a token
+    prompts = 2 * min(max(PREFILL, length), TOGETHER * length) * token                 # in a graph, and without one
     return max(0, int((0.95 * free - prompts - 2**28) // row_bytes(cfg, length, dtype)))
 
 
@@ -150,7 +151,8 @@ class Prompts:
 
     @cached_property
     def spans(self):
-        return list(pairwise(self.ends.tolist()))
+        """[(begin, end)] of the prompts. One has the whole row, so that no graph has to read `ends`."""
+        return [(0, len(self.row))] if len(self.ends) == 2 else list(pairwise(self.ends.tolist()))
 
 
 class LayerPrompts(NamedTuple):  # k, v: one layer's of Cache.every, (rows, n_kv_head, length, head_size)
@@ -165,12 +167,12 @@ class LayerPrompts(NamedTuple):  # k, v: one layer's of Cache.every, (rows, n_kv
             ops.store(k[0], v[0], self.k, self.v, to.row, to.at)
         else:
             self.k[to.row, :, to.at], self.v[to.row, :, to.at] = k[0], v[0]
-        if ops.ON and ops.can_attend_prompts(q.dtype, q.device, q.size(-1)):
+        if len(to.ends) > 2 and ops.ON and ops.can_attend_prompts(q.dtype, q.device, q.size(-1)):
             return ops.attend_prompts(q[0], k[0], v[0], to.ends, to.longest)[None]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))                               # (1, heads, N, head_size)
         parts = [F.scaled_dot_product_attention(*(t[:, :, a:b] for t in (q, k, v)), is_causal=True,
                                                 enable_gqa=k.size(1) < q.size(1)) for a, b in to.spans]
-        return torch.cat(parts, 2).transpose(1, 2)                                     # (1, N, n_head, head_size)
+        return (torch.cat(parts, 2) if len(parts) > 1 else parts[0]).transpose(1, 2)   # (1, N, n_head, head_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -221,8 +223,8 @@ class Decoder:
         self.cache = Cache(cfg, batch, length, device, weight.dtype, self.spare)
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)                 # the newest of every row
         self.key = torch.zeros(batch, dtype=torch.long, device=device)
-        self.new = torch.zeros(batch, length + 1, dtype=torch.long, device=device)          # those of the latest chunk
-        self.count = torch.zeros(batch, 1, dtype=torch.long, device=device)                 # how many of `new` are set
+        self.new = torch.zeros(length + 1, batch, dtype=torch.long, device=device)          # those of the latest steps
+        self.count, self.filled = torch.zeros(batch, 1, dtype=torch.long, device=device), 0  # how many of its rows are set
         most = max(5 * batch, 3 * max(PREFILL, length) + TOGETHER + 1)                      # of `prefill` and `store`
         self.upload = Upload(torch.zeros(most, dtype=torch.long, device=device))
         self.recorded, self.prefills = {}, {}       # graphs: {cache.seen: of a step}, {(tokens, prompts): of prompts}
@@ -248,7 +250,7 @@ class Decoder:
             return self.fused_sample(logits, self.s, self.key, self.cache.position, self.token, self.new, self.count)
         draw = None if self.s.temperature == 0 else uniform(self.key, self.cache.position)
         self.token.copy_(sample_token(logits, self.s, draw)[:, None])
-        self.new.scatter_(1, self.count, self.token)
+        self.new.scatter_(0, self.count.T, self.token.T)
         self.count += 1
 
     def set_seen(self, tokens):
@@ -355,6 +357,7 @@ class Decoder:
         With CUDA graphs a chunk is launched before the tokens of the one before are read: the device does not wait for
         the host. So an EOS is seen one chunk late. Ends by length are known beforehand.
         """
+        assert all(len(row.prompt) < self.model.cfg.block_size for row in rows), "a prompt leaves room for a token"
         places, stored, launched, steps, ahead = [None] * len(self.key), deque(), deque(), 1, 0
         # rows of like length share a step's attention more evenly; yet a text waits for few others
         window = max(4 * len(places), 8 * self.spare)
@@ -395,23 +398,26 @@ class Decoder:
             self.prefill(changes)
 
     def launch(self, places, steps):
-        """Steps for every row -> [(place, row)], their new tokens (B, steps) on the way to the host, the arrival."""
+        """Steps for every row -> [(place, row)], their new tokens (steps, B) on the way to the host, the arrival."""
         running = [(i, row) for i, row in enumerate(places) if row]
         longest = max(len(row.prompt) + row.steps for _, row in running)
-        self.count.zero_()
+        if self.filled + steps > len(self.new):
+            self.count.zero_()
+            self.filled = 0
+        first, self.filled = self.filled, self.filled + steps
         for i in range(steps):
             self.advance(longest + i)
         for _, row in running:
             row.steps = min(row.steps + steps, row.limit)
         on_cuda = self.key.is_cuda
-        tokens = self.new[:, :steps].to("cpu", non_blocking=on_cuda, copy=True)
+        tokens = self.new[first:self.filled].to("cpu", non_blocking=on_cuda, copy=True)
         return running, tokens, torch.cuda.current_stream(self.key.device).record_event() if on_cuda else None
 
     def read(self, running, tokens, arrival):
         """Waits for the tokens of `launch` and appends them to their rows -> [(row, its tokens)]."""
         if arrival:
             arrival.synchronize()
-        tokens, now = tokens.tolist(), time.perf_counter()
+        tokens, now = tokens.T.tolist(), time.perf_counter()
         return [(row, self.append(row, tokens[i], now - row.began)) for i, row in running if not row.finish]
 
     def append(self, row, tokens, seconds):

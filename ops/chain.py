@@ -121,17 +121,21 @@ def wide_plan(stage, multiprocessors):
     return Wide(4, split, min(chunks, 12), min(chunks, 6))  # at most 162 KiB of shared memory
 
 
-def attention_plan(cfg, batch, multiprocessors):
+def attention_plan(cfg, batch, multiprocessors, length):
     """(thread blocks of a cluster, warps of each, places a team loads at once, buffers of as many places).
 
-    The more thread blocks, the smaller. Where a multiprocessor has two, two half buffers are faster: one is loaded
-    while the other is attended to. Registers hold that for one query a key.
+    Where a multiprocessor has two pairs of a row and a key head, two half buffers are faster: one is loaded while the
+    other is attended to. Registers hold that for one query a key. Where pairs are few, a cluster shares each. The more
+    warps a cluster has, the longer it takes to start, so short rows have at most two thread blocks of four.
     """
     pairs = batch * cfg.n_kv_head
-    split = max(s for s in (1, 2, 4, 8) if s == 1 or s * pairs <= multiprocessors)
     if multiprocessors < pairs <= 2 * multiprocessors and cfg.n_head == cfg.n_kv_head:
         return 1, 8, 4, 2
-    return split, 8 if pairs <= 2 * multiprocessors else 4, at_once(cfg), 1
+    split = max(s for s in (1, 2, 4, 8) if s == 1 or s * pairs <= multiprocessors)
+    warps = 4 if split > 2 or pairs > 2 * multiprocessors else 8
+    if length < LONG:
+        split = 2 if split > 2 else 1
+    return split, warps, at_once(cfg), 1
 
 
 def at_once(cfg):
@@ -152,7 +156,7 @@ def attention_for(cfg, batch, multiprocessors, length):
         return ring_kernel(cfg, batch, 2 * multiprocessors, 8, 3, places, by_length=1)
     if pairs >= 4 * multiprocessors:
         return ring_kernel(cfg, batch, 4 * multiprocessors, 16 // at_once(cfg), 3, places)
-    *how, depth = attention_plan(cfg, batch, multiprocessors)
+    *how, depth = attention_plan(cfg, batch, multiprocessors, length)
     return attention_kernel(cfg, batch, *how, depth, by_length=int(depth > 1 and length >= LONG))
 
 

@@ -311,7 +311,7 @@ def _sample(logits, key, position, token, new, turn, logits_row, new_row, V, tem
         chosen = tl.minimum(below, last)  # the first token whose CDF lies above
     at = tl.load(turn + row)
     tl.store(token + row, chosen.to(tl.int64))
-    tl.store(new + row * new_row + at, chosen.to(tl.int64))
+    tl.store(new + at * new_row + row, chosen.to(tl.int64))
     tl.store(turn + row, at + 1)
 
 
@@ -329,7 +329,7 @@ def _try_sample(s):
 def sample(logits, s, key, position, token, new, turn):
     """decode.sample_token as one kernel: logits (B, V), key and position (B,) -> token (B, 1).
 
-    The token is also written to column turn (B, 1) of new (B, length), and turn grows by one.
+    The token is also written to row turn (B, 1) of new (rows, B), and turn grows by one.
     """
     V = logits.size(1)
     least = math.log(s.min_p) if s.min_p else -math.inf

@@ -371,6 +371,18 @@ def test_attention_has_two_buffers_where_a_multiprocessor_has_two_pairs():
     assert (shared["DEPTH"], shared["PASS"], shared["BY_LENGTH"]) == (1, 8, 0)
 
 
+@pytest.mark.parametrize("kv, batch, short, long", [
+    (2, 8, (2, 4), (8, 4)), (4, 8, (2, 4), (4, 4)), (4, 9, (1, 8), (2, 8)), (4, 16, (1, 8), (2, 8)),
+    (4, 17, (1, 8), (1, 8)), (4, 32, (1, 8), (1, 8)), (4, 64, (1, 8), (1, 8)), (16, 8, (1, 8), (1, 8))])
+def test_clusters_share_what_is_long_or_little(kv, batch, short, long):
+    """(thread blocks of a cluster, warps of each) on 132 multiprocessors; 512 places are long."""
+    cfg = meta(n_head=64 if kv == 16 else 16, n_kv_head=kv).cfg
+    for length, (split, warps) in ((64, short), (511, short), (512, long), (1024, long)):
+        found, kernel = constants(cfg, batch, length)
+        assert (found["SPLIT"], found["WARPS"], kernel.cluster) == (split, warps, split)
+        assert kernel.grid == split * kv * batch and kernel.threads == 32 * warps
+
+
 @HOPPER
 @torch.no_grad()
 def test_other_precisions_take_other_kernels():
