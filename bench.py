@@ -151,7 +151,7 @@ def check_subject(command, cfg, settings):
     length = settings.prompt_tokens + settings.new_tokens
     if command == "decode" and (length > cfg.block_size or settings.prompt_tokens < 1 or settings.new_tokens < 2):
         raise UserError(f"prompt_tokens={settings.prompt_tokens} and new_tokens={settings.new_tokens} must be at least "
-                        f"1 and 2 and together fit into block_size={cfg.block_size}.")
+                        f"1 and 2 and together fit into block_size={cfg.block_size}: lower --new_tokens.")
 
 
 def holds_rows(path) -> bool:

@@ -130,7 +130,8 @@ def read_checkpoint(path, name):
     """
     if not os.path.isfile(path):
         what = "is not a file" if os.path.exists(path) else "does not exist"
-        raise UserError(f"{path} {what}: give a run folder such as out/quickstart or a model.pt.")
+        raise UserError(f"{path} {what}: give a run folder such as out/quickstart, or a model.pt, "
+                        "which export.py makes of a Hugging Face folder.")
     try:
         size = check_archive(path)
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -403,5 +404,5 @@ class Saver:
     def report(self) -> str:
         if not self.count:
             return ""
-        return (f"saving   {self.count} files, {short(self.bytes)}B; the loop waited {self.blocked:.2f} s for them, "
-                f"the thread wrote for {self.written:.2f} s\n")
+        return (f"saving   {self.count} files, {short(self.bytes, 'G')}B; the loop waited {self.blocked:.2f} s for "
+                f"them, the thread wrote for {self.written:.2f} s\n")

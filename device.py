@@ -259,15 +259,20 @@ class Stop:
     def watch(self):
         """A thread, since Python runs `catch` only when the main thread is back from C++.
 
-        There it may wait for another rank for minutes: then a second signal ends the process from here.
+        There it may compute a step, or wait for another rank, for minutes: then a second signal ends the process from
+        here.
         """
         first = None
         while received := self.received.recv(1):
-            if received[0] in self.SIGNALS:
-                first = first or time.monotonic()
-                if self.ends(received[0], first) and not self.ended.wait(1):
-                    print("interrupted while the main thread was waiting.", file=sys.stderr, flush=True)
-                    os._exit(128 + received[0])
+            if received[0] not in self.SIGNALS:
+                continue
+            if first is None:
+                first = time.monotonic()
+                if not self.ended.wait(2) and self.ranks.master:
+                    print("stopping after this step; another signal ends it at once.", file=sys.stderr, flush=True)
+            elif self.ends(received[0], first) and not self.ended.wait(1):
+                print("interrupted while the main thread was waiting.", file=sys.stderr, flush=True)
+                os._exit(128 + received[0])
         self.received.close()
 
     def agreed(self) -> int:

@@ -45,7 +45,7 @@ def read_settings(argv):
                         f"{len(words)} were given.")
     s = Settings(**values)
     if bool(s.to) == bool(s.out_dir):
-        raise UserError("give a destination: --to=FOLDER for Hugging Face's transformers, or --out_dir=FOLDER "
+        raise UserError("give one destination: --to=FOLDER for Hugging Face's transformers, or --out_dir=FOLDER "
                         "for a model.pt.")
     projection = s.ffn != "dense" or s.ffn_dim or s.qk_rank
     checks = ((("target", "dtype", "factors"), s.to, "--to=FOLDER"),

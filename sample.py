@@ -88,7 +88,8 @@ def read_prompts(s) -> list:
         return prompts
     text = config.read_text(s.prompt_file) if s.prompt_file else config.as_text(os.fsencode(s.prompt), "the prompt")
     if s.prompt_file and not text:
-        raise UserError(f"{s.prompt_file} is empty: leave --prompt_file out to begin where a document begins.")
+        name = "standard input" if s.prompt_file == "-" else s.prompt_file
+        raise UserError(f"{name} is empty: leave --prompt_file out to begin where a document begins.")
     return [Prompt(text)]
 
 
@@ -200,8 +201,9 @@ def line_writer(path):
         except BaseException:
             if os.path.isfile(path):
                 file.truncate(size)
-                print(f"{path} keeps the {count} samples that were finished.", file=sys.stderr)
-                if not count:
+                if count:
+                    print(f"{path} keeps the {count} samples that were finished.", file=sys.stderr)
+                else:
                     os.remove(path)
             raise
 

@@ -522,8 +522,8 @@ def start_card(cfg, plan, ranks, data, sizes) -> str:
               f"{plan.unique * cfg.batch_size / data.n_windows:.2f} epochs{replayed}, {facts['train_flops']:.2e} FLOPs",
               f"device   {ranks.world} x {device_name(ranks.device)}, {str(ranks.dtype)[6:]}, "
               f"peak {short(peak) + 'FLOP/s' if peak else 'n/a'}, {'compiled' if ranks.compile else 'not compiled'}",
-              f"folder   {cfg.out_dir}: {cfg.keep_checkpoints} checkpoints of {short(sizes[1])}B"
-              f"{', best.pt' if cfg.eval_interval else ''} and model.pt of {short(sizes[0])}B"]
+              f"folder   {cfg.out_dir}: {cfg.keep_checkpoints} checkpoints of {short(sizes[1], 'G')}B"
+              f"{', best.pt' if cfg.eval_interval else ''} and model.pt of {short(sizes[0], 'G')}B"]
     return "\n".join(lines)
 
 

@@ -116,12 +116,12 @@ class Config:
     eval_interval: int = 500             # steps between validations; 0: only at the end
     eval_tokens: int = 1024 * 1024       # tokens of one validation during the run
     final_eval_tokens: int = 512_000 * 1024                  # tokens of the final validation, or all there are
-    eval_only: bool = False              # score out_dir's finished model on data_dir, then stop
+    eval_only: bool = False              # score out_dir's model on data_dir, then stop
     log_interval: int = 10               # steps between log lines
     save_interval: int = 1000            # steps between checkpoints, more on a slow disk; 0: only at the end
     keep_checkpoints: int = 2            # checkpoints that stay: the newest, and those before it for when it is damaged
     max_bad_steps: int = 10              # end after so many steps in a row whose loss or gradient is not finite
-    out_dir: str = ""                    # the run's folder; empty: out/<preset name>
+    out_dir: str = ""                    # the run's folder; empty: out/<preset name>, or out/run
     resume: Literal["off", "auto"] = "off"                   # auto: continue the run in out_dir if there is one
     init_from: str = ""                  # first weights, a run folder or model.pt; a dense one is made to fit
     calibrate_tokens: int = 65536        # init_from: training tokens that weigh how a dense one is made to fit; 0: none
@@ -223,9 +223,9 @@ def _unknown(name, known, where):
     raise UserError(f"{where} has no setting named {name}: {hint}")
 
 
-def short(n) -> str:
-    """1234567 -> 1.23M"""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+def short(n, billion="B") -> str:
+    """1234567 -> 1.23M; of bytes a billion is a G"""
+    for size, unit in ((1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "k")):
         if abs(n) >= size:
             return f"{n / size:.3g}{unit}"
     return f"{n:.3g}"
@@ -292,7 +292,7 @@ def text_lines(file, where, longest=1 << 20, skip=None):
                 line = b""
             else:
                 at = offset + len(data) - len(line) + e.start
-                raise UserError(f"{where} line {number} is not UTF-8 text ({e.reason} at byte {at}): "
+                raise UserError(f"{where} line {number} is not UTF-8 text ({e.reason} at byte {at} of it): "
                                 "convert it, as with iconv -t utf-8.") from None
         if line:
             yield number, line
@@ -356,8 +356,8 @@ def read_preset(path) -> dict:
     if not os.path.isfile(path):
         here = os.path.dirname(os.path.abspath(__file__))
         near = difflib.get_close_matches(os.path.basename(path), sorted(os.listdir(here)), n=1)
-        hint = f": did you mean {os.path.relpath(os.path.join(here, near[0]))}?" if near else ": it is not a file."
-        raise UserError(f"cannot read the preset {path}{hint}")
+        hint = f"did you mean {os.path.relpath(os.path.join(here, near[0]))}?" if near else "settings are --name=value."
+        raise UserError(f"cannot read the preset {path}, which is no file: {hint}")
     try:
         body = ast.parse(read_text(path, 1 << 16)).body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
@@ -397,7 +397,6 @@ def load(argv, *settings, usage=""):
                  "give the folder of one, or a preset too, as in config/quickstart.py, to start one there.")
         presets = {}
         for word in words:
-            _require(word.endswith(".py"), f"{word} is neither a preset (config/NAME.py) nor a setting (--name=value).")
             later = read_preset(word)
             if "lr" in later.keys() - values and "optimizer" in presets.keys() - later:
                 raise UserError(f"lr={later['lr']} of {word} comes after optimizer={presets['optimizer']} of another "

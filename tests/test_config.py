@@ -354,7 +354,13 @@ def test_the_hint_at_a_preset_is_a_path_that_works_from_here(monkeypatch, tmp_pa
     text = refusal(["config/quickstart.py"])
     hint = text.partition("did you mean ")[2].removesuffix("?")
     assert hint != "config/quickstart.py" and config.load([hint])[0].ffn == "lowrank"
-    assert "it is not a file" in refusal(["config/zzzzzz.py"])
+    assert "config/zzzzzz.py, which is no file: settings are --name=value" in refusal(["config/zzzzzz.py"])
+    assert refusal(["quickstart"]).endswith(f"did you mean {hint}?")  # its name alone
+
+
+def test_numbers_in_short():
+    assert [config.short(n) for n in (0, 999, 1234567, 1.06e9, 2.2e13)] == ["0", "999", "1.23M", "1.06B", "22T"]
+    assert [config.short(n, "G") + "B" for n in (353e6, 1.06e9)] == ["353MB", "1.06GB"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

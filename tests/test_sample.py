@@ -453,8 +453,7 @@ def test_a_full_disk_leaves_whole_lines(folder, tmp_path, capsys):
     assert [r["prompt"] for r in found] == list("abcdefgh")[:len(found)]
     assert err == f"{out} keeps the {len(found)} samples that were finished.\n"
     out.unlink()
-    answer(50)
-    assert not out.exists()  # nothing is kept, and the same command may come again
+    assert answer(50) == "" and not out.exists()  # nothing is kept, and the same command may come again
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
