@@ -224,7 +224,7 @@ class Decoder:
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)                 # the newest of every row
         self.key = torch.zeros(batch, dtype=torch.long, device=device)
         self.new = torch.zeros(length + 1, batch, dtype=torch.long, device=device)          # those of the latest steps
-        self.count, self.filled = torch.zeros(batch, 1, dtype=torch.long, device=device), 0  # how many of its rows are set
+        self.count, self.filled = torch.zeros(batch, 1, dtype=torch.long, device=device), 0  # its rows so far
         most = max(5 * batch, 3 * max(PREFILL, length) + TOGETHER + 1)                      # of `prefill` and `store`
         self.upload = Upload(torch.zeros(most, dtype=torch.long, device=device))
         self.recorded, self.prefills = {}, {}       # graphs: {cache.seen: of a step}, {(tokens, prompts): of prompts}
