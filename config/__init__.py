@@ -292,7 +292,7 @@ def text_lines(file, where, longest=1 << 20, skip=None):
                 line = b""
             else:
                 at = offset + len(data) - len(line) + e.start
-                raise UserError(f"{where} line {number} is not UTF-8 text ({e.reason} at byte {at} of it): "
+                raise UserError(f"{where} line {number} is not UTF-8 text ({e.reason} at byte {at} of the file): "
                                 "convert it, as with iconv -t utf-8.") from None
         if line:
             yield number, line
@@ -353,11 +353,11 @@ def _literal(node):
 def read_preset(path) -> dict:
     """{name: typed value} of a preset file: plain assignments of literals, arithmetic on numbers allowed."""
     fields = {f.name: f for f in dataclasses.fields(Config)}
-    if not os.path.isfile(path):
+    if not (path.endswith(".py") and os.path.isfile(path)):
         here = os.path.dirname(os.path.abspath(__file__))
         near = difflib.get_close_matches(os.path.basename(path), sorted(os.listdir(here)), n=1)
         hint = f"did you mean {os.path.relpath(os.path.join(here, near[0]))}?" if near else "settings are --name=value."
-        raise UserError(f"cannot read the preset {path}, which is no file: {hint}")
+        raise UserError(f"cannot read the preset {path}, no such .py file: {hint}")
     try:
         body = ast.parse(read_text(path, 1 << 16)).body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as e:

@@ -354,7 +354,9 @@ def test_the_hint_at_a_preset_is_a_path_that_works_from_here(monkeypatch, tmp_pa
     text = refusal(["config/quickstart.py"])
     hint = text.partition("did you mean ")[2].removesuffix("?")
     assert hint != "config/quickstart.py" and config.load([hint])[0].ffn == "lowrank"
-    assert "config/zzzzzz.py, which is no file: settings are --name=value" in refusal(["config/zzzzzz.py"])
+    assert "config/zzzzzz.py, no such .py file: settings are --name=value" in refusal(["config/zzzzzz.py"])
+    (tmp_path / "zzz.txt").write_text("n_layer = 2\n")
+    assert "zzz.txt, no such .py file" in refusal(["zzz.txt"])
     assert refusal(["quickstart"]).endswith(f"did you mean {hint}?")  # its name alone
 
 

@@ -72,7 +72,7 @@ def test_jsonl_columns(tmp_path):
     ("a.txt.xz", lzma.compress(bytes(1000))[:-20], "cannot read .*a.txt.xz .Compressed file ended"),
     ("a.txt.gz", b"no gzip", "cannot read .*Not a gzipped file"),
     ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl line 2 is not JSON"),
-    ("a.jsonl", b'{"text": "a\xff"}', "a.jsonl line 1 is not UTF-8 text .invalid start byte at byte 11"),
+    ("a.jsonl", b'{"text": "a\xff"}', "a.jsonl line 1 is not UTF-8 text .invalid start byte at byte 11 of the file"),
     ("a.jsonl", b'["a"]', "line 1 has no text in the column text, it is a list"),
     ("a.jsonl", b'{"text": 5}', "line 1 has no text in the column text, its value is of type int"),
     ("a.jsonl", b'{}', "line 1 has no text in the column text, it has no column"),
